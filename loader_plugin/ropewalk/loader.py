@@ -1,0 +1,202 @@
+"""From a model folder to a Model that is ready to run.
+
+    folder -> config, quantisation, RoPE -> list of tensors checked -> layer by layer: read, pack, drop the file pages
+
+Peak memory is therefore the packed weights plus one layer. Everything that can be refused is refused before the first
+weight is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ropewalk.backends.protocol import Backend
+from ropewalk.backends.reference import ReferenceBackend
+from ropewalk.cache import CACHE_DTYPES
+from ropewalk.checkpoint import Checkpoint
+from ropewalk.config import ModelConfig, load_model_config
+from ropewalk.errors import CheckpointError, ConfigError, NativeError
+from ropewalk.gptq import DenseLinear
+from ropewalk.layers import pack_layer
+from ropewalk.memory import format_bytes
+from ropewalk.model import Model, ModelLimits, ModelWeights
+from ropewalk.quant_config import QuantConfig, load_quant_config
+from ropewalk.rope import Rope, resolve_rope
+from ropewalk.tensors import check_tensors, read_embeddings, read_head, read_layer
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_MODES = ("int8", "exact")
+BACKENDS = ("cpu", "reference")
+MAX_SEQ_LEN = 1 << 24  # far above any model; keeps arithmetic on positions exact in float32 and float64
+
+
+def load_model(
+    folder: str | Path,
+    max_seq_len: int | None = None,
+    max_input_len: int = 2048,
+    compute: str = "int8",
+    backend: str = "cpu",
+    threads: int | None = None,
+    isa: str | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    compress_pos_emb: float | None = None,
+    alpha_value: float | None = None,
+    rope_theta: float | None = None,
+    cache_type: str = "fp16",
+    device: str | torch.device | None = None,
+    max_attention_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load the model in `folder` (config.json and safetensors; GPTQ or dense float weights).
+
+    max_seq_len: longest sequence to be run (default: what the RoPE method covers, else max_position_embeddings).
+    max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
+    compute: "int8" (activations quantised in blocks of 32, integer products) or "exact" (float32 activations).
+    backend: "cpu" (compiled kernels) or "reference" (plain torch, slow, any `device`).
+    threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
+    rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `rope.resolve_rope`.
+    cache_type: "fp16" or "fp32", the dtype of cached keys and values.
+    max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
+        tiled and never forms that matrix, so it has no effect.
+    progress: called with (steps done, steps in all) after every layer.
+
+    Raises:
+        ConfigError: an option or a key of a JSON file is wrong. CheckpointError: the weights are missing or damaged.
+        UnsupportedError: an architecture or format that is not implemented. NativeError: no compiled core for "cpu".
+    """
+    _check_options(max_seq_len, max_input_len, max_attention_size, threads)
+    _check_choice("compute", compute, COMPUTE_MODES)
+    _check_choice("cache_type", cache_type, tuple(CACHE_DTYPES))
+    ops = _make_backend(backend, compute, threads, isa, device)
+    if not isinstance(folder, (str, Path)):
+        raise ConfigError(f"the model folder must be a path, got {type(folder).__name__}")
+    folder = Path(folder)
+    config = load_model_config(folder)
+    quant = load_quant_config(folder, config.raw)
+    rope = resolve_rope(
+        config.raw,
+        max_seq_len,
+        rope_scaling=rope_scaling,
+        compress_pos_emb=compress_pos_emb,
+        alpha_value=alpha_value,
+        rope_theta=rope_theta,
+        source=config.source,
+    )
+    limits = ModelLimits(_resolve_max_seq_len(max_seq_len, config, rope), max_input_len, cache_type)
+    logger.info("RoPE: %s", rope.describe())
+    weights = _load_weights(folder, config, quant, ops, progress)
+    model = Model(config, quant, rope, ops, weights, limits)
+    logger.info("%s", _summary(model))
+    return model
+
+
+def _load_weights(
+    folder: Path,
+    config: ModelConfig,
+    quant: QuantConfig | None,
+    backend: Backend,
+    progress: Callable[[int, int], None] | None,
+) -> ModelWeights:
+    total = config.num_layers + 1
+    report = progress or (lambda done, total: None)
+    try:
+        with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+            check_tensors(config, quant, checkpoint)
+            layers = []
+            for index in range(config.num_layers):
+                layers.append(pack_layer(backend, config, index, read_layer(config, quant, checkpoint, index)))
+                checkpoint.release()
+                report(index + 1, total)
+            embeddings = read_embeddings(config, checkpoint)
+            final_norm, head = read_head(config, quant, checkpoint, embeddings)
+            tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
+            packed_head = backend.pack([head])
+            checkpoint.release()
+            report(total, total)
+    except MemoryError as error:
+        raise CheckpointError(f"{folder}: not enough memory to load the weights") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: reading the weights failed: {error}") from error
+    device = backend.device
+    return ModelWeights(embeddings.to(device), tuple(layers), final_norm.to(device), packed_head, tied)
+
+
+def _make_backend(
+    name: str, compute: str, threads: int | None, isa: str | None, device: str | torch.device | None
+) -> Backend:
+    _check_choice("backend", name, BACKENDS)
+    if name == "reference":
+        for option, value in (("threads", threads), ("isa", isa)):
+            if value is not None:
+                raise ConfigError(f'{option}={value!r} is an option of backend="cpu"; leave it out for "reference"')
+        return ReferenceBackend(compute, _torch_device(device))
+    if device is not None and str(device) != "cpu":
+        raise ConfigError(f'device={str(device)!r} needs backend="reference"; backend="cpu" runs on the CPU only')
+    try:
+        from ropewalk.backends.cpu import CpuBackend
+    except ImportError as error:
+        raise NativeError(
+            f'backend="cpu" needs the compiled core, which is missing ({error}); install the package with '
+            f'"pip install ." from its folder, or use backend="reference" (slow)'
+        ) from error
+    return CpuBackend(compute=compute, isa=isa, threads=threads)
+
+
+def _torch_device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+        torch.empty(1, device=chosen).cpu()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        # torch answers an unknown name, an absent device and a build without it each in its own way
+        raise ConfigError(f"device={device!r} cannot be used here: {error}") from error
+    return chosen
+
+
+def _resolve_max_seq_len(max_seq_len: int | None, config: ModelConfig, rope: Rope) -> int:
+    if max_seq_len is None:
+        return rope.covers or config.max_position_embeddings
+    if rope.covers is not None and max_seq_len > rope.covers:
+        needed = max_seq_len / rope.covers
+        logger.warning(
+            "max_seq_len=%d is more than the %d positions that this model's RoPE covers (%s); beyond them text "
+            "degrades. Stretch it with alpha_value=%.3g or compress_pos_emb=%.3g, or ask for max_seq_len=%d",
+            max_seq_len,
+            rope.covers,
+            rope.describe(),
+            needed,
+            needed,
+            rope.covers,
+        )
+    return max_seq_len
+
+
+def _summary(model: Model) -> str:
+    kind = "dense weights" if model.quant is None else f"GPTQ {model.quant.default.bits}-bit weights"
+    cache_size = format_bytes(model.cache_bytes(model.max_seq_len))
+    return (
+        f"{model.config.family}, {model.config.num_layers} layers, {kind}: {format_bytes(model.weight_bytes)}; "
+        f"{model.cache_type} cache of {model.max_seq_len} positions: {cache_size}; "
+        f"backend {model.backend.name}, compute {model.backend.compute}"
+    )
+
+
+def _check_options(
+    max_seq_len: int | None, max_input_len: int, max_attention_size: int | None, threads: int | None
+) -> None:
+    optional = {"max_seq_len": max_seq_len, "max_attention_size": max_attention_size, "threads": threads}
+    given = {"max_input_len": max_input_len, **{name: value for name, value in optional.items() if value is not None}}
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+    if max_seq_len is not None and max_seq_len > MAX_SEQ_LEN:
+        raise ConfigError(f"max_seq_len must be at most {MAX_SEQ_LEN}, got {max_seq_len}")
+
+
+def _check_choice(option: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{option} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

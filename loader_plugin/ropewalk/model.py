@@ -1,0 +1,267 @@
+"""The decoder: token ids in, logits out, keys and values in a cache.
+
+    x = Embed(ids);  x = Layer_i(x) for every layer instance;  logits = RMSNorm(x) Head
+
+A prompt is run in chunks of `max_input_len` tokens, so scratch memory depends on the chunk and never on the context.
+The residual stream is float32. Rotation tables are made for the rows of a chunk only; methods whose frequencies depend
+on the length take them for the length that the whole call reaches, so chunking never changes a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ropewalk.backends.protocol import Backend, PackedLinear
+from ropewalk.cache import Frequencies, KvCache, cache_bytes, new_stores
+from ropewalk.config import ModelConfig
+from ropewalk.errors import ConfigError, RequestError
+from ropewalk.layers import LayerInstance, PackedLayer, Rotation, run_layer_
+from ropewalk.quant_config import QuantConfig
+from ropewalk.rope import Rope
+
+LOGITS_ROWS = 256  # rows of the head computed at once: 131 MB for a vocabulary of 128,256
+LOGITS_MODES = ("last", "all", "none")
+INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V."""
+
+    embeddings: torch.Tensor
+    layers: tuple[PackedLayer, ...]
+    final_norm: torch.Tensor
+    head: PackedLinear
+    head_is_embeddings: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights as the backend holds them; an embedding table that is also the head counts once."""
+        embeddings = 0 if self.head_is_embeddings else self.embeddings.numel() * self.embeddings.element_size()
+        layers = sum(layer.num_bytes for layer in self.layers)
+        return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a model was loaded for: the longest sequence, the chunk of a prefill, the dtype of keys and values."""
+
+    max_seq_len: int
+    max_input_len: int
+    cache_type: str
+
+
+class Model:
+    """A decoder ready to run. Made by `load_model`; not safe to call from two threads at once."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant: QuantConfig | None,
+        rope: Rope,
+        backend: Backend,
+        weights: ModelWeights,
+        limits: ModelLimits,
+    ) -> None:
+        self.config = config
+        self.quant = quant
+        self.rope = rope
+        self.backend = backend
+        self.weights = weights
+        self.max_seq_len = limits.max_seq_len
+        self.max_input_len = limits.max_input_len
+        self.cache_type = limits.cache_type
+        self.instances = tuple(LayerInstance(index, index) for index in range(config.num_layers))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights as the backend holds them."""
+        return self.weights.num_bytes
+
+    def cache_bytes(self, length: int) -> int:
+        """Memory that keys and values of `length` positions take."""
+        return cache_bytes(self.config, len(self.instances), length, self.cache_type)
+
+    def new_cache(self, max_seq_len: int | None = None) -> KvCache:
+        """An empty cache for at most `max_seq_len` positions (default: what the model was loaded for).
+
+        Raises:
+            ConfigError: not a positive integer, more than the model was loaded for, or more than there is memory for.
+        """
+        capacity = self.max_seq_len if max_seq_len is None else max_seq_len
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise ConfigError(f"max_seq_len must be a positive integer, got {max_seq_len!r}")
+        if capacity > self.max_seq_len:
+            raise ConfigError(
+                f"max_seq_len: a cache of {capacity} positions was asked for, but the model was loaded for "
+                f"{self.max_seq_len}; load it with max_seq_len={capacity}"
+            )
+        stores = new_stores(self.backend, self.config, len(self.instances), capacity, self.cache_type)
+        return KvCache(self, stores, capacity)
+
+    def reusable_prefix(self, cache: KvCache, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> int:
+        """How many leading positions of `cache` a call with `token_ids` can keep, with the result of a fresh call.
+
+        At most len(token_ids) - 1, because the last token must be run to have its logits. Positions whose keys were
+        rotated for another length (dynamic NTK, longrope) are not reusable. Truncate the cache to the answer, then
+        call `forward` with the remaining ids.
+
+        Raises:
+            RequestError: as `forward`, except that nothing is said about length.
+        """
+        self._check_owner(cache)
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        return cache.common_prefix(ids[:-1], self._frequencies(len(ids)))
+
+    def forward(
+        self,
+        token_ids: Sequence[int] | np.ndarray | torch.Tensor,
+        cache: KvCache,
+        logits: str = "last",
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> torch.Tensor | None:
+        """Append tokens to the cache and compute logits.
+
+        token_ids: [T] integers, appended at position `cache.length`.
+        logits: "last" -> [1, V], "all" -> [T, V], "none" -> None; float32, on the device of the backend.
+        progress: called with (tokens done, T) after every layer; a chunk counts in equal parts per layer.
+        cancelled: asked before every layer; once it says True, forward returns None. The cache then holds the chunks
+            that were complete, and can be used further.
+
+        Raises:
+            RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
+                another model, an unknown `logits`. The cache is as it was.
+        """
+        ids = self._checked_request(token_ids, cache, logits)
+        end = cache.length + len(ids)
+        frequencies = self._frequencies(end)
+        out = self._new_logits(len(ids), logits)
+        for first in range(0, len(ids), self.max_input_len):
+            chunk = ids[first : first + self.max_input_len]
+            steps = _Steps(first, len(chunk), len(ids), len(self.instances), progress, cancelled)
+            x = self._run_chunk(chunk, cache, end, steps)
+            if x is None:
+                return None
+            cache.record_(chunk, frequencies)
+            self._write_logits_(x, first, len(ids), logits, out)
+        return out
+
+    def _run_chunk(self, ids: list[int], cache: KvCache, seq_len: int, steps: _Steps) -> torch.Tensor | None:
+        """The residual stream after all layers, [T, C] float32; None once cancelled."""
+        start, device = cache.length, self.backend.device
+        tables = self.rope.rotation_tables(start, start + len(ids), seq_len)
+        rotation = Rotation(*(torch.from_numpy(table).to(device) for table in tables))  # [T, R/2] each
+        x = self.backend.embed(self.weights.embeddings, torch.tensor(ids, device=device))  # [T, C]
+        for done, instance in enumerate(self.instances):
+            if steps.is_cancelled():
+                return None
+            layer, kv = self.weights.layers[instance.weights_index], cache.stores[instance.cache_index]
+            run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight)
+            steps.report(done + 1)
+        return x
+
+    def _new_logits(self, num_tokens: int, logits: str) -> torch.Tensor | None:
+        rows = {"last": 1, "all": num_tokens, "none": 0}[logits]
+        if not rows:
+            return None
+        try:
+            return torch.empty(rows, self.config.vocab_size, device=self.backend.device)
+        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as a RuntimeError
+            raise RequestError(
+                f'logits="all" of {rows} tokens takes {4 * rows * self.config.vocab_size} bytes, which could not be '
+                f"allocated; call forward with fewer tokens at a time"
+            ) from error
+
+    def _write_logits_(
+        self, x: torch.Tensor, first: int, num_tokens: int, logits: str, out: torch.Tensor | None
+    ) -> None:
+        """Logits of the chunk x: [T, C] that starts at token `first` of the call, written to their rows of `out`."""
+        if out is None:
+            return
+        if logits == "last":
+            if first + x.shape[0] < num_tokens:
+                return
+            first, x = 0, x[-1:]
+        for row in range(0, x.shape[0], LOGITS_ROWS):
+            block = x[row : row + LOGITS_ROWS]  # [rows, C]
+            normed = self.backend.rms_norm(block, self.weights.final_norm, self.config.rms_norm_eps)
+            out[first + row : first + row + len(block)] = self.backend.linear(normed, self.weights.head)
+
+    def _frequencies(self, seq_len: int) -> Frequencies:
+        inverse_frequencies, attention_scale = self.rope.inverse_frequencies(seq_len)
+        return Frequencies(np.asarray(inverse_frequencies, dtype=np.float64).tobytes(), float(attention_scale))
+
+    def _check_owner(self, cache: KvCache) -> None:
+        if not isinstance(cache, KvCache):
+            raise RequestError(f"cache must be made by model.new_cache(), got {type(cache).__name__}")
+        if cache.owner is not self:
+            raise RequestError("the cache belongs to another model; make one with new_cache() of this model")
+
+    def _checked_request(self, token_ids: Any, cache: KvCache, logits: str) -> list[int]:
+        self._check_owner(cache)
+        if logits not in LOGITS_MODES:
+            raise RequestError(f"logits must be one of {', '.join(map(repr, LOGITS_MODES))}, got {logits!r}")
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        needed = cache.length + len(ids)
+        if needed > cache.capacity:
+            raise RequestError(
+                f"{len(ids)} tokens do not fit: the cache holds {cache.length} of at most {cache.capacity} positions, "
+                f"{needed} are needed; truncate the cache, shorten the input, or load the model with a max_seq_len of "
+                f"at least {needed}"
+            )
+        return ids
+
+
+def checked_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
+    """Token ids as a list of ints, each in 0..vocab_size.
+
+    token_ids: a list, tuple or range of integers, a 1-D integer numpy array or a 1-D integer torch tensor.
+
+    Raises:
+        RequestError: of another type or shape, empty, or out of range (names position and id).
+    """
+    if isinstance(token_ids, (np.ndarray, torch.Tensor)):
+        if token_ids.ndim != 1 or str(token_ids.dtype).removeprefix("torch.") not in INTEGER_DTYPES:
+            raise RequestError(
+                f"token ids must be one-dimensional integers, got {token_ids.dtype} of shape {list(token_ids.shape)}"
+            )
+        token_ids = token_ids.tolist()
+    if not isinstance(token_ids, (list, tuple, range)):
+        raise RequestError(
+            "token ids must be a list, tuple, 1-D numpy array or 1-D tensor of integers, "
+            f"got {type(token_ids).__name__}"
+        )
+    if not len(token_ids):
+        raise RequestError("there are no token ids; at least one is needed")
+    for position, token_id in enumerate(token_ids):
+        if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
+            raise RequestError(f"token id {token_id!r} at position {position} is not an integer")
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"token id {token_id} at position {position} is out of range: the model knows ids 0 to {vocab_size - 1}"
+            )
+    return [int(token_id) for token_id in token_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Where a chunk stands within its call, for the two callbacks."""
+
+    first: int
+    chunk_tokens: int
+    total_tokens: int
+    num_instances: int
+    progress: Callable[[int, int], None] | None
+    cancelled: Callable[[], bool] | None
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled is not None and self.cancelled()
+
+    def report(self, instances_done: int) -> None:
+        if self.progress is not None:
+            self.progress(self.first + self.chunk_tokens * instances_done // self.num_instances, self.total_tokens)
