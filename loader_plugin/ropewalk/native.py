@@ -1,0 +1,231 @@
+"""The kernels alone: packed GPTQ linears, RoPE, norms and chunked attention on torch tensors or numpy arrays.
+
+Letters: T rows, K input features, N output features, G groups, Hq and Hkv query and key/value heads, D head size, R
+rotated dims. Arrays live on the CPU and are never converted: a wrong dtype, shape or layout raises ShapeError. Results
+are of the kind of the first array given (torch in, torch out).
+
+    runtime = native.Runtime(threads=2)
+    weight = native.Linear(runtime, [native.pack_gptq(runtime, qweight, bits=4, in_features=K, scales=..., zeros=...)])
+    y = weight(x, compute="int8")
+
+Row t of every result depends on row t of the inputs alone, bit for bit, whatever T and the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ropewalk.errors import NativeError, ShapeError
+
+try:
+    from ropewalk import _core
+except ImportError as error:
+    raise NativeError(
+        f"the compiled core of ropewalk cannot be imported ({error}); install the package with a C++ compiler "
+        "present: pip install . (or use backend='reference')"
+    ) from error
+
+Array = Any  # torch.Tensor or numpy.ndarray
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, best first; "scalar" is always there."""
+    return tuple(_core.available_isas())
+
+
+class Runtime:
+    """An instruction set and a set of threads.
+
+    isa: one of `available_isas()`; None for the best. threads: None for the number of processors this process may use.
+
+    Raises:
+        NativeError: an instruction set that this machine lacks, or a number of threads below 1 or above 1024.
+    """
+
+    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+        self._core = _core.Runtime(isa or "", usable_processors() if threads is None else threads)
+
+    @property
+    def isa(self) -> str:
+        """The name of the instruction set in use."""
+        return self._core.isa
+
+    @property
+    def threads(self) -> int:
+        """The number of threads, the calling one included."""
+        return self._core.threads
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory held between calls for prepared activations and attention tiles: grows with T, never with S."""
+        return self._core.scratch_bytes
+
+
+def usable_processors() -> int:
+    """The number of processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pack_gptq(
+    runtime: Runtime,
+    qweight: Array,
+    *,
+    bits: int,
+    in_features: int,
+    scales: Array,
+    zeros: Array,
+    group_starts: Array,
+    order: Array | None = None,
+    bias: Array | None = None,
+    planar: bool = False,
+) -> _core.PackedGptq:
+    """Repack one GPTQ linear into tiles; W[k, n] = scales[g, n] * (code[k, n] - zeros[g, n]).
+
+    qweight: [word rows, N] int32, the codes of 2 to 8 bits packed down K as stored in a checkpoint; planar: as bit
+    planes (`gptq_p`). scales: [G, N] float16 or float32. zeros: [G, N] uint8. group_starts: [G + 1] int64, the rows
+    of each group after sorting. order: [K] int32, the stored row of each sorted row; None when rows are already in
+    the order of their groups. bias: [N] float32.
+
+    Raises:
+        ShapeError: an array of another shape, dtype or layout, or indices out of range.
+    """
+    return _core.pack_gptq(
+        runtime._core,
+        as_numpy(qweight),
+        bits,
+        planar,
+        in_features,
+        half_bits(as_numpy(scales)),
+        as_numpy(zeros),
+        as_numpy(group_starts),
+        None if order is None else as_numpy(order),
+        None if bias is None else as_numpy(bias),
+    )
+
+
+def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
+    """A dense weight, used where it lies (the array is kept alive, not copied).
+
+    weight: [N, K] float32, float16 or (torch) bfloat16, contiguous. bias: [N] float32.
+    """
+    types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    name = str(weight.dtype).removeprefix("torch.")
+    if name not in types:
+        raise ShapeError(f"weight has dtype {name}; accepted: {', '.join(types)}")
+    if types[name] != "f32":
+        weight = weight.view(torch.int16) if isinstance(weight, torch.Tensor) else weight.view(np.int16)
+        weight = as_numpy(weight).view(np.uint16)
+    return _core.dense_linear(as_numpy(weight), types[name], None if bias is None else as_numpy(bias))
+
+
+class Linear:
+    """Linears that read the same input, their outputs side by side: q, k and v, or gate and up."""
+
+    def __init__(self, runtime: Runtime, parts: Sequence[_core.PackedGptq | _core.DenseLinear]) -> None:
+        self._runtime = runtime
+        self._group = _core.LinearGroup(list(parts))
+        self.in_features: int = self._group.in_features
+        self.out_features: int = self._group.out_features
+        self.num_bytes: int = sum(part.num_bytes for part in parts)
+
+    def __call__(self, x: Array, compute: str = "int8") -> Array:
+        """y = x W + bias for every part.
+
+        x: [T, K] float32, rows any distance apart. compute: "exact" multiplies float32 activations with exactly
+        dequantised weights; "int8" quantises the activations per block of 32 in the order of the groups (scale =
+        largest magnitude / 127, rounded to nearest even) and sums integers within a block. Dense parts always use
+        float32 activations. Returns [T, N] float32.
+        """
+        out = empty_like_kind(x, (x.shape[0], self.out_features))
+        self._group.run(self._runtime._core, compute, as_numpy(x), as_numpy(out))
+        return out
+
+
+def rms_norm(runtime: Runtime, x: Array, weight: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * weight; x: [T, C] or [T, H, C] float32, weight: [C] float32."""
+    out = empty_like_kind(x, tuple(x.shape))
+    _core.rms_norm(runtime._core, as_numpy(x), as_numpy(weight), eps, as_numpy(out))
+    return out
+
+
+def rotate_(runtime: Runtime, x: Array, cos: Array, sin: Array) -> None:
+    """Rotate in place the pairs (i, i + R/2) of every head by the angles of its row (Su et al. 2021, eq. 34).
+
+    x: [T, H, D] float32, rows any distance apart. cos, sin: [T, R/2] float32. Dims from R on stay as they are.
+    """
+    _core.rotate(runtime._core, as_numpy(x), as_numpy(cos), as_numpy(sin))
+
+
+def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
+    """silu(gate) * up; gate_up: [T, 2 * I] float32, gate first. Returns [T, I]."""
+    out = empty_like_kind(gate_up, (gate_up.shape[0], gate_up.shape[1] // 2))
+    _core.silu_mul(runtime._core, as_numpy(gate_up), as_numpy(out))
+    return out
+
+
+class KvCache:
+    """Keys and values of one layer for chunked causal attention.
+
+    dtype: "f16" (stored rounded to nearest even) or "f32". Memory is set aside at once and touched as it fills.
+    """
+
+    def __init__(
+        self, runtime: Runtime, num_kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16"
+    ) -> None:
+        self._runtime = runtime
+        self._cache = _core.KvCache(num_kv_heads, head_dim, capacity, dtype)
+        self._head_dim = head_dim
+        self.capacity: int = capacity
+        self.num_bytes: int = self._cache.num_bytes
+
+    def append_(self, k: Array, v: Array, start: int) -> None:
+        """Write k, v: [T, Hkv, D] float32 to positions start..start+T."""
+        self._check_range(start, k.shape[0])
+        _core.append(self._runtime._core, self._cache, as_numpy(k), as_numpy(v), start)
+
+    def attend(self, q: Array, start: int, window: int | None = None) -> Array:
+        """Attention of queries at positions start..start+T over the keys 0..start+T, which must have been appended.
+
+        q: [T, Hq, D] float32. Query t sees keys j <= start + t, and with a window only j > start + t - window: the
+        bottom-right aligned causal mask. Scores are scaled by 1/sqrt(D). Returns [T, Hq * D] float32.
+        """
+        self._check_range(start, q.shape[0])
+        if window is not None and window < 1:
+            raise ShapeError(f"window is {window}; accepted: None or at least 1")
+        out = empty_like_kind(q, (q.shape[0], q.shape[1] * q.shape[2]))
+        scale = 1.0 / math.sqrt(self._head_dim)
+        _core.attend(self._runtime._core, as_numpy(q), self._cache, start, window or 0, scale, as_numpy(out))
+        return out
+
+    def _check_range(self, start: int, num_rows: int) -> None:
+        if start < 0 or start + num_rows > self.capacity:
+            raise ShapeError(f"positions {start} to {start + num_rows} do not fit a cache of {self.capacity}")
+
+
+def as_numpy(array: Array) -> np.ndarray:
+    """The same memory as a numpy array."""
+    if isinstance(array, np.ndarray):
+        return array
+    if not isinstance(array, torch.Tensor):
+        raise ShapeError(f"expected a torch tensor or numpy array, got {type(array).__name__}")
+    if array.device.type != "cpu":
+        raise ShapeError(f"expected a tensor on the CPU, got one on {array.device}")
+    return array.detach().numpy()
+
+
+def half_bits(array: np.ndarray) -> np.ndarray:
+    """A float16 array as its bit patterns, which is how the core takes it; any other array as it is."""
+    return array.view(np.uint16) if array.dtype == np.float16 else array
+
+
+def empty_like_kind(array: Array, shape: tuple[int, ...]) -> Array:
+    """An uninitialised float32 result: torch for torch, numpy for numpy."""
+    if isinstance(array, torch.Tensor):
+        return torch.empty(shape, dtype=torch.float32)
+    return np.empty(shape, dtype=np.float32)

@@ -1,0 +1,312 @@
+// ropewalk._core: the compiled core for Python.  Each binding unpacks, checks everything a kernel will rely on,
+// releases the GIL and calls; ropewalk/native.py is the public face and documents the operations.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+
+#include "checks.hpp"
+#include "ropewalk/operations.hpp"
+
+namespace py = pybind11;
+
+namespace ropewalk {
+namespace {
+
+constexpr int64_t kMostFeatures = int64_t{1} << 30;  // keeps every byte offset of a packed linear far from overflow
+
+Compute compute_named(const std::string& name) {
+  if (name == "exact") return Compute::exact;
+  if (name == "int8") return Compute::int8;
+  throw ShapeFailure("compute is '" + name + "'; accepted: 'exact', 'int8'");
+}
+
+FloatType float_type_named(const std::string& name) {
+  if (name == "f32") return FloatType::f32;
+  if (name == "f16") return FloatType::f16;
+  if (name == "bf16") return FloatType::bf16;
+  throw ShapeFailure("float type is '" + name + "'; accepted: 'f32', 'f16', 'bf16'");
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw ShapeFailure(message);
+}
+
+void check_groups(const int64_t* starts, int64_t num_groups, int64_t in_features) {
+  require(starts[0] == 0 && starts[num_groups] == in_features,
+          "group_starts must begin with 0 and end with in_features (" + std::to_string(in_features) + ")");
+  for (int64_t g = 0; g < num_groups; ++g) {
+    require(starts[g] <= starts[g + 1], "group_starts decreases after group " + std::to_string(g));
+  }
+}
+
+void check_order(const int32_t* order, int64_t in_features) {
+  std::vector<bool> seen(static_cast<size_t>(in_features), false);
+  for (int64_t i = 0; i < in_features; ++i) {
+    require(order[i] >= 0 && order[i] < in_features && !seen[static_cast<size_t>(order[i])],
+            "order is not a permutation: entry " + std::to_string(i) + " is " + std::to_string(order[i]));
+    seen[static_cast<size_t>(order[i])] = true;
+  }
+}
+
+std::shared_ptr<PackedGptq> pack_gptq(CpuRuntime& runtime, const py::array& qweight, int bits, bool planar,
+                                      int64_t in_features, const py::array& scales, const py::array& zeros,
+                                      const py::array& group_starts, const py::object& order,
+                                      const py::object& bias) {
+  require(bits >= 2 && bits <= 8, "bits is " + std::to_string(bits) + "; accepted: 2 to 8");
+  require(in_features > 0 && in_features <= kMostFeatures, "in_features is out of range");
+  require(qweight.ndim() == 2 && scales.ndim() == 2, "qweight and scales must have two dimensions");
+  const int64_t out_features = qweight.shape(1);
+  const int64_t num_groups = scales.shape(0);
+  require(out_features > 0 && out_features <= kMostFeatures && num_groups > 0, "qweight or scales is empty");
+  const int64_t word_rows = planar ? ceil_div(in_features, 32) * bits : ceil_div(in_features * bits, 32);
+  PackedGptq::Source source{};
+  source.qweight = contiguous<int32_t>(qweight, "qweight", {word_rows, out_features});
+  source.in_features = in_features;
+  source.out_features = out_features;
+  source.bits = bits;
+  source.planar = planar;
+  source.scale_type = scales.itemsize() == 2 ? FloatType::f16 : FloatType::f32;
+  source.scales = source.scale_type == FloatType::f16
+                      ? static_cast<const void*>(contiguous<uint16_t>(scales, "scales", {num_groups, out_features}))
+                      : contiguous<float>(scales, "scales", {num_groups, out_features});
+  source.zeros = contiguous<uint8_t>(zeros, "zeros", {num_groups, out_features});
+  source.num_groups = num_groups;
+  source.group_starts = contiguous<int64_t>(group_starts, "group_starts", {num_groups + 1});
+  check_groups(source.group_starts, num_groups, in_features);
+  py::array order_array, bias_array;
+  if (!order.is_none()) {
+    order_array = order.cast<py::array>();
+    source.order = contiguous<int32_t>(order_array, "order", {in_features});
+    check_order(source.order, in_features);
+  }
+  if (!bias.is_none()) {
+    bias_array = bias.cast<py::array>();
+    source.bias = contiguous<float>(bias_array, "bias", {out_features});
+  }
+  const py::gil_scoped_release release;
+  return std::make_shared<PackedGptq>(runtime, source);
+}
+
+// A dense weight used where it lies: the array is kept alive.
+struct DenseLinear {
+  py::array weight, bias;
+  DenseWeights view{};
+};
+
+std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const std::string& type, const py::object& bias) {
+  auto dense = std::make_shared<DenseLinear>();
+  dense->weight = weight;
+  require(weight.ndim() == 2 && weight.shape(0) > 0 && weight.shape(1) > 0,
+          "weight must be a matrix with at least one row and column");
+  dense->view.type = float_type_named(type);
+  dense->view.out_features = weight.shape(0);
+  dense->view.in_features = weight.shape(1);
+  const std::vector<int64_t> shape{weight.shape(0), weight.shape(1)};
+  dense->view.weight = dense->view.type == FloatType::f32
+                           ? static_cast<const void*>(contiguous<float>(weight, "weight", shape))
+                           : contiguous<uint16_t>(weight, "weight", shape);
+  if (!bias.is_none()) {
+    dense->bias = bias.cast<py::array>();
+    dense->view.bias = contiguous<float>(dense->bias, "bias", {dense->view.out_features});
+  }
+  return dense;
+}
+
+// Linears over one input, their outputs side by side.
+class LinearGroup {
+ public:
+  explicit LinearGroup(std::vector<py::object> parts) : owners_(std::move(parts)) {
+    require(!owners_.empty(), "a linear group needs at least one part");
+    for (const py::object& owner : owners_) {
+      LinearPart part{nullptr, nullptr, out_features_};
+      int64_t in_features = 0;
+      if (py::isinstance<PackedGptq>(owner)) {
+        part.gptq = owner.cast<const PackedGptq*>();
+        in_features = part.gptq->weights().in_features;
+        out_features_ += part.gptq->weights().out_features;
+      } else {
+        part.dense = &owner.cast<const DenseLinear*>()->view;
+        in_features = part.dense->in_features;
+        out_features_ += part.dense->out_features;
+      }
+      require(parts_.empty() || in_features == in_features_, "the parts of a linear group read different inputs");
+      in_features_ = in_features;
+      parts_.push_back(part);
+    }
+  }
+
+  void run(CpuRuntime& runtime, const std::string& compute, const py::array& x, py::array& out) const {
+    const Rows<const float> rows = rows_of(x, "x", in_features_);
+    const Rows<float> target = writable_rows(out, "out", rows.num_rows, out_features_);
+    const Compute mode = compute_named(compute);
+    const py::gil_scoped_release release;
+    linear(runtime, parts_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
+  }
+
+  int64_t in_features() const { return in_features_; }
+  int64_t out_features() const { return out_features_; }
+
+ private:
+  std::vector<py::object> owners_;
+  std::vector<LinearPart> parts_;
+  int64_t in_features_ = 0;
+  int64_t out_features_ = 0;
+};
+
+void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weight, float epsilon, py::array& out) {
+  require(weight.ndim() == 1 && weight.shape(0) > 0, "weight must have one dimension and at least one element");
+  const int64_t size = weight.shape(0);
+  const Heads<const float> heads = heads_of(x, "x", size);
+  require(epsilon >= 0.0f && epsilon < 1.0f, "epsilon must be in [0, 1)");
+  RmsNormArgs args{};
+  args.x = heads.data;
+  args.row_stride = heads.row_stride;
+  args.num_heads = heads.num_heads;
+  args.size = size;
+  args.weight = contiguous<float>(weight, "weight", {size});
+  args.epsilon = epsilon;
+  args.out = writable_contiguous<float>(out, "out", shape_of(x));
+  const py::gil_scoped_release release;
+  rms_norm(runtime, args, heads.num_rows);
+}
+
+void run_rotate(CpuRuntime& runtime, py::array& x, const py::array& cos, const py::array& sin) {
+  require(x.ndim() == 3 && cos.ndim() == 2, "x must be [T, H, D] and cos, sin [T, R / 2]");
+  const Heads<float> heads = writable_heads(x, "x", x.shape(2));
+  RotateArgs args{};
+  args.x = heads.data;
+  args.row_stride = heads.row_stride;
+  args.num_heads = heads.num_heads;
+  args.head_dim = x.shape(2);
+  args.half = cos.shape(1);
+  require(2 * args.half <= args.head_dim, "cos has more than D / 2 columns");
+  args.cos = contiguous<float>(cos, "cos", {heads.num_rows, args.half});
+  args.sin = contiguous<float>(sin, "sin", {heads.num_rows, args.half});
+  const py::gil_scoped_release release;
+  rotate(runtime, args, heads.num_rows);
+}
+
+void run_silu_mul(CpuRuntime& runtime, const py::array& gate_up, py::array& out) {
+  require(out.ndim() == 2, "out must be [T, I]");
+  SiluMulArgs args{};
+  args.size = out.shape(1);
+  args.gate_up = contiguous<float>(gate_up, "gate_up", {out.shape(0), 2 * args.size});
+  args.out = writable_contiguous<float>(out, "out", shape_of(out));
+  const int64_t num_rows = out.shape(0);
+  const py::gil_scoped_release release;
+  silu_mul(runtime, args, num_rows);
+}
+
+std::shared_ptr<KvCache> new_kv_cache(int64_t num_heads, int64_t head_dim, int64_t capacity,
+                                      const std::string& type) {
+  require(num_heads > 0 && num_heads <= 65536, "num_heads is out of range");
+  require(head_dim > 0 && head_dim <= 4096, "head_dim is out of range");
+  require(capacity > 0 && capacity <= (int64_t{1} << 32), "capacity is out of range");
+  const FloatType element = float_type_named(type);
+  require(element != FloatType::bf16, "a cache holds 'f16' or 'f32'");
+  return std::make_shared<KvCache>(num_heads, head_dim, capacity, element);
+}
+
+void run_append(CpuRuntime& runtime, const KvCache& cache, const py::array& k, const py::array& v, int64_t start) {
+  const KvView& kv = cache.view();
+  const Heads<const float> keys = heads_of(k, "k", kv.head_dim);
+  const Heads<const float> values = heads_of(v, "v", kv.head_dim);
+  require(keys.num_heads == kv.num_heads && values.num_heads == kv.num_heads,
+          "k and v must have the cache's " + std::to_string(kv.num_heads) + " heads");
+  require(keys.num_rows == values.num_rows, "k and v differ in their number of rows");
+  require(start >= 0 && start <= kv.capacity - keys.num_rows,
+          "positions " + std::to_string(start) + " to " + std::to_string(start + keys.num_rows) +
+              " do not fit a cache of " + std::to_string(kv.capacity));
+  const AppendArgs args{kv, keys.data, values.data, keys.row_stride, values.row_stride, keys.num_rows, start};
+  const py::gil_scoped_release release;
+  append(runtime, args);
+}
+
+void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& cache, int64_t start, int64_t window,
+                float scale, py::array& out) {
+  const KvView& kv = cache.view();
+  const Heads<const float> queries = heads_of(q, "q", kv.head_dim);
+  require(queries.num_heads % kv.num_heads == 0,
+          "the number of query heads (" + std::to_string(queries.num_heads) + ") must be a multiple of the cache's " +
+              std::to_string(kv.num_heads));
+  require(start >= 0 && start <= kv.capacity - queries.num_rows,
+          "queries at positions " + std::to_string(start) + " to " + std::to_string(start + queries.num_rows) +
+              " lie outside a cache of " + std::to_string(kv.capacity));
+  require(window >= 0, "window must be at least 0 (0: unlimited)");
+  AttendArgs args{};
+  args.kv = kv;
+  args.q = queries.data;
+  args.q_stride = queries.row_stride;
+  args.num_rows = queries.num_rows;
+  args.num_query_heads = queries.num_heads;
+  args.start = start;
+  args.window = window;
+  args.scale = scale;
+  args.out = writable_contiguous<float>(out, "out", {queries.num_rows, queries.num_heads * kv.head_dim});
+  const py::gil_scoped_release release;
+  attend(runtime, args);
+}
+
+void translate(std::exception_ptr pending) {
+  const auto raise = [](const char* name, const std::exception& error) {
+    py::set_error(py::module_::import("ropewalk.errors").attr(name), error.what());
+  };
+  try {
+    if (pending) std::rethrow_exception(pending);
+  } catch (const ShapeFailure& error) {
+    raise("ShapeError", error);
+  } catch (const std::invalid_argument& error) {
+    raise("NativeError", error);
+  }
+}
+
+}  // namespace
+}  // namespace ropewalk
+
+PYBIND11_MODULE(_core, m) {
+  using namespace ropewalk;
+  m.doc() = "The compiled core of ropewalk; use ropewalk.native.";
+  py::register_local_exception_translator(&translate);
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* table : available_tables()) names.emplace_back(table->name);
+    return names;
+  });
+
+  py::class_<CpuRuntime>(m, "Runtime")
+      .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("threads"))
+      .def_property_readonly("isa", [](const CpuRuntime& runtime) { return runtime.table().name; })
+      .def_property_readonly("threads", [](CpuRuntime& runtime) { return runtime.pool().num_threads(); })
+      .def_property_readonly("scratch_bytes", &CpuRuntime::scratch_bytes);
+
+  py::class_<PackedGptq, std::shared_ptr<PackedGptq>>(m, "PackedGptq")
+      .def_property_readonly("num_bytes", &PackedGptq::num_bytes);
+  py::class_<DenseLinear, std::shared_ptr<DenseLinear>>(m, "DenseLinear")
+      .def_property_readonly("num_bytes", [](const DenseLinear& d) { return d.weight.nbytes(); });
+  m.def("pack_gptq", &pack_gptq, py::arg("runtime"), py::arg("qweight"), py::arg("bits"), py::arg("planar"),
+        py::arg("in_features"), py::arg("scales"), py::arg("zeros"), py::arg("group_starts"), py::arg("order"),
+        py::arg("bias"));
+  m.def("dense_linear", &dense_linear, py::arg("weight"), py::arg("type"), py::arg("bias"));
+
+  py::class_<LinearGroup>(m, "LinearGroup")
+      .def(py::init<std::vector<py::object>>(), py::arg("parts"))
+      .def("run", &LinearGroup::run, py::arg("runtime"), py::arg("compute"), py::arg("x"), py::arg("out"))
+      .def_property_readonly("in_features", &LinearGroup::in_features)
+      .def_property_readonly("out_features", &LinearGroup::out_features);
+
+  py::class_<KvCache, std::shared_ptr<KvCache>>(m, "KvCache")
+      .def(py::init(&new_kv_cache), py::arg("num_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("type"))
+      .def_property_readonly("capacity", [](const KvCache& cache) { return cache.view().capacity; })
+      .def_property_readonly("num_bytes", &KvCache::num_bytes);
+
+  m.def("rms_norm", &run_rms_norm, py::arg("runtime"), py::arg("x"), py::arg("weight"), py::arg("epsilon"),
+        py::arg("out"));
+  m.def("rotate", &run_rotate, py::arg("runtime"), py::arg("x"), py::arg("cos"), py::arg("sin"));
+  m.def("silu_mul", &run_silu_mul, py::arg("runtime"), py::arg("gate_up"), py::arg("out"));
+  m.def("append", &run_append, py::arg("runtime"), py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("start"));
+  m.def("attend", &run_attend, py::arg("runtime"), py::arg("q"), py::arg("cache"), py::arg("start"),
+        py::arg("window"), py::arg("scale"), py::arg("out"));
+}

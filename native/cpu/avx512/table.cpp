@@ -1,0 +1,109 @@
+// Vector verbs for AVX-512 (F, BW, DQ, VL, VNNI): one zmm register is one row of 16 lanes.
+#include <immintrin.h>
+
+#include "../generic/table.inl.hpp"
+#include "ropewalk/tables.hpp"
+
+namespace ropewalk::avx512 {
+namespace {
+
+struct Verbs {
+  using F32 = __m512;
+  static constexpr int kInt8Rows = 8;
+  static constexpr int kExactRows = 16;
+  static constexpr int kDenseRows = 4;
+  static constexpr int kAttendRows = 8;
+
+  static F32 zero() { return _mm512_setzero_ps(); }
+  static F32 broadcast(float x) { return _mm512_set1_ps(x); }
+  static F32 load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+  static __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
+  static F32 load_partial(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+  static void store_partial(float* p, F32 v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+  static F32 load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_f16(uint16_t* p, F32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static F32 load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static F32 load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F32 gather_or_zero(const float* base, const int32_t* index) {
+    const __m512i i = _mm512_loadu_si512(index);
+    const __mmask16 used = _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512());
+    return _mm512_mask_i32gather_ps(zero(), used, i, base, 4);
+  }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+  static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+  static F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+  static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+  static F32 abs(F32 a) { return _mm512_abs_ps(a); }
+  static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
+  static F32 round(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F32 mul_pow2(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
+  static float sqrt(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+  static float first(F32 a) { return _mm512_cvtss_f32(a); }
+  static float reduce_add(F32 a) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+  }
+  static float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
+  // Lanes begin <= i < end of `a`, the others of `b`.
+  static F32 select_range(F32 a, F32 b, int64_t begin, int64_t end) {
+    const __mmask16 upper = end <= 0 ? 0 : first_lanes(end);
+    const __mmask16 lower = begin <= 0 ? 0 : first_lanes(begin);
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(upper & ~lower), b, a);
+  }
+  static void store_int8(int8_t* p, F32 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  using Codes = __m512i;  // 16 lanes of 4 codes
+  static F32 codes_to_f32(Codes codes, int j) {
+    const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(codes, static_cast<unsigned>(8 * j)), _mm512_set1_epi32(0xff));
+    return _mm512_cvtepi32_ps(byte);
+  }
+
+  // Dot products of unsigned codes with signed activations over one block of 32 rows.
+  template <int kBits>
+  struct Dot {
+    using Sum = __m512i;
+    static Sum zero() { return _mm512_setzero_si512(); }
+    static Codes line(const uint8_t* block, int index) { return _mm512_loadu_si512(block + index * 64); }
+    static Codes first_half(const uint8_t* block, int quad) {
+      if constexpr (kBits == 8) return line(block, quad);
+      return _mm512_and_si512(line(block, quad), _mm512_set1_epi8(0x0f));
+    }
+    static Codes second_half(const uint8_t* block, int quad) {
+      if constexpr (kBits == 8) return line(block, quad + 4);
+      return _mm512_and_si512(_mm512_srli_epi16(line(block, quad), 4), _mm512_set1_epi8(0x0f));
+    }
+    static Sum add(Sum sum, Codes codes, const int8_t* values) {
+      int32_t four;
+      __builtin_memcpy(&four, values, 4);
+      return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+    }
+    static F32 to_f32(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+  };
+};
+
+constexpr KernelTable kTable = make_table<Verbs>("avx512");
+
+}  // namespace
+
+const KernelTable& kernel_table() noexcept { return kTable; }
+
+}  // namespace ropewalk::avx512

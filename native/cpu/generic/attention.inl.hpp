@@ -1,0 +1,294 @@
+// The key/value cache and attention over it: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al.
+// 2022, arXiv:2205.14135) in KV tiles of 64 keys at fixed positions, so that a row's result does not depend on which
+// rows are computed with it, how the prompt was cut into chunks, or the number of threads.
+#pragma once
+
+#include "ropewalk/kernels.hpp"
+#include "linear.inl.hpp"
+#include "rows.inl.hpp"
+
+namespace ropewalk {
+
+// Element access for a cache type: f16 is stored rounded to nearest even.
+template <class V, FloatType kType>
+struct KvElement;
+
+template <class V>
+struct KvElement<V, FloatType::f32> {
+  using Stored = float;
+  static typename V::F32 load(const float* p) { return V::load(p); }
+  static void store(float* p, typename V::F32 v) { V::store(p, v); }
+};
+
+template <class V>
+struct KvElement<V, FloatType::f16> {
+  using Stored = uint16_t;
+  static typename V::F32 load(const uint16_t* p) { return V::load_f16(p); }
+  static void store(uint16_t* p, typename V::F32 v) { V::store_f16(p, v); }
+};
+
+template <class V, FloatType kType>
+void append_head(const AppendArgs& a, int64_t head) {
+  using Element = KvElement<V, kType>;
+  using Stored = typename Element::Stored;
+  const KvView& kv = a.kv;
+  const int64_t d_size = kv.head_dim;
+  Stored* keys = static_cast<Stored*>(kv.keys) + head * kv.capacity * d_size;
+  Stored* values = static_cast<Stored*>(kv.values) + head * kv.capacity * kv.padded_dim;
+  for (int64_t t = 0; t < a.num_rows; ++t) {
+    const int64_t position = a.start + t;
+    const float* k = a.k + t * a.k_stride + head * d_size;
+    const float* v = a.v + t * a.v_stride + head * d_size;
+    Stored* key_lane = keys + position / kLanes * kLanes * d_size + position % kLanes;
+    for (int64_t d = 0; d < d_size; d += kLanes) {
+      const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
+      Stored lanes[kLanes];
+      Element::store(lanes, V::load_partial(k + d, count));
+      for (int64_t i = 0; i < count; ++i) key_lane[(d + i) * kLanes] = lanes[i];
+      Element::store(values + position * kv.padded_dim + d, V::load_partial(v + d, count));
+    }
+  }
+}
+
+template <class V>
+void append(const AppendArgs& a, int64_t head_begin, int64_t head_end) noexcept {
+  for (int64_t head = head_begin; head < head_end; ++head) {
+    if (a.kv.type == FloatType::f16) {
+      append_head<V, FloatType::f16>(a, head);
+    } else {
+      append_head<V, FloatType::f32>(a, head);
+    }
+  }
+}
+
+// What one item works on: up to kQueryRows (token, head) rows of one key/value head, and its scratch.
+struct AttendTile {
+  int64_t num_rows;
+  int64_t first_row;      // flattened: row / group = token, row % group = head within the group
+  int64_t group;          // query heads per key/value head
+  int64_t padded_dim;
+  float* q;               // [num_rows][padded_dim], scaled
+  float* out;             // [num_rows][padded_dim], unnormalised
+  float* keys;            // [kKvTile / 16][D][16] as f32
+  float* values;          // [kKvTile][padded_dim] as f32
+  float* scores;          // [num_rows][kKvTile]
+  float* largest;         // [num_rows] running maximum of the scores
+  float* sum;             // [num_rows] running sum of exp(score - largest)
+  float* correction;      // [num_rows] exp(previous largest - largest) of this step
+};
+
+static inline AttendTile carve_scratch(const KvView& kv, float* scratch) {
+  AttendTile tile{};
+  const auto take = [&scratch](int64_t floats) {
+    float* taken = scratch;
+    scratch += floats;
+    return taken;
+  };
+  tile.padded_dim = kv.padded_dim;
+  tile.q = take(kQueryRows * kv.padded_dim);
+  tile.out = take(kQueryRows * kv.padded_dim);
+  tile.keys = take(kKvTile * kv.padded_dim);
+  tile.values = take(kKvTile * kv.padded_dim);
+  tile.scores = take(kQueryRows * kKvTile);
+  tile.largest = take(kQueryRows);
+  tile.sum = take(kQueryRows);
+  tile.correction = take(kQueryRows);
+  return tile;
+}
+
+// The keys [begin, end) that a row sees.
+struct KeyRange {
+  int64_t begin, end;
+};
+
+static inline KeyRange visible_keys(const AttendArgs& a, const AttendTile& tile, int64_t row) {
+  const int64_t position = a.start + (tile.first_row + row) / tile.group;
+  const int64_t begin = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
+  return {begin, position + 1};
+}
+
+// scores[m][16 keys] = sum over d of q[m][d] * key[d][16], for kRows rows and kTiles key tiles.
+template <class V, FloatType kType, int kRows, int kTiles>
+void score_block(const float* q, int64_t q_stride, const typename KvElement<V, kType>::Stored* keys, int64_t head_dim,
+                 float* scores) {
+  typename V::F32 total[kRows][kTiles];
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
+  }
+  for (int64_t d = 0; d < head_dim; ++d) {
+    typename V::F32 key[kTiles];
+    for (int j = 0; j < kTiles; ++j) key[j] = KvElement<V, kType>::load(keys + (j * head_dim + d) * kLanes);
+    for (int m = 0; m < kRows; ++m) {
+      const auto value = V::broadcast(q[m * q_stride + d]);
+      for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, key[j], total[m][j]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) V::store(scores + m * kKvTile + j * kLanes, total[m][j]);
+  }
+}
+
+// out[m] = out[m] * correction[m] + sum over keys j of p[m][j] * value[j], for kRows rows and kChunks * 16 dims.
+template <class V, FloatType kType, int kRows, int kChunks>
+void weigh_block(const float* p, const float* correction, const typename KvElement<V, kType>::Stored* values,
+                 int64_t padded_dim, int64_t num_keys, float* out) {
+  typename V::F32 total[kRows][kChunks];
+  for (int m = 0; m < kRows; ++m) {
+    for (int c = 0; c < kChunks; ++c) {
+      total[m][c] = V::mul(V::broadcast(correction[m]), V::load(out + m * padded_dim + c * kLanes));
+    }
+  }
+  for (int64_t j = 0; j < num_keys; ++j) {
+    typename V::F32 value[kChunks];
+    for (int c = 0; c < kChunks; ++c) value[c] = KvElement<V, kType>::load(values + j * padded_dim + c * kLanes);
+    for (int m = 0; m < kRows; ++m) {
+      const auto weight = V::broadcast(p[m * kKvTile + j]);
+      for (int c = 0; c < kChunks; ++c) total[m][c] = V::fma(weight, value[c], total[m][c]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int c = 0; c < kChunks; ++c) V::store(out + m * padded_dim + c * kLanes, total[m][c]);
+  }
+}
+
+// scores -> exp(score - largest), masked; updates the running maximum, sum and correction of one row.
+template <class V>
+void softmax_row(const AttendTile& tile, int64_t row, int64_t first_key, KeyRange range) {
+  float* scores = tile.scores + row * kKvTile;
+  const int64_t begin = range.begin > first_key ? range.begin - first_key : 0;
+  const int64_t end = range.end - first_key < kKvTile ? range.end - first_key : kKvTile;
+  if (begin >= end) {  // nothing of this tile is visible: the row keeps its state, bit for bit
+    for (int64_t j = 0; j < kKvTile; j += kLanes) V::store(scores + j, V::zero());
+    tile.correction[row] = 1.0f;
+    return;
+  }
+  const auto hidden = V::broadcast(-3.0e38f);
+  auto highest = hidden;
+  for (int64_t j = 0; j < kKvTile; j += kLanes) {
+    highest = V::max(highest, V::select_range(V::load(scores + j), hidden, begin - j, end - j));
+  }
+  const float previous = tile.largest[row];
+  const float candidate = V::reduce_max(highest);
+  const float largest = candidate > previous ? candidate : previous;
+  auto total = V::zero();
+  for (int64_t j = 0; j < kKvTile; j += kLanes) {
+    auto p = exp_f32<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
+    p = V::select_range(p, V::zero(), begin - j, end - j);
+    V::store(scores + j, p);
+    total = V::add(total, p);
+  }
+  const float correction = previous == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(previous - largest)));
+  tile.largest[row] = largest;
+  tile.correction[row] = correction;
+  tile.sum[row] = tile.sum[row] * correction + V::reduce_add(total);
+}
+
+template <class V, FloatType kType>
+void kv_step(const AttendArgs& a, const AttendTile& tile, const typename KvElement<V, kType>::Stored* keys,
+             const typename KvElement<V, kType>::Stored* values, int64_t first_key, int64_t num_keys) {
+  const int64_t d_size = a.kv.head_dim;
+  for_row_blocks<V::kAttendRows>(0, tile.num_rows, [&]<int kRows>(int64_t row) {
+    constexpr int kTiles = kRows == V::kAttendRows ? 2 : 4;
+    for (int64_t j = 0; j < kKvTile; j += kTiles * kLanes) {
+      score_block<V, kType, kRows, kTiles>(tile.q + row * tile.padded_dim, tile.padded_dim, keys + j * d_size, d_size,
+                                           tile.scores + row * kKvTile + j);
+    }
+  });
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    softmax_row<V>(tile, row, first_key, visible_keys(a, tile, row));
+  }
+  for_row_blocks<V::kAttendRows>(0, tile.num_rows, [&]<int kRows>(int64_t row) {
+    constexpr int kChunks = kRows == V::kAttendRows ? 2 : 4;
+    const float* p = tile.scores + row * kKvTile;
+    int64_t d = 0;
+    for (; d + kChunks * kLanes <= tile.padded_dim; d += kChunks * kLanes) {
+      weigh_block<V, kType, kRows, kChunks>(p, tile.correction + row, values + d, tile.padded_dim, num_keys,
+                                            tile.out + row * tile.padded_dim + d);
+    }
+    for (; d < tile.padded_dim; d += kLanes) {
+      weigh_block<V, kType, kRows, 1>(p, tile.correction + row, values + d, tile.padded_dim, num_keys,
+                                      tile.out + row * tile.padded_dim + d);
+    }
+  });
+}
+
+// Above this many rows an f16 tile is widened once instead of once per block of rows.
+static constexpr int64_t kWidenRows = 16;
+
+template <class V, FloatType kType>
+void attend_tile(const AttendArgs& a, const AttendTile& tile, int64_t head) {
+  using Element = KvElement<V, kType>;
+  const KvView& kv = a.kv;
+  const auto* keys = static_cast<const typename Element::Stored*>(kv.keys) + head * kv.capacity * kv.head_dim;
+  const auto* values = static_cast<const typename Element::Stored*>(kv.values) + head * kv.capacity * kv.padded_dim;
+  const int64_t first = visible_keys(a, tile, 0).begin / kKvTile * kKvTile;
+  const int64_t last = visible_keys(a, tile, tile.num_rows - 1).end;
+  for (int64_t key = first; key < last; key += kKvTile) {
+    const int64_t num_keys = last - key < kKvTile ? last - key : kKvTile;
+    const auto* tile_keys = keys + key * kv.head_dim;
+    const auto* tile_values = values + key * kv.padded_dim;
+    if (kType == FloatType::f32 || tile.num_rows < kWidenRows) {
+      kv_step<V, kType>(a, tile, tile_keys, tile_values, key, num_keys);
+      continue;
+    }
+    for (int64_t i = 0; i < kKvTile * kv.head_dim; i += kLanes) V::store(tile.keys + i, Element::load(tile_keys + i));
+    for (int64_t i = 0; i < num_keys * kv.padded_dim; i += kLanes) {
+      V::store(tile.values + i, Element::load(tile_values + i));
+    }
+    kv_step<V, FloatType::f32>(a, tile, tile.keys, tile.values, key, num_keys);
+  }
+}
+
+template <class V>
+void load_queries(const AttendArgs& a, const AttendTile& tile, int64_t head) {
+  const int64_t d_size = a.kv.head_dim;
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const int64_t token = (tile.first_row + row) / tile.group;
+    const int64_t query_head = head * tile.group + (tile.first_row + row) % tile.group;
+    const float* q = a.q + token * a.q_stride + query_head * d_size;
+    for (int64_t d = 0; d < tile.padded_dim; d += kLanes) {
+      const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
+      V::store(tile.q + row * tile.padded_dim + d, V::mul(V::load_partial(q + d, count), V::broadcast(a.scale)));
+      V::store(tile.out + row * tile.padded_dim + d, V::zero());
+    }
+    tile.largest[row] = -3.0e38f;
+    tile.sum[row] = 0.0f;
+  }
+}
+
+template <class V>
+void store_outputs(const AttendArgs& a, const AttendTile& tile, int64_t head) {
+  const int64_t d_size = a.kv.head_dim;
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const int64_t token = (tile.first_row + row) / tile.group;
+    const int64_t query_head = head * tile.group + (tile.first_row + row) % tile.group;
+    float* out = a.out + (token * a.num_query_heads + query_head) * d_size;
+    const auto inverse = V::broadcast(1.0f / tile.sum[row]);
+    for (int64_t d = 0; d < d_size; d += kLanes) {
+      const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
+      V::store_partial(out + d, V::mul(V::load(tile.out + row * tile.padded_dim + d), inverse), count);
+    }
+  }
+}
+
+template <class V>
+void attend(const AttendArgs& a, int64_t item_begin, int64_t item_end, float* scratch) noexcept {
+  AttendTile tile = carve_scratch(a.kv, scratch);
+  tile.group = a.num_query_heads / a.kv.num_heads;
+  const int64_t items = attend_items_per_head(a.num_rows, a.num_query_heads, a.kv.num_heads);
+  for (int64_t item = item_begin; item < item_end; ++item) {
+    const int64_t head = item / items;
+    tile.first_row = item % items * kQueryRows;
+    const int64_t remaining = a.num_rows * tile.group - tile.first_row;
+    tile.num_rows = remaining < kQueryRows ? remaining : kQueryRows;
+    load_queries<V>(a, tile, head);
+    if (a.kv.type == FloatType::f16) {
+      attend_tile<V, FloatType::f16>(a, tile, head);
+    } else {
+      attend_tile<V, FloatType::f32>(a, tile, head);
+    }
+    store_outputs<V>(a, tile, head);
+  }
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,158 @@
+// Row-wise kernels: activation preparation, RMS norm, rotation, SiLU gate.  Written once over the vector verbs of an
+// instruction set `V` (see native/README.md, "The verbs").
+#pragma once
+
+#include "ropewalk/kernels.hpp"
+
+namespace ropewalk {
+
+// exp(x) = 2^n * e^r, n = round(x / ln 2), |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7 (relative error
+// below 2e-7 after rounding).  Arguments below -87 give 0 up to rounding (2^-126), above 88 the largest power.
+template <class V>
+typename V::F32 exp_f32(typename V::F32 x) {
+  x = V::max(V::broadcast(-87.0f), V::min(V::broadcast(88.0f), x));
+  const auto n = V::round(V::mul(x, V::broadcast(1.44269504088896341f)));
+  auto r = V::fnma(n, V::broadcast(0.693359375f), x);          // ln 2 in two parts: the product with n is exact
+  r = V::fnma(n, V::broadcast(-2.12194440054690583e-4f), r);
+  auto p = V::broadcast(1.0f / 5040.0f);
+  p = V::fma(p, r, V::broadcast(1.0f / 720.0f));
+  p = V::fma(p, r, V::broadcast(1.0f / 120.0f));
+  p = V::fma(p, r, V::broadcast(1.0f / 24.0f));
+  p = V::fma(p, r, V::broadcast(1.0f / 6.0f));
+  p = V::fma(p, r, V::broadcast(0.5f));
+  p = V::fma(p, r, V::broadcast(1.0f));
+  p = V::fma(p, r, V::broadcast(1.0f));
+  return V::mul_pow2(p, n);
+}
+
+// One block of 32 activations in sorted order; padding rows read as zero.
+template <class V>
+void load_block(const PrepareArgs& a, const float* row, int64_t block, typename V::F32& low, typename V::F32& high) {
+  const int64_t first = block * kBlockRows;
+  if (a.source_row != nullptr) {
+    low = V::gather_or_zero(row, a.source_row + first);
+    high = V::gather_or_zero(row, a.source_row + first + kLanes);
+  } else {
+    low = V::load(row + first);
+    high = V::load(row + first + kLanes);
+  }
+}
+
+// values = rint(x * 127 / max|x|), scale = max|x| / 127, per block of 32.
+template <class V>
+float quantise_block(const PrepareArgs& a, const float* row, int64_t block, int8_t* values, float* scale) {
+  typename V::F32 low, high;
+  load_block<V>(a, row, block, low, high);
+  const float largest = V::reduce_max(V::max(V::abs(low), V::abs(high)));
+  const bool finite = largest > 0.0f && largest < 3.0e38f;
+  const float inverse = finite ? 127.0f / largest : 0.0f;
+  // A row holding inf or NaN must not come out as finite numbers: its scale poisons every product.
+  *scale = finite || largest == 0.0f ? largest / 127.0f : largest - largest;
+  V::store_int8(values, V::mul(low, V::broadcast(inverse)));
+  V::store_int8(values + kLanes, V::mul(high, V::broadcast(inverse)));
+  int32_t sum = 0;
+  for (int64_t i = 0; i < kBlockRows; ++i) sum += values[i];
+  return *scale * static_cast<float>(sum);
+}
+
+template <class V>
+void prepare(const PrepareArgs& a, int64_t row_begin, int64_t row_end) noexcept {
+  const int64_t padded = a.num_blocks * kBlockRows;
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    const float* row = a.x + t * a.x_stride;
+    if (a.gathered != nullptr) {
+      for (int64_t b = 0; b < a.num_blocks; ++b) {
+        typename V::F32 low, high;
+        load_block<V>(a, row, b, low, high);
+        V::store(a.gathered + t * padded + b * kBlockRows, low);
+        V::store(a.gathered + t * padded + b * kBlockRows + kLanes, high);
+      }
+      continue;
+    }
+    for (int64_t g = 0; g < a.num_groups; ++g) {
+      float sum = 0.0f;
+      for (int64_t b = a.group_starts[g]; b < a.group_starts[g + 1]; ++b) {
+        sum += quantise_block<V>(a, row, b, a.values + t * padded + b * kBlockRows,
+                                 a.block_scales + t * a.num_blocks + b);
+      }
+      a.group_sums[t * a.num_groups + g] = sum;
+    }
+  }
+}
+
+// out = x / sqrt(mean(x^2) + epsilon) * weight
+template <class V>
+void rms_norm_one(const float* x, const float* weight, int64_t size, float epsilon, float* out) {
+  const int64_t whole = size / kLanes * kLanes;
+  const int64_t tail = size - whole;
+  auto squares = V::zero();
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const auto v = V::load(x + i);
+    squares = V::fma(v, v, squares);
+  }
+  if (tail != 0) {
+    const auto v = V::load_partial(x + whole, tail);
+    squares = V::fma(v, v, squares);
+  }
+  const float mean = V::reduce_add(squares) / static_cast<float>(size);
+  const auto factor = V::broadcast(1.0f / V::sqrt(mean + epsilon));
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    V::store(out + i, V::mul(V::mul(V::load(x + i), factor), V::load(weight + i)));
+  }
+  if (tail != 0) {
+    const auto v = V::mul(V::mul(V::load_partial(x + whole, tail), factor), V::load_partial(weight + whole, tail));
+    V::store_partial(out + whole, v, tail);
+  }
+}
+
+template <class V>
+void rms_norm(const RmsNormArgs& a, int64_t row_begin, int64_t row_end) noexcept {
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    for (int64_t h = 0; h < a.num_heads; ++h) {
+      rms_norm_one<V>(a.x + t * a.row_stride + h * a.size, a.weight, a.size, a.epsilon,
+                      a.out + (t * a.num_heads + h) * a.size);
+    }
+  }
+}
+
+// (x_i, x_{i+R/2}) -> (x_i cos_i - x_{i+R/2} sin_i, x_{i+R/2} cos_i + x_i sin_i); Su et al. 2021, eq. 34, with the
+// halves of the head paired as transformers does.
+template <class V>
+void rotate_head(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t count = half - i < kLanes ? half - i : kLanes;
+    const auto c = V::load_partial(cos + i, count);
+    const auto s = V::load_partial(sin + i, count);
+    const auto first = V::load_partial(x + i, count);
+    const auto second = V::load_partial(x + half + i, count);
+    V::store_partial(x + i, V::fnma(second, s, V::mul(first, c)), count);
+    V::store_partial(x + half + i, V::fma(first, s, V::mul(second, c)), count);
+  }
+}
+
+template <class V>
+void rotate(const RotateArgs& a, int64_t row_begin, int64_t row_end) noexcept {
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    for (int64_t h = 0; h < a.num_heads; ++h) {
+      rotate_head<V>(a.x + t * a.row_stride + h * a.head_dim, a.cos + t * a.half, a.sin + t * a.half, a.half);
+    }
+  }
+}
+
+// silu(g) * u = g / (1 + exp(-g)) * u
+template <class V>
+void silu_mul(const SiluMulArgs& a, int64_t row_begin, int64_t row_end) noexcept {
+  const auto one = V::broadcast(1.0f);
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    const float* gate = a.gate_up + t * 2 * a.size;
+    for (int64_t i = 0; i < a.size; i += kLanes) {
+      const int64_t count = a.size - i < kLanes ? a.size - i : kLanes;
+      const auto g = V::load_partial(gate + i, count);
+      const auto u = V::load_partial(gate + a.size + i, count);
+      const auto sigmoid = V::div(one, V::add(one, exp_f32<V>(V::sub(V::zero(), g))));
+      V::store_partial(a.out + t * a.size + i, V::mul(V::mul(g, sigmoid), u), count);
+    }
+  }
+}
+
+}  // namespace ropewalk

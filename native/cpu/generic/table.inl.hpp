@@ -1,0 +1,28 @@
+// The kernel table of one instruction set, from its vector verbs.
+#pragma once
+
+#include "attention.inl.hpp"
+#include "linear.inl.hpp"
+#include "pack.inl.hpp"
+#include "rows.inl.hpp"
+
+namespace ropewalk {
+
+template <class V>
+constexpr KernelTable make_table(const char* name) {
+  return {
+      .name = name,
+      .pack = &pack<V>,
+      .prepare = &prepare<V>,
+      .gptq_int8 = &gptq_int8<V>,
+      .gptq_exact = &gptq_exact<V>,
+      .dense = &dense<V>,
+      .rms_norm = &rms_norm<V>,
+      .rotate = &rotate<V>,
+      .silu_mul = &silu_mul<V>,
+      .append = &append<V>,
+      .attend = &attend<V>,
+  };
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,118 @@
+// Packed weights and the key/value cache: what lives as long as a model or a conversation.
+#include <algorithm>
+
+#include "ropewalk/operations.hpp"
+
+namespace ropewalk {
+
+PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
+  weights_.in_features = source.in_features;
+  weights_.out_features = source.out_features;
+  weights_.num_tiles = ceil_div(source.out_features, kLanes);
+  weights_.num_groups = source.num_groups;
+  weights_.code_bits = source.bits <= 4 ? 4 : 8;
+  weights_.scale_type = source.scale_type;
+  build_rows(source);
+  build_tables(source);
+
+  codes_ = AlignedBytes(weights_.num_tiles * weights_.num_blocks * kBlockRows * kLanes * weights_.code_bits / 8);
+  weights_.codes = codes_.as<uint8_t>();
+  const PackArgs args{
+      .qweight = source.qweight,
+      .out_features = source.out_features,
+      .in_features = source.in_features,
+      .bits = source.bits,
+      .planar = source.planar,
+      .code_bits = weights_.code_bits,
+      .num_blocks = weights_.num_blocks,
+      .source_row = source_row_.data(),
+      .codes = codes_.as<uint8_t>(),
+  };
+  // Four neighbouring tiles read whole cache lines of the source.
+  const std::lock_guard lock(runtime.mutex());
+  runtime.pool().run(weights_.num_tiles, 4,
+                     [&](int64_t begin, int64_t end, int) { runtime.table().pack(args, begin, end); });
+
+  const bool identity = source.order == nullptr && weights_.num_blocks * kBlockRows == source.in_features;
+  if (identity) {
+    source_row_ = {};
+  } else {
+    weights_.source_row = source_row_.data();
+  }
+}
+
+// Sorted rows, each group padded with -1 to whole blocks.
+void PackedGptq::build_rows(const Source& source) {
+  group_starts_.assign(1, 0);
+  for (int64_t g = 0; g < source.num_groups; ++g) {
+    for (int64_t i = source.group_starts[g]; i < source.group_starts[g + 1]; ++i) {
+      source_row_.push_back(source.order != nullptr ? source.order[i] : static_cast<int32_t>(i));
+    }
+    source_row_.resize(static_cast<size_t>(round_up(static_cast<int64_t>(source_row_.size()), kBlockRows)), -1);
+    group_starts_.push_back(static_cast<int32_t>(source_row_.size() / kBlockRows));
+  }
+  weights_.num_blocks = group_starts_.back();
+  weights_.group_starts = group_starts_.data();
+}
+
+// Scales, zero points and bias from [G][N] to [tile][G][16]; columns past N are zero.
+void PackedGptq::build_tables(const Source& source) {
+  const int64_t num_groups = source.num_groups;
+  const int64_t out_features = source.out_features;
+  const int64_t scale_size = source.scale_type == FloatType::f16 ? 2 : 4;
+  const int64_t entries = weights_.num_tiles * num_groups * kLanes;
+  const auto tile_table = [&](const auto* from, auto* to) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      for (int64_t n = 0; n < out_features; ++n) {
+        to[(n / kLanes * num_groups + g) * kLanes + n % kLanes] = from[g * out_features + n];
+      }
+    }
+  };
+  scales_ = AlignedBytes(entries * scale_size, true);
+  if (source.scale_type == FloatType::f16) {
+    tile_table(static_cast<const uint16_t*>(source.scales), scales_.as<uint16_t>());
+  } else {
+    tile_table(static_cast<const float*>(source.scales), scales_.as<float>());
+  }
+  weights_.scales = scales_.as<void>();
+
+  const int64_t num_zeros = num_groups * out_features;
+  weights_.constant_zero = num_zeros > 0 ? static_cast<float>(source.zeros[0]) : 0.0f;
+  const bool constant = std::all_of(source.zeros, source.zeros + num_zeros,
+                                    [&](uint8_t zero) { return zero == source.zeros[0]; });
+  if (!constant) {
+    zeros_ = AlignedBytes(entries, true);
+    tile_table(source.zeros, zeros_.as<uint8_t>());
+    weights_.zeros = zeros_.as<uint8_t>();
+  }
+  if (source.bias != nullptr) {
+    bias_ = AlignedBytes(weights_.num_tiles * kLanes * static_cast<int64_t>(sizeof(float)), true);
+    std::copy(source.bias, source.bias + out_features, bias_.as<float>());
+    weights_.bias = bias_.as<float>();
+  }
+}
+
+int64_t PackedGptq::num_bytes() const {
+  return codes_.size() + scales_.size() + zeros_.size() + bias_.size() +
+         static_cast<int64_t>((source_row_.size() + group_starts_.size()) * sizeof(int32_t));
+}
+
+bool PackedGptq::shares_input(const PackedGptq& other) const {
+  return weights_.in_features == other.weights_.in_features && source_row_ == other.source_row_ &&
+         group_starts_ == other.group_starts_;
+}
+
+KvCache::KvCache(int64_t num_heads, int64_t head_dim, int64_t capacity, FloatType type) {
+  view_.type = type;
+  view_.num_heads = num_heads;
+  view_.head_dim = head_dim;
+  view_.padded_dim = round_up(head_dim, kLanes);
+  view_.capacity = round_up(capacity, kKvTile);
+  const int64_t element = type == FloatType::f16 ? 2 : 4;
+  keys_ = AlignedBytes(num_heads * view_.capacity * head_dim * element, true);
+  values_ = AlignedBytes(num_heads * view_.capacity * view_.padded_dim * element, true);
+  view_.keys = keys_.as<void>();
+  view_.values = values_.as<void>();
+}
+
+}  // namespace ropewalk

@@ -1,0 +1,163 @@
+#include "ropewalk/runtime.hpp"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#include "ropewalk/tables.hpp"
+
+namespace ropewalk {
+
+namespace {
+
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+std::vector<const KernelTable*> detect_tables() {
+  std::vector<const KernelTable*> tables;
+#if ROPEWALK_X86_64
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx512) tables.push_back(&avx512::kernel_table());
+  if (avx2) tables.push_back(&avx2::kernel_table());
+#endif
+  tables.push_back(&scalar::kernel_table());
+  return tables;
+}
+
+void pause_briefly() {
+#if ROPEWALK_X86_64
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+}  // namespace
+
+std::vector<const KernelTable*> available_tables() { return detect_tables(); }
+
+const KernelTable& choose_table(const std::string& isa) {
+  const auto tables = available_tables();
+  if (isa.empty()) return *tables.front();
+  std::string names;
+  for (const KernelTable* table : tables) {
+    if (isa == table->name) return *table;
+    names += (names.empty() ? "" : ", ") + std::string(table->name);
+  }
+  throw std::invalid_argument("instruction set '" + isa + "' is not available on this machine; available: " + names);
+}
+
+// Over-allocates and aligns by hand, so that zeroed memory comes from calloc: fresh pages of the system are zero and
+// cost nothing until they are touched, and a long cache is not paid for in advance.
+AlignedBytes::AlignedBytes(int64_t size, bool zeroed) : size_(size) {
+  constexpr int64_t kHugePage = int64_t{2} << 20;
+  constexpr int64_t kLine = 64;
+  if (size < 0) throw std::bad_alloc();
+  const bool huge_pages = !zeroed && size >= 2 * kHugePage;
+  const int64_t alignment = huge_pages ? kHugePage : kLine;
+  const size_t bytes = static_cast<size_t>(size) + static_cast<size_t>(alignment);
+  memory_.reset(zeroed ? std::calloc(bytes, 1) : std::malloc(bytes));
+  if (memory_ == nullptr) throw std::bad_alloc();
+  const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+  const auto mask = static_cast<uintptr_t>(alignment) - 1;
+  data_ = reinterpret_cast<void*>((address + mask) & ~mask);
+#ifdef MADV_HUGEPAGE
+  if (huge_pages) madvise(data_, static_cast<size_t>(size) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+}
+
+void AlignedBytes::Release::operator()(void* p) const { std::free(p); }
+
+struct ThreadPool::Shared {
+  std::atomic<uint64_t> generation{0};  // grows with every job: workers wait for it to change
+  std::atomic<int64_t> next{0};
+  std::atomic<int> busy{0};
+  std::atomic<bool> stopping{false};
+  int64_t num_items = 0;
+  int64_t chunk = 1;
+  const Job* job = nullptr;
+};
+
+ThreadPool::ThreadPool(int num_threads) : shared_(std::make_unique<Shared>()) {
+  if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
+  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  shared_->stopping.store(true);
+  shared_->generation.fetch_add(1);
+  shared_->generation.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::take_chunks(int thread) {
+  Shared& s = *shared_;
+  for (;;) {
+    const int64_t begin = s.next.fetch_add(s.chunk);
+    if (begin >= s.num_items) return;
+    const int64_t end = begin + s.chunk < s.num_items ? begin + s.chunk : s.num_items;
+    (*s.job)(begin, end, thread);
+  }
+}
+
+void ThreadPool::work(int thread) {
+  // Between the operations of one token lie some ten microseconds: spin that long before going to sleep.
+  constexpr int kSpins = 4000;
+  Shared& s = *shared_;
+  uint64_t seen = 0;
+  for (;;) {
+    uint64_t now = s.generation.load();
+    for (int i = 0; now == seen && i < kSpins; ++i) {
+      pause_briefly();
+      now = s.generation.load();
+    }
+    while (now == seen) {
+      s.generation.wait(seen);
+      now = s.generation.load();
+    }
+    seen = now;
+    if (s.stopping.load()) return;
+    take_chunks(thread);
+    s.busy.fetch_sub(1);
+  }
+}
+
+void ThreadPool::run(int64_t num_items, int64_t chunk, const Job& job) {
+  if (num_items <= 0) return;
+  if (workers_.empty() || num_items <= chunk) {
+    job(0, num_items, 0);
+    return;
+  }
+  Shared& s = *shared_;
+  s.num_items = num_items;
+  s.chunk = chunk;
+  s.job = &job;
+  s.next.store(0);
+  s.busy.store(static_cast<int>(workers_.size()));
+  s.generation.fetch_add(1);
+  s.generation.notify_all();
+  take_chunks(0);
+  while (s.busy.load() != 0) pause_briefly();
+}
+
+CpuRuntime::CpuRuntime(const std::string& isa, int num_threads) : table_(choose_table(isa)), pool_(num_threads) {}
+
+float* CpuRuntime::attend_scratch(int64_t floats_per_thread) {
+  const int64_t bytes = floats_per_thread * static_cast<int64_t>(sizeof(float)) * pool_.num_threads();
+  if (attend_scratch_.size() < bytes) attend_scratch_ = AlignedBytes(bytes);
+  return attend_scratch_.as<float>();
+}
+
+AlignedBytes& CpuRuntime::activations(int64_t size) {
+  if (activations_.size() < size) activations_ = AlignedBytes(size);
+  return activations_;
+}
+
+}  // namespace ropewalk

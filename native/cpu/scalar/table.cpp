@@ -1,0 +1,166 @@
+// Vector verbs in portable C++: a row of 16 lanes is an array, and the compiler's own vectoriser does what it can.
+#include <cmath>
+
+#include "../generic/table.inl.hpp"
+#include "ropewalk/tables.hpp"
+
+namespace ropewalk::scalar {
+namespace {
+
+float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// IEEE binary16 to binary32, exact; subnormals are scaled by 2^-24.
+float f16_to_f32(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = half >> 10 & 0x1f;
+  const uint32_t mantissa = half & 0x3ff;
+  if (exponent == 0x1f) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) return bits_to_float(sign | float_to_bits(static_cast<float>(mantissa) * 0x1p-24f));
+  return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+// Round to nearest even, as the F16C instructions do: subnormals and overflow included.
+uint16_t f32_to_f16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | (rounded - 0x38000000u) >> 13);
+}
+
+struct Verbs {
+  struct F32 {
+    float lane[16];
+  };
+  static constexpr int kInt8Rows = 1;
+  static constexpr int kExactRows = 1;
+  static constexpr int kDenseRows = 1;
+  static constexpr int kAttendRows = 1;
+
+  template <class Function>
+  static F32 each(Function function) {
+    F32 result;
+    for (int i = 0; i < 16; ++i) result.lane[i] = function(i);
+    return result;
+  }
+
+  static F32 zero() { return broadcast(0.0f); }
+  static F32 broadcast(float x) { return each([&](int) { return x; }); }
+  static F32 load(const float* p) { return each([&](int i) { return p[i]; }); }
+  static void store(float* p, F32 v) {
+    for (int i = 0; i < 16; ++i) p[i] = v.lane[i];
+  }
+  static F32 load_partial(const float* p, int64_t n) { return each([&](int i) { return i < n ? p[i] : 0.0f; }); }
+  static void store_partial(float* p, F32 v, int64_t n) {
+    for (int i = 0; i < 16 && i < n; ++i) p[i] = v.lane[i];
+  }
+  static F32 load_f16(const uint16_t* p) { return each([&](int i) { return f16_to_f32(p[i]); }); }
+  static void store_f16(uint16_t* p, F32 v) {
+    for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(v.lane[i]);
+  }
+  static F32 load_bf16(const uint16_t* p) {
+    return each([&](int i) { return bits_to_float(static_cast<uint32_t>(p[i]) << 16); });
+  }
+  static F32 load_u8(const uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static F32 gather_or_zero(const float* base, const int32_t* index) {
+    return each([&](int i) { return index[i] < 0 ? 0.0f : base[index[i]]; });
+  }
+  static F32 add(F32 a, F32 b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static F32 sub(F32 a, F32 b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
+  static F32 mul(F32 a, F32 b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  static F32 div(F32 a, F32 b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  // A NaN comes through from the second argument, as with the x86 instructions.
+  static F32 min(F32 a, F32 b) { return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static F32 max(F32 a, F32 b) { return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static F32 abs(F32 a) { return each([&](int i) { return a.lane[i] < 0.0f ? -a.lane[i] : a.lane[i]; }); }
+  static F32 fma(F32 a, F32 b, F32 c) { return add(mul(a, b), c); }
+  static F32 fnma(F32 a, F32 b, F32 c) { return sub(c, mul(a, b)); }
+  // |a| < 2^22: adding and taking away 1.5 * 2^23 rounds to nearest even.
+  static F32 round(F32 a) { return each([&](int i) { return (a.lane[i] + 12582912.0f) - 12582912.0f; }); }
+  static F32 mul_pow2(F32 a, F32 n) {
+    return each([&](int i) {
+      return a.lane[i] * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
+    });
+  }
+  static float sqrt(float x) { return std::sqrt(x); }
+  static float first(F32 a) { return a.lane[0]; }
+  // The same tree as the vector versions: halves, quarters, pairs.
+  static float reduce_add(F32 a) {
+    for (int width = 8; width != 0; width /= 2) {
+      for (int i = 0; i < width; ++i) a.lane[i] += a.lane[i + width];
+    }
+    return a.lane[0];
+  }
+  static float reduce_max(F32 a) {
+    float largest = a.lane[0];
+    for (int i = 1; i < 16; ++i) largest = a.lane[i] > largest ? a.lane[i] : largest;
+    return largest;
+  }
+  // Lanes begin <= i < end of `a`, the others of `b`.
+  static F32 select_range(F32 a, F32 b, int64_t begin, int64_t end) {
+    return each([&](int i) { return begin <= i && i < end ? a.lane[i] : b.lane[i]; });
+  }
+  static void store_int8(int8_t* p, F32 v) {
+    const F32 rounded = round(v);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(rounded.lane[i]);
+  }
+  static void prefetch(const void*) {}
+
+  struct Codes {  // 16 lanes of 4 codes
+    uint8_t byte[64];
+  };
+  static F32 codes_to_f32(const Codes& codes, int j) {
+    return each([&](int i) { return static_cast<float>(codes.byte[i * 4 + j]); });
+  }
+
+  // Dot products of unsigned codes with signed activations over one block of 32 rows.
+  template <int kBits>
+  struct Dot {
+    struct Sum {
+      int32_t lane[16];
+    };
+    static Sum zero() { return Sum{}; }
+    static Codes first_half(const uint8_t* block, int quad) {
+      Codes codes;
+      for (int i = 0; i < 64; ++i) codes.byte[i] = kBits == 8 ? block[quad * 64 + i] : block[quad * 64 + i] & 0x0f;
+      return codes;
+    }
+    static Codes second_half(const uint8_t* block, int quad) {
+      Codes codes;
+      for (int i = 0; i < 64; ++i) {
+        codes.byte[i] = kBits == 8 ? block[(quad + 4) * 64 + i] : static_cast<uint8_t>(block[quad * 64 + i] >> 4);
+      }
+      return codes;
+    }
+    static Sum add(Sum sum, const Codes& codes, const int8_t* values) {
+      for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 4; ++j) sum.lane[i] += static_cast<int32_t>(codes.byte[i * 4 + j]) * values[j];
+      }
+      return sum;
+    }
+    static F32 to_f32(const Sum& sum) { return each([&](int i) { return static_cast<float>(sum.lane[i]); }); }
+  };
+};
+
+constexpr KernelTable kTable = make_table<Verbs>("scalar");
+
+}  // namespace
+
+const KernelTable& kernel_table() noexcept { return kTable; }
+
+}  // namespace ropewalk::scalar

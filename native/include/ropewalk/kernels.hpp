@@ -1,0 +1,185 @@
+// The seam between the host code and the per-instruction-set kernels: one plain struct of arguments per operation and
+// one table of function pointers per instruction set.  No containers and no templates here: every file compiled with
+// special flags includes this header (see native/README.md, "One definition rule").
+//
+// Letters: T rows (new tokens), K input features, N output features, G groups, Hq/Hkv query and key/value heads,
+// D head size, R rotated dims of a head.  All pointers of one call refer to memory that does not overlap, except where
+// `inplace` is said.  Kernels are noexcept and trust their arguments: bindings/ has checked them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ropewalk {
+
+static constexpr int64_t kLanes = 16;       // output features of a weight tile, keys of a K tile
+static constexpr int64_t kBlockRows = 32;   // input features quantised together
+static constexpr int64_t kKvTile = 64;      // keys per step of the online softmax
+static constexpr int64_t kQueryRows = 64;   // (token, head) rows that share one pass over a KV tile
+static constexpr int64_t kPanelRows = 96;   // rows of a linear's input that share one pass over a weight tile
+
+enum class FloatType : int32_t { f32, f16, bf16 };
+
+// A GPTQ linear in tiles of 16 output features; layout in native/README.md, "Packed GPTQ tiles".
+struct GptqWeights {
+  int64_t in_features;        // K, rows before padding
+  int64_t out_features;       // N
+  int64_t num_blocks;         // blocks of 32 sorted rows; each group is padded to whole blocks
+  int64_t num_groups;         // G
+  int64_t num_tiles;          // ceil(N / 16)
+  int32_t code_bits;          // 4 or 8: width of a code in `codes`
+  FloatType scale_type;       // f16 or f32
+  const uint8_t* codes;       // [num_tiles][num_blocks][32 * 16 * code_bits / 8]
+  const void* scales;         // [num_tiles][G][16]
+  const uint8_t* zeros;       // [num_tiles][G][16], or null: every zero point is `constant_zero`
+  float constant_zero;
+  const int32_t* group_starts;  // [G + 1], in blocks
+  const int32_t* source_row;    // [num_blocks * 32] input feature of each sorted row, -1 for padding; null: identity
+  const float* bias;            // [num_tiles * 16] or null
+};
+
+// Repacking of one checkpoint tensor into the tiles of GptqWeights.codes.
+struct PackArgs {
+  const int32_t* qweight;     // [word_rows][N], row-major, as stored
+  int64_t out_features;
+  int64_t in_features;
+  int32_t bits;               // of the stored code: 2..8
+  bool planar;                // gptq_p bit planes instead of one little-endian bit stream
+  int32_t code_bits;          // of the packed code: 4 or 8
+  int64_t num_blocks;
+  const int32_t* source_row;  // as in GptqWeights, never null here
+  uint8_t* codes;
+};
+
+// Activations of a GPTQ linear: rows gathered into sorted order and, for int8, quantised per block of 32.
+struct PrepareArgs {
+  const float* x;             // [T][x_stride]
+  int64_t x_stride;
+  int64_t in_features;
+  int64_t num_blocks;
+  int64_t num_groups;
+  const int32_t* source_row;    // or null
+  const int32_t* group_starts;  // [G + 1], in blocks
+  float* gathered;            // exact: [T][num_blocks * 32]; null for int8
+  int8_t* values;             // int8: [T][num_blocks * 32]
+  float* block_scales;        // int8: [T][num_blocks], value = values * scale
+  float* group_sums;          // int8: [T][G], sum over the group's blocks of scale * sum(values)
+};
+
+struct GptqLinearArgs {
+  const GptqWeights* weights;
+  const float* gathered;      // exact
+  const int8_t* values;       // int8, as in PrepareArgs
+  const float* block_scales;
+  const float* group_sums;
+  int64_t x_stride;           // of `gathered`, in floats (exact)
+  float* out;                 // [T][out_stride]
+  int64_t out_stride;
+};
+
+struct DenseLinearArgs {
+  const void* weight;         // [N][K] row-major
+  FloatType weight_type;
+  int64_t in_features;
+  int64_t out_features;
+  const float* bias;          // [N] or null
+  const float* x;             // [T][x_stride]
+  int64_t x_stride;
+  float* out;                 // [T][out_stride]
+  int64_t out_stride;
+};
+
+struct RmsNormArgs {
+  const float* x;             // [T][H][C], strides below, C contiguous
+  int64_t row_stride;
+  int64_t num_heads;          // H: 1 for a plain norm
+  int64_t size;               // C
+  const float* weight;        // [C]
+  float epsilon;
+  float* out;                 // [T][H][C] contiguous
+};
+
+struct RotateArgs {
+  float* x;                   // [T][H][D] inplace, row stride below, D contiguous
+  int64_t row_stride;
+  int64_t num_heads;
+  int64_t head_dim;
+  int64_t half;               // R / 2: element i pairs with i + R/2
+  const float* cos;           // [T][R/2]
+  const float* sin;
+};
+
+struct SiluMulArgs {
+  const float* gate_up;       // [T][2 * I]: silu(first half) * second half
+  int64_t size;               // I
+  float* out;                 // [T][I]
+};
+
+// The key/value cache of one layer instance; layout in native/README.md, "KV cache".
+struct KvView {
+  FloatType type;             // f16 or f32
+  int64_t num_heads;          // Hkv
+  int64_t head_dim;           // D
+  int64_t padded_dim;         // D rounded up to 16: row length of V
+  int64_t capacity;           // keys, a multiple of kKvTile
+  void* keys;                 // [Hkv][capacity / 16][D][16]
+  void* values;               // [Hkv][capacity][padded_dim]
+};
+
+struct AppendArgs {
+  KvView kv;
+  const float* k;             // [T][Hkv][D], row stride below
+  const float* v;
+  int64_t k_stride;
+  int64_t v_stride;
+  int64_t num_rows;           // T
+  int64_t start;              // position of row 0
+};
+
+struct AttendArgs {
+  KvView kv;
+  const float* q;             // [T][Hq][D], row stride below
+  int64_t q_stride;
+  int64_t num_rows;           // T
+  int64_t num_query_heads;    // Hq
+  int64_t start;              // position of row 0: row t sees keys (start + t - window, start + t]
+  int64_t window;             // 0: unlimited
+  float scale;                // of the scores, 1 / sqrt(D)
+  float* out;                 // [T][Hq * D] contiguous
+};
+
+// Work is handed to a kernel as a half-open range of independent items, named in each comment.
+struct KernelTable {
+  const char* name;
+  void (*pack)(const PackArgs&, int64_t tile_begin, int64_t tile_end) noexcept;
+  void (*prepare)(const PrepareArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*gptq_int8)(const GptqLinearArgs&, int64_t row_begin, int64_t row_end, int64_t tile_begin,
+                    int64_t tile_end) noexcept;
+  void (*gptq_exact)(const GptqLinearArgs&, int64_t row_begin, int64_t row_end, int64_t tile_begin,
+                     int64_t tile_end) noexcept;
+  void (*dense)(const DenseLinearArgs&, int64_t row_begin, int64_t row_end, int64_t out_begin,
+                int64_t out_end) noexcept;
+  void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*silu_mul)(const SiluMulArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*append)(const AppendArgs&, int64_t head_begin, int64_t head_end) noexcept;
+  // One item: kQueryRows consecutive (token, head of the group) rows of one key/value head.  `scratch` holds
+  // attend_scratch_floats(D) floats, 64-byte aligned.
+  void (*attend)(const AttendArgs&, int64_t item_begin, int64_t item_end, float* scratch) noexcept;
+};
+
+static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+static constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// q, out and the KV tile as f32, scores, and three numbers per row.
+static constexpr int64_t attend_scratch_floats(int64_t head_dim) {
+  const int64_t padded = round_up(head_dim, kLanes);
+  return 2 * kQueryRows * padded + 2 * kKvTile * padded + kQueryRows * kKvTile + 3 * kQueryRows;
+}
+
+// (token, head) rows of one key/value head, cut into items of kQueryRows.
+static constexpr int64_t attend_items_per_head(int64_t num_rows, int64_t num_query_heads, int64_t num_kv_heads) {
+  return ceil_div(num_rows * (num_query_heads / num_kv_heads), kQueryRows);
+}
+
+}  // namespace ropewalk

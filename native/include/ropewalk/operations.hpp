@@ -1,0 +1,86 @@
+// What the bindings call: packed weights, the key/value cache, and one function per operation.  Arguments have been
+// checked against the sizes given here; these functions split the work over the runtime's threads.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "ropewalk/runtime.hpp"
+
+namespace ropewalk {
+
+// One GPTQ linear in tiles.
+class PackedGptq {
+ public:
+  // The plain form that a checkpoint reader delivers.  All sizes agree and all indices are in range.
+  struct Source {
+    const int32_t* qweight;       // [word_rows][N]
+    int64_t in_features;          // K
+    int64_t out_features;         // N
+    int32_t bits;
+    bool planar;
+    const void* scales;           // [G][N]
+    FloatType scale_type;         // f16 or f32
+    const uint8_t* zeros;         // [G][N]
+    int64_t num_groups;
+    const int64_t* group_starts;  // [G + 1] in sorted rows
+    const int32_t* order;         // [K] or null
+    const float* bias;            // [N] or null
+  };
+  // Throws std::bad_alloc.
+  PackedGptq(CpuRuntime& runtime, const Source& source);
+
+  const GptqWeights& weights() const { return weights_; }
+  int64_t num_bytes() const;
+  // True when both read the same rows in the same order, cut into the same groups: activations prepared for one serve
+  // the other.
+  bool shares_input(const PackedGptq& other) const;
+
+ private:
+  void build_rows(const Source& source);
+  void build_tables(const Source& source);
+
+  GptqWeights weights_{};
+  std::vector<int32_t> group_starts_;
+  std::vector<int32_t> source_row_;  // empty: identity without padding
+  AlignedBytes codes_, scales_, zeros_, bias_;
+};
+
+struct DenseWeights {
+  const void* weight;  // [N][K]
+  FloatType type;
+  int64_t in_features, out_features;
+  const float* bias;   // [N] or null
+};
+
+// One of several linears that read the same input; out columns [column, column + N).
+struct LinearPart {
+  const PackedGptq* gptq;      // or null
+  const DenseWeights* dense;   // or null
+  int64_t column;
+};
+
+enum class Compute { exact, int8 };
+
+class KvCache {
+ public:
+  // capacity is rounded up to whole KV tiles.  Throws std::bad_alloc.
+  KvCache(int64_t num_heads, int64_t head_dim, int64_t capacity, FloatType type);
+  const KvView& view() const { return view_; }
+  int64_t num_bytes() const { return keys_.size() + values_.size(); }
+
+ private:
+  AlignedBytes keys_, values_;
+  KvView view_{};
+};
+
+// out [T][out_stride] = x [T][x_stride] through every part.
+void linear(CpuRuntime& runtime, const std::vector<LinearPart>& parts, Compute compute, const float* x,
+            int64_t x_stride, int64_t num_rows, float* out, int64_t out_stride);
+void rms_norm(CpuRuntime& runtime, const RmsNormArgs& args, int64_t num_rows);
+void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows);
+void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows);
+void append(CpuRuntime& runtime, const AppendArgs& args);
+void attend(CpuRuntime& runtime, const AttendArgs& args);
+
+}  // namespace ropewalk

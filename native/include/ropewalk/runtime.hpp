@@ -1,0 +1,90 @@
+// CpuRuntime: the chosen kernel table and the threads that run it.  One per model; no global state.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "ropewalk/kernels.hpp"
+
+namespace ropewalk {
+
+// Tables that this machine can run, best first; scalar is always last.
+std::vector<const KernelTable*> available_tables();
+
+// The best table, or the one named. Throws std::invalid_argument listing what there is.
+const KernelTable& choose_table(const std::string& isa);
+
+// Memory that starts on a cache line; large pieces ask for huge pages, which decoding a model out of RAM likes.
+class AlignedBytes {
+ public:
+  AlignedBytes() = default;
+  // Throws std::bad_alloc.
+  explicit AlignedBytes(int64_t size, bool zeroed = false);
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  struct Release {
+    void operator()(void* p) const;
+  };
+  std::unique_ptr<void, Release> memory_;
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Runs ranges of independent items on a fixed set of threads, the caller being one of them.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls job(begin, end, thread) over [0, num_items) in chunks until all are done.  Which thread gets which chunk is
+  // not fixed, so items must not depend on each other.
+  using Job = std::function<void(int64_t begin, int64_t end, int thread)>;
+  void run(int64_t num_items, int64_t chunk, const Job& job);
+
+ private:
+  struct Shared;
+  void work(int thread);
+  void take_chunks(int thread);
+
+  std::unique_ptr<Shared> shared_;
+  std::vector<std::thread> workers_;
+};
+
+class CpuRuntime {
+ public:
+  // isa: empty for the best.  num_threads: at least 1.
+  CpuRuntime(const std::string& isa, int num_threads);
+
+  const KernelTable& table() const { return table_; }
+  ThreadPool& pool() { return pool_; }
+  // Scratch memory grows to the largest call and is then kept; its size depends on rows and threads, not on context.
+  float* attend_scratch(int64_t floats_per_thread);
+  AlignedBytes& activations(int64_t size);
+  int64_t scratch_bytes() const { return attend_scratch_.size() + activations_.size(); }
+  // Held for the length of one operation: two Python threads may share a runtime.
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  const KernelTable& table_;
+  ThreadPool pool_;
+  AlignedBytes attend_scratch_;
+  AlignedBytes activations_;
+  std::mutex mutex_;
+};
+
+}  // namespace ropewalk

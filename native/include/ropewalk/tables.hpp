@@ -1,0 +1,24 @@
+// The kernel tables there are, one per instruction set.  Each lives in a file compiled with its own flags; calling a
+// kernel of a table that the machine does not support is undefined, asking for the table is not.
+#pragma once
+
+#include "ropewalk/kernels.hpp"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define ROPEWALK_X86_64 1
+#else
+#define ROPEWALK_X86_64 0
+#endif
+
+namespace ropewalk::scalar {
+const KernelTable& kernel_table() noexcept;
+}
+
+#if ROPEWALK_X86_64
+namespace ropewalk::avx2 {
+const KernelTable& kernel_table() noexcept;
+}
+namespace ropewalk::avx512 {
+const KernelTable& kernel_table() noexcept;
+}
+#endif

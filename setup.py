@@ -1,0 +1,65 @@
+"""Builds the compiled core: one archive of kernels per instruction set, each with its own flags, and the bindings.
+
+Everything about the distribution that is not compilation stands in pyproject.toml. All instruction sets of the
+architecture are always compiled; which one runs is chosen at run time (native/README.md).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+# -ffp-contract=off: the compiler must not fuse a product and a sum on its own, or the same kernel would round
+# differently from one inlined copy to the next.
+COMMON = ["-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra"]
+KERNELS = [*COMMON, "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+ISA_FLAGS = {"scalar": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    # GCC 12's own AVX-512 header warns about the registers that it leaves undefined on purpose.
+    ISA_FLAGS["avx512"] = [
+        *ISA_FLAGS["avx2"],
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-Wno-maybe-uninitialized"],
+    ]
+
+INCLUDES = ["native/include"]
+# Extra flags for every file, such as -fsanitize=address (scripts/check_asan.sh).
+EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
+
+HEADERS = [
+    *(f"native/include/ropewalk/{name}.hpp" for name in ("kernels", "tables", "runtime", "operations")),
+    *(f"native/cpu/generic/{name}.inl.hpp" for name in ("attention", "linear", "pack", "rows", "table")),
+    "native/bindings/checks.hpp",
+]
+
+
+def kernel_library(isa: str, flags: list[str]) -> tuple[str, dict]:
+    """One instruction set: its directory is its flags and its namespace."""
+    return (
+        f"ropewalk_{isa}",
+        {
+            "sources": [f"native/cpu/{isa}/table.cpp"],
+            "include_dirs": INCLUDES,
+            "cflags": [*KERNELS, *flags, *EXTRA],
+            "obj_deps": {"": HEADERS},
+        },
+    )
+
+
+core = Pybind11Extension(
+    "ropewalk._core",
+    sources=["native/bindings/core.cpp", *(f"native/cpu/{name}.cpp" for name in ("runtime", "packed", "operations"))],
+    include_dirs=INCLUDES,
+    extra_compile_args=[*COMMON, *EXTRA],
+    extra_link_args=["-pthread", *EXTRA],
+    depends=HEADERS,
+)
+
+setup(
+    package_dir={"": "loader_plugin"},
+    libraries=[kernel_library(isa, flags) for isa, flags in ISA_FLAGS.items()],
+    ext_modules=[core],
+)
