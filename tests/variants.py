@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ropewalk.errors import NativeError
 from ropewalk.loader import load_model
 from ropewalk.model import Model
 
@@ -37,6 +38,6 @@ def variants(compute: str | None = None, backend: str | None = None) -> list[Var
 def _isas() -> tuple[str, ...]:
     try:
         from ropewalk.native import available_isas
-    except ImportError:  # not installed: run from the source tree, the reference alone
+    except NativeError:  # not installed: run from the source tree, the reference alone
         return ()
     return tuple(available_isas())

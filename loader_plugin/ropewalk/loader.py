@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from ropewalk.backends.protocol import Backend
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.cache import CACHE_DTYPES
 from ropewalk.checkpoint import Checkpoint
 from ropewalk.config import ModelConfig, load_model_config
-from ropewalk.errors import CheckpointError, ConfigError, NativeError
+from ropewalk.errors import CheckpointError, ConfigError
 from ropewalk.gptq import DenseLinear
 from ropewalk.layers import pack_layer
 from ropewalk.memory import format_bytes
@@ -137,13 +138,8 @@ def _make_backend(
         return ReferenceBackend(compute, _torch_device(device))
     if device is not None and str(device) != "cpu":
         raise ConfigError(f'device={str(device)!r} needs backend="reference"; backend="cpu" runs on the CPU only')
-    try:
-        from ropewalk.backends.cpu import CpuBackend
-    except ImportError as error:
-        raise NativeError(
-            f'backend="cpu" needs the compiled core, which is missing ({error}); install the package with '
-            f'"pip install ." from its folder, or use backend="reference" (slow)'
-        ) from error
+    from ropewalk.backends.cpu import CpuBackend  # not at the top: the reference runs without the compiled core
+
     return CpuBackend(compute=compute, isa=isa, threads=threads)
 
 
