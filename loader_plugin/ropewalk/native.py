@@ -175,9 +175,7 @@ class KvCache:
     dtype: "f16" (stored rounded to nearest even) or "f32". Memory is set aside at once and touched as it fills.
     """
 
-    def __init__(
-        self, runtime: Runtime, num_kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16"
-    ) -> None:
+    def __init__(self, runtime: Runtime, num_kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
         self._runtime = runtime
         self._cache = _core.KvCache(num_kv_heads, head_dim, capacity, dtype)
         self._head_dim = head_dim

@@ -1,0 +1,119 @@
+"""Loading time and peak memory, and how prefill memory grows with the prompt.
+
+    python scripts/random_checkpoint.py FOLDER --shape 7b
+    python scripts/bench_memory.py FOLDER
+
+Every measurement runs in a process of its own, because a process's peak never falls. The files are read once before,
+so both reading and loading find them in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarking import print_head, spread
+
+MIB = 1 << 20
+
+
+def main() -> None:
+    """Measure and print a table, or (in a child process) one measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="for loading")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[], help="prompt lengths to prefill")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", choices=("load", "read", "import"), help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(measure(args)))
+        return
+    print_head(f"loading and memory of {args.folder.name}")
+    report_loading(args)
+    if args.prompts:
+        report_prefill(args)
+
+
+def report_loading(args: argparse.Namespace) -> None:
+    """Loading beside reading the files; peak memory beside file size and cache."""
+    size = sum(f.stat().st_size for f in args.folder.glob("*.safetensors"))
+    run_child(args, "read")
+    reads, loads, ratios = [], [], []
+    for _ in range(args.rounds):
+        reads.append(run_child(args, "read")["seconds"])
+        loads.append(run_child(args, "load"))
+        ratios.append(loads[-1]["seconds"] / reads[-1])
+    base = run_child(args, "import")["peak"]
+    peak, cache = max(load["peak"] for load in loads), loads[0]["cache"]
+    print(f"  files                              {size / MIB:9.0f} MiB")
+    print(f"  reading them, s                    {spread(reads)}")
+    print(f"  loading, s                         {spread([load['seconds'] for load in loads])}")
+    print(f"  loading / reading                  {spread(ratios)}")
+    print(f"  peak memory                        {peak / MIB:9.0f} MiB")
+    print(f"  of that: imports                   {base / MIB:9.0f} MiB")
+    print(f"  key/value cache ({args.max_seq_len} positions)   {cache / MIB:9.0f} MiB, untouched while empty")
+    print(f"  peak beyond files and full cache   {(peak - size - cache) / MIB:9.0f} MiB")
+
+
+def report_prefill(args: argparse.Namespace) -> None:
+    """Peak memory by prompt length, beside what the cache itself takes."""
+    print("  prompt tokens   peak MiB   cache MiB   peak beyond the first, without cache, MiB")
+    first = None
+    for prompt in args.prompts:
+        result = run_child(args, "load", prompt)
+        beyond = result["peak"] - result["cache"]
+        first = beyond if first is None else first
+        print(
+            f"  {prompt:13d}  {result['peak'] / MIB:9.1f}  {result['cache'] / MIB:10.1f}"
+            f"   {(beyond - first) / MIB:9.1f}   ({result['seconds']:.1f} s)"
+        )
+
+
+def run_child(args: argparse.Namespace, work: str, prompt: int = 0) -> dict:
+    """One measurement in a process of its own."""
+    command = [sys.executable, __file__, str(args.folder), "--child", work, "--prompt", str(prompt)]
+    command += ["--threads", str(args.threads), "--max-seq-len", str(prompt or args.max_seq_len)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Seconds, peak bytes and cache bytes of one work."""
+    if args.child == "read":
+        start = time.perf_counter()
+        for file in sorted(args.folder.glob("*.safetensors")):
+            with file.open("rb", buffering=0) as stream:
+                buffer = bytearray(16 * MIB)
+                while stream.readinto(buffer):
+                    pass
+        return {"seconds": time.perf_counter() - start}
+    import torch
+
+    import ropewalk
+
+    torch.set_num_threads(args.threads)
+    _ = ropewalk.load_model
+    start = time.perf_counter()
+    cache_bytes = 0
+    if args.child == "load":
+        model = ropewalk.load_model(args.folder, max_seq_len=args.max_seq_len, threads=args.threads)
+        cache = model.new_cache()
+        cache_bytes = cache.num_bytes
+        if args.prompt:
+            with torch.inference_mode():
+                model.forward([i % 31000 + 1 for i in range(args.prompt)], cache)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak": peak, "cache": cache_bytes}
+
+
+if __name__ == "__main__":
+    main()
