@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from gptq_writer import model_config
 from ropewalk import cache as cache_module
 from ropewalk.backends.reference import ReferenceBackend

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from gptq_writer import write_checkpoint
 from ropewalk.model import Model
 from variants import Variant, variants

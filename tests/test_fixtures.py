@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from variants import Variant, variants
 
 CHUNK = 64  # most prompts of the fixtures are longer: chunks meet the cache

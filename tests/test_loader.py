@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import ropewalk
 from gptq_writer import write_checkpoint
 from ropewalk import loader

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from gptq_writer import write_checkpoint
 from ropewalk.errors import ConfigError, RequestError
 from ropewalk.loader import load_model

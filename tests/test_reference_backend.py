@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from gptq_writer import Kind, quantised_linear
 from ropewalk.backends import reference
 from ropewalk.backends.reference import ReferenceBackend
@@ -15,7 +17,6 @@ from ropewalk.checkpoint import Checkpoint
 from ropewalk.errors import ShapeError
 from ropewalk.gptq import DenseLinear, GptqLinear, read_gptq_linear
 from ropewalk.quant_config import QuantSettings
-from safetensors.torch import save_file
 
 EXACT, INT8 = ReferenceBackend("exact"), ReferenceBackend("int8")
 K = 96
@@ -86,6 +87,25 @@ def test_int8_rows_do_not_depend_on_the_rows_beside_them(tmp_path: Path) -> None
     packed = INT8.pack([quantised(tmp_path, Kind(desc_act=True))])
     x = rows(9, K)
     assert torch.equal(INT8.linear(x, packed)[4:5], INT8.linear(x[4:5], packed))
+
+
+def test_no_operation_assumes_the_default_device(tmp_path: Path) -> None:
+    packed = [
+        (backend, backend.pack([quantised(tmp_path, kind, bias=True)]))
+        for backend in (EXACT, INT8)
+        for kind in (Kind(), Kind(desc_act=True), Kind(bits=3, format="gptq_p"))
+    ]
+    x, dense_packed = rows(2, K), EXACT.pack([dense(8)])
+    k, q, table = rows(2, 2, 8), rows(2, 4, 8), rows(4, 8)
+    with torch.device("meta"):  # what does not follow its inputs ends up there, and mixing devices is an error
+        results = [backend.linear(x, weight) for backend, weight in packed]
+        results += [EXACT.linear(x, dense_packed), EXACT.embed(table, torch.tensor([3], device="cpu"))]
+        results += [EXACT.rms_norm(x, x[0], 1e-5), EXACT.silu_mul(x)]
+        EXACT.rotate_(k, k[:, 0, :4].contiguous(), k[:, 1, :4].contiguous())
+        kv = EXACT.new_kv(2, 8, 4, torch.float16)
+        EXACT.append_(kv, k, k, 0)
+        results.append(EXACT.attend(q, kv, 0, 3))
+    assert all(result.device.type == "cpu" for result in results)
 
 
 def test_blocks_of_zeros_and_of_denormals_give_no_nan(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from ropewalk.backends.protocol import Backend, KvStore
 from ropewalk.config import ModelConfig
 from ropewalk.errors import ConfigError, RequestError

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from ropewalk.checkpoint import Checkpoint
 from ropewalk.errors import CheckpointError
 from ropewalk.gptq_bits import unpack_rows
@@ -39,7 +40,7 @@ class GptqLinear:
     def group_index(self) -> torch.Tensor:
         """[K] int64: the group of each original row."""
         sizes = self.group_starts.diff()
-        groups = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # [K], sorted
+        groups = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)  # [K], sorted
         if self.order is None:
             return groups
         return torch.empty_like(groups).scatter_(0, self.order.long(), groups)

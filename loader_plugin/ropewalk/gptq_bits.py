@@ -79,7 +79,8 @@ def unpack_rows(words: torch.Tensor, bits: int, planar: bool) -> torch.Tensor:
     Returns: [K, N] uint8, contiguous.
     """
     blocks = words.unflatten(0, (-1, block_words(bits)))  # [K/codes, words, N]
-    out = torch.empty(blocks.shape[0], block_codes(bits), words.shape[1], dtype=torch.uint8)  # [K/codes, codes, N]
+    shape = (blocks.shape[0], block_codes(bits), words.shape[1])
+    out = torch.empty(shape, dtype=torch.uint8, device=words.device)  # [K/codes, codes, N]
     for i, fields in enumerate(code_fields(bits, planar)):
         # The sign that an arithmetic shift drags in is masked off.
         parts = [((blocks[:, f.word] >> f.shift) & ((1 << f.width) - 1)) << f.low for f in fields]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from ropewalk.backends.protocol import Backend, KvStore, PackedLinear
 from ropewalk.config import ModelConfig
 from ropewalk.tensors import LayerWeights

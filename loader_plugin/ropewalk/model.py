@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.cache import Frequencies, KvCache, cache_bytes, new_stores
 from ropewalk.config import ModelConfig

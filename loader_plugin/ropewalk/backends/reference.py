@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from ropewalk.errors import ShapeError
 from ropewalk.gptq import DenseLinear, GptqLinear
 
@@ -176,9 +177,8 @@ def _int8_product(x: torch.Tensor, part: GptqLinear) -> torch.Tensor:
     x: [T, K] float32 -> [T, N] float32, blocks added in order. Blocks of 32 input features never straddle a group.
     """
     codes = part.codes()  # [K, N] uint8, original row order
-    order = torch.arange(part.in_features) if part.order is None else part.order.long()
     out = torch.zeros(x.shape[0], part.out_features, device=x.device)
-    for group, rows in _int8_blocks(part, order.to(x.device)):
+    for group, rows in _int8_blocks(part):
         block = x[:, rows]  # [T, 32]
         scale = block.abs().amax(1, keepdim=True) / 127  # [T, 1]
         quantised = (block / torch.where(scale > 0, scale, 1.0)).round().clamp(-127, 127)  # [T, 32]
@@ -187,9 +187,11 @@ def _int8_product(x: torch.Tensor, part: GptqLinear) -> torch.Tensor:
     return out
 
 
-def _int8_blocks(part: GptqLinear, order: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+def _int8_blocks(part: GptqLinear) -> list[tuple[int, torch.Tensor]]:
     """(group, indices of at most 32 original rows) for every block of every group."""
-    starts = [int(start) for start in part.group_starts]
+    starts = part.group_starts.tolist()
+    rows = torch.arange(part.in_features, device=part.qweight.device)
+    order = rows if part.order is None else part.order.long()
     return [
         (group, order[first : min(first + INT8_BLOCK, end)])
         for group, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True))
