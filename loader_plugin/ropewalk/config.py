@@ -140,7 +140,7 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=vocab_size,
         rms_norm_eps=section.optional_number("rms_norm_eps", 0.0, 1.0, 1e-6, above=True),
-        max_position_embeddings=_max_positions(section, defaults),
+        max_position_embeddings=read_max_positions(section, defaults),
         sliding_windows=_sliding_windows(section, family, num_layers),
         tie_word_embeddings=section.boolean("tie_word_embeddings", False),
         qkv_bias=family == "qwen2" or attention_bias,
@@ -204,7 +204,7 @@ def _heads(section: Section, family: str, hidden_size: int) -> tuple[int, int, i
     return num_heads, num_kv_heads, head_dim
 
 
-def _max_positions(section: Section, defaults: FamilyDefaults) -> int:
+def read_max_positions(section: Section, defaults: FamilyDefaults) -> int:
     # The LLaMA conversions of March 2023 said max_sequence_length.
     old_name = section.optional_integer("max_sequence_length", 1, MAX_POSITIONS, defaults.max_position_embeddings)
     return section.optional_integer("max_position_embeddings", 1, MAX_POSITIONS, old_name)
