@@ -26,7 +26,7 @@ from ropewalk.layers import pack_layer
 from ropewalk.memory import format_bytes
 from ropewalk.model import Model, ModelLimits, ModelWeights
 from ropewalk.quant_config import QuantConfig, load_quant_config
-from ropewalk.rope import Rope, resolve_rope
+from ropewalk.rope import resolve_rope
 from ropewalk.tensors import check_tensors, read_embeddings, read_head, read_layer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def load_model(
 ) -> Model:
     """Load the model in `folder` (config.json and safetensors; GPTQ or dense float weights).
 
-    max_seq_len: longest sequence to be run (default: what the RoPE method covers, else max_position_embeddings).
+    max_seq_len: longest sequence to be run (default: what the RoPE method covers, else max_position_embeddings). More
+        than the method covers logs a warning with the remedy.
     max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
     compute: "int8" (activations quantised in blocks of 32, integer products) or "exact" (float32 activations).
     backend: "cpu" (compiled kernels) or "reference" (plain torch, slow, any `device`).
@@ -88,8 +89,8 @@ def load_model(
         rope_theta=rope_theta,
         source=config.source,
     )
-    limits = ModelLimits(_resolve_max_seq_len(max_seq_len, config, rope), max_input_len, cache_type)
-    logger.info("RoPE: %s", rope.describe())
+    logger.info("%s", rope.describe())
+    limits = ModelLimits(max_seq_len or rope.covers or config.max_position_embeddings, max_input_len, cache_type)
     weights = _load_weights(folder, config, quant, ops, progress)
     model = Model(config, quant, rope, ops, weights, limits)
     logger.info("%s", _summary(model))
@@ -151,24 +152,6 @@ def _torch_device(device: str | torch.device | None) -> torch.device:
         # torch answers an unknown name, an absent device and a build without it each in its own way
         raise ConfigError(f"device={device!r} cannot be used here: {error}") from error
     return chosen
-
-
-def _resolve_max_seq_len(max_seq_len: int | None, config: ModelConfig, rope: Rope) -> int:
-    if max_seq_len is None:
-        return rope.covers or config.max_position_embeddings
-    if rope.covers is not None and max_seq_len > rope.covers:
-        needed = max_seq_len / rope.covers
-        logger.warning(
-            "max_seq_len=%d is more than the %d positions that this model's RoPE covers (%s); beyond them text "
-            "degrades. Stretch it with alpha_value=%.3g or compress_pos_emb=%.3g, or ask for max_seq_len=%d",
-            max_seq_len,
-            rope.covers,
-            rope.describe(),
-            needed,
-            needed,
-            rope.covers,
-        )
-    return max_seq_len
 
 
 def _summary(model: Model) -> str:
