@@ -87,8 +87,8 @@ def _locate(opened: dict[str, SafetensorsFile], shard_of: dict[str, str]) -> dic
     absent = [name for name, file in shard_of.items() if name not in opened[file].tensors]
     if absent:
         raise CheckpointError(
-            f"{opened[shard_of[absent[0]]].path} lacks {len(absent)} tensors that the index places there or in other "
-            f"shards ({listed(absent)}): index and shards belong to different models or downloads"
+            f"{opened[shard_of[absent[0]]].path} is not as the index says; missing there or in other shards: "
+            f"{listed(absent)}. Index and shards belong to different models or downloads"
         )
     located: dict[str, SafetensorsFile] = {}
     for file in opened.values():
