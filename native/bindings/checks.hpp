@@ -3,6 +3,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,9 +28,15 @@ inline std::string describe(const Shape& shape) {
 template <class T>
 void check_dtype(const pybind11::array& array, const char* name) {
   const auto expected = pybind11::dtype::of<T>();
-  if (array.dtype().kind() != expected.kind() || array.itemsize() != expected.itemsize()) {
+  // Byte order is '=' or '|' in an array of this machine's own.
+  const char order = array.dtype().byteorder();
+  if (array.dtype().kind() != expected.kind() || array.itemsize() != expected.itemsize() ||
+      (order != '=' && order != '|')) {
     throw ShapeFailure(std::string(name) + " has dtype " + std::string(pybind11::str(array.dtype())) +
                        "; accepted: " + std::string(pybind11::str(expected)));
+  }
+  if (reinterpret_cast<uintptr_t>(array.data()) % sizeof(T) != 0) {
+    throw ShapeFailure(std::string(name) + " does not start on a multiple of its element size");
   }
 }
 

@@ -75,15 +75,39 @@ AlignedBytes::AlignedBytes(int64_t size, bool zeroed) : size_(size) {
 
 void AlignedBytes::Release::operator()(void* p) const { std::free(p); }
 
+// A job is cut into chunks.  `ticket` holds the job's number in its upper half and the next chunk in its lower half;
+// a thread owns a chunk once it has moved the ticket past it.  The caller waits for chunks, not for threads: a worker
+// that the system has not woken yet, or has put aside, delays nobody, and finds the ticket changed when it comes.
 struct ThreadPool::Shared {
-  std::atomic<uint64_t> generation{0};  // grows with every job: workers wait for it to change
-  std::atomic<int64_t> next{0};
-  std::atomic<int> busy{0};
+  static constexpr uint64_t kClosed = 0xffffffff;  // no chunk to be had
+
+  std::atomic<uint64_t> ticket{kClosed};
+  std::atomic<int64_t> done{0};  // chunks finished
   std::atomic<bool> stopping{false};
+  // Written while the ticket is closed.
+  std::atomic<int64_t> num_chunks{0};
   int64_t num_items = 0;
   int64_t chunk = 1;
   const Job* job = nullptr;
+
+  // Waits until the ticket differs from `seen` and an open job stands there, or the pool stops.
+  uint64_t wait_for_job(uint64_t seen);
 };
+
+uint64_t ThreadPool::Shared::wait_for_job(uint64_t seen) {
+  // Between the operations of one token lie some ten microseconds: spin about that long before going to sleep.
+  constexpr int kSpins = 2000;
+  uint64_t now = ticket.load();
+  for (int i = 0; now == seen && i < kSpins; ++i) {
+    pause_briefly();
+    now = ticket.load();
+  }
+  while (now == seen) {
+    ticket.wait(seen);
+    now = ticket.load();
+  }
+  return now;
+}
 
 ThreadPool::ThreadPool(int num_threads) : shared_(std::make_unique<Shared>()) {
   if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
@@ -92,40 +116,37 @@ ThreadPool::ThreadPool(int num_threads) : shared_(std::make_unique<Shared>()) {
 
 ThreadPool::~ThreadPool() {
   shared_->stopping.store(true);
-  shared_->generation.fetch_add(1);
-  shared_->generation.notify_all();
+  shared_->ticket.fetch_add(uint64_t{1} << 32);
+  shared_->ticket.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::take_chunks(int thread) {
+// Takes chunks until there are none; returns the ticket last seen.
+uint64_t ThreadPool::take_chunks(int thread) {
   Shared& s = *shared_;
+  uint64_t ticket = s.ticket.load();
   for (;;) {
-    const int64_t begin = s.next.fetch_add(s.chunk);
-    if (begin >= s.num_items) return;
+    const int64_t index = static_cast<int64_t>(ticket & 0xffffffff);
+    // A closed ticket's index is beyond any number of chunks.  If the job was replaced since the ticket was read, the
+    // number may be another job's, but then the exchange fails.
+    if (index >= s.num_chunks.load()) return ticket;
+    if (!s.ticket.compare_exchange_weak(ticket, ticket + 1)) continue;
+    const int64_t begin = index * s.chunk;
     const int64_t end = begin + s.chunk < s.num_items ? begin + s.chunk : s.num_items;
     (*s.job)(begin, end, thread);
+    s.done.fetch_add(1);
+    ticket = s.ticket.load();
   }
 }
 
 void ThreadPool::work(int thread) {
-  // Between the operations of one token lie some ten microseconds: spin that long before going to sleep.
-  constexpr int kSpins = 4000;
   Shared& s = *shared_;
-  uint64_t seen = 0;
+  uint64_t seen = s.ticket.load();
   for (;;) {
-    uint64_t now = s.generation.load();
-    for (int i = 0; now == seen && i < kSpins; ++i) {
-      pause_briefly();
-      now = s.generation.load();
-    }
-    while (now == seen) {
-      s.generation.wait(seen);
-      now = s.generation.load();
-    }
-    seen = now;
     if (s.stopping.load()) return;
-    take_chunks(thread);
-    s.busy.fetch_sub(1);
+    seen = take_chunks(thread);
+    if (s.stopping.load()) return;
+    s.wait_for_job(seen);
   }
 }
 
@@ -136,15 +157,26 @@ void ThreadPool::run(int64_t num_items, int64_t chunk, const Job& job) {
     return;
   }
   Shared& s = *shared_;
+  const uint64_t number = (s.ticket.load() >> 32) + 1;
+  s.ticket.store(number << 32 | Shared::kClosed);
+  const int64_t num_chunks = ceil_div(num_items, chunk);
   s.num_items = num_items;
   s.chunk = chunk;
   s.job = &job;
-  s.next.store(0);
-  s.busy.store(static_cast<int>(workers_.size()));
-  s.generation.fetch_add(1);
-  s.generation.notify_all();
+  s.done.store(0);
+  s.num_chunks.store(num_chunks);
+  s.ticket.store(number << 32);
+  s.ticket.notify_all();
   take_chunks(0);
-  while (s.busy.load() != 0) pause_briefly();
+  // The chunks still open are being worked on: spin, but leave the processor to a worker that lost it.
+  constexpr int kSpins = 1000;
+  for (int i = 0; s.done.load() != num_chunks; ++i) {
+    if (i < kSpins) {
+      pause_briefly();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 CpuRuntime::CpuRuntime(const std::string& isa, int num_threads) : table_(choose_table(isa)), pool_(num_threads) {}

@@ -151,6 +151,9 @@ void weigh_block(const float* p, const float* correction, const typename KvEleme
   }
 }
 
+// Below every score that counts: the running maximum of a row that has seen none.
+static constexpr float kNoScore = -3.0e38f;
+
 // scores -> exp(score - largest), masked; updates the running maximum, sum and correction of one row.
 template <class V>
 void softmax_row(const AttendTile& tile, int64_t row, int64_t first_key, KeyRange range) {
@@ -162,7 +165,7 @@ void softmax_row(const AttendTile& tile, int64_t row, int64_t first_key, KeyRang
     tile.correction[row] = 1.0f;
     return;
   }
-  const auto hidden = V::broadcast(-3.0e38f);
+  const auto hidden = V::broadcast(kNoScore);
   auto highest = hidden;
   for (int64_t j = 0; j < kKvTile; j += kLanes) {
     highest = V::max(highest, V::select_range(V::load(scores + j), hidden, begin - j, end - j));
@@ -183,6 +186,26 @@ void softmax_row(const AttendTile& tile, int64_t row, int64_t first_key, KeyRang
   tile.sum[row] = tile.sum[row] * correction + V::reduce_add(total);
 }
 
+// weigh_block over rows [row_begin, row_end), all dims, and keys [key_begin, key_end) of the tile.
+template <class V, FloatType kType>
+void weigh_rows(const AttendTile& tile, int64_t row_begin, int64_t row_end,
+                const typename KvElement<V, kType>::Stored* values, int64_t key_begin, int64_t key_end) {
+  const auto* first = values + key_begin * tile.padded_dim;
+  const int64_t num_keys = key_end - key_begin;
+  for_row_blocks<V::kAttendRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+    constexpr int kChunks = kRows == V::kAttendRows ? 2 : 4;
+    const float* p = tile.scores + row * kKvTile + key_begin;
+    float* out = tile.out + row * tile.padded_dim;
+    int64_t d = 0;
+    for (; d + kChunks * kLanes <= tile.padded_dim; d += kChunks * kLanes) {
+      weigh_block<V, kType, kRows, kChunks>(p, tile.correction + row, first + d, tile.padded_dim, num_keys, out + d);
+    }
+    for (; d < tile.padded_dim; d += kLanes) {
+      weigh_block<V, kType, kRows, 1>(p, tile.correction + row, first + d, tile.padded_dim, num_keys, out + d);
+    }
+  });
+}
+
 template <class V, FloatType kType>
 void kv_step(const AttendArgs& a, const AttendTile& tile, const typename KvElement<V, kType>::Stored* keys,
              const typename KvElement<V, kType>::Stored* values, int64_t first_key, int64_t num_keys) {
@@ -197,19 +220,23 @@ void kv_step(const AttendArgs& a, const AttendTile& tile, const typename KvEleme
   for (int64_t row = 0; row < tile.num_rows; ++row) {
     softmax_row<V>(tile, row, first_key, visible_keys(a, tile, row));
   }
-  for_row_blocks<V::kAttendRows>(0, tile.num_rows, [&]<int kRows>(int64_t row) {
-    constexpr int kChunks = kRows == V::kAttendRows ? 2 : 4;
-    const float* p = tile.scores + row * kKvTile;
-    int64_t d = 0;
-    for (; d + kChunks * kLanes <= tile.padded_dim; d += kChunks * kLanes) {
-      weigh_block<V, kType, kRows, kChunks>(p, tile.correction + row, values + d, tile.padded_dim, num_keys,
-                                            tile.out + row * tile.padded_dim + d);
-    }
-    for (; d < tile.padded_dim; d += kLanes) {
-      weigh_block<V, kType, kRows, 1>(p, tile.correction + row, values + d, tile.padded_dim, num_keys,
-                                      tile.out + row * tile.padded_dim + d);
-    }
-  });
+  const bool all_visible = visible_keys(a, tile, tile.num_rows - 1).begin <= first_key &&
+                           visible_keys(a, tile, 0).end >= first_key + num_keys;
+  if (all_visible) {
+    weigh_rows<V, kType>(tile, 0, tile.num_rows, values, 0, num_keys);
+    return;
+  }
+  // The rows of one token see the same keys, and only those are weighed: zero times a hidden value would be NaN if the
+  // value is infinite, and the row would depend on what follows it.
+  for (int64_t row = 0; row < tile.num_rows;) {
+    const int64_t next_token = ((tile.first_row + row) / tile.group + 1) * tile.group - tile.first_row;
+    const int64_t row_end = next_token < tile.num_rows ? next_token : tile.num_rows;
+    const KeyRange range = visible_keys(a, tile, row);
+    const int64_t begin = range.begin > first_key ? range.begin - first_key : 0;
+    const int64_t end = range.end - first_key < num_keys ? range.end - first_key : num_keys;
+    if (begin < end) weigh_rows<V, kType>(tile, row, row_end, values, begin, end);
+    row = row_end;
+  }
 }
 
 // Above this many rows an f16 tile is widened once instead of once per block of rows.
@@ -251,7 +278,7 @@ void load_queries(const AttendArgs& a, const AttendTile& tile, int64_t head) {
       V::store(tile.q + row * tile.padded_dim + d, V::mul(V::load_partial(q + d, count), V::broadcast(a.scale)));
       V::store(tile.out + row * tile.padded_dim + d, V::zero());
     }
-    tile.largest[row] = -3.0e38f;
+    tile.largest[row] = kNoScore;
     tile.sum[row] = 0.0f;
   }
 }
@@ -263,7 +290,8 @@ void store_outputs(const AttendArgs& a, const AttendTile& tile, int64_t head) {
     const int64_t token = (tile.first_row + row) / tile.group;
     const int64_t query_head = head * tile.group + (tile.first_row + row) % tile.group;
     float* out = a.out + (token * a.num_query_heads + query_head) * d_size;
-    const auto inverse = V::broadcast(1.0f / tile.sum[row]);
+    // Minus infinity for every score (an infinite query or key) is no attention at all: NaN, as softmax has it.
+    const auto inverse = V::broadcast(tile.largest[row] > kNoScore ? 1.0f / tile.sum[row] : __builtin_nanf(""));
     for (int64_t d = 0; d < d_size; d += kLanes) {
       const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
       V::store_partial(out + d, V::mul(V::load(tile.out + row * tile.padded_dim + d), inverse), count);

@@ -38,16 +38,20 @@ void load_block(const PrepareArgs& a, const float* row, int64_t block, typename 
   }
 }
 
+// A block whose largest magnitude is below this reads as zero: 127 / largest must not overflow.
+static constexpr float kSmallestBlock = 1.0e-36f;
+
 // values = rint(x * 127 / max|x|), scale = max|x| / 127, per block of 32.
 template <class V>
 float quantise_block(const PrepareArgs& a, const float* row, int64_t block, int8_t* values, float* scale) {
   typename V::F32 low, high;
   load_block<V>(a, row, block, low, high);
   const float largest = V::reduce_max(V::max(V::abs(low), V::abs(high)));
-  const bool finite = largest > 0.0f && largest < 3.0e38f;
-  const float inverse = finite ? 127.0f / largest : 0.0f;
-  // A row holding inf or NaN must not come out as finite numbers: its scale poisons every product.
-  *scale = finite || largest == 0.0f ? largest / 127.0f : largest - largest;
+  // Maxima may lose a NaN, differences do not: a block holding inf or NaN gets a NaN scale, which poisons every product.
+  const float poison = V::reduce_add(V::add(V::sub(low, low), V::sub(high, high)));
+  const bool quantisable = largest > kSmallestBlock;
+  const float inverse = quantisable ? 127.0f / largest : 0.0f;
+  *scale = (quantisable ? largest / 127.0f : 0.0f) + poison;
   V::store_int8(values, V::mul(low, V::broadcast(inverse)));
   V::store_int8(values + kLanes, V::mul(high, V::broadcast(inverse)));
   int32_t sum = 0;

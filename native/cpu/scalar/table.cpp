@@ -1,6 +1,4 @@
 // Vector verbs in portable C++: a row of 16 lanes is an array, and the compiler's own vectoriser does what it can.
-#include <cmath>
-
 #include "../generic/table.inl.hpp"
 #include "ropewalk/tables.hpp"
 
@@ -97,7 +95,7 @@ struct Verbs {
       return a.lane[i] * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
     });
   }
-  static float sqrt(float x) { return std::sqrt(x); }
+  static float sqrt(float x) { return __builtin_sqrtf(x); }
   static float first(F32 a) { return a.lane[0]; }
   // The same tree as the vector versions: halves, quarters, pairs.
   static float reduce_add(F32 a) {

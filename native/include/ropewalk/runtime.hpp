@@ -1,7 +1,6 @@
 // CpuRuntime: the chosen kernel table and the threads that run it.  One per model; no global state.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -59,7 +58,7 @@ class ThreadPool {
  private:
   struct Shared;
   void work(int thread);
-  void take_chunks(int thread);
+  uint64_t take_chunks(int thread);
 
   std::unique_ptr<Shared> shared_;
   std::vector<std::thread> workers_;
