@@ -58,6 +58,21 @@ FAMILIES = [
 ]
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 8.0],
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LENGTH_DEPENDENT = [
+    Family(
+        "dynamic", "llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 64}
+    ),
+    Family("longrope", "llama", {"rope_scaling": LONGROPE}),
+]
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint on disk, token ids, and what transformers says about them."""
@@ -143,3 +158,17 @@ def test_logits_are_bit_identical_however_the_sequence_is_cut(case: Case, varian
     assert torch.equal(prefill_then_decode(models[1], case.token_ids, 70), logits)
     edited = whole(models[-1], case.edited_ids)
     assert torch.equal(edited_after(models[2], case.token_ids, case.edited_ids), edited[EDIT_POS:])
+
+
+@pytest.mark.parametrize("num_tokens", [60, 64, 65, NUM_TOKENS])
+@pytest.mark.parametrize("family", LENGTH_DEPENDENT, ids=str)
+@pytest.mark.parametrize("variant", variants(compute="exact"), ids=str)
+def test_frequencies_that_depend_on_the_length_are_those_of_the_whole_prompt(
+    tmp_path: Path, variant: Variant, family: Family, num_tokens: int
+) -> None:
+    exact = write_checkpoint(tmp_path, family.overrides, dense=True)
+    ids = torch.randint(0, 128, (num_tokens,), generator=torch.Generator().manual_seed(7)).tolist()
+    with torch.inference_mode():
+        expected = their_model(tmp_path, exact)(torch.tensor([ids])).logits[0]
+    model = variant.load(tmp_path, cache_type="fp32", max_input_len=7, max_seq_len=NUM_TOKENS)
+    assert (whole(model, ids) - expected).abs().max() <= TOLERANCE

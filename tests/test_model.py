@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptq_writer import write_checkpoint
 from ropewalk.errors import ConfigError, RequestError
 from ropewalk.loader import load_model
 from ropewalk.model import LOGITS_ROWS, Model
+from variants import Variant, variants
 
 IDS = [3, 17, 99, 0, 127, 64, 5, 5, 31, 8]
 VOCAB = 128
@@ -226,3 +229,48 @@ def test_a_reused_prefix_gives_the_logits_of_a_fresh_run_where_frequencies_chang
         got = model.forward((IDS + IDS)[cache.length : length], cache)
         fresh = model.forward((IDS + IDS)[:length], model.new_cache())
         torch.testing.assert_close(got, fresh, rtol=0, atol=1e-4)
+
+
+def test_logits_that_memory_cannot_hold_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("cannot allocate memory")
+
+    cache = model.new_cache()
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(RequestError, match='logits="all" of 10 tokens takes 5120 bytes.*fewer tokens at a time'):
+        model.forward(IDS, cache, logits="all")
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("variant", variants(backend="cpu"), ids=str)
+@pytest.mark.parametrize("kind", ["folder", "dynamic_folder"])
+def test_any_history_of_a_cache_gives_the_bits_of_a_fresh_run(
+    kind: str, variant: Variant, request: pytest.FixtureRequest
+) -> None:
+    """Prompts that share prefixes, each fed through what the cache still has, in chunks of any size."""
+    folder = request.getfixturevalue(kind)
+    models = [variant.load(folder, max_seq_len=40, max_input_len=chunk) for chunk in (1, 3, 40)]
+    prompts = st.lists(st.sampled_from([5, 99]), min_size=1, max_size=40)
+
+    @settings(max_examples=25, deadline=None)
+    @given(history=st.lists(prompts, min_size=1, max_size=4), chosen=st.sampled_from(models))
+    def check(history: list[list[int]], chosen: Model) -> None:
+        cache = chosen.new_cache()
+        for prompt in history:
+            cache.truncate(chosen.reusable_prefix(cache, prompt))
+            logits = chosen.forward(prompt[cache.length :], cache)
+            fresh = models[-1].forward(prompt, models[-1].new_cache())
+            assert torch.equal(logits, fresh)
+
+    check()
+
+
+@pytest.mark.parametrize("variant", variants(backend="cpu"), ids=str)
+def test_the_number_of_threads_changes_no_bit(tmp_path: Path, variant: Variant) -> None:
+    write_checkpoint(tmp_path, {"hidden_size": 256, "intermediate_size": 608}, desc_act=True)
+    ids = [(37 * i) % VOCAB for i in range(150)]
+    results = []
+    for threads in (1, 2, 3, 7):
+        model = variant.load(tmp_path, threads=threads)
+        results.append(model.forward(ids, model.new_cache(), logits="all"))
+    assert all(torch.equal(result, results[0]) for result in results[1:])

@@ -22,10 +22,10 @@ class Variant:
         return "-".join(part for part in (self.backend, self.isa, self.compute) if part)
 
     def load(self, folder: Path, **options) -> Model:
-        """Load with one thread (tests run side by side on few cores) and everything else as in `options`."""
+        """Load with one thread (tests share few cores) unless `options`, the other arguments, say otherwise."""
         threads = 1 if self.backend == "cpu" else None
         chosen = {"backend": self.backend, "compute": self.compute, "isa": self.isa, "threads": threads}
-        return load_model(folder, **chosen, **options)
+        return load_model(folder, **(chosen | options))
 
 
 def variants(compute: str | None = None, backend: str | None = None) -> list[Variant]:
