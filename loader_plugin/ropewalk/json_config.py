@@ -49,9 +49,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: short, on one line."""
-    text = (
-        repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"{type(value).__name__} {value!r}"
-    )
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"  # which Python refuses to write out
+    if not isinstance(value, (str, int, float, type(None))):
+        text = f"{type(value).__name__} {text}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
