@@ -336,6 +336,12 @@ def test_a_header_length_beyond_the_format_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
+def test_a_git_lfs_pointer_is_recognised(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        Checkpoint(tmp_path)
+
+
 def test_dtypes_that_are_not_read_are_refused_only_when_asked_for(tmp_path):
     write_raw(tmp_path / "model.safetensors", {"w": entry("F8_E4M3", [8])}, bytes(8))
     checkpoint = Checkpoint(tmp_path)

@@ -20,7 +20,7 @@ from ropewalk.gptq_zeros import is_planar, read_packed_zeros, read_premultiplied
 from ropewalk.quant_config import QuantSettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GptqLinear:
     """A quantised linear. "Sorted" rows are the K inputs ordered by group; group g owns sorted rows
     [group_starts[g], group_starts[g+1]), possibly none."""
@@ -59,7 +59,7 @@ class GptqLinear:
         return out.sub_(self.zeros.float()[groups]).mul_(self.scales.float()[groups])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DenseLinear:
     """A linear that is not quantised."""
 

@@ -7,6 +7,7 @@ absent, all -1 (never set) or all zero with several groups (old GPTQ-for-LLaMa) 
 from __future__ import annotations
 
 import torch
+
 from ropewalk.errors import CheckpointError
 
 

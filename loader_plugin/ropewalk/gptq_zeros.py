@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from ropewalk.errors import CheckpointError
 from ropewalk.gptq_bits import block_codes, block_words, unpack_columns
 from ropewalk.quant_config import QuantSettings

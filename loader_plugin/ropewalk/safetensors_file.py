@@ -133,7 +133,10 @@ def _read_header(path: Path) -> tuple[bytes, int]:
                 raise CheckpointError(
                     f"{path} has {num_bytes} bytes, too few for a safetensors header: the download is incomplete"
                 )
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            if first == b"version ":
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+            length = int.from_bytes(first, "little")
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path} is not a safetensors file: its header would be {length} bytes long, "

@@ -21,7 +21,7 @@ __all__ = ["LayerWeights", "check_tensors", "read_embeddings", "read_head", "rea
 Linear = GptqLinear | DenseLinear
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
     """One decoder layer. C = hidden size, D = head size."""
 
