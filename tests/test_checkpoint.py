@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from ropewalk.checkpoint import Checkpoint
 from ropewalk.errors import CheckpointError, UnsupportedError
 from ropewalk.safetensors_file import SafetensorsFile
-from safetensors.torch import save_file
 
 TENSOR = torch.arange(6, dtype=torch.float32).view(2, 3)
 
