@@ -284,7 +284,6 @@ def _token_ids(section: Section, key: str, vocab_size: int) -> tuple[int, ...]:
             raise section.error(key, "a token id, a list of token ids, or null")
     outside = [token for token in ids if token >= vocab_size]
     if outside:
-        logger.warning(
-            "%s: %s %s is not in the vocabulary of %d; ignored", section.source, key, shown(outside), vocab_size
-        )
+        listed = ", ".join(map(shown, outside))
+        logger.warning("%s: %s %s is not in the vocabulary of %d; ignored", section.source, key, listed, vocab_size)
     return tuple(dict.fromkeys(token for token in ids if token < vocab_size))
