@@ -125,6 +125,7 @@ class Model:
         logits: str = "last",
         progress: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        seq_len: int | None = None,
     ) -> torch.Tensor | None:
         """Append tokens to the cache and compute logits.
 
@@ -133,13 +134,17 @@ class Model:
         progress: called with (tokens done, T) after every layer; a chunk counts in equal parts per layer.
         cancelled: asked before every layer; once it says True, forward returns None. The cache then holds the chunks
             that were complete, and can be used further.
+        seq_len: the length that later calls will reach, where one sequence is handed over in several: RoPE methods that
+            depend on the length then take it from the start (default: the length that this call reaches).
 
         Raises:
             RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
                 another model, an unknown `logits`. The cache is as it was.
         """
         ids = self._checked_request(token_ids, cache, logits)
-        end = cache.length + len(ids)
+        if seq_len is not None and (not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1):
+            raise RequestError(f"seq_len must be a positive integer or None, got {seq_len!r}")
+        end = max(cache.length + len(ids), seq_len or 0)
         frequencies = self._frequencies(end)
         out = self._new_logits(len(ids), logits)
         for first in range(0, len(ids), self.max_input_len):
