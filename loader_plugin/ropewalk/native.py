@@ -101,7 +101,7 @@ def pack_gptq(
         bits,
         planar,
         in_features,
-        half_bits(as_numpy(scales)),
+        scale_bits(as_numpy(scales)),
         as_numpy(zeros),
         as_numpy(group_starts),
         None if order is None else as_numpy(order),
@@ -114,6 +114,7 @@ def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
 
     weight: [N, K] float32, float16 or (torch) bfloat16, contiguous. bias: [N] float32.
     """
+    checked_shape(weight, "weight", 2)
     types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     name = str(weight.dtype).removeprefix("torch.")
     if name not in types:
@@ -142,14 +143,14 @@ class Linear:
         largest magnitude / 127, rounded to nearest even) and sums integers within a block. Dense parts always use
         float32 activations. Returns [T, N] float32.
         """
-        out = empty_like_kind(x, (x.shape[0], self.out_features))
+        out = empty_like_kind(x, (checked_shape(x, "x", 2)[0], self.out_features))
         self._group.run(self._runtime._core, compute, as_numpy(x), as_numpy(out))
         return out
 
 
 def rms_norm(runtime: Runtime, x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight; x: [T, C] or [T, H, C] float32, weight: [C] float32."""
-    out = empty_like_kind(x, tuple(x.shape))
+    out = empty_like_kind(x, checked_shape(x, "x", 2, 3))
     _core.rms_norm(runtime._core, as_numpy(x), as_numpy(weight), eps, as_numpy(out))
     return out
 
@@ -164,7 +165,8 @@ def rotate_(runtime: Runtime, x: Array, cos: Array, sin: Array) -> None:
 
 def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
     """silu(gate) * up; gate_up: [T, 2 * I] float32, gate first. Returns [T, I]."""
-    out = empty_like_kind(gate_up, (gate_up.shape[0], gate_up.shape[1] // 2))
+    num_rows, num_columns = checked_shape(gate_up, "gate_up", 2)
+    out = empty_like_kind(gate_up, (num_rows, num_columns // 2))
     _core.silu_mul(runtime._core, as_numpy(gate_up), as_numpy(out))
     return out
 
@@ -184,7 +186,7 @@ class KvCache:
 
     def append_(self, k: Array, v: Array, start: int) -> None:
         """Write k, v: [T, Hkv, D] float32 to positions start..start+T."""
-        self._check_range(start, k.shape[0])
+        self._check_range(start, checked_shape(k, "k", 3)[0])
         _core.append(self._runtime._core, self._cache, as_numpy(k), as_numpy(v), start)
 
     def attend(self, q: Array, start: int, window: int | None = None) -> Array:
@@ -193,10 +195,11 @@ class KvCache:
         q: [T, Hq, D] float32. Query t sees keys j <= start + t, and with a window only j > start + t - window: the
         bottom-right aligned causal mask. Scores are scaled by 1/sqrt(D). Returns [T, Hq * D] float32.
         """
-        self._check_range(start, q.shape[0])
+        num_rows, num_heads, head_dim = checked_shape(q, "q", 3)
+        self._check_range(start, num_rows)
         if window is not None and window < 1:
             raise ShapeError(f"window is {window}; accepted: None or at least 1")
-        out = empty_like_kind(q, (q.shape[0], q.shape[1] * q.shape[2]))
+        out = empty_like_kind(q, (num_rows, num_heads * head_dim))
         scale = 1.0 / math.sqrt(self._head_dim)
         _core.attend(self._runtime._core, as_numpy(q), self._cache, start, window or 0, scale, as_numpy(out))
         return out
@@ -214,12 +217,29 @@ def as_numpy(array: Array) -> np.ndarray:
         raise ShapeError(f"expected a torch tensor or numpy array, got {type(array).__name__}")
     if array.device.type != "cpu":
         raise ShapeError(f"expected a tensor on the CPU, got one on {array.device}")
-    return array.detach().numpy()
+    try:
+        return array.detach().numpy()
+    except (TypeError, RuntimeError) as error:  # a dtype or layout that numpy does not have
+        raise ShapeError(f"a tensor of {array.dtype}, {array.layout} cannot be read: {error}") from error
 
 
-def half_bits(array: np.ndarray) -> np.ndarray:
-    """A float16 array as its bit patterns, which is how the core takes it; any other array as it is."""
-    return array.view(np.uint16) if array.dtype == np.float16 else array
+def scale_bits(scales: np.ndarray) -> np.ndarray:
+    """float16 scales as their bit patterns, which is how the core takes them; float32 ones as they are."""
+    if scales.dtype == np.float16:
+        return scales.view(np.uint16)
+    if scales.dtype != np.float32:
+        raise ShapeError(f"scales has dtype {scales.dtype}; accepted: float16, float32")
+    return scales
+
+
+def checked_shape(array: Array, name: str, *num_dims: int) -> tuple[int, ...]:
+    """The shape of an array that has one of these numbers of dimensions."""
+    if not isinstance(array, (np.ndarray, torch.Tensor)):
+        raise ShapeError(f"{name} is a {type(array).__name__}; accepted: a torch tensor or numpy array")
+    if array.ndim not in num_dims:
+        accepted = " or ".join(map(str, num_dims))
+        raise ShapeError(f"{name} has shape {list(array.shape)}; expected {accepted} dimensions")
+    return tuple(array.shape)
 
 
 def empty_like_kind(array: Array, shape: tuple[int, ...]) -> Array:

@@ -127,6 +127,7 @@ class LinearGroup {
         in_features = part.gptq->weights().in_features;
         out_features_ += part.gptq->weights().out_features;
       } else {
+        require(py::isinstance<DenseLinear>(owner), "a part of a linear group is neither PackedGptq nor DenseLinear");
         part.dense = &owner.cast<const DenseLinear*>()->view;
         in_features = part.dense->in_features;
         out_features_ += part.dense->out_features;

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
+#include <system_error>
 
 #include "ropewalk/tables.hpp"
 
@@ -111,10 +112,17 @@ uint64_t ThreadPool::Shared::wait_for_job(uint64_t seen) {
 
 ThreadPool::ThreadPool(int num_threads) : shared_(std::make_unique<Shared>()) {
   if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {
+    stop();
+    throw std::invalid_argument("the system refuses to start " + std::to_string(num_threads) + " threads");
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   shared_->stopping.store(true);
   shared_->ticket.fetch_add(uint64_t{1} << 32);
   shared_->ticket.notify_all();

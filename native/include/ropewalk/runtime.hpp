@@ -57,6 +57,7 @@ class ThreadPool {
 
  private:
   struct Shared;
+  void stop();
   void work(int thread);
   uint64_t take_chunks(int thread);
 
