@@ -36,7 +36,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ConfigError(f"the tokenizer folder must be a path, got {type(folder).__name__}")
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"tokenizer folder {folder} does not exist or is not a folder")
+        raise ConfigError(f"model folder {folder} does not exist: give the folder that holds tokenizer and config.json")
     json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     settings = read_tokenizer_settings(folder)
     if not json_path.exists() and not model_path.exists():

@@ -1,0 +1,188 @@
+"""The command `ropewalk`: generate, chat, info, perplexity.
+
+Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
+after Ctrl-C, 141 when the reader of stdout went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ropewalk import __version__
+from ropewalk.cli_options import (
+    add_load_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    load,
+    model_folder,
+    note,
+    progress_bar,
+    read_text,
+    rope_overrides,
+    sampling_params,
+)
+from ropewalk.errors import RequestError, RopewalkError
+
+DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+GENERATE_TOKENS = 128  # enough to see that it works; a reply that should be longer says so
+LONG_PREFILL = 1024  # a prompt of fewer tokens is read before a bar would help
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    logging.basicConfig(format="ropewalk: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.addLevelName(logging.WARNING, "warning")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a mark instead of ending us
+    try:
+        args = _parser().parse_args(arguments)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except RopewalkError as error:
+        message = " ".join(str(error).split())
+        note(f"ropewalk: error: {message}")
+        return 2
+    except KeyboardInterrupt:
+        note("")
+        return 130
+    except BrokenPipeError:
+        # Python would write what is buffered once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Stream the continuation of a prompt to stdout, a line about its speed to stderr."""
+    from ropewalk.engine import Engine
+
+    params = sampling_params(args, max_new_tokens=GENERATE_TOKENS)
+    prompt = _prompt(args)
+    model, tokenizer = load(args)
+    engine = Engine(model, tokenizer)
+    with progress_bar("reading the prompt", "token", LONG_PREFILL) as progress:
+        stream = engine.stream(prompt, params, progress=progress)
+        text = prompt if args.echo else ""
+        _show(text)
+        for piece in stream:
+            text = piece
+            _show(piece)
+    if not text.endswith("\n"):
+        _show("\n")
+    note(f"{stream.stats.describe()}; ended by {stream.finish_reason}")
+    return 0
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Talk with the model."""
+    from ropewalk.cli_chat import chat_loop
+
+    return chat_loop(args)
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Say what would be loaded."""
+    from ropewalk.info import model_info
+
+    info = model_info(model_folder(args), args.max_seq_len, args.cache_type, **rope_overrides(args))
+    _show(json.dumps(info.to_json(), indent=2) if args.json else info.describe())
+    _show("\n")
+    return 0
+
+
+def run_perplexity(args: argparse.Namespace) -> int:
+    """Perplexity of a text file at several context lengths."""
+    from ropewalk.evaluate import perplexity
+
+    if args.model is not None and args.file.is_dir():  # FILE MODEL instead of MODEL FILE: no doubt which is which
+        args.model, args.file = args.file, args.model
+    text = read_text(str(args.file))
+    lengths = args.lengths
+    if args.max_seq_len is None and lengths:
+        args.max_seq_len = max(lengths)
+    model, tokenizer = load(args)
+    token_ids = tokenizer.encode(text, add_bos=False)
+    with progress_bar("perplexity", "token") as progress:
+        rows = perplexity(model, token_ids, lengths, args.max_tokens, progress)
+    if args.json:
+        fields = ("length", "perplexity", "mean_nll", "num_windows", "num_scored", "seconds", "tokens_per_s")
+        _show(json.dumps([{name: getattr(row, name) for name in fields} for row in rows], indent=2) + "\n")
+        return 0
+    _show(f"{'length':>8} {'perplexity':>12} {'windows':>8} {'scored':>10} {'tokens/s':>10}\n")
+    for row in rows:
+        _show(
+            f"{row.length:8} {row.perplexity:12.4f} {row.num_windows:8} {row.num_scored:10} {row.tokens_per_s:10.1f}\n"
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ropewalk", description="GPTQ language models at long context, on a CPU")
+    parser.add_argument("--version", action="version", version=f"ropewalk {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a text", description=run_generate.__doc__)
+    add_model_arguments(generate)
+    prompt = generate.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file that holds it (-: standard input)")
+    generate.add_argument("--echo", action="store_true", help="show the prompt before its continuation")
+    add_sampling_arguments(generate)
+    add_load_arguments(generate)
+    generate.set_defaults(run=run_generate)
+
+    chat = commands.add_parser("chat", help="talk with a model", description=run_chat.__doc__)
+    add_model_arguments(chat)
+    chat.add_argument(
+        "--chat-template", metavar="NAME", help="vicuna, llama-2, alpaca or airoboros (default: the model's)"
+    )
+    chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
+    add_sampling_arguments(chat)
+    add_load_arguments(chat)
+    chat.set_defaults(run=run_chat)
+
+    info = commands.add_parser("info", help="what would be loaded", description=run_info.__doc__)
+    add_model_arguments(info)
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=run_info)
+
+    measure = commands.add_parser("perplexity", help="perplexity by context length", description=run_perplexity.__doc__)
+    add_model_arguments(measure)
+    measure.add_argument("file", type=Path, metavar="FILE", help="a UTF-8 text (-: standard input)")
+    measure.add_argument("--lengths", type=_lengths, default="512,1024,2048", metavar="N,N,...", help="context lengths")
+    measure.add_argument("--max-tokens", type=int, metavar="N", help="use at most so many tokens of the text")
+    measure.add_argument("--json", action="store_true", help="as JSON")
+    add_load_arguments(measure)
+    measure.set_defaults(run=run_perplexity)
+    return parser
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The prompt by option; else standard input for a named model, and an example for the embedded one."""
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        return read_text(args.prompt_file)
+    if args.model is None:
+        return DEMO_PROMPT
+    if sys.stdin.isatty():
+        raise RequestError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in")
+    return read_text("-")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"numbers separated by commas are needed, got {text!r}") from error
