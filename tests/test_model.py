@@ -274,3 +274,18 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path, variant: Variant) 
         model = variant.load(tmp_path, threads=threads)
         results.append(model.forward(ids, model.new_cache(), logits="all"))
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_a_sequence_handed_over_in_parts_has_the_frequencies_of_the_whole(dynamic_folder: Path) -> None:
+    model = reference(dynamic_folder, max_seq_len=32)
+    expected = model.forward(IDS, model.new_cache(), logits="all")
+    cache = model.new_cache()
+    parts = [model.forward(ids, cache, logits="all", seq_len=len(IDS)) for ids in (IDS[:3], IDS[3:])]
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-4)
+    assert model.reusable_prefix(cache, IDS) == len(IDS) - 1
+
+
+@pytest.mark.parametrize("seq_len", [0, -5, 1.5, True, "10"])
+def test_the_length_to_be_reached_is_a_positive_integer(model: Model, seq_len: object) -> None:
+    with pytest.raises(RequestError, match="seq_len must be a positive integer"):
+        model.forward(IDS, model.new_cache(), seq_len=seq_len)
