@@ -88,6 +88,14 @@ def test_a_cache_beyond_the_machine_is_refused_with_numbers_and_remedy() -> None
         new_stores(ReferenceBackend(), CONFIG, 2, capacity, "fp16")
 
 
+def test_a_cache_beyond_free_memory_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cache_module, "available_bytes", lambda: 2559)
+    new_stores(ReferenceBackend(), CONFIG, 2, 9, "fp16")
+    assert not caplog.records
+    new_stores(ReferenceBackend(), CONFIG, 2, 10, "fp16")
+    assert "10 positions takes 2.5 KiB" in caplog.text and "smaller max_seq_len" in caplog.text
+
+
 def test_a_failed_allocation_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     class FullBackend:
         device = torch.device("cpu")

@@ -8,6 +8,7 @@ its frequencies are those of the new call.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ import torch
 from ropewalk.backends.protocol import Backend, KvStore
 from ropewalk.config import ModelConfig
 from ropewalk.errors import ConfigError, RequestError
-from ropewalk.memory import format_bytes, physical_bytes
+from ropewalk.memory import available_bytes, format_bytes, physical_bytes
+
+logger = logging.getLogger(__name__)
 
 CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,15 +91,24 @@ def cache_bytes(config: ModelConfig, num_instances: int, length: int, cache_type
 def new_stores(
     backend: Backend, config: ModelConfig, num_instances: int, capacity: int, cache_type: str
 ) -> list[KvStore]:
-    """One store per layer instance.
+    """One store per layer instance. Memory is used up as positions are filled, so more than is free now only warns.
 
     Raises:
         ConfigError: the memory does not exist; says how much it would take and how many positions would fit.
     """
     needed = cache_bytes(config, num_instances, capacity, cache_type)
-    limit = physical_bytes() if backend.device.type == "cpu" else None
+    on_cpu = backend.device.type == "cpu"
+    limit, free = (physical_bytes(), available_bytes()) if on_cpu else (None, None)
     if limit is not None and needed > limit:
         raise ConfigError(_too_large(config, num_instances, capacity, cache_type, limit))
+    if free is not None and needed > free:
+        logger.warning(
+            "the %s cache of %d positions takes %s once it is full, and %s are free: ask for a smaller max_seq_len",
+            cache_type,
+            capacity,
+            format_bytes(needed),
+            format_bytes(free),
+        )
     dtype = CACHE_DTYPES[cache_type]
     try:
         return [backend.new_kv(config.num_kv_heads, config.head_dim, capacity, dtype) for _ in range(num_instances)]
