@@ -71,13 +71,14 @@ T* writable_contiguous(pybind11::array& array, const char* name, const Shape& sh
 template <class T>
 int64_t row_stride(const pybind11::array& array, const char* name) {
   int64_t expected = sizeof(T);
+  if (array.size() == 0) return 0;  // numpy gives the strides of an empty array no meaning
   for (pybind11::ssize_t i = array.ndim() - 1; i > 0; --i) {
     if (array.shape(i) > 1 && array.strides(i) != expected) {
       throw ShapeFailure(std::string(name) + " must be contiguous in all dimensions but the first");
     }
     expected *= array.shape(i);
   }
-  if (array.shape(0) <= 1) return expected / static_cast<int64_t>(sizeof(T));
+  if (array.shape(0) == 1) return expected / static_cast<int64_t>(sizeof(T));
   const int64_t stride = array.strides(0);
   if (stride < expected || stride % static_cast<int64_t>(sizeof(T)) != 0) {
     throw ShapeFailure(std::string(name) + " has overlapping or misaligned rows");

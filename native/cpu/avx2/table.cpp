@@ -11,8 +11,10 @@ struct Verbs {
   struct F32 {
     __m256 low, high;
   };
-  static constexpr int kInt8Rows = 4;
-  static constexpr int kExactRows = 4;
+  static constexpr int kInt8Rows = 3;
+  static constexpr int kInt8Tiles = 1;
+  static constexpr int kExactRows = 2;
+  static constexpr int kExactTiles = 2;
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 2;
 
@@ -129,7 +131,8 @@ struct Verbs {
   static F32 codes_to_f32(Codes codes, int j) { return {byte_to_f32(codes.low, j), byte_to_f32(codes.high, j)}; }
 
   static __m256i load_line(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static __m256i broadcast4(const int8_t* values) {
+  using Quad = __m256i;  // 4 activations in every lane
+  static Quad broadcast_quad(const int8_t* values) {
     int32_t four;
     __builtin_memcpy(&four, values, 4);
     return _mm256_set1_epi32(four);
@@ -154,8 +157,7 @@ struct Verbs::Dot<4> {
     return {nibbles(_mm256_srli_epi16(load_line(block + quad * 64), 4)),
             nibbles(_mm256_srli_epi16(load_line(block + quad * 64 + 32), 4))};
   }
-  static Sum add(Sum sum, Codes codes, const int8_t* values) {
-    const __m256i x = broadcast4(values);
+  static Sum add(Sum sum, Codes codes, Quad x) {
     return {_mm256_add_epi16(sum.low, _mm256_maddubs_epi16(codes.low, x)),
             _mm256_add_epi16(sum.high, _mm256_maddubs_epi16(codes.high, x))};
   }
@@ -179,8 +181,7 @@ struct Verbs::Dot<8> {
     return _mm256_add_epi32(pair_sums(_mm256_maddubs_epi16(low, x)),
                             _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(128)));
   }
-  static Sum add(Sum sum, Codes codes, const int8_t* values) {
-    const __m256i x = broadcast4(values);
+  static Sum add(Sum sum, Codes codes, Quad x) {
     return {_mm256_add_epi32(sum.low, dot(codes.low, x)), _mm256_add_epi32(sum.high, dot(codes.high, x))};
   }
   static F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)}; }

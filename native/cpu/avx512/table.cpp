@@ -9,8 +9,10 @@ namespace {
 
 struct Verbs {
   using F32 = __m512;
-  static constexpr int kInt8Rows = 8;
-  static constexpr int kExactRows = 16;
+  static constexpr int kInt8Rows = 6;
+  static constexpr int kInt8Tiles = 2;
+  static constexpr int kExactRows = 4;
+  static constexpr int kExactTiles = 4;
   static constexpr int kDenseRows = 4;
   static constexpr int kAttendRows = 8;
 
@@ -72,6 +74,12 @@ struct Verbs {
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
   using Codes = __m512i;  // 16 lanes of 4 codes
+  using Quad = __m512i;   // 4 activations in every lane
+  static Quad broadcast_quad(const int8_t* values) {
+    int32_t four;
+    __builtin_memcpy(&four, values, 4);
+    return _mm512_set1_epi32(four);
+  }
   static F32 codes_to_f32(Codes codes, int j) {
     const __m512i byte = _mm512_and_si512(_mm512_srli_epi32(codes, static_cast<unsigned>(8 * j)), _mm512_set1_epi32(0xff));
     return _mm512_cvtepi32_ps(byte);
@@ -91,11 +99,7 @@ struct Verbs {
       if constexpr (kBits == 8) return line(block, quad + 4);
       return _mm512_and_si512(_mm512_srli_epi16(line(block, quad), 4), _mm512_set1_epi8(0x0f));
     }
-    static Sum add(Sum sum, Codes codes, const int8_t* values) {
-      int32_t four;
-      __builtin_memcpy(&four, values, 4);
-      return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
-    }
+    static Sum add(Sum sum, Codes codes, Quad values) { return _mm512_dpbusd_epi32(sum, codes, values); }
     static F32 to_f32(Sum sum) { return _mm512_cvtepi32_ps(sum); }
   };
 };

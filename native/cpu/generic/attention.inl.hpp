@@ -192,7 +192,7 @@ void weigh_rows(const AttendTile& tile, int64_t row_begin, int64_t row_end,
                 const typename KvElement<V, kType>::Stored* values, int64_t key_begin, int64_t key_end) {
   const auto* first = values + key_begin * tile.padded_dim;
   const int64_t num_keys = key_end - key_begin;
-  for_row_blocks<V::kAttendRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+  for_blocks<V::kAttendRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
     constexpr int kChunks = kRows == V::kAttendRows ? 2 : 4;
     const float* p = tile.scores + row * kKvTile + key_begin;
     float* out = tile.out + row * tile.padded_dim;
@@ -210,7 +210,7 @@ template <class V, FloatType kType>
 void kv_step(const AttendArgs& a, const AttendTile& tile, const typename KvElement<V, kType>::Stored* keys,
              const typename KvElement<V, kType>::Stored* values, int64_t first_key, int64_t num_keys) {
   const int64_t d_size = a.kv.head_dim;
-  for_row_blocks<V::kAttendRows>(0, tile.num_rows, [&]<int kRows>(int64_t row) {
+  for_blocks<V::kAttendRows>(0, tile.num_rows, [&]<int kRows>(int64_t row) {
     constexpr int kTiles = kRows == V::kAttendRows ? 2 : 4;
     for (int64_t j = 0; j < kKvTile; j += kTiles * kLanes) {
       score_block<V, kType, kRows, kTiles>(tile.q + row * tile.padded_dim, tile.padded_dim, keys + j * d_size, d_size,

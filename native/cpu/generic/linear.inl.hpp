@@ -36,68 +36,98 @@ void store_tile(const GptqLinearArgs& a, int64_t row, int64_t tile, typename V::
   }
 }
 
-// Calls visit(row, std::integral_constant-like row count) over [begin, end) in blocks of kMost, then halves of it.
+// Calls visit.operator()<count>(first) over [begin, end) in blocks of kMost, then of half that, down to 1.
 template <int kMost, class Visit>
-void for_row_blocks(int64_t begin, int64_t end, Visit visit) {
+void for_blocks(int64_t begin, int64_t end, Visit visit) {
   for (; end - begin >= kMost; begin += kMost) visit.template operator()<kMost>(begin);
   if constexpr (kMost > 1) {
-    if (begin < end) for_row_blocks<kMost / 2>(begin, end, visit);
+    if (begin < end) for_blocks<kMost / 2>(begin, end, visit);
+  }
+}
+
+// One block of 32 input features for kRows rows and kTiles tiles:
+// total[m][j] += x_scale[m] * sum over the block of codes[j] * x8[m], the sum in integers.
+template <class V, int kBits, int kRows, int kTiles>
+void int8_block_step(const uint8_t* block, int64_t tile_bytes, const int8_t* x, int64_t x_stride,
+                     const float* x_scales, int64_t scale_stride, typename V::F32 (&total)[kRows][kTiles]) {
+  using Dot = typename V::template Dot<kBits>;
+  typename Dot::Sum sum[kRows][kTiles];
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) sum[m][j] = Dot::zero();
+  }
+  for (int quad = 0; quad < 4; ++quad) {
+    typename V::Codes first[kTiles], second[kTiles];
+    for (int j = 0; j < kTiles; ++j) {
+      first[j] = Dot::first_half(block + j * tile_bytes, quad);
+      second[j] = Dot::second_half(block + j * tile_bytes, quad);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      const auto low = V::broadcast_quad(x + m * x_stride + quad * 4);
+      const auto high = V::broadcast_quad(x + m * x_stride + quad * 4 + 16);
+      for (int j = 0; j < kTiles; ++j) {
+        sum[m][j] = Dot::add(sum[m][j], first[j], low);
+        sum[m][j] = Dot::add(sum[m][j], second[j], high);
+      }
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    const auto x_scale = V::broadcast(x_scales[m * scale_stride]);
+    for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(Dot::to_f32(sum[m][j]), x_scale, total[m][j]);
   }
 }
 
 // y[n] = bias[n] + sum over groups g of scale[g, n] * (sum over blocks b of g of x_scale[b] * dot(codes, x8)
 //                                                      - zero[g, n] * group_sum[g])
-template <class V, int kBits, int kRows>
-void gptq_int8_rows(const GptqLinearArgs& a, int64_t row, int64_t tile) {
-  using Dot = typename V::template Dot<kBits>;
+template <class V, int kBits, int kRows, int kTiles>
+void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
   const GptqWeights& w = *a.weights;
-  const uint8_t* codes = w.codes + tile * w.num_blocks * kBlockBytes;
-  const int8_t* x = a.values + row * w.num_blocks * kBlockRows;
+  const int64_t tile_bytes = w.num_blocks * kBlockBytes;
+  const uint8_t* codes = w.codes + tile * tile_bytes;
+  const int64_t x_stride = w.num_blocks * kBlockRows;
+  const int8_t* x = a.values + row * x_stride;
   const float* x_scales = a.block_scales + row * w.num_blocks;
   const float* sums = a.group_sums + row * w.num_groups;
-  typename V::F32 y[kRows];
-  for (int m = 0; m < kRows; ++m) y[m] = load_bias<V>(w, tile);
+  typename V::F32 y[kRows][kTiles];
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) y[m][j] = load_bias<V>(w, tile + j);
+  }
   for (int64_t g = 0; g < w.num_groups; ++g) {
-    typename V::F32 total[kRows];
-    for (int m = 0; m < kRows; ++m) total[m] = V::zero();
-    for (int64_t b = w.group_starts[g]; b < w.group_starts[g + 1]; ++b) {
-      typename Dot::Sum sum[kRows];
-      for (int m = 0; m < kRows; ++m) sum[m] = Dot::zero();
-      const uint8_t* block = codes + b * kBlockBytes;
-      V::prefetch(block + 2048);
-      const int8_t* x_block = x + b * kBlockRows;
-      for (int quad = 0; quad < 4; ++quad) {
-        const auto first = Dot::first_half(block, quad);
-        const auto second = Dot::second_half(block, quad);
-        for (int m = 0; m < kRows; ++m) {
-          const int8_t* values = x_block + m * w.num_blocks * kBlockRows + quad * 4;
-          sum[m] = Dot::add(sum[m], first, values);
-          sum[m] = Dot::add(sum[m], second, values + 16);
-        }
-      }
-      for (int m = 0; m < kRows; ++m) {
-        total[m] = V::fma(Dot::to_f32(sum[m]), V::broadcast(x_scales[m * w.num_blocks + b]), total[m]);
-      }
-    }
-    const auto scale = load_scales<V>(w, tile * w.num_groups + g);
-    const auto zero = load_zeros<V>(w, tile * w.num_groups + g);
+    typename V::F32 total[kRows][kTiles];
     for (int m = 0; m < kRows; ++m) {
-      const auto centred = V::fnma(zero, V::broadcast(sums[m * w.num_groups + g]), total[m]);
-      y[m] = V::fma(scale, centred, y[m]);
+      for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
+    }
+    for (int64_t b = w.group_starts[g]; b < w.group_starts[g + 1]; ++b) {
+      V::prefetch(codes + (b + 8) * kBlockBytes);
+      int8_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, x_stride,
+                                               x_scales + b, w.num_blocks, total);
+    }
+    for (int j = 0; j < kTiles; ++j) {
+      const auto scale = load_scales<V>(w, (tile + j) * w.num_groups + g);
+      const auto zero = load_zeros<V>(w, (tile + j) * w.num_groups + g);
+      for (int m = 0; m < kRows; ++m) {
+        const auto centred = V::fnma(zero, V::broadcast(sums[m * w.num_groups + g]), total[m][j]);
+        y[m][j] = V::fma(scale, centred, y[m][j]);
+      }
     }
   }
-  for (int m = 0; m < kRows; ++m) store_tile<V>(a, row + m, tile, y[m]);
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) store_tile<V>(a, row + m, tile + j, y[m][j]);
+  }
 }
 
 template <class V, int kBits>
 void gptq_int8_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                     int64_t tile_end) {
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    for_row_blocks<V::kInt8Rows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
-      gptq_int8_rows<V, kBits, kRows>(a, row, tile);
-    });
+  if (row_end - row_begin == 1) {  // decoding: one stream of codes is what the memory likes best
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) gptq_int8_block<V, kBits, 1, 1>(a, row_begin, tile);
+    return;
   }
+  for_blocks<V::kInt8Tiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
+    for_blocks<V::kInt8Rows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+      gptq_int8_block<V, kBits, kRows, kTiles>(a, row, tile);
+    });
+  });
 }
 
 template <class V>
@@ -124,61 +154,83 @@ void dequantise_block(const uint8_t* block, typename V::F32 zero, float* weights
   }
 }
 
-// y[n] += scale[n] * sum_k x[k] * weights[k][n] over `count` rows.
-template <class V, int kRows>
-void exact_rows(const float* x, int64_t x_stride, const float* weights, int64_t count, typename V::F32 scale,
-                float* y) {
-  typename V::F32 total[kRows];
-  for (int m = 0; m < kRows; ++m) total[m] = V::zero();
-  for (int64_t k = 0; k < count; ++k) {
-    const auto weight = V::load(weights + k * kLanes);
-    for (int m = 0; m < kRows; ++m) total[m] = V::fma(V::broadcast(x[m * x_stride + k]), weight, total[m]);
+// y[m][j] += scale[j] * sum over `count` rows k of x[m][k] * weights[j][k], for kRows rows and kTiles tiles.
+template <class V, int kRows, int kTiles>
+void exact_rows(const float* x, int64_t x_stride, const float* weights, int64_t tile_floats, int64_t count,
+                const typename V::F32 (&scale)[kTiles], float* y) {
+  typename V::F32 total[kRows][kTiles];
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
   }
-  for (int m = 0; m < kRows; ++m) V::store(y + m * kLanes, V::fma(scale, total[m], V::load(y + m * kLanes)));
+  for (int64_t k = 0; k < count; ++k) {
+    typename V::F32 weight[kTiles];
+    for (int j = 0; j < kTiles; ++j) weight[j] = V::load(weights + j * tile_floats + k * kLanes);
+    for (int m = 0; m < kRows; ++m) {
+      const auto value = V::broadcast(x[m * x_stride + k]);
+      for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, weight[j], total[m][j]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) {
+      float* target = y + (m * kTiles + j) * kLanes;
+      V::store(target, V::fma(scale[j], total[m][j], V::load(target)));
+    }
+  }
 }
 
-// Exactly dequantised weights, f32 products: each run of up to 4 blocks of a group is dequantised once into L1 and
-// used by all rows of the panel.
-template <class V, int kBits>
-void gptq_exact_tile(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile) {
+// Exactly dequantised weights, f32 products.  The sum runs over runs of up to two blocks of a group: a run is
+// dequantised once into L1 and used by all rows of the panel.
+template <class V, int kBits, int kTiles>
+void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
-  constexpr int64_t kRunBlocks = 4;
+  constexpr int64_t kRunBlocks = 2;
+  constexpr int64_t kTileFloats = kRunBlocks * kBlockRows * kLanes;
   const GptqWeights& w = *a.weights;
   const uint8_t* codes = w.codes + tile * w.num_blocks * kBlockBytes;
-  alignas(64) float weights[kRunBlocks * kBlockRows * kLanes];
-  alignas(64) float y[kPanelRows * kLanes];
-  for (int64_t row = row_begin; row < row_end; ++row) V::store(y + (row - row_begin) * kLanes, load_bias<V>(w, tile));
+  alignas(64) float weights[kTiles * kTileFloats];
+  alignas(64) float y[kPanelRows * kTiles * kLanes];
+  for (int64_t i = 0; i < row_end - row_begin; ++i) {
+    for (int j = 0; j < kTiles; ++j) V::store(y + (i * kTiles + j) * kLanes, load_bias<V>(w, tile + j));
+  }
   for (int64_t g = 0; g < w.num_groups; ++g) {
-    const auto scale = load_scales<V>(w, tile * w.num_groups + g);
-    const auto zero = load_zeros<V>(w, tile * w.num_groups + g);
+    typename V::F32 scale[kTiles], zero[kTiles];
+    for (int j = 0; j < kTiles; ++j) {
+      scale[j] = load_scales<V>(w, (tile + j) * w.num_groups + g);
+      zero[j] = load_zeros<V>(w, (tile + j) * w.num_groups + g);
+    }
     const int64_t group_end = w.group_starts[g + 1];
     for (int64_t b = w.group_starts[g]; b < group_end; b += kRunBlocks) {
       const int64_t run = group_end - b < kRunBlocks ? group_end - b : kRunBlocks;
-      for (int64_t i = 0; i < run; ++i) {
-        dequantise_block<V, kBits>(codes + (b + i) * kBlockBytes, zero, weights + i * kBlockRows * kLanes);
+      for (int j = 0; j < kTiles; ++j) {
+        for (int64_t i = 0; i < run; ++i) {
+          dequantise_block<V, kBits>(codes + (j * w.num_blocks + b + i) * kBlockBytes, zero[j],
+                                     weights + j * kTileFloats + i * kBlockRows * kLanes);
+        }
       }
       const float* x = a.gathered + b * kBlockRows;
-      for_row_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
-        exact_rows<V, kRows>(x + row * a.x_stride, a.x_stride, weights, run * kBlockRows, scale,
-                             y + (row - row_begin) * kLanes);
+      for_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+        exact_rows<V, kRows, kTiles>(x + row * a.x_stride, a.x_stride, weights, kTileFloats, run * kBlockRows, scale,
+                                     y + (row - row_begin) * kTiles * kLanes);
       });
     }
   }
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    store_tile<V>(a, row, tile, V::load(y + (row - row_begin) * kLanes));
+  for (int64_t i = 0; i < row_end - row_begin; ++i) {
+    for (int j = 0; j < kTiles; ++j) {
+      store_tile<V>(a, row_begin + i, tile + j, V::load(y + (i * kTiles + j) * kLanes));
+    }
   }
 }
 
 template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                 int64_t tile_end) noexcept {
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+  for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
     if (a.weights->code_bits == 4) {
-      gptq_exact_tile<V, 4>(a, row_begin, row_end, tile);
+      gptq_exact_tiles<V, 4, kTiles>(a, row_begin, row_end, tile);
     } else {
-      gptq_exact_tile<V, 8>(a, row_begin, row_end, tile);
+      gptq_exact_tiles<V, 8, kTiles>(a, row_begin, row_end, tile);
     }
-  }
+  });
 }
 
 template <class V, FloatType kType>
@@ -226,8 +278,8 @@ void dense_block(const DenseLinearArgs& a, int64_t row, int64_t out) {
 
 template <class V, FloatType kType>
 void dense_typed(const DenseLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t out_begin, int64_t out_end) {
-  for_row_blocks<4>(out_begin, out_end, [&]<int kOuts>(int64_t out) {
-    for_row_blocks<V::kDenseRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+  for_blocks<4>(out_begin, out_end, [&]<int kOuts>(int64_t out) {
+    for_blocks<V::kDenseRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
       dense_block<V, kType, kRows, kOuts>(a, row, out);
     });
   });

@@ -30,7 +30,7 @@ void read_codes(const PackArgs& a, int64_t row, int64_t column, int64_t num_colu
   if (a.planar) {
     const int64_t block_bit = row / 32 * 32 * a.bits;
     int32_t position = 0;
-    for (int32_t width = 4; width != 0; width /= 2) {
+    for (int32_t width = 8; width != 0; width /= 2) {
       if ((a.bits & width) == 0) continue;
       add_field(block_bit + position * 32 + row % 32 * width, width, position);
       position += width;

@@ -46,7 +46,9 @@ struct Verbs {
     float lane[16];
   };
   static constexpr int kInt8Rows = 1;
+  static constexpr int kInt8Tiles = 1;
   static constexpr int kExactRows = 1;
+  static constexpr int kExactTiles = 1;
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 1;
 
@@ -122,6 +124,8 @@ struct Verbs {
   struct Codes {  // 16 lanes of 4 codes
     uint8_t byte[64];
   };
+  using Quad = const int8_t*;  // 4 activations, the same for every lane
+  static Quad broadcast_quad(const int8_t* values) { return values; }
   static F32 codes_to_f32(const Codes& codes, int j) {
     return each([&](int i) { return static_cast<float>(codes.byte[i * 4 + j]); });
   }
@@ -145,7 +149,7 @@ struct Verbs {
       }
       return codes;
     }
-    static Sum add(Sum sum, const Codes& codes, const int8_t* values) {
+    static Sum add(Sum sum, const Codes& codes, Quad values) {
       for (int i = 0; i < 16; ++i) {
         for (int j = 0; j < 4; ++j) sum.lane[i] += static_cast<int32_t>(codes.byte[i * 4 + j]) * values[j];
       }
