@@ -1,0 +1,227 @@
+"""GPTQ linears in both compute modes, on every instruction set."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from kernel_support import ISAS, assert_as_accurate, every_isa, gptq_case, same_bits, spread_rows
+from ropewalk import native
+
+# in_features, out_features, group sizes, options
+CASES = {
+    "one-tile": (32, 16, 32, {}),
+    "one-element": (1, 1, 1, {"bits": 8}),
+    "odd-sizes": (77, 35, 32, {"bias": True}),
+    "one-group": (200, 33, [200], {"bits": 4, "scale_dtype": np.float32}),
+    "empty-groups": (96, 48, [0, 40, 0, 0, 55, 1, 0], {"bits": 8, "bias": True}),
+    "irregular-act-order": (130, 21, [7, 32, 64, 27], {"bits": 4, "act_order": True}),
+    "symmetric-g128": (256, 64, 128, {"constant_zero": 8}),
+    "act-order-g32": (256, 40, 32, {"act_order": True, "bias": True}),
+    "2-bit": (64, 20, 16, {"bits": 2}),
+    "3-bit": (96, 17, 32, {"bits": 3, "constant_zero": 4}),
+    "planar-6-bit": (64, 31, 32, {"bits": 6, "planar": True, "act_order": True}),
+    "8-bit-symmetric": (160, 50, 64, {"bits": 8, "constant_zero": 128}),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def make(name: str):
+    in_features, out_features, group_sizes, options = CASES[name]
+    return gptq_case(in_features, out_features, group_sizes, **options)
+
+
+def activations(case, num_rows: int, seed: int = 1) -> np.ndarray:
+    """[T, K] with magnitudes that differ between rows and between input features."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num_rows, case.codes.shape[0])) * rng.uniform(0.1, 10, (num_rows, 1))
+    return (x * np.exp(rng.standard_normal(case.codes.shape[0]))).astype(np.float32)
+
+
+def int8_formula(case, x: np.ndarray, dtype: type) -> np.ndarray:
+    """The documented arithmetic: float32 up to the rounding to integers, exact integer sums, the rest in `dtype`."""
+    y = np.tile(case.bias.astype(dtype), (x.shape[0], 1))
+    for group, rows in case.blocks():
+        block = x[:, rows]
+        largest = np.abs(block).max(1, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.where(largest > 1e-36, np.rint(block * (np.float32(127) / largest)), 0).astype(np.int64)
+        scale = (largest / np.float32(127)).astype(dtype)
+        dot = (values @ case.codes[rows]).astype(dtype)
+        centred = scale * dot - case.zeros[group].astype(dtype) * (scale * values.sum(1, keepdims=True).astype(dtype))
+        y += case.scales[group].astype(dtype) * centred
+    return y
+
+
+@every_isa
+@every_case
+@pytest.mark.parametrize("num_rows", [1, 3, 21])
+def test_exact_mode_is_as_accurate_as_float32(isa, name, num_rows):
+    case = make(name)
+    x = activations(case, num_rows)
+    runtime = native.Runtime(isa, 2)
+    y = native.Linear(runtime, [case.pack(runtime)])(x, "exact")
+    weight, bias = case.weight(), case.bias
+    plain = torch.from_numpy(x) @ torch.from_numpy(weight.astype(np.float32)) + torch.from_numpy(bias).float()
+    assert_as_accurate(y, x.astype(np.float64) @ weight + bias, plain)
+
+
+@every_isa
+@every_case
+@pytest.mark.parametrize("num_rows", [1, 3, 21])
+def test_int8_mode_follows_the_documented_formula(isa, name, num_rows):
+    case = make(name)
+    x = activations(case, num_rows)
+    runtime = native.Runtime(isa, 2)
+    y = native.Linear(runtime, [case.pack(runtime)])(x, "int8")
+    assert_as_accurate(y, int8_formula(case, x, np.float64), int8_formula(case, x, np.float32))
+
+
+@every_isa
+@pytest.mark.parametrize("bits, top", [(4, 15), (8, 255)])
+def test_integer_sums_are_exact_at_their_extremes(isa, bits, top):
+    """With a largest magnitude of 127 the scale of a block is 1, and the whole result is a small integer."""
+    case = gptq_case(64, 32, 32, bits=bits, constant_zero=0, scale_dtype=np.float32)
+    case.arguments["scales"][:] = 1
+    case.arguments["qweight"][:, :16] = -1  # every code at its top
+    codes = case.codes.copy()
+    codes[:, :16] = top
+    rng = np.random.default_rng(5)
+    x = rng.integers(-127, 128, (6, 64)).astype(np.float32)
+    x[:, [0, 32]] = 127
+    x[0] = 127
+    x[1] = -127
+    x[2, 1::2] = -127
+    runtime = native.Runtime(isa, 1)
+    y = native.Linear(runtime, [case.pack(runtime)])(x, "int8")
+    assert np.array_equal(y, x.astype(np.int64) @ codes)
+
+
+@every_isa
+def test_activations_halfway_between_integers_round_to_even(isa):
+    case = gptq_case(32, 16, 32, constant_zero=0, scale_dtype=np.float32)
+    case.arguments["scales"][:] = 1
+    x = np.zeros((1, 32), np.float32)
+    x[0, :6] = [127, 0.5, 1.5, 2.5, -0.5, -3.5]
+    runtime = native.Runtime(isa, 1)
+    y = native.Linear(runtime, [case.pack(runtime)])(x, "int8")
+    assert np.array_equal(y[0], np.array([127, 0, 2, 2, 0, -4]) @ case.codes[:6])
+
+
+@every_isa
+def test_int8_mode_loses_little(isa):
+    case = gptq_case(512, 64, 128, act_order=True)
+    x = np.random.default_rng(2).standard_normal((16, 512)).astype(np.float32)
+    runtime = native.Runtime(isa, 2)
+    linear = native.Linear(runtime, [case.pack(runtime)])
+    error = linear(x, "int8") - linear(x, "exact")
+    assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(linear(x, "exact") ** 2))
+
+
+@every_isa
+def test_blocks_too_small_to_scale_read_as_zero_and_huge_ones_are_right_or_overflow(isa):
+    case = gptq_case(32, 16, 32, constant_zero=8)
+    runtime = native.Runtime(isa, 1)
+    linear = native.Linear(runtime, [case.pack(runtime)])
+    assert np.array_equal(linear(np.full((1, 32), 1e-37, np.float32), "int8"), np.zeros((1, 16), np.float32))
+    assert np.array_equal(linear(np.zeros((1, 32), np.float32), "int8"), np.zeros((1, 16), np.float32))
+    for magnitude in (2e-36, 1e37, 3.2e38):
+        x = np.zeros((1, 32), np.float32)
+        x[0, 3] = magnitude
+        y = linear(x, "int8")
+        right = np.isclose(y, x.astype(np.float64) @ case.weight(), rtol=1e-5, atol=0)
+        assert (right | ~np.isfinite(y)).all() if magnitude > 1e38 else right.all()
+
+
+@every_isa
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_results_are_the_same_bits_for_any_rows_and_threads(isa, compute):
+    case = gptq_case(130, 70, [60, 38, 32], act_order=True, bias=True)
+    x = activations(case, 203)  # more than two panels of 96 rows
+    whole = None
+    for threads in range(1, 5):
+        runtime = native.Runtime(isa, threads)
+        linear = native.Linear(runtime, [case.pack(runtime)])
+        y = linear(x, compute)
+        assert whole is None or same_bits(y, whole)
+        whole = y
+        for chunk in (1, 7, 64) if threads == 3 else (100,):
+            parts = [linear(x[t : t + chunk], compute) for t in range(0, len(x), chunk)]
+            assert same_bits(np.concatenate(parts), whole)
+        subset = np.random.default_rng(0).permutation(203)[:29]
+        assert same_bits(linear(x[subset], compute), whole[subset])
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(ISAS, 2)), ids="-".join)
+def test_weights_packed_on_one_instruction_set_serve_another(pair):
+    case = gptq_case(64, 40, 32, act_order=True)
+    x = activations(case, 2)
+    first, second = (native.Runtime(isa, 1) for isa in pair)
+    assert same_bits(native.Linear(second, [case.pack(first)])(x), native.Linear(second, [case.pack(second)])(x))
+
+
+@every_isa
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_parts_over_one_input_give_their_columns_side_by_side(isa, compute):
+    runtime = native.Runtime(isa, 2)
+    shared, same_order = (gptq_case(96, n, 32, act_order=True, seed=3) for n in (33, 33))
+    sequential, padded = gptq_case(96, 16, 32), gptq_case(96, 5, [50, 46], bits=8, bias=True)
+    cases = [shared, sequential, same_order, padded]
+    dense = native.dense_linear(np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32))
+    parts = [case.pack(runtime) for case in cases] + [dense]
+    x = activations(shared, 11)
+    together = native.Linear(runtime, parts)
+    assert (together.in_features, together.out_features) == (96, 33 + 16 + 33 + 5 + 7)
+    assert together.num_bytes == sum(part.num_bytes for part in parts)
+    apart = [native.Linear(runtime, [part])(x, compute) for part in parts]
+    assert same_bits(together(x, compute), np.concatenate(apart, axis=1))
+
+
+@every_isa
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_rows_may_lie_any_distance_apart(isa, compute):
+    for act_order in (False, True):
+        case = gptq_case(64, 20, 32, act_order=act_order)
+        x = activations(case, 5)
+        runtime = native.Runtime(isa, 1)
+        linear = native.Linear(runtime, [case.pack(runtime)])
+        assert same_bits(linear(spread_rows(x), compute), linear(x, compute))
+
+
+@every_isa
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_no_rows_give_no_rows(isa, compute):
+    case = gptq_case(64, 20, 32)
+    runtime = native.Runtime(isa, 2)
+    linear = native.Linear(runtime, [case.pack(runtime)])
+    assert linear(np.empty((0, 64), np.float32), compute).shape == (0, 20)
+    y = linear(torch.empty(0, 64), compute)
+    assert isinstance(y, torch.Tensor) and y.shape == (0, 20)
+
+
+@every_isa
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"bits": 8}], ids=str)
+def test_a_non_finite_activation_leaves_no_finite_number_in_its_row(isa, compute, value, options):
+    case = gptq_case(64, 20, 32, **options)
+    runtime = native.Runtime(isa, 1)
+    linear = native.Linear(runtime, [case.pack(runtime)])
+    x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    clean = linear(x, compute)
+    x[np.arange(0, 64, 2), np.arange(0, 64, 2)] = value  # every second row, at every second place
+    x[np.arange(0, 64, 2), (np.arange(0, 64, 2) + 17) % 64] = 5.0
+    y = linear(x, compute)
+    assert not np.isfinite(y[::2]).any()
+    assert same_bits(y[1::2], clean[1::2])
+
+
+def test_scales_that_are_not_finite_show_in_their_columns_alone():
+    case = gptq_case(64, 20, 32)
+    case.arguments["scales"][1, 3] = np.nan
+    runtime = native.Runtime()
+    for compute in ("exact", "int8"):
+        y = native.Linear(runtime, [case.pack(runtime)])(np.ones((2, 64), np.float32), compute)
+        assert np.isnan(y[:, 3]).all() and np.isfinite(np.delete(y, 3, axis=1)).all()
