@@ -21,7 +21,15 @@ from typing import Any
 from ropewalk.config import FAMILIES, MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS, read_max_positions
 from ropewalk.errors import ConfigError, UnsupportedError
 from ropewalk.json_config import Section
-from ropewalk.rope_methods import LinearNtkScaling, LinearScaling, NoScaling, NtkByPartsScaling, NtkScaling, RopeMethod
+from ropewalk.rope_methods import (
+    DynamicNtkScaling,
+    LinearNtkScaling,
+    LinearScaling,
+    NoScaling,
+    NtkByPartsScaling,
+    NtkScaling,
+    RopeMethod,
+)
 from ropewalk.rope_spellings import ORIGINAL, RopeObject
 
 logger = logging.getLogger(__name__)
@@ -177,7 +185,8 @@ def decide_by_knobs(facts: RopeFacts, compress_pos_emb: float | None, alpha_valu
 def _decision(
     facts: RopeFacts, method: RopeMethod, rotary_dim: int, length: int, covers: int | None, decided_by: str
 ) -> RopeDecision:
-    if rotary_dim < 4 and "ntk" in method.name:
+    # These raise theta to the power R / (R - 2).
+    if rotary_dim < 4 and ("ntk" in method.name or isinstance(method, DynamicNtkScaling)):
         raise ConfigError(
             f"{facts.top.source}: {method.name} scaling needs at least 4 rotated features, found {rotary_dim}"
         )
