@@ -23,10 +23,11 @@ class StopStrings:
         if not self._stops or self.found is not None:
             return "" if self.found is not None else text
         self._held += text
-        hits = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
-        if hits:
-            position, self.found = min(hits)
-            return self._take(position)
+        starts = [(stop, start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if starts:
+            # The one that is complete first, and of those the longest: so pieces may be cut anywhere.
+            self.found, start = min(starts, key=lambda hit: (hit[1] + len(hit[0]), hit[1]))
+            return self._take(start)
         return self._take(self._first_possible_start())
 
     def flush(self) -> str:
