@@ -14,7 +14,7 @@ ISAS = native.available_isas()
 every_isa = pytest.mark.parametrize("isa", ISAS)
 
 
-def assert_as_accurate(result, exact, plain, factor: float = 4.0) -> None:
+def assert_as_accurate(result, exact, plain, factor: float = 3.0) -> None:
     """The error against float64 is at most `factor` times that of the plain float32 computation, and a rounding more.
 
     result: what a kernel gave. exact: float64. plain: the same mathematics in float32 by numpy or torch. Root mean

@@ -47,11 +47,15 @@ def test_rms_norm_is_as_accurate_as_float32(isa, size, heads):
 def test_rms_norm_of_zeros_and_of_tiny_rows_is_kept_finite_by_epsilon(isa):
     x = torch.stack([torch.zeros(40), torch.full((40,), 1e-20), torch.full((40,), 1e-3)])
     y = native.rms_norm(native.Runtime(isa, 1), x, torch.ones(40), 1e-6)
-    assert_as_accurate(y, norm_formula(x.double(), torch.ones(40).double(), 1e-6), norm_formula(x, torch.ones(40), 1e-6))
+    assert_as_accurate(
+        y, norm_formula(x.double(), torch.ones(40).double(), 1e-6), norm_formula(x, torch.ones(40), 1e-6)
+    )
 
 
 @every_isa
-@pytest.mark.parametrize("head_dim, half", [(20, 10), (64, 32), (80, 40), (96, 48), (128, 64), (128, 16), (20, 3), (7, 0)])
+@pytest.mark.parametrize(
+    "head_dim, half", [(20, 10), (64, 32), (80, 40), (96, 48), (128, 64), (128, 16), (20, 3), (7, 0)]
+)
 @pytest.mark.parametrize("start", [0, 131071 - 4])
 def test_rotation_is_as_accurate_as_float32_and_leaves_the_other_dims(isa, head_dim, half, start):
     x = normal(5, 3, head_dim)
@@ -73,7 +77,9 @@ def test_silu_gate_is_as_accurate_as_float32(isa, size):
 
 @every_isa
 def test_silu_gate_holds_over_the_whole_range_of_the_exponential(isa):
-    gate = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e4, -88.5, -87.0, 0.0, 1e-30, 88.0, 88.5, 1e30])])
+    gate = torch.cat(
+        [torch.linspace(-100, 100, 4001), torch.tensor([-1e4, -88.5, -87.0, 0.0, 1e-30, 88.0, 88.5, 1e30])]
+    )
     y = native.silu_mul(native.Runtime(isa, 1), torch.cat([gate, torch.ones_like(gate)])[None])[0]
     exact = torch.nn.functional.silu(gate.double())
     assert torch.allclose(y.double(), exact, rtol=1e-6, atol=1e-34)
@@ -140,8 +146,7 @@ def test_a_non_finite_element_shows_in_its_row_and_in_no_other(isa, value):
         results = {"norm": native.rms_norm(runtime, bad, torch.ones(40), 1e-6), "silu": native.silu_mul(runtime, bad)}
         for name, y in results.items():
             column = place % 20 if name == "silu" else place
-            if not (name == "silu" and place < 20 and value == float("-inf")):
-                assert not torch.isfinite(y[1, column]), name
+            assert not torch.isfinite(y[1, column]), name
             assert same_bits(y[[0, 2]], clean[name][[0, 2]]), name
     heads = normal(2, 1, 20)
     heads[0, 0, 12] = value

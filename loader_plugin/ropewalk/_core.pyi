@@ -1,0 +1,100 @@
+"""The compiled core (native/bindings/core.cpp). Every array is checked and none is converted; use ropewalk.native.
+
+Raises everywhere: ShapeError for an array, size or name that cannot be taken; MemoryError where memory runs out.
+"""
+
+from collections.abc import Sequence
+
+import numpy
+
+def available_isas() -> list[str]:
+    """The instruction sets that this machine can run, best first; "scalar" is last."""
+
+class Runtime:
+    """A kernel table and a pool of threads."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        """isa: a name, or "" for the best. threads: 1 to 1024, the caller included. Raises NativeError otherwise."""
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+
+class PackedGptq:
+    """A GPTQ linear in tiles, made by `pack_gptq`."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+class DenseLinear:
+    """A dense weight where it lies, made by `dense_linear`."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+def pack_gptq(
+    runtime: Runtime,
+    qweight: numpy.ndarray,
+    bits: int,
+    planar: bool,
+    in_features: int,
+    scales: numpy.ndarray,
+    zeros: numpy.ndarray,
+    group_starts: numpy.ndarray,
+    order: object,
+    bias: object,
+) -> PackedGptq:
+    """qweight: [word rows, N] int32. scales: [G, N] uint16 (the bits of float16) or float32. zeros: [G, N] uint8.
+
+    group_starts: [G + 1] int64. order: [K] int32 or None. bias: [N] float32 or None.
+    """
+
+def dense_linear(weight: numpy.ndarray, type: str, bias: object) -> DenseLinear:
+    """weight: [N, K] float32 for type "f32", uint16 (the bits) for "f16" and "bf16". bias: [N] float32 or None."""
+
+class LinearGroup:
+    """Linears over one input, their outputs side by side."""
+
+    def __init__(self, parts: Sequence[object]) -> None:
+        """parts: PackedGptq and DenseLinear."""
+    def run(self, runtime: Runtime, compute: str, x: numpy.ndarray, out: numpy.ndarray) -> None:
+        """x: [T, K] float32. compute: "exact" or "int8". out: [T, N] float32, written."""
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+
+class KvCache:
+    """Keys and values of one layer; the capacity is rounded up to whole tiles of 64."""
+
+    def __init__(self, num_heads: int, head_dim: int, capacity: int, type: str) -> None:
+        """type: "f16" or "f32"."""
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+def rms_norm(runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, epsilon: float, out: numpy.ndarray) -> None:
+    """x: [T, C] or [T, H, C] float32, weight: [C]. out: contiguous, of the shape of x, written."""
+
+def rotate(runtime: Runtime, x: numpy.ndarray, cos: numpy.ndarray, sin: numpy.ndarray) -> None:
+    """x: [T, H, D] float32, rotated in place. cos, sin: [T, R / 2]."""
+
+def silu_mul(runtime: Runtime, gate_up: numpy.ndarray, out: numpy.ndarray) -> None:
+    """gate_up: [T, 2 * I] float32. out: [T, I], written."""
+
+def append(runtime: Runtime, cache: KvCache, k: numpy.ndarray, v: numpy.ndarray, start: int) -> None:
+    """k, v: [T, Hkv, D] float32, written to positions start..start+T."""
+
+def attend(
+    runtime: Runtime,
+    q: numpy.ndarray,
+    cache: KvCache,
+    start: int,
+    window: int,
+    scale: float,
+    out: numpy.ndarray,
+) -> None:
+    """q: [T, Hq, D] float32 at positions start..start+T. window: 0 for none. out: [T, Hq * D], written."""
