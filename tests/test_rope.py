@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from conftest import LOCAL_DATA, SHARED_FIXTURES
+from conftest import LOCAL_DATA, SHARED_FIXTURES, gptq_fixture_folders
 from ropewalk.errors import ConfigError, RopewalkError, UnsupportedError
 from ropewalk.rope import Rope, remedy, resolve_rope
 from ropewalk.rope_methods import (
@@ -478,13 +478,13 @@ def test_the_description_says_method_values_and_source() -> None:
     assert resolve_rope(BASE, source="m/config.json").describe().endswith("decided by no scaling key in m/config.json")
 
 
-WRONG_NUMBERS = [0, -1.0, float("nan"), float("inf"), float("-inf"), True, "4", [4], {}, 1e300, 10**400]
+WRONG_NUMBERS = [0, -1.0, 1e-320, float("nan"), float("inf"), float("-inf"), True, "4", [4], {}, 1e300, 10**400]
 
 
 @pytest.mark.parametrize("value", WRONG_NUMBERS, ids=lambda value: repr(value)[:12])
 @pytest.mark.parametrize("name", ["compress_pos_emb", "alpha_value", "rope_theta"])
 def test_an_absurd_argument_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"arguments: {name} must be a number above"):
+    with pytest.raises(ConfigError, match=rf"arguments: {name} must be a number (from|above)"):
         resolve_rope(BASE, **{name: value})
 
 
@@ -520,7 +520,7 @@ def test_an_absurd_number_in_a_scaling_is_refused_by_key(scaling: dict[str, Any]
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"type": "linear"}, "rope_scaling.factor must be a number above 0 .* found nothing"),
+        ({"type": "linear"}, "rope_scaling.factor must be a number from 0.01 .* found nothing"),
         ({"type": "yarn"}, "rope_scaling.factor must be"),
         ({"factor": 4.0}, "rope_scaling.rope_type is missing beside factor; accepted are default, linear"),
         ({"type": 4}, "rope_scaling.type must be a string"),
@@ -528,7 +528,7 @@ def test_an_absurd_number_in_a_scaling_is_refused_by_key(scaling: dict[str, Any]
         ({"type": "longrope", "short_factor": [1.0] * 31, "long_factor": []}, "short_factor .* found a list of 31"),
         (
             {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0] * 31 + [0]},
-            r"rope_scaling.long_factor\[31\] must be a number above 0 .* found 0",
+            r"rope_scaling.long_factor\[31\] must be a number from 0.01 .* found 0",
         ),
         ({**LLAMA3, "low_freq_factor": 4.0}, "high_freq_factor must be a number above low_freq_factor, 4"),
         ({**YARN, "beta_fast": 0.5}, "beta_fast must be at least beta_slow, 1"),
@@ -653,3 +653,12 @@ def test_warnings_come_from_the_packages_loggers(caplog: pytest.LogCaptureFixtur
         resolve_rope({**BASE, "alpha_value": 2}, 9999)
     assert {record.name.split(".")[0] for record in caplog.records} == {"ropewalk"}
     assert Path(caplog.records[0].pathname).name == "rope_config.py"
+
+
+@pytest.mark.skipif(not gptq_fixture_folders(), reason="no GPTQ fixtures on this machine")
+def test_the_frequencies_of_real_checkpoints_are_those_they_were_evaluated_with(gptq_fixture: Path) -> None:
+    expected = np.load(gptq_fixture / "expected.npz")
+    rope = resolve_rope(json.loads((gptq_fixture / "config.json").read_text()))
+    inv, scale = rope.inverse_frequencies(len(expected["input_ids"]))
+    np.testing.assert_allclose(inv, expected["rope_inv_freq"], rtol=1e-6)
+    assert scale == pytest.approx(float(expected["rope_attention_scaling"]), rel=1e-6)

@@ -258,14 +258,11 @@ def _layer_slides(section: Section, num_layers: int) -> list[bool] | None:
 
 def _special_tokens(section: Section, defaults: FamilyDefaults, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
     """(bos_token_id, eos_token_ids) of config.json."""
-    present = section.values
-    bos = _token_ids(section, "bos_token_id", vocab_size)
-    eos = _token_ids(section, "eos_token_id", vocab_size)
-    if "bos_token_id" not in present and defaults.bos_token_id is not None:
-        bos = (defaults.bos_token_id,)
-    if "eos_token_id" not in present and defaults.eos_token_id is not None:
-        eos = (defaults.eos_token_id,)
-    if "LLaMAForCausalLM" in (present.get("architectures") or []) and (bos, eos) == ((0,), (1,)):
+    absent = {"bos_token_id": defaults.bos_token_id, "eos_token_id": defaults.eos_token_id}
+    known = Section(section.source, {**absent, **section.values})
+    bos, eos = (_token_ids(known, key, vocab_size) for key in absent)
+    old_spelling = "LLaMAForCausalLM" in (section.values.get("architectures") or [])
+    if old_spelling and (bos, eos) == ((0,), (1,)) and vocab_size > 2:
         # The widespread conversions of March 2023 wrote these ids, although LLaMA's tokenizer has 1 = <s> and 2 = </s>:
         # taken literally, generation would never end.
         logger.warning("%s: bos_token_id 0 and eos_token_id 1 are a known mistake; using 1 and 2", section.source)

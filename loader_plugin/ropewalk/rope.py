@@ -21,7 +21,7 @@ from ropewalk.errors import ConfigError
 from ropewalk.json_config import Section, shown
 from ropewalk.rope_config import MAX_THETA, RopeDecision, decide, decide_by_knobs, read_facts
 from ropewalk.rope_methods import LinearNtkScaling, LinearScaling, NoScaling, NtkScaling, RopeMethod
-from ropewalk.rope_spellings import MAX_FACTOR
+from ropewalk.rope_spellings import MAX_FACTOR, MIN_FACTOR
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def resolve_rope(
     given = Section(
         "arguments", {"compress_pos_emb": compress_pos_emb, "alpha_value": alpha_value, "rope_theta": rope_theta}
     )
-    factor = given.optional_number("compress_pos_emb", 0.0, MAX_FACTOR, None, above=True)
-    alpha = given.optional_number("alpha_value", 0.0, MAX_FACTOR, None, above=True)
+    factor = given.optional_number("compress_pos_emb", MIN_FACTOR, MAX_FACTOR, None)
+    alpha = given.optional_number("alpha_value", MIN_FACTOR, MAX_FACTOR, None)
     theta = given.optional_number("rope_theta", 1.0, MAX_THETA, None, above=True)
     by_knobs = factor is not None or alpha is not None
     if by_knobs and rope_scaling is not None:

@@ -212,8 +212,8 @@ def _covers(method: RopeMethod, rope: RopeObject, by_config: bool) -> int | None
 
 
 def _positions(length: float) -> int:
-    """Whole positions of a scaled length, where 1.15 * 2000 must count as 2300."""
-    return int(length + 1e-6)
+    """Whole positions of a scaled length, at least one; 1.15 * 2000 must count as 2300."""
+    return max(1, int(length + 1e-6))
 
 
 def _airophin(facts: RopeFacts) -> RopeDecision | None:

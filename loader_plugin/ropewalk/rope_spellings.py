@@ -30,8 +30,8 @@ from ropewalk.rope_methods import (
 logger = logging.getLogger(__name__)
 
 ORIGINAL = "original_max_position_embeddings"
-# Far outside of what is in use (factors up to 64, alpha up to 1000), and free of overflow in float64.
-MAX_FACTOR = 1e6
+# Far outside of what is in use (factors 1 to 64, alpha up to 1000), and free of overflow in float64.
+MIN_FACTOR, MAX_FACTOR = 0.01, 1e6
 
 # mrope is plain RoPE for text: its sections tell image positions apart.
 TYPE_ALIASES = MappingProxyType({"su": "longrope", "mrope": "default"})
@@ -109,9 +109,9 @@ class RopeObject:
     def factor(self) -> float:
         """The required `factor`; where it is missing, max_position_embeddings / the declared original length."""
         if self.section.has("factor"):
-            return self.section.number("factor", 0.0, MAX_FACTOR, above=True)
+            return self.section.number("factor", MIN_FACTOR, MAX_FACTOR)
         if self.original is None or self.original >= self.max_positions:
-            raise self.section.error("factor", f"a number above 0 and at most {MAX_FACTOR:g}")
+            raise self.section.error("factor", f"a number from {MIN_FACTOR:g} to {MAX_FACTOR:g}")
         factor = self.max_positions / self.original
         logger.warning(
             "%s: %s is missing; using max_position_embeddings / %s = %g",
@@ -138,7 +138,7 @@ def _linear(rope: RopeObject, rotary_dim: int) -> LinearScaling:
 
 def _ntk(rope: RopeObject, rotary_dim: int) -> NtkScaling:
     if rope.section.has("alpha"):
-        return NtkScaling(rope.section.number("alpha", 0.0, MAX_FACTOR, above=True))
+        return NtkScaling(rope.section.number("alpha", MIN_FACTOR, MAX_FACTOR))
     return NtkScaling(rope.factor())
 
 
@@ -160,7 +160,7 @@ def _dynamic(rope: RopeObject, rotary_dim: int) -> DynamicNtkScaling | NtkScalin
             rope.length,
             rope.max_positions,
         )
-    return DynamicNtkScaling(section.number("factor", 0.0, MAX_FACTOR, above=True), rope.length)
+    return DynamicNtkScaling(section.number("factor", MIN_FACTOR, MAX_FACTOR), rope.length)
 
 
 def _ntk_by_parts(rope: RopeObject, rotary_dim: int) -> NtkByPartsScaling:
@@ -173,9 +173,7 @@ def _yarn(rope: RopeObject, rotary_dim: int) -> YarnScaling:
 
 def _yarn_with(rope: RopeObject, factor: float) -> YarnScaling:
     section = rope.section
-    # Zero means "the default" in transformers, for these four.
-    beta_fast = section.optional_number("beta_fast", 0.0, MAX_FACTOR, 0.0) or 32.0
-    beta_slow = section.optional_number("beta_slow", 0.0, MAX_FACTOR, 0.0) or 1.0
+    beta_fast, beta_slow = _turns(section, "beta_fast", 32.0), _turns(section, "beta_slow", 1.0)
     if beta_fast < beta_slow:
         raise section.error("beta_fast", f"at least beta_slow, {beta_slow:g}")
     return YarnScaling(
@@ -184,10 +182,16 @@ def _yarn_with(rope: RopeObject, factor: float) -> YarnScaling:
         beta_fast=beta_fast,
         beta_slow=beta_slow,
         truncate=section.boolean("truncate", True),
-        attention_factor=section.optional_number("attention_factor", 0.0, MAX_FACTOR, None, above=True),
+        attention_factor=section.optional_number("attention_factor", MIN_FACTOR, MAX_FACTOR, None),
         mscale=section.optional_number("mscale", 0.0, MAX_FACTOR, None),
         mscale_all_dim=section.optional_number("mscale_all_dim", 0.0, MAX_FACTOR, None),
     )
+
+
+def _turns(section: Section, key: str, default: float) -> float:
+    """beta_fast or beta_slow, for which zero means "the default" in transformers."""
+    given = section.optional_number(key, 0.0, MAX_FACTOR, 0.0)
+    return section.number(key, MIN_FACTOR, MAX_FACTOR) if given else default
 
 
 def _dynamic_linear(rope: RopeObject, rotary_dim: int) -> DynamicScaling:
@@ -210,22 +214,22 @@ def _growing(rope: RopeObject, inner: LinearScaling | NtkByPartsScaling | YarnSc
 
 def _llama3(rope: RopeObject, rotary_dim: int) -> Llama3Scaling:
     section = rope.section
-    low = section.number("low_freq_factor", 0.0, MAX_FACTOR, above=True)
-    high = section.number("high_freq_factor", 0.0, MAX_FACTOR, above=True)
+    low = section.number("low_freq_factor", MIN_FACTOR, MAX_FACTOR)
+    high = section.number("high_freq_factor", MIN_FACTOR, MAX_FACTOR)
     if high <= low:
         raise section.error("high_freq_factor", f"a number above low_freq_factor, {low:g}")
-    return Llama3Scaling(section.number("factor", 0.0, MAX_FACTOR, above=True), low, high, rope.length)
+    return Llama3Scaling(section.number("factor", MIN_FACTOR, MAX_FACTOR), low, high, rope.length)
 
 
 def _longrope(rope: RopeObject, rotary_dim: int) -> LongRopeScaling:
     section = rope.section
     default_factor = rope.max_positions / rope.length
     return LongRopeScaling(
-        factor=section.optional_number("factor", 0.0, MAX_FACTOR, default_factor, above=True),
+        factor=section.optional_number("factor", MIN_FACTOR, MAX_FACTOR, default_factor),
         original=rope.length,
         short_factor=_factor_list(section, "short_factor", rotary_dim // 2),
         long_factor=_factor_list(section, "long_factor", rotary_dim // 2),
-        attention_factor=section.optional_number("attention_factor", 0.0, MAX_FACTOR, None, above=True),
+        attention_factor=section.optional_number("attention_factor", MIN_FACTOR, MAX_FACTOR, None),
     )
 
 
@@ -238,13 +242,13 @@ def _factor_list(section: Section, key: str, count: int) -> tuple[float, ...]:
             f"found {found}"
         )
     entries = Section(section.source, {f"{key}[{i}]": value for i, value in enumerate(values)}, section.path)
-    return tuple(entries.number(entry, 0.0, MAX_FACTOR, above=True) for entry in entries.values)
+    return tuple(entries.number(entry, MIN_FACTOR, MAX_FACTOR) for entry in entries.values)
 
 
 def _proportional(rope: RopeObject, rotary_dim: int) -> ProportionalScaling:
     section = rope.section
     proportion = section.optional_number("partial_rotary_factor", 0.0, 1.0, 1.0, above=True)
-    return ProportionalScaling(proportion, section.optional_number("factor", 0.0, MAX_FACTOR, 1.0, above=True))
+    return ProportionalScaling(proportion, section.optional_number("factor", MIN_FACTOR, MAX_FACTOR, 1.0))
 
 
 YARN_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
