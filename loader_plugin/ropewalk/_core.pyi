@@ -32,6 +32,8 @@ class DenseLinear:
     """A dense weight where it lies, made by `dense_linear`."""
 
     @property
+    def in_features(self) -> int: ...
+    @property
     def num_bytes(self) -> int: ...
 
 def pack_gptq(
@@ -84,6 +86,12 @@ def rotate(runtime: Runtime, x: numpy.ndarray, cos: numpy.ndarray, sin: numpy.nd
 
 def silu_mul(runtime: Runtime, gate_up: numpy.ndarray, out: numpy.ndarray) -> None:
     """gate_up: [T, 2 * I] float32. out: [T, I], written."""
+
+def add(runtime: Runtime, x: numpy.ndarray, y: numpy.ndarray, weight: float) -> None:
+    """x += weight * y; x: [T, C] float32, written; y: [T, C]."""
+
+def embed(runtime: Runtime, table: DenseLinear, token_ids: numpy.ndarray, out: numpy.ndarray) -> None:
+    """table: [V, C]. token_ids: [T] int64. out: [T, C] float32, written."""
 
 def append(runtime: Runtime, cache: KvCache, k: numpy.ndarray, v: numpy.ndarray, start: int) -> None:
     """k, v: [T, Hkv, D] float32, written to positions start..start+T."""

@@ -93,9 +93,9 @@ def run_layer_(
     Keys and values of these positions are written to `kv`. `weight` multiplies what the layer adds.
     """
     normed = backend.rms_norm(x, layer.attn_norm, layer.norm_eps)  # [T, C]
-    x.add_(_attention(normed, backend, layer, kv, rotation, start), alpha=weight)
+    backend.add_(x, _attention(normed, backend, layer, kv, rotation, start), weight)
     normed = backend.rms_norm(x, layer.mlp_norm, layer.norm_eps)  # [T, C]
-    x.add_(_mlp(normed, backend, layer), alpha=weight)
+    backend.add_(x, _mlp(normed, backend, layer), weight)
 
 
 def _attention(

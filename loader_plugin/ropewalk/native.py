@@ -171,6 +171,18 @@ def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
     return out
 
 
+def add_(runtime: Runtime, x: Array, y: Array, weight: float = 1.0) -> None:
+    """x += weight * y in place, rounded once; x, y: [T, C] float32."""
+    _core.add(runtime._core, as_numpy(x), as_numpy(y), weight)
+
+
+def embed(runtime: Runtime, table: _core.DenseLinear, token_ids: Array) -> Array:
+    """Rows of a table made by `dense_linear`: [V, C] -> [T, C] float32; token_ids: [T] int64."""
+    out = empty_like_kind(token_ids, (*checked_shape(token_ids, "token_ids", 1), table.in_features))
+    _core.embed(runtime._core, table, as_numpy(token_ids), as_numpy(out))
+    return out
+
+
 class KvCache:
     """Keys and values of one layer for chunked causal attention.
 
@@ -218,7 +230,7 @@ def as_numpy(array: Array) -> np.ndarray:
     if array.device.type != "cpu":
         raise ShapeError(f"expected a tensor on the CPU, got one on {array.device}")
     try:
-        return array.detach().numpy()
+        return (array.detach() if array.requires_grad else array).numpy()
     except (TypeError, RuntimeError) as error:  # a dtype or layout that numpy does not have
         raise ShapeError(f"a tensor of {array.dtype}, {array.layout} cannot be read: {error}") from error
 

@@ -200,6 +200,37 @@ void run_silu_mul(CpuRuntime& runtime, const py::array& gate_up, py::array& out)
   silu_mul(runtime, args, num_rows);
 }
 
+void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight) {
+  require(x.ndim() == 2, "x must be [T, C]");
+  AddArgs args{};
+  args.x = writable_contiguous<float>(x, "x", shape_of(x));
+  args.y = contiguous<float>(y, "y", shape_of(x));
+  args.weight = weight;
+  args.size = x.shape(1);
+  const int64_t num_rows = x.shape(0);
+  const py::gil_scoped_release release;
+  add(runtime, args, num_rows);
+}
+
+// `table` is taken as a dense weight, so that one that is also the head is described once.
+void run_embed(CpuRuntime& runtime, const DenseLinear& table, const py::array& token_ids, py::array& out) {
+  require(token_ids.ndim() == 1, "token_ids must have one dimension");
+  const int64_t num_rows = token_ids.shape(0);
+  EmbedArgs args{};
+  args.table = table.view.weight;
+  args.table_type = table.view.type;
+  args.size = table.view.in_features;
+  args.token_ids = contiguous<int64_t>(token_ids, "token_ids", {num_rows});
+  for (int64_t t = 0; t < num_rows; ++t) {
+    require(args.token_ids[t] >= 0 && args.token_ids[t] < table.view.out_features,
+            "token id " + std::to_string(args.token_ids[t]) + " at position " + std::to_string(t) +
+                " is outside a table of " + std::to_string(table.view.out_features));
+  }
+  args.out = writable_contiguous<float>(out, "out", {num_rows, args.size});
+  const py::gil_scoped_release release;
+  embed(runtime, args, num_rows);
+}
+
 std::shared_ptr<KvCache> new_kv_cache(int64_t num_heads, int64_t head_dim, int64_t capacity,
                                       const std::string& type) {
   require(num_heads > 0 && num_heads <= 65536, "num_heads is out of range");
@@ -286,6 +317,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<PackedGptq, std::shared_ptr<PackedGptq>>(m, "PackedGptq")
       .def_property_readonly("num_bytes", &PackedGptq::num_bytes);
   py::class_<DenseLinear, std::shared_ptr<DenseLinear>>(m, "DenseLinear")
+      .def_property_readonly("in_features", [](const DenseLinear& d) { return d.view.in_features; })
       .def_property_readonly("num_bytes", [](const DenseLinear& d) { return d.weight.nbytes(); });
   m.def("pack_gptq", &pack_gptq, py::arg("runtime"), py::arg("qweight"), py::arg("bits"), py::arg("planar"),
         py::arg("in_features"), py::arg("scales"), py::arg("zeros"), py::arg("group_starts"), py::arg("order"),
@@ -307,6 +339,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("out"));
   m.def("rotate", &run_rotate, py::arg("runtime"), py::arg("x"), py::arg("cos"), py::arg("sin"));
   m.def("silu_mul", &run_silu_mul, py::arg("runtime"), py::arg("gate_up"), py::arg("out"));
+  m.def("add", &run_add, py::arg("runtime"), py::arg("x"), py::arg("y"), py::arg("weight"));
+  m.def("embed", &run_embed, py::arg("runtime"), py::arg("table"), py::arg("token_ids"), py::arg("out"));
   m.def("append", &run_append, py::arg("runtime"), py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("start"));
   m.def("attend", &run_attend, py::arg("runtime"), py::arg("q"), py::arg("cache"), py::arg("start"),
         py::arg("window"), py::arg("scale"), py::arg("out"));

@@ -151,6 +151,16 @@ void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows) {
            [&](int64_t begin, int64_t end) { runtime.table().silu_mul(args, begin, end); });
 }
 
+void add(CpuRuntime& runtime, const AddArgs& args, int64_t num_rows) {
+  run_rows(runtime, num_rows, 2 * args.size,
+           [&](int64_t begin, int64_t end) { runtime.table().add(args, begin, end); });
+}
+
+void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows) {
+  run_rows(runtime, num_rows, args.size,
+           [&](int64_t begin, int64_t end) { runtime.table().embed(args, begin, end); });
+}
+
 void append(CpuRuntime& runtime, const AppendArgs& args) {
   run_rows(runtime, args.kv.num_heads, args.num_rows * args.kv.head_dim * 2,
            [&](int64_t begin, int64_t end) { runtime.table().append(args, begin, end); });

@@ -59,7 +59,11 @@ class CpuBackend:
 
     def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the table, widened to float32."""
-        return table[token_ids].float()
+        return native.embed(self.runtime, native.dense_linear(table), token_ids)
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+        """x += weight * y."""
+        native.add_(self.runtime, x, y, weight)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root mean square norm over the last dimension."""

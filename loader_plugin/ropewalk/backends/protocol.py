@@ -101,6 +101,12 @@ class Backend(Protocol):
         Returns [T, C] float32, contiguous.
         """
 
+    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+        """x += weight * y in place: the residual stream takes in what a block computed.
+
+        x, y: [T, C] float32, contiguous.
+        """
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 

@@ -90,6 +90,10 @@ class ReferenceBackend:
         """table: [V, C], token_ids: [T] int64 -> [T, C] float32."""
         return table[token_ids].float()
 
+    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+        """x += weight * y; x, y: [T, C] float32."""
+        x.add_(y, alpha=weight)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight

@@ -5,6 +5,7 @@
 // with one accumulator and adds its lanes in a fixed tree.
 #pragma once
 
+#include "load.inl.hpp"
 #include "ropewalk/kernels.hpp"
 
 namespace ropewalk {
@@ -231,22 +232,6 @@ void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int
       gptq_exact_tiles<V, 8, kTiles>(a, row_begin, row_end, tile);
     }
   });
-}
-
-template <class V, FloatType kType>
-typename V::F32 load_weight(const void* weight, int64_t index, int64_t count) {
-  if constexpr (kType == FloatType::f32) {
-    const float* p = static_cast<const float*>(weight) + index;
-    return count == kLanes ? V::load(p) : V::load_partial(p, count);
-  } else {
-    const uint16_t* p = static_cast<const uint16_t*>(weight) + index;
-    uint16_t padded[kLanes] = {};
-    if (count != kLanes) {
-      for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
-      p = padded;
-    }
-    return kType == FloatType::f16 ? V::load_f16(p) : V::load_bf16(p);
-  }
 }
 
 template <class V, FloatType kType, int kRows, int kOuts>

@@ -1,7 +1,8 @@
-// Row-wise kernels: activation preparation, RMS norm, rotation, SiLU gate.  Written once over the vector verbs of an
+// Row-wise kernels: activation preparation, RMS norm, rotation, SiLU gate, sum, embedding.  Written once over the vector verbs of an
 // instruction set `V` (see native/README.md, "The verbs").
 #pragma once
 
+#include "load.inl.hpp"
 #include "ropewalk/kernels.hpp"
 
 namespace ropewalk {
@@ -155,6 +156,37 @@ void silu_mul(const SiluMulArgs& a, int64_t row_begin, int64_t row_end) noexcept
       const auto u = V::load_partial(gate + a.size + i, count);
       const auto sigmoid = V::div(one, V::add(one, exp_f32<V>(V::sub(V::zero(), g))));
       V::store_partial(a.out + t * a.size + i, V::mul(V::mul(g, sigmoid), u), count);
+    }
+  }
+}
+
+// x += weight * y
+template <class V>
+void add(const AddArgs& a, int64_t row_begin, int64_t row_end) noexcept {
+  const auto weight = V::broadcast(a.weight);
+  for (int64_t i = row_begin * a.size; i < row_end * a.size; i += kLanes) {
+    const int64_t left = row_end * a.size - i;
+    const int64_t count = left < kLanes ? left : kLanes;
+    V::store_partial(a.x + i, V::fma(weight, V::load_partial(a.y + i, count), V::load_partial(a.x + i, count)), count);
+  }
+}
+
+template <class V, FloatType kType>
+void embed_row(const EmbedArgs& a, int64_t token_id, float* out) {
+  for (int64_t i = 0; i < a.size; i += kLanes) {
+    const int64_t count = a.size - i < kLanes ? a.size - i : kLanes;
+    V::store_partial(out + i, load_weight<V, kType>(a.table, token_id * a.size + i, count), count);
+  }
+}
+
+template <class V>
+void embed(const EmbedArgs& a, int64_t row_begin, int64_t row_end) noexcept {
+  for (int64_t t = row_begin; t < row_end; ++t) {
+    float* out = a.out + t * a.size;
+    switch (a.table_type) {
+      case FloatType::f32: embed_row<V, FloatType::f32>(a, a.token_ids[t], out); break;
+      case FloatType::f16: embed_row<V, FloatType::f16>(a, a.token_ids[t], out); break;
+      case FloatType::bf16: embed_row<V, FloatType::bf16>(a, a.token_ids[t], out); break;
     }
   }
 }

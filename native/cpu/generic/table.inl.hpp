@@ -20,6 +20,8 @@ constexpr KernelTable make_table(const char* name) {
       .rms_norm = &rms_norm<V>,
       .rotate = &rotate<V>,
       .silu_mul = &silu_mul<V>,
+      .add = &add<V>,
+      .embed = &embed<V>,
       .append = &append<V>,
       .attend = &attend<V>,
   };

@@ -115,6 +115,21 @@ struct SiluMulArgs {
   float* out;                 // [T][I]
 };
 
+struct AddArgs {
+  float* x;                   // [T][C] inplace: x += weight * y
+  const float* y;             // [T][C]
+  float weight;
+  int64_t size;               // C
+};
+
+struct EmbedArgs {
+  const void* table;          // [V][C]
+  FloatType table_type;
+  int64_t size;               // C
+  const int64_t* token_ids;   // [T], each in [0, V)
+  float* out;                 // [T][C]
+};
+
 // The key/value cache of one layer instance; layout in native/README.md, "KV cache".
 struct KvView {
   FloatType type;             // f16 or f32
@@ -162,6 +177,8 @@ struct KernelTable {
   void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*silu_mul)(const SiluMulArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*add)(const AddArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*embed)(const EmbedArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*append)(const AppendArgs&, int64_t head_begin, int64_t head_end) noexcept;
   // One item: kQueryRows consecutive (token, head of the group) rows of one key/value head.  `scratch` holds
   // attend_scratch_floats(D) floats, 64-byte aligned.

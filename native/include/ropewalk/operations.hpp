@@ -80,6 +80,8 @@ void linear(CpuRuntime& runtime, const std::vector<LinearPart>& parts, Compute c
 void rms_norm(CpuRuntime& runtime, const RmsNormArgs& args, int64_t num_rows);
 void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows);
 void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows);
+void add(CpuRuntime& runtime, const AddArgs& args, int64_t num_rows);
+void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows);
 void append(CpuRuntime& runtime, const AppendArgs& args);
 void attend(CpuRuntime& runtime, const AttendArgs& args);
 

@@ -1,0 +1,25 @@
+// Reading weights of any stored float type as f32.
+#pragma once
+
+#include "ropewalk/kernels.hpp"
+
+namespace ropewalk {
+
+// `count` elements from `index` on; lanes past them are zero.
+template <class V, FloatType kType>
+typename V::F32 load_weight(const void* weight, int64_t index, int64_t count) {
+  if constexpr (kType == FloatType::f32) {
+    const float* p = static_cast<const float*>(weight) + index;
+    return count == kLanes ? V::load(p) : V::load_partial(p, count);
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(weight) + index;
+    uint16_t padded[kLanes] = {};
+    if (count != kLanes) {
+      for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+      p = padded;
+    }
+    return kType == FloatType::f16 ? V::load_f16(p) : V::load_bf16(p);
+  }
+}
+
+}  // namespace ropewalk
