@@ -247,7 +247,9 @@ def _factor_list(section: Section, key: str, count: int) -> tuple[float, ...]:
 
 def _proportional(rope: RopeObject, rotary_dim: int) -> ProportionalScaling:
     section = rope.section
-    proportion = section.optional_number("partial_rotary_factor", 0.0, 1.0, 1.0, above=True)
+    proportion = section.optional_number("partial_rotary_factor", 0.0, 1.0, 1.0)
+    if proportion * rotary_dim < 2:
+        raise section.error("partial_rotary_factor", f"a part of head_dim, {rotary_dim}, that holds a pair of features")
     return ProportionalScaling(proportion, section.optional_number("factor", MIN_FACTOR, MAX_FACTOR, 1.0))
 
 
