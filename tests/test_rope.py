@@ -224,7 +224,7 @@ SCALINGS = st.one_of(
         st.floats(0.5, 8),
     ),
     st.builds(
-        lambda f, p: {"rope_type": "proportional", "factor": f, "partial_rotary_factor": p}, FACTORS, st.floats(0.1, 1)
+        lambda f, p: {"rope_type": "proportional", "factor": f, "partial_rotary_factor": p}, FACTORS, st.floats(0.25, 1)
     ),
 )
 
