@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from gptq_writer import pack_rows
 from ropewalk import native
 

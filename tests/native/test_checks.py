@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_support import gptq_case
+
 from ropewalk import _core, native
 from ropewalk.errors import ShapeError
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_support import every_isa, gptq_case
+
 from ropewalk import native
 from ropewalk.gptq import GptqLinear
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_support import ISAS, every_isa, gptq_case, same_bits
+
 from ropewalk import native
 from ropewalk.errors import NativeError
 
@@ -118,7 +119,7 @@ def test_scratch_memory_depends_on_rows_and_threads_and_not_on_the_context(isa):
         runtime = native.Runtime(isa, threads)
         assert runtime.scratch_bytes == 0
         cache = native.KvCache(runtime, 1, 64, num_keys)
-        cache.attend(torch.zeros(num_rows, 4, 64), num_keys - num_rows)
+        cache.attend(torch.zeros(num_rows, 4, 64), num_keys - num_rows, window=64)
         return runtime.scratch_bytes
 
     small = scratch(1, 128, 16)
