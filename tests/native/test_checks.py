@@ -255,6 +255,47 @@ def test_the_core_refuses_an_output_of_a_gate_that_does_not_fit():
 
 
 @pytest.mark.parametrize(
+    "x, y, message",
+    [
+        (f32(2, 8), f32(2, 7), "y has shape [2, 7]; expected [2, 8]"),
+        (f32(8), f32(8), "x must be [T, C]"),
+        (read_only(f32(2, 8)), f32(2, 8), "x is read-only"),
+        (f32(8, 2).T, f32(2, 8), "x must be contiguous (row-major)"),
+        (f32(2, 8), np.zeros((2, 8)), "y has dtype float64; accepted: float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_sum_refuses(x, y, message):
+    with refused(message):
+        native.add_(RUNTIME, x, y)
+
+
+@pytest.mark.parametrize(
+    "token_ids, message",
+    [
+        (np.array([0, 4]), "token id 4 at position 1 is outside a table of 4"),
+        (np.array([-1]), "token id -1 at position 0 is outside a table of 4"),
+        (np.array([0], np.int32), "token_ids has dtype int32; accepted: int64"),
+        (np.array([[0]]), "token_ids has shape [1, 1]; expected 1 dimensions"),
+        (np.arange(4)[::2], "token_ids must be contiguous"),
+        ([0], "token_ids is a list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_embedding_refuses(token_ids, message):
+    with refused(message):
+        native.embed(RUNTIME, native.dense_linear(f32(4, 8)), token_ids)
+
+
+def test_the_core_refuses_an_output_of_an_embedding_that_does_not_fit():
+    table = _core.dense_linear(f32(4, 8), "f32", None)
+    with refused("out has shape [2, 8]; expected [1, 8]"):
+        _core.embed(CORE, table, np.array([0]), f32(2, 8))
+    with refused("token_ids must have one dimension"):
+        _core.embed(CORE, table, np.array([[0]]), f32(1, 8))
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         ((0, 8, 8), "num_heads is out of range"),

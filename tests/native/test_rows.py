@@ -1,4 +1,4 @@
-"""The row kernels: RMS norm, rotation and the SiLU gate."""
+"""The row kernels: RMS norm, rotation, the SiLU gate, the residual sum and the embedding."""
 
 from __future__ import annotations
 
@@ -87,6 +87,29 @@ def test_silu_gate_holds_over_the_whole_range_of_the_exponential(isa):
 
 
 @every_isa
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("weight", [1.0, 0.3, -2.0])
+def test_residual_sum_is_as_accurate_as_float32(isa, size, weight):
+    x, y = normal(7, size), normal(7, size, seed=1)
+    result = x.clone()
+    native.add_(native.Runtime(isa, 2), result, y, weight)
+    factor = float(np.float32(weight))
+    assert_as_accurate(result, x.double() + factor * y.double(), x + weight * y)
+    if weight == 1.0:
+        assert torch.equal(result, x + y)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 15, 16, 40])
+def test_embedding_rows_are_widened_exactly(isa, dtype, size):
+    table = normal(50, size).to(dtype)
+    token_ids = torch.tensor([49, 0, 7, 7, 31])
+    rows = native.embed(native.Runtime(isa, 2), native.dense_linear(table), token_ids)
+    assert same_bits(rows, table[token_ids].float())
+
+
+@every_isa
 def test_rows_give_the_same_bits_with_any_neighbours_threads_and_distance(isa):
     weight, x = normal(4100, seed=1), normal(37, 4100)
     cos, sin = angles(37, 32)
@@ -94,6 +117,7 @@ def test_rows_give_the_same_bits_with_any_neighbours_threads_and_distance(isa):
     operations = {
         "norm": (lambda runtime, rows: native.rms_norm(runtime, x[rows], weight, 1e-6), 37),
         "silu": (lambda runtime, rows: native.silu_mul(runtime, x[rows]), 37),
+        "sum": (lambda runtime, rows: summed(runtime, x[rows], x.flip(0)[rows]), 37),
         "rotate": (lambda runtime, rows: rotated(runtime, heads[rows], cos[rows], sin[rows]), 37),
     }
     for name, (operation, num_rows) in operations.items():
@@ -104,6 +128,12 @@ def test_rows_give_the_same_bits_with_any_neighbours_threads_and_distance(isa):
         for chunk in (1, 7):
             parts = [operation(runtime, slice(t, t + chunk)) for t in range(0, num_rows, chunk)]
             assert same_bits(torch.cat(parts), whole), name
+
+
+def summed(runtime: native.Runtime, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    result = x.clone()
+    native.add_(runtime, result, y, 0.3)
+    return result
 
 
 def rotated(runtime: native.Runtime, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -133,6 +163,9 @@ def test_no_rows_give_no_rows(isa):
     assert native.rms_norm(runtime, np.empty((0, 3, 20), np.float32), np.ones(20, np.float32), 1e-6).shape == (0, 3, 20)
     assert native.silu_mul(runtime, torch.empty(0, 40)).shape == (0, 20)
     native.rotate_(runtime, torch.empty(0, 2, 20), torch.empty(0, 10), torch.empty(0, 10))
+    native.add_(runtime, torch.empty(0, 20), torch.empty(0, 20))
+    table = native.dense_linear(torch.ones(3, 20))
+    assert native.embed(runtime, table, torch.empty(0, dtype=torch.int64)).shape == (0, 20)
 
 
 @every_isa
