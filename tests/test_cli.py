@@ -14,9 +14,15 @@ from pathlib import Path
 import pytest
 
 import ropewalk.demo
+from fake_model import FakeModel
 from gptq_writer import write_checkpoint
 from ropewalk.cli import main
+from ropewalk.cli_chat import Conversation
+from ropewalk.cli_options import progress_bar
+from ropewalk.engine import Engine
 from ropewalk.errors import CheckpointError
+from ropewalk.sampling import SamplingParams
+from ropewalk.tokenizer import load_tokenizer
 from tokenizer_writer import LLAMA_CONFIG, write_config, write_sentencepiece
 
 REFERENCE = ["--backend", "reference"]
@@ -153,6 +159,40 @@ def test_a_question_that_does_not_fit_is_refused_and_forgotten(folder: Path, cap
     error = capsys.readouterr().err
     assert "more than the context of 256" in error
     assert error.count("ended by") == 1
+
+
+def test_control_c_ends_a_reply_and_the_conversation_goes_on(folder: Path, capsys) -> None:
+    def interrupt_once(history: list[int]) -> None:
+        if len(history) == interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    model = FakeModel(400, capacity=256, script=interrupt_once)
+    engine = Engine(model, load_tokenizer(folder), "vicuna")
+    conversation = Conversation(engine, SamplingParams(temperature=0, max_new_tokens=20), None)
+    interrupt_at = len(engine.chat_ids([{"role": "user", "content": "one"}])) + 3
+    assert "ended by cancelled" in conversation.ask("one")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    assert "ended by length" in conversation.ask("two")
+    with pytest.raises(KeyboardInterrupt):  # between replies it is an ordinary Ctrl-C again
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+class Terminal(io.StringIO):
+    """Standard error that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_on_terminals_only_and_for_long_work_only(monkeypatch) -> None:
+    for stream, total, drawn in ((Terminal(), 20, True), (Terminal(), 5, False), (io.StringIO(), 20, False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar("loading", "layer", at_least=10) as progress:
+            for done in range(1, total + 1):
+                if progress is not None:
+                    progress(done, total)
+        assert ("loading" in stream.getvalue()) is drawn
 
 
 def test_chat_uses_the_template_of_the_folder(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_model import FakeModel, reply
+from gptq_writer import write_checkpoint
 from ropewalk.chat import ChatTemplate
 from ropewalk.engine import Engine
 from ropewalk.errors import ConfigError, RequestError, UnsupportedError
 from ropewalk.sampling import SamplingParams
 from ropewalk.tokenizer import Tokenizer, load_tokenizer
 from tokenizer_writer import WRITERS, write_byte_level_json, write_config, write_sentencepiece
+from variants import Variant, variants
 
 PROMPT = "The quick brown"
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -284,3 +286,19 @@ def test_a_piece_is_shown_as_soon_as_its_token_is_chosen(tokenizer: Tokenizer) -
     for piece in stream:
         shown = tokenizer.decode([*tokenizer.encode(PROMPT), *(step.token_id for step in stream.steps)])
         assert shown.endswith(piece)
+
+
+@pytest.mark.parametrize("variant", variants(compute="int8"), ids=str)
+def test_a_prefix_hit_changes_no_token_of_a_real_model(tmp_path: Path, variant: Variant) -> None:
+    write_checkpoint(tmp_path, {"vocab_size": 400}, desc_act=True)
+    model = variant.load(write_sentencepiece(tmp_path), max_seq_len=64, max_input_len=5)
+    engine = Engine(model, load_tokenizer(tmp_path))
+    params = SamplingParams(temperature=1.0, seed=3, max_new_tokens=12, ignore_eos=True, logprobs=0)
+    engine.generate("A ropewalk is a long", params)
+    hit = engine.generate("A ropewalk is a long straight lane", params)
+    fresh = Engine(model, engine.tokenizer).generate("A ropewalk is a long straight lane", params)
+    assert hit.stats.reused_tokens > 3
+    assert fresh.stats.reused_tokens == 0
+    assert hit.token_ids == fresh.token_ids
+    if variant.backend == "cpu":  # bit for bit; torch sums in another order for other shapes
+        assert hit.steps == fresh.steps

@@ -262,7 +262,7 @@ def test_a_missing_tokenizer_says_what_is_there(tmp_path: Path) -> None:
         ("tokenizer.json", b"{", "not valid JSON"),
         ("tokenizer.json", b"\xff\xfe", "not UTF-8"),
         ("tokenizer.json", b"[]", "must hold a JSON object"),
-        ("tokenizer.json", b"{}", "not a tokenizer that the tokenizers library can read"),
+        ("tokenizer.json", b"{}", "not a tokenizer that the tokenizers library can use"),
         ("tokenizer.model", b"", "it is empty"),
         ("tokenizer.model", b"\x00\x01garbage", "not a sentencepiece model"),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
@@ -345,3 +345,30 @@ def test_the_same_text_in_a_copied_folder_gives_the_same_ids(kind: str, tmp_path
     folder = WRITERS[kind](tmp_path / "a")
     shutil.copytree(folder, tmp_path / "b")
     assert load_tokenizer(folder).encode(TEXTS[5]) == load_tokenizer(tmp_path / "b").encode(TEXTS[5])
+
+
+def test_a_file_that_makes_the_library_panic_is_an_error_of_ours(tmp_path: Path) -> None:
+    folder = write_byte_level_json(tmp_path)
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    document["post_processor"]["special_tokens"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not a tokenizer that the tokenizers library can use"):
+        load_tokenizer(folder).encode("a")
+
+
+def test_a_sentencepiece_model_with_damaged_text_is_an_error_of_ours(tmp_path: Path) -> None:
+    folder = write_sentencepiece(tmp_path)
+    data = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(data.replace("ö".encode(), b"\xff\xff"))
+    with pytest.raises(ConfigError, match="a piece is not UTF-8 text"):
+        load_tokenizer(folder)
+
+
+def test_added_tokens_of_a_fallback_json_may_hold_the_sign_for_a_space(tmp_path: Path) -> None:
+    folder = write_fallback_json(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens([tokenizers.AddedToken("▁<PRE>", normalized=False)])
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    ids = [*tokenizer.encode("a", add_bos=False), tokenizer.id_of("▁<PRE>")]
+    assert tokenizer.decode(ids) == library.decode(ids) == "a <PRE>"

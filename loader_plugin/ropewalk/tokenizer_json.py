@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ropewalk.tokenizer_base import Tokenizer
 from ropewalk.tokenizer_settings import TokenizerSettings
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+REPLACING_DECODERS = ("Metaspace", "Replace")
 DECODERS = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
 
 
@@ -30,7 +32,7 @@ class JsonTokenizer(Tokenizer):
         added = self._library.get_added_tokens_decoder()
         vocab = self._library.get_vocab(with_added_tokens=True)
         self._tokens = {token_id: token for token, token_id in vocab.items()}
-        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._added = {token_id: self._decoder.added_bytes(token.content) for token_id, token in added.items()}
         self.vocab_size = max(self._tokens, default=-1) + 1
         self.base_vocab_size = max((token_id for token_id in self._tokens if token_id not in added), default=-1) + 1
         self.special_tokens = settings.special_tokens
@@ -44,7 +46,8 @@ class JsonTokenizer(Tokenizer):
         self.adds_bos = settings.adds_bos if settings.adds_bos is not None else first_id is not None
 
     def _encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+        with _named_errors(self.source):
+            return self._library.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
@@ -61,7 +64,8 @@ class JsonTokenizer(Tokenizer):
 
     def _bos_of_post_processor(self) -> int | None:
         """The special token that the file's post-processor puts first, if it does."""
-        ids = self._library.encode("a", add_special_tokens=True).ids
+        with _named_errors(self.source):
+            ids = self._library.encode("a", add_special_tokens=True).ids
         plain = self._encode("a")
         return ids[0] if ids and ids[0] in self.special_ids and ids[:1] != plain[:1] else None
 
@@ -86,7 +90,7 @@ class TokenDecoder:
         self.drops_first_space = self._joined_by_space or any(_drops_first_space(step) for step in self._steps)
         self._byte_level = _byte_of_character() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
-        self._replacements = [_replacement(step, path) for step in self._steps if step["type"] in _REPLACING]
+        self._replacements = [_replacement(step, path) for step in self._steps if step["type"] in REPLACING_DECODERS]
 
     def token_bytes(self, token: str) -> bytes:
         """What a token of the vocabulary stands for."""
@@ -99,20 +103,28 @@ class TokenDecoder:
             token = token.replace(old, new)
         return (" " + token if self._joined_by_space else token).encode()
 
+    def added_bytes(self, token: str) -> bytes:
+        """What an added token stands for: its own text, where bytes are written as characters."""
+        return token.encode() if self._byte_level is not None else self.token_bytes(token)
 
-_REPLACING = ("Metaspace", "Replace")
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """The library raises bare Exceptions, and its panics are BaseExceptions: both mean a file that it cannot handle."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ConfigError(
+            f"{path} is not a tokenizer that the tokenizers library can use ({error}): download it again, or update "
+            "the library if the file is newer"
+        ) from error
 
 
 def _library_tokenizer(path: Path, document: Mapping[str, Any]) -> LibraryTokenizer:
-    try:
+    with _named_errors(path):
         library = LibraryTokenizer.from_str(json.dumps(document))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exceptions, and panics are BaseExceptions
-        raise ConfigError(
-            f"{path} is not a tokenizer that the tokenizers library can read ({error}): download it again, or update "
-            "the library if the file is newer"
-        ) from error
     library.no_truncation()
     library.no_padding()
     return library

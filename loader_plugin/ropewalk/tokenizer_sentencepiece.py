@@ -27,10 +27,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = _processor(data, path)
         self._model_without_prefix = self._model if settings.legacy else _processor(data + NO_DUMMY_PREFIX, path)
         self.base_vocab_size = self._model.vocab_size()
+        self._pieces = _pieces(self._model, path)
         self._added = {i: t for i, t in settings.added.items() if i >= self.base_vocab_size}
         self.vocab_size = max(self._added, default=self.base_vocab_size - 1) + 1
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
-        own = {name: self._model.id_to_piece(token_id) for name, token_id in ids.items() if token_id >= 0}
+        own = {name: self._pieces[token_id] for name, token_id in ids.items() if token_id >= 0}
         self.special_tokens = {**own, **settings.special_tokens}
         self._marked = self._marked_tokens(settings.added)
         self._split = _splitter(self._marked)
@@ -38,7 +39,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self._named("bos_token")
         self.eos_id = self._named("eos_token")
         self.adds_bos = self.bos_id is not None if settings.adds_bos is None else settings.adds_bos
-        self.drops_first_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
+        self.drops_first_space = "".join(self._model.encode("a", out_type=str)).startswith(SPACE)
         self._bytes = [self._piece_bytes(token_id) for token_id in range(self.base_vocab_size)]
 
     def _encode(self, text: str) -> list[int]:
@@ -62,7 +63,7 @@ class SentencePieceTokenizer(Tokenizer):
         if token in self._marked:
             return self._marked[token]
         token_id = self._model.piece_to_id(token)
-        return token_id if self._model.id_to_piece(token_id) == token else None
+        return token_id if self._pieces[token_id] == token else None
 
     def _named(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -70,7 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _marked_tokens(self, added: Mapping[int, AddedToken]) -> dict[str, int]:
         """Tokens that are found in text as a whole: added ones, control ones, named ones."""
-        pieces = {self._model.id_to_piece(i): i for i in range(self.base_vocab_size)}
+        pieces = {piece: token_id for token_id, piece in enumerate(self._pieces)}
         controls = {piece: i for piece, i in pieces.items() if self._model.is_control(i) or self._model.is_unknown(i)}
         named = {text: pieces[text] for text in self.special_tokens.values() if text in pieces}
         return {**controls, **named, **{token.text: token_id for token_id, token in added.items()}}
@@ -81,7 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
         return frozenset(named | own | {token_id for token_id, token in added.items() if token.special})
 
     def _piece_bytes(self, token_id: int) -> bytes:
-        piece = self._model.id_to_piece(token_id)
+        piece = self._pieces[token_id]
         if self._model.is_byte(token_id):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE, " ").encode()
@@ -107,6 +108,14 @@ def _processor(data: bytes, path: Path) -> SentencePieceProcessor:
     if empty:
         raise ConfigError(f"{path} is not a sentencepiece model (it is empty): download it again")
     return processor
+
+
+def _pieces(processor: SentencePieceProcessor, path: Path) -> list[str]:
+    """The text of every piece."""
+    try:
+        return [processor.id_to_piece(token_id) for token_id in range(processor.vocab_size())]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is damaged: a piece is not UTF-8 text ({error}); download it again") from error
 
 
 def _splitter(marked: dict[str, int]) -> Callable[[str], list[str]]:
