@@ -199,6 +199,17 @@ def test_the_same_seed_gives_the_same_reply_with_and_without_a_prefix_hit() -> N
     assert ids_of(generate(model, cache, PROMPT, params)) == ids_of(generate(model, cache, PROMPT, params))
 
 
+def test_statistics_of_a_finished_reply_stay_as_they_were() -> None:
+    model = FakeModel()
+    cache = model.new_cache()
+    generation = generate(model, cache, PROMPT, GREEDY)
+    list(generation)
+    before = generation.stats
+    assert before.context_used == len(PROMPT) + 7
+    list(generate(model, cache, [1], SamplingParams(max_new_tokens=1)))
+    assert generation.stats == before
+
+
 def test_statistics_speak_of_what_was_computed() -> None:
     stats = GenerationStats(
         prompt_tokens=100, reused_tokens=60, prompt_s=2.0, new_tokens=11, generation_s=5.0, context_used=110,

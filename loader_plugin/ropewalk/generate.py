@@ -116,7 +116,7 @@ class Generation(Iterator[Step]):
         self._prompt_ids = checked_prompt(model, cache, prompt_ids)
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
-        self._reused = self._new_tokens = 0
+        self._reused = self._new_tokens = self._context_used = 0
         self._prompt_s = self._generation_s = 0.0
         self._steps = self._run()
 
@@ -137,7 +137,7 @@ class Generation(Iterator[Step]):
             prompt_s=self._prompt_s,
             new_tokens=self._new_tokens,
             generation_s=self._generation_s,
-            context_used=self._cache.length,
+            context_used=self._context_used,
             context_size=self._cache.capacity,
         )
 
@@ -163,6 +163,7 @@ class Generation(Iterator[Step]):
             started = time.perf_counter()
             logits = self._model.forward([token_id], self._cache, logits="last", cancelled=self._cancelled)
             self._generation_s += time.perf_counter() - started
+            self._context_used = self._cache.length
             if logits is None:
                 self.finish_reason = "cancelled"
                 return
@@ -181,6 +182,7 @@ class Generation(Iterator[Step]):
             rest, self._cache, logits=wanted, progress=self._progress, cancelled=self._cancelled
         )
         self._prompt_s = time.perf_counter() - started
+        self._context_used = self._cache.length
         if logits is None:
             self.finish_reason = "length" if self._cache.length == len(self._prompt_ids) else "cancelled"
         return logits
