@@ -9,6 +9,7 @@ tokens at once.
 from __future__ import annotations
 
 import codecs
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from ropewalk.errors import RequestError
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how sentencepiece names the tokens that stand for single bytes
 
 
 class Tokenizer(ABC):

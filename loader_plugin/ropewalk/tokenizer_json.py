@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +12,9 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from ropewalk.errors import ConfigError, UnsupportedError
 from ropewalk.json_config import read_json_object, shown
-from ropewalk.tokenizer_base import Tokenizer
+from ropewalk.tokenizer_base import BYTE_TOKEN, Tokenizer
 from ropewalk.tokenizer_settings import TokenizerSettings
 
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 REPLACING_DECODERS = ("Metaspace", "Replace")
 DECODERS = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from ropewalk.errors import ConfigError
-from ropewalk.tokenizer_base import Tokenizer
+from ropewalk.tokenizer_base import BYTE_TOKEN, Tokenizer
 from ropewalk.tokenizer_settings import AddedToken, TokenizerSettings
 
 SPACE = "▁"
@@ -83,8 +83,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _piece_bytes(self, token_id: int) -> bytes:
         piece = self._pieces[token_id]
-        if self._model.is_byte(token_id):
-            return bytes([int(piece[3:5], 16)])
+        if self._model.is_byte(token_id) and (match := BYTE_TOKEN.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
         return piece.replace(SPACE, " ").encode()
 
 
