@@ -28,10 +28,12 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
       .source_row = source_row_.data(),
       .codes = codes_.as<uint8_t>(),
   };
-  // Four neighbouring tiles read whole cache lines of the source.
   const std::lock_guard lock(runtime.mutex());
-  runtime.pool().run(weights_.num_tiles, 4,
-                     [&](int64_t begin, int64_t end, int) { runtime.table().pack(args, begin, end); });
+  const int64_t scratch_words = pack_scratch_words(source.in_features);
+  uint32_t* scratch = runtime.activations(scratch_words * 4 * runtime.pool().num_threads()).as<uint32_t>();
+  runtime.pool().run(ceil_div(source.out_features, kPackColumns), 1, [&](int64_t begin, int64_t end, int thread) {
+    runtime.table().pack(args, begin, end, scratch + thread * scratch_words);
+  });
 
   const bool identity = source.order == nullptr && weights_.num_blocks * kBlockRows == source.in_features;
   if (identity) {
@@ -62,9 +64,10 @@ void PackedGptq::build_tables(const Source& source) {
   const int64_t scale_size = source.scale_type == FloatType::f16 ? 2 : 4;
   const int64_t entries = weights_.num_tiles * num_groups * kLanes;
   const auto tile_table = [&](const auto* from, auto* to) {
-    for (int64_t g = 0; g < num_groups; ++g) {
-      for (int64_t n = 0; n < out_features; ++n) {
-        to[(n / kLanes * num_groups + g) * kLanes + n % kLanes] = from[g * out_features + n];
+    for (int64_t tile = 0; tile < weights_.num_tiles; ++tile) {
+      const int64_t count = std::min(kLanes, out_features - tile * kLanes);
+      for (int64_t g = 0; g < num_groups; ++g) {
+        std::copy_n(from + g * out_features + tile * kLanes, count, to + (tile * num_groups + g) * kLanes);
       }
     }
   };

@@ -1,90 +1,147 @@
 // Repacking of checkpoint words into 16-column tiles (layout: native/README.md, "Packed GPTQ tiles").
+//
+// A model is packed once, but while somebody waits.  A panel of kPackColumns columns is brought into cache as rows of
+// words that each hold whole codes; then every row of a tile is a shift and a mask of 16 lanes, whatever its place in
+// the order.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
 
 namespace ropewalk {
 
-// The stored code of input feature `row` for 16 neighbouring columns.
+// `width` bits of the words of kPackColumns columns, or'ed into `codes` at bit `position`.  A field may straddle two
+// words.
+template <class V>
+void add_field(const uint32_t* words, int64_t stride, int64_t first_bit, int32_t width, int32_t position,
+               uint8_t* codes) {
+  const uint32_t* low = words + first_bit / 32 * stride;
+  const uint32_t shift = static_cast<uint32_t>(first_bit % 32);
+  const uint32_t mask = (1u << width) - 1u;
+  if (shift + static_cast<uint32_t>(width) <= 32) {
+    for (int64_t c = 0; c < kPackColumns; ++c) {
+      codes[c] = static_cast<uint8_t>(codes[c] | (low[c] >> shift & mask) << position);
+    }
+    return;
+  }
+  const uint32_t* high = low + stride;
+  for (int64_t c = 0; c < kPackColumns; ++c) {
+    codes[c] = static_cast<uint8_t>(codes[c] | ((low[c] >> shift | high[c] << (32 - shift)) & mask) << position);
+  }
+}
+
+// The stored code of input feature `row` for kPackColumns neighbouring columns.
 //
-// Bit stream: code i occupies bits [i * bits, (i + 1) * bits) of the little-endian stream of a column's words, so a
-// code may straddle two of them (3 bits: codes 10 and 21 of 32).
+// Bit stream: code i occupies bits [i * bits, (i + 1) * bits) of the little-endian stream of a column's words (3 bits:
+// codes 10 and 21 of 32 straddle two words).
 // Planar: 32 codes are `bits` words, one power-of-two plane after the other, low plane first (3 = 2 + 1, 5 = 4 + 1,
 // 6 = 4 + 2, 7 = 4 + 2 + 1), each plane a bit stream of its own.
 template <class V>
-void read_codes(const PackArgs& a, int64_t row, int64_t column, int64_t num_columns, uint8_t* codes) {
-  const int64_t stride = a.out_features;
-  uint32_t collected[kLanes] = {};
-  const auto add_field = [&](int64_t first_bit, int32_t width, int32_t position) {
-    const int32_t* word = a.qweight + first_bit / 32 * stride + column;
-    const int32_t shift = static_cast<int32_t>(first_bit % 32);
-    const uint32_t mask = (1u << width) - 1u;
-    for (int64_t c = 0; c < num_columns; ++c) {
-      collected[c] |= (static_cast<uint32_t>(word[c]) >> shift & mask) << position;
-    }
-    if (shift + width <= 32) return;
-    for (int64_t c = 0; c < num_columns; ++c) {
-      collected[c] |= (static_cast<uint32_t>(word[c + stride]) << (32 - shift) & mask) << position;
-    }
-  };
-  if (a.planar) {
-    const int64_t block_bit = row / 32 * 32 * a.bits;
-    int32_t position = 0;
-    for (int32_t width = 8; width != 0; width /= 2) {
-      if ((a.bits & width) == 0) continue;
-      add_field(block_bit + position * 32 + row % 32 * width, width, position);
-      position += width;
-    }
-  } else {
-    add_field(row * a.bits, a.bits, 0);
+void read_codes(const PackArgs& a, const uint32_t* words, int64_t stride, int64_t row, uint8_t* codes) {
+  for (int64_t c = 0; c < kPackColumns; ++c) codes[c] = 0;
+  if (!a.planar) return add_field<V>(words, stride, row * a.bits, a.bits, 0, codes);
+  const int64_t block_bit = row / 32 * 32 * a.bits;
+  int32_t position = 0;
+  for (int32_t width = 8; width != 0; width /= 2) {
+    if ((a.bits & width) == 0) continue;
+    add_field<V>(words, stride, block_bit + position * 32 + row % 32 * width, width, position, codes);
+    position += width;
   }
-  for (int64_t c = 0; c < kLanes; ++c) codes[c] = static_cast<uint8_t>(collected[c]);
 }
 
-// Four rows become the four bytes of 16 lanes.
+// Where the codes of one input feature lie: 16 lanes of `words`, shifted.
+struct CodeRow {
+  const uint32_t* words;
+  uint32_t shift;
+};
+
+// Four rows become the four bytes of each of 16 lanes.
 template <class V>
-void interleave_quad(const uint8_t* rows, uint8_t* line) {
+void interleave_quad(const CodeRow* rows, uint32_t mask, uint32_t* lanes) {
+  const CodeRow r0 = rows[0], r1 = rows[1], r2 = rows[2], r3 = rows[3];
   for (int64_t c = 0; c < kLanes; ++c) {
-    for (int64_t j = 0; j < 4; ++j) line[c * 4 + j] = rows[j * kLanes + c];
+    lanes[c] = (r0.words[c] >> r0.shift & mask) | (r1.words[c] >> r1.shift & mask) << 8 |
+               (r2.words[c] >> r2.shift & mask) << 16 | (r3.words[c] >> r3.shift & mask) << 24;
   }
 }
 
+// One block of one tile from its 32 rows.
 template <class V>
-void pack_block(const uint8_t* rows, int32_t code_bits, uint8_t* out) {
-  alignas(64) uint8_t low[64], high[64];
+void pack_block(const CodeRow* rows, uint32_t mask, int32_t code_bits, uint8_t* out) {
+  alignas(64) uint32_t low[kLanes], high[kLanes];
   for (int64_t quad = 0; quad < 4; ++quad) {
-    interleave_quad<V>(rows + quad * 4 * kLanes, low);
-    interleave_quad<V>(rows + (quad + 4) * 4 * kLanes, high);
-    for (int64_t i = 0; i < 64; ++i) {
-      if (code_bits == 4) {
-        out[quad * 64 + i] = static_cast<uint8_t>(low[i] | high[i] << 4);
-      } else {
-        out[quad * 64 + i] = low[i];
-        out[(quad + 4) * 64 + i] = high[i];
-      }
+    interleave_quad<V>(rows + quad * 4, mask, low);
+    interleave_quad<V>(rows + (quad + 4) * 4, mask, high);
+    if (code_bits == 4) {
+      for (int64_t c = 0; c < kLanes; ++c) low[c] |= high[c] << 4;
+      __builtin_memcpy(out + quad * 64, low, 64);
+    } else {
+      __builtin_memcpy(out + quad * 64, low, 64);
+      __builtin_memcpy(out + (quad + 4) * 64, high, 64);
     }
   }
 }
 
+// The words of columns [column, column + kPackColumns), columns past N as zero: [word_rows][kPackColumns].
 template <class V>
-void pack(const PackArgs& a, int64_t tile_begin, int64_t tile_end) noexcept {
+void copy_words(const PackArgs& a, int64_t column, int64_t num_words, uint32_t* out) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(a.qweight) + column;
+  const int64_t left = a.out_features - column;
+  for (int64_t row = 0; row < num_words; ++row, words += a.out_features, out += kPackColumns) {
+    if (left >= kPackColumns) {
+      __builtin_memcpy(out, words, kPackColumns * 4);
+      continue;
+    }
+    for (int64_t c = 0; c < kPackColumns; ++c) out[c] = c < left ? words[c] : 0;
+  }
+}
+
+// A panel as rows of words in which no code straddles two: bits per code and the words.
+struct CodePanel {
+  const uint32_t* words;  // [K * bits / 32][kPackColumns]
+  int64_t bits;
+};
+
+template <class V>
+CodePanel read_panel(const PackArgs& a, int64_t column, uint32_t* scratch) {
+  const int64_t num_words = a.planar ? ceil_div(a.in_features, 32) * a.bits : ceil_div(a.in_features * a.bits, 32);
+  copy_words<V>(a, column, num_words, scratch);
+  if (!a.planar && 32 % a.bits == 0) return {scratch, a.bits};
+  // Straddling or planar codes become bytes first: four rows to a word.
+  uint32_t* widened = scratch + num_words * kPackColumns;
+  for (int64_t row = 0; row < a.in_features; ++row) {
+    uint8_t codes[kPackColumns];
+    read_codes<V>(a, scratch, kPackColumns, row, codes);
+    uint32_t* words = widened + row / 4 * kPackColumns;
+    for (int64_t c = 0; c < kPackColumns; ++c) {
+      const uint32_t below = row % 4 == 0 ? 0 : words[c];
+      words[c] = below | static_cast<uint32_t>(codes[c]) << row % 4 * 8;
+    }
+  }
+  return {widened, 8};
+}
+
+template <class V>
+void pack(const PackArgs& a, int64_t panel_begin, int64_t panel_end, uint32_t* scratch) noexcept {
   const int64_t block_bytes = kBlockRows * kLanes * a.code_bits / 8;
-  alignas(64) uint8_t rows[kBlockRows * kLanes];
-  // Blocks outside, tiles inside: the words of one row are read in the order in which they lie in memory.
-  for (int64_t b = 0; b < a.num_blocks; ++b) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      const int64_t column = tile * kLanes;
-      const int64_t num_columns = a.out_features - column < kLanes ? a.out_features - column : kLanes;
-      for (int64_t i = 0; i < kBlockRows; ++i) {
-        const int32_t row = a.source_row[b * kBlockRows + i];
-        uint8_t* codes = rows + i * kLanes;
-        if (row < 0) {
-          for (int64_t c = 0; c < kLanes; ++c) codes[c] = 0;
-        } else {
-          read_codes<V>(a, row, column, num_columns, codes);
+  const int64_t num_tiles = ceil_div(a.out_features, kLanes);
+  const uint32_t no_codes[kLanes] = {};
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first_tile = panel * (kPackColumns / kLanes);
+    const CodePanel source = read_panel<V>(a, panel * kPackColumns, scratch);
+    const uint32_t mask = (1u << source.bits) - 1u;
+    for (int64_t j = 0; j < kPackColumns / kLanes && first_tile + j < num_tiles; ++j) {
+      uint8_t* out = a.codes + (first_tile + j) * a.num_blocks * block_bytes;
+      for (int64_t b = 0; b < a.num_blocks; ++b) {
+        CodeRow rows[kBlockRows];
+        for (int64_t i = 0; i < kBlockRows; ++i) {
+          const int64_t row = a.source_row[b * kBlockRows + i];
+          const int64_t bit = row * source.bits;
+          rows[i] = row < 0 ? CodeRow{no_codes, 0}
+                            : CodeRow{source.words + bit / 32 * kPackColumns + j * kLanes,
+                                      static_cast<uint32_t>(bit % 32)};
         }
+        pack_block<V>(rows, mask, a.code_bits, out + b * block_bytes);
       }
-      pack_block<V>(rows, a.code_bits, a.codes + (tile * a.num_blocks + b) * block_bytes);
     }
   }
 }

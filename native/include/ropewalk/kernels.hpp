@@ -16,6 +16,7 @@ static constexpr int64_t kLanes = 16;       // output features of a weight tile,
 static constexpr int64_t kBlockRows = 32;   // input features quantised together
 static constexpr int64_t kKvTile = 64;      // keys per step of the online softmax
 static constexpr int64_t kQueryRows = 64;   // (token, head) rows that share one pass over a KV tile
+static constexpr int64_t kPackColumns = 64;  // columns repacked together
 static constexpr int64_t kPanelRows = 96;   // rows of a linear's input that share one pass over a weight tile
 
 enum class FloatType : int32_t { f32, f16, bf16 };
@@ -166,7 +167,8 @@ struct AttendArgs {
 // Work is handed to a kernel as a half-open range of independent items, named in each comment.
 struct KernelTable {
   const char* name;
-  void (*pack)(const PackArgs&, int64_t tile_begin, int64_t tile_end) noexcept;
+  // One item: kPackColumns columns.  `scratch` holds pack_scratch_words(K) words.
+  void (*pack)(const PackArgs&, int64_t panel_begin, int64_t panel_end, uint32_t* scratch) noexcept;
   void (*prepare)(const PrepareArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*gptq_int8)(const GptqLinearArgs&, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                     int64_t tile_end) noexcept;
@@ -187,6 +189,11 @@ struct KernelTable {
 
 static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 static constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// The words of a panel as stored (at most 8 bits a code), and widened to bytes.
+static constexpr int64_t pack_scratch_words(int64_t in_features) {
+  return 2 * ceil_div(in_features, 32) * 8 * kPackColumns;
+}
 
 // q, out and the KV tile as f32, scores, and three numbers per row.
 static constexpr int64_t attend_scratch_floats(int64_t head_dim) {
