@@ -662,3 +662,19 @@ def test_the_frequencies_of_real_checkpoints_are_those_they_were_evaluated_with(
     inv, scale = rope.inverse_frequencies(len(expected["input_ids"]))
     np.testing.assert_allclose(inv, expected["rope_inv_freq"], rtol=1e-6)
     assert scale == pytest.approx(float(expected["rope_attention_scaling"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "expected"),
+    [
+        ({"max_position_embeddings": 4096}, {}, 4096),
+        # a declared length may already be the extended one: a factor does not multiply it
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 8.0}}, {}, 32768),
+        ({"max_position_embeddings": 16384, "original_max_position_embeddings": 4096}, {}, 16384),
+        ({"max_position_embeddings": 4096}, {"compress_pos_emb": 4}, 16384),
+        ({"max_position_embeddings": 4096}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+    ],
+)
+def test_the_default_length_is_the_declared_one_unless_an_argument_reaches_further(config, arguments, expected):
+    base = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4}
+    assert resolve_rope({**base, **config}, **arguments).default_length == expected

@@ -131,7 +131,7 @@ def _info(
     max_seq_len: int | None,
     cache_type: str,
 ) -> ModelInfo:
-    context = max_seq_len or rope.covers or config.max_position_embeddings
+    context = max_seq_len or rope.default_length
     lengths = sorted({*(length for length in CACHE_LENGTHS if length < context), context})
     windows = [window for window in config.sliding_windows if window is not None]
     kinds, settings = _linears(config, quant, checkpoint)

@@ -55,8 +55,8 @@ def load_model(
 ) -> Model:
     """Load the model in `folder` (config.json and safetensors; GPTQ or dense float weights).
 
-    max_seq_len: longest sequence to be run (default: what the RoPE method covers, else max_position_embeddings). More
-        than the method covers logs a warning with the remedy.
+    max_seq_len: longest sequence to be run (default: what config.json declares, or what an argument below
+        makes the RoPE cover). More than the method covers logs a warning with the remedy.
     max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
     compute: "int8" (activations quantised in blocks of 32, integer products) or "exact" (float32 activations).
     backend: "cpu" (compiled kernels) or "reference" (plain torch, slow, any `device`).
@@ -90,7 +90,7 @@ def load_model(
         source=config.source,
     )
     logger.info("%s", rope.describe())
-    limits = ModelLimits(max_seq_len or rope.covers or config.max_position_embeddings, max_input_len, cache_type)
+    limits = ModelLimits(max_seq_len or rope.default_length, max_input_len, cache_type)
     weights = _load_weights(folder, config, quant, ops, progress)
     model = Model(config, quant, rope, ops, weights, limits)
     logger.info("%s", _summary(model))

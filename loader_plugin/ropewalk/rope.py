@@ -37,6 +37,7 @@ class Rope:
     original_length: int  # positions before the context was extended
     covers: int | None  # positions that the method was made for; None: any number
     decided_by: str  # which key of which file, or which argument
+    default_length: int  # positions to make room for when nobody says: as declared, or as far as an argument reaches
 
     @property
     def depends_on_length(self) -> bool:
@@ -119,14 +120,21 @@ def resolve_rope(
             "alpha_value: give one or the other"
         )
     facts = read_facts(config, source, rope_scaling)
-    rope = _rope(decide_by_knobs(facts, factor, alpha) if by_knobs else decide(facts), theta)
+    decision = decide_by_knobs(facts, factor, alpha) if by_knobs else decide(facts)
+    declared = facts.max_positions
+    reach = decision.covers or declared
+    # A config.json with a factor may name the longer or the original length as max_position_embeddings; what it names
+    # is safe to take. Whoever gives an argument wants what it reaches.
+    default_length = reach if by_knobs or rope_scaling is not None else min(reach, declared)
+    rope = _rope(decision, theta, default_length)
     if seq_len is not None:
         _warn_beyond(rope, _length(seq_len, "seq_len", 1))
     return rope
 
 
-def _rope(decision: RopeDecision, theta: float | None) -> Rope:
-    rope = Rope(**{field.name: getattr(decision, field.name) for field in fields(decision)})
+def _rope(decision: RopeDecision, theta: float | None, default_length: int) -> Rope:
+    decided = {field.name: getattr(decision, field.name) for field in fields(decision)}
+    rope = Rope(**decided, default_length=default_length)
     if theta is None:
         return rope
     return replace(rope, theta=theta, decided_by=f"{rope.decided_by}, theta by argument rope_theta")
