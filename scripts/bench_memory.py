@@ -3,14 +3,17 @@
     python scripts/random_checkpoint.py FOLDER --shape 7b
     python scripts/bench_memory.py FOLDER
 
-Every measurement runs in a process of its own, because a process's peak never falls. The files are read once before,
-so both reading and loading find them in the page cache.
+Every measurement runs in a process of its own, because a process's peak never falls. Reading and loading are timed
+twice: from the disk (the system is asked to forget the files before each run), and with the files in the page cache;
+reading once through a small buffer, and once into memory that holds the whole model, which any loader must do and which
+can cost more than the reading (on a virtual machine, fresh memory is not free).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -30,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=2048, help="for loading")
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="prompt lengths to prefill")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", choices=("load", "read", "import"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("load", "read", "hold", "import"), help=argparse.SUPPRESS)
     parser.add_argument("--prompt", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -44,19 +47,24 @@ def main() -> None:
 
 def report_loading(args: argparse.Namespace) -> None:
     """Loading beside reading the files; peak memory beside file size and cache."""
-    size = sum(f.stat().st_size for f in args.folder.glob("*.safetensors"))
-    run_child(args, "read")
-    reads, loads, ratios = [], [], []
-    for _ in range(args.rounds):
-        reads.append(run_child(args, "read")["seconds"])
-        loads.append(run_child(args, "load"))
-        ratios.append(loads[-1]["seconds"] / reads[-1])
-    base = run_child(args, "import")["peak"]
-    peak, cache = max(load["peak"] for load in loads), loads[0]["cache"]
+    size = sum(f.stat().st_size for f in weight_files(args.folder))
     print(f"  files                              {size / MIB:9.0f} MiB")
-    print(f"  reading them, s                    {spread(reads)}")
-    print(f"  loading, s                         {spread([load['seconds'] for load in loads])}")
-    print(f"  loading / reading                  {spread(ratios)}")
+    for place, cold in (("disk", True), ("page cache", False)):
+        times: dict[str, list[float]] = {"read": [], "hold": [], "load": []}
+        run_child(args, "read")
+        for _ in range(args.rounds):
+            for work, seconds in times.items():
+                result = run_child(args, work, cold=cold)
+                seconds.append(result["seconds"])
+        peak, cache = result["peak"], result["cache"]
+        print(f"  from the {place}")
+        print(f"    reading them, s                  {spread(times['read'])}")
+        print(f"    reading them into memory, s      {spread(times['hold'])}")
+        print(f"    loading, s                       {spread(times['load'])}")
+        for work, name in (("read", "reading          "), ("hold", "reading to memory")):
+            ratios = [load / read for load, read in zip(times["load"], times[work], strict=True)]
+            print(f"    loading / {name}      {spread(ratios)}")
+    base = run_child(args, "import")["peak"]
     print(f"  peak memory                        {peak / MIB:9.0f} MiB")
     print(f"  of that: imports                   {base / MIB:9.0f} MiB")
     print(f"  key/value cache ({args.max_seq_len} positions)   {cache / MIB:9.0f} MiB, untouched while empty")
@@ -77,8 +85,22 @@ def report_prefill(args: argparse.Namespace) -> None:
         )
 
 
-def run_child(args: argparse.Namespace, work: str, prompt: int = 0) -> dict:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def forget_files(folder: Path) -> None:
+    """Ask the system to drop the weight files from its page cache."""
+    for file in weight_files(folder):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_child(args: argparse.Namespace, work: str, prompt: int = 0, cold: bool = False) -> dict:
     """One measurement in a process of its own."""
+    if cold:
+        forget_files(args.folder)
     command = [sys.executable, __file__, str(args.folder), "--child", work, "--prompt", str(prompt)]
     command += ["--threads", str(args.threads), "--max-seq-len", str(prompt or args.max_seq_len)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -89,12 +111,16 @@ def measure(args: argparse.Namespace) -> dict:
     """Seconds, peak bytes and cache bytes of one work."""
     if args.child == "read":
         start = time.perf_counter()
-        for file in sorted(args.folder.glob("*.safetensors")):
+        for file in weight_files(args.folder):
             with file.open("rb", buffering=0) as stream:
                 buffer = bytearray(16 * MIB)
                 while stream.readinto(buffer):
                     pass
         return {"seconds": time.perf_counter() - start}
+    if args.child == "hold":
+        start = time.perf_counter()
+        held = [file.read_bytes() for file in weight_files(args.folder)]
+        return {"seconds": time.perf_counter() - start, "bytes": sum(map(len, held))}
     import torch
 
     import ropewalk

@@ -172,7 +172,7 @@ def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
 
 
 def add_(runtime: Runtime, x: Array, y: Array, weight: float = 1.0) -> None:
-    """x += weight * y in place, rounded once; x, y: [T, C] float32."""
+    """x += weight * y in place; x, y: [T, C] float32."""
     _core.add(runtime._core, as_numpy(x), as_numpy(y), weight)
 
 

@@ -120,40 +120,39 @@ class LinearGroup {
   explicit LinearGroup(std::vector<py::object> parts) : owners_(std::move(parts)) {
     require(!owners_.empty(), "a linear group needs at least one part");
     for (const py::object& owner : owners_) {
-      LinearPart part{nullptr, nullptr, out_features_};
-      int64_t in_features = 0;
       if (py::isinstance<PackedGptq>(owner)) {
-        part.gptq = owner.cast<const PackedGptq*>();
-        in_features = part.gptq->weights().in_features;
-        out_features_ += part.gptq->weights().out_features;
+        const auto* part = owner.cast<const PackedGptq*>();
+        check_in_features(part->weights().in_features);
+        plan_.add(*part);
       } else {
         require(py::isinstance<DenseLinear>(owner), "a part of a linear group is neither PackedGptq nor DenseLinear");
-        part.dense = &owner.cast<const DenseLinear*>()->view;
-        in_features = part.dense->in_features;
-        out_features_ += part.dense->out_features;
+        const auto* part = owner.cast<const DenseLinear*>();
+        check_in_features(part->view.in_features);
+        plan_.add(part->view);
       }
-      require(parts_.empty() || in_features == in_features_, "the parts of a linear group read different inputs");
-      in_features_ = in_features;
-      parts_.push_back(part);
     }
   }
 
   void run(CpuRuntime& runtime, const std::string& compute, const py::array& x, py::array& out) const {
     const Rows<const float> rows = rows_of(x, "x", in_features_);
-    const Rows<float> target = writable_rows(out, "out", rows.num_rows, out_features_);
+    const Rows<float> target = writable_rows(out, "out", rows.num_rows, plan_.out_features());
     const Compute mode = compute_named(compute);
     const py::gil_scoped_release release;
-    linear(runtime, parts_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
+    linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
   }
 
   int64_t in_features() const { return in_features_; }
-  int64_t out_features() const { return out_features_; }
+  int64_t out_features() const { return plan_.out_features(); }
 
  private:
+  void check_in_features(int64_t in_features) {
+    require(in_features_ == 0 || in_features == in_features_, "the parts of a linear group read different inputs");
+    in_features_ = in_features;
+  }
+
   std::vector<py::object> owners_;
-  std::vector<LinearPart> parts_;
+  LinearPlan plan_;
   int64_t in_features_ = 0;
-  int64_t out_features_ = 0;
 };
 
 void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weight, float epsilon, py::array& out) {

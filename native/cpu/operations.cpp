@@ -23,115 +23,146 @@ void run_rows(CpuRuntime& runtime, int64_t num_rows, int64_t floats_per_row,
   runtime.pool().run(num_rows, chunk, [&](int64_t begin, int64_t end, int) { job(begin, end); });
 }
 
-// Where the prepared activations of one input order lie in the runtime's scratch.
-struct Prepared {
-  const PackedGptq* weights;
-  PrepareArgs args;
+// Places in the runtime's scratch, each on a cache line of its own.
+struct Places {
+  int64_t end = 0;
+  int64_t take(int64_t bytes) {
+    const int64_t place = end;
+    end = round_up(end + bytes, 64);
+    return place;
+  }
 };
 
-// Bytes of scratch for `num_rows` prepared rows, and the pointers into it once `base` is known.
-int64_t lay_out(Prepared& prepared, Compute compute, int64_t num_rows, uint8_t* base, int64_t offset) {
-  const GptqWeights& w = prepared.weights->weights();
-  const int64_t padded = w.num_blocks * kBlockRows;
-  const auto take = [&](int64_t bytes) {
-    uint8_t* taken = base + offset;
-    offset = round_up(offset + bytes, 64);
-    return taken;
-  };
-  if (compute == Compute::exact) {
-    if (w.source_row == nullptr) return offset;  // rows are read where they are
-    prepared.args.gathered = reinterpret_cast<float*>(take(num_rows * padded * 4));
-    return offset;
-  }
-  prepared.args.values = reinterpret_cast<int8_t*>(take(num_rows * padded));
-  prepared.args.block_scales = reinterpret_cast<float*>(take(num_rows * w.num_blocks * 4));
-  prepared.args.group_sums = reinterpret_cast<float*>(take(num_rows * w.num_groups * 4));
-  return offset;
+// The prepared activations of one input order.
+struct Prepared {
+  const PackedGptq* weights;
+  PrepareArgs args{};
+  int64_t gathered = 0, values = 0, block_scales = 0, group_sums = 0;  // places
+};
+
+// In "exact", rows without a permutation or padding are read where they are.
+bool read_in_place(const Prepared& input, Compute compute) {
+  return compute == Compute::exact && input.weights->weights().source_row == nullptr;
 }
 
-// The distinct input orders among the parts: q, k and v of an act-order model share one.
-std::vector<Prepared> distinct_inputs(const std::vector<LinearPart>& parts) {
-  std::vector<Prepared> inputs;
-  for (const LinearPart& part : parts) {
-    if (part.gptq == nullptr) continue;
-    const bool known = std::any_of(inputs.begin(), inputs.end(),
-                                   [&](const Prepared& p) { return p.weights->shares_input(*part.gptq); });
-    if (!known) inputs.push_back({part.gptq, {}});
+void reserve(Prepared& input, Compute compute, int64_t num_rows, Places& places) {
+  const GptqWeights& w = input.weights->weights();
+  const int64_t padded = w.num_blocks * kBlockRows;
+  if (read_in_place(input, compute)) return;
+  if (compute == Compute::exact) {
+    input.gathered = places.take(num_rows * padded * 4);
+    return;
   }
-  return inputs;
+  input.values = places.take(num_rows * padded);
+  input.block_scales = places.take(num_rows * w.num_blocks * 4);
+  input.group_sums = places.take(num_rows * w.num_groups * 4);
+}
+
+void describe(Prepared& input, Compute compute, const float* x, int64_t x_stride, uint8_t* scratch) {
+  const GptqWeights& w = input.weights->weights();
+  input.args = {
+      .x = x,
+      .x_stride = x_stride,
+      .in_features = w.in_features,
+      .num_blocks = w.num_blocks,
+      .num_groups = w.num_groups,
+      .source_row = w.source_row,
+      .group_starts = w.group_starts,
+      .gathered = nullptr,
+      .values = nullptr,
+      .block_scales = nullptr,
+      .group_sums = nullptr,
+  };
+  if (read_in_place(input, compute)) return;
+  if (compute == Compute::exact) {
+    input.args.gathered = reinterpret_cast<float*>(scratch + input.gathered);
+    return;
+  }
+  input.args.values = reinterpret_cast<int8_t*>(scratch + input.values);
+  input.args.block_scales = reinterpret_cast<float*>(scratch + input.block_scales);
+  input.args.group_sums = reinterpret_cast<float*>(scratch + input.group_sums);
 }
 
 void prepare_inputs(CpuRuntime& runtime, std::vector<Prepared>& inputs, Compute compute, const float* x,
                     int64_t x_stride, int64_t num_rows) {
-  int64_t bytes = 0;
-  for (Prepared& input : inputs) bytes = lay_out(input, compute, num_rows, nullptr, bytes);
-  uint8_t* base = runtime.activations(bytes).as<uint8_t>();
-  int64_t offset = 0;
+  Places places;
+  for (Prepared& input : inputs) reserve(input, compute, num_rows, places);
+  uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
   for (Prepared& input : inputs) {
-    offset = lay_out(input, compute, num_rows, base, offset);
-    const GptqWeights& w = input.weights->weights();
-    input.args.x = x;
-    input.args.x_stride = x_stride;
-    input.args.in_features = w.in_features;
-    input.args.num_blocks = w.num_blocks;
-    input.args.num_groups = w.num_groups;
-    input.args.source_row = w.source_row;
-    input.args.group_starts = w.group_starts;
-    if (compute == Compute::exact && w.source_row == nullptr) continue;
+    describe(input, compute, x, x_stride, scratch);
+    if (read_in_place(input, compute)) continue;
     runtime.pool().run(num_rows, num_rows == 1 ? 1 : 8, [&](int64_t begin, int64_t end, int) {
       runtime.table().prepare(input.args, begin, end);
     });
   }
 }
 
-GptqLinearArgs gptq_args(const LinearPart& part, const std::vector<Prepared>& inputs, Compute compute, float* out,
-                         int64_t out_stride) {
-  const auto input = std::find_if(inputs.begin(), inputs.end(),
-                                  [&](const Prepared& p) { return p.weights->shares_input(*part.gptq); });
-  const PrepareArgs& p = input->args;
-  const bool in_place = compute == Compute::exact && p.gathered == nullptr;
-  return {
-      .weights = &part.gptq->weights(),
+// Rows outside, tiles inside: a panel of prepared rows stays in cache while the weights stream past it.
+template <class Run>
+void run_panels(CpuRuntime& runtime, int64_t num_rows, int64_t num_items, int64_t chunk, const Run& run) {
+  for (int64_t row = 0; row < num_rows; row += kPanelRows) {
+    const int64_t row_end = std::min(row + kPanelRows, num_rows);
+    runtime.pool().run(num_items, chunk, [&](int64_t begin, int64_t end, int) { run(row, row_end, begin, end); });
+  }
+}
+
+void run_gptq(CpuRuntime& runtime, const PackedGptq& weights, const Prepared& input, Compute compute,
+              int64_t num_rows, float* out, int64_t out_stride) {
+  const bool in_place = read_in_place(input, compute);
+  const PrepareArgs& p = input.args;
+  const GptqLinearArgs args{
+      .weights = &weights.weights(),
       .gathered = in_place ? p.x : p.gathered,
       .values = p.values,
       .block_scales = p.block_scales,
       .group_sums = p.group_sums,
       .x_stride = in_place ? p.x_stride : p.num_blocks * kBlockRows,
-      .out = out + part.column,
+      .out = out,
       .out_stride = out_stride,
   };
+  const auto kernel = compute == Compute::int8 ? runtime.table().gptq_int8 : runtime.table().gptq_exact;
+  const int64_t tiles = args.weights->num_tiles;
+  run_panels(runtime, num_rows, tiles, even_chunk(runtime, tiles, 1),
+             [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) { kernel(args, row, row_end, begin, end); });
+}
+
+void run_dense(CpuRuntime& runtime, const DenseWeights& w, const float* x, int64_t x_stride, int64_t num_rows,
+               float* out, int64_t out_stride) {
+  const DenseLinearArgs args{w.weight, w.type, w.in_features, w.out_features, w.bias, x, x_stride, out, out_stride};
+  const int64_t chunk = round_up(even_chunk(runtime, w.out_features, 16), 4);
+  run_panels(runtime, num_rows, w.out_features, chunk, [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+    runtime.table().dense(args, row, row_end, begin, end);
+  });
 }
 
 }  // namespace
 
-void linear(CpuRuntime& runtime, const std::vector<LinearPart>& parts, Compute compute, const float* x,
-            int64_t x_stride, int64_t num_rows, float* out, int64_t out_stride) {
+void LinearPlan::add(const PackedGptq& weights) {
+  const auto known = std::find_if(inputs_.begin(), inputs_.end(),
+                                  [&](const PackedGptq* input) { return input->shares_input(weights); });
+  const auto input = static_cast<size_t>(known - inputs_.begin());
+  if (known == inputs_.end()) inputs_.push_back(&weights);
+  parts_.push_back({&weights, nullptr, out_features_, input});
+  out_features_ += weights.weights().out_features;
+}
+
+void LinearPlan::add(const DenseWeights& weights) {
+  parts_.push_back({nullptr, &weights, out_features_, 0});
+  out_features_ += weights.out_features;
+}
+
+void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
+            int64_t num_rows, float* out, int64_t out_stride) {
   if (num_rows == 0) return;
   const std::lock_guard lock(runtime.mutex());
-  std::vector<Prepared> inputs = distinct_inputs(parts);
+  std::vector<Prepared> inputs;
+  for (const PackedGptq* weights : plan.inputs()) inputs.push_back({weights});
   prepare_inputs(runtime, inputs, compute, x, x_stride, num_rows);
-  const KernelTable& table = runtime.table();
-  for (const LinearPart& part : parts) {
+  for (const LinearPlan::Part& part : plan.parts()) {
     if (part.gptq != nullptr) {
-      const GptqLinearArgs args = gptq_args(part, inputs, compute, out, out_stride);
-      const auto kernel = compute == Compute::int8 ? table.gptq_int8 : table.gptq_exact;
-      const int64_t tiles = args.weights->num_tiles;
-      const int64_t chunk = even_chunk(runtime, tiles, 1);
-      for (int64_t row = 0; row < num_rows; row += kPanelRows) {
-        const int64_t row_end = std::min(row + kPanelRows, num_rows);
-        runtime.pool().run(tiles, chunk,
-                           [&](int64_t begin, int64_t end, int) { kernel(args, row, row_end, begin, end); });
-      }
-      continue;
-    }
-    const DenseWeights& w = *part.dense;
-    const DenseLinearArgs args{w.weight, w.type, w.in_features, w.out_features, w.bias, x, x_stride,
-                               out + part.column, out_stride};
-    const int64_t chunk = round_up(even_chunk(runtime, w.out_features, 16), 4);
-    for (int64_t row = 0; row < num_rows; row += kPanelRows) {
-      const int64_t row_end = std::min(row + kPanelRows, num_rows);
-      runtime.pool().run(w.out_features, chunk,
-                         [&](int64_t begin, int64_t end, int) { table.dense(args, row, row_end, begin, end); });
+      run_gptq(runtime, *part.gptq, inputs[part.input], compute, num_rows, out + part.column, out_stride);
+    } else {
+      run_dense(runtime, *part.dense, x, x_stride, num_rows, out + part.column, out_stride);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Row-wise kernels: activation preparation, RMS norm, rotation, SiLU gate, sum, embedding.  Written once over the vector verbs of an
-// instruction set `V` (see native/README.md, "The verbs").
+// Row-wise kernels: activation preparation, RMS norm, rotation, SiLU gate, sum, embedding.  Written once over the
+// vector verbs of an instruction set `V` (see native/README.md, "The verbs").
 #pragma once
 
 #include "load.inl.hpp"

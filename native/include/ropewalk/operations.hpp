@@ -53,11 +53,29 @@ struct DenseWeights {
   const float* bias;   // [N] or null
 };
 
-// One of several linears that read the same input; out columns [column, column + N).
-struct LinearPart {
-  const PackedGptq* gptq;      // or null
-  const DenseWeights* dense;   // or null
-  int64_t column;
+// Linears that read the same input, their outputs side by side.  Those that read the same rows in the same order share
+// the prepared activations: q, k and v of an act-order model have one permutation.
+class LinearPlan {
+ public:
+  struct Part {
+    const PackedGptq* gptq;     // or null
+    const DenseWeights* dense;  // or null
+    int64_t column;             // of the output
+    size_t input;               // of a GPTQ part: index into inputs()
+  };
+
+  // The weights must outlive the plan.
+  void add(const PackedGptq& weights);
+  void add(const DenseWeights& weights);
+
+  const std::vector<Part>& parts() const { return parts_; }
+  const std::vector<const PackedGptq*>& inputs() const { return inputs_; }
+  int64_t out_features() const { return out_features_; }
+
+ private:
+  std::vector<Part> parts_;
+  std::vector<const PackedGptq*> inputs_;  // one of each distinct input order
+  int64_t out_features_ = 0;
 };
 
 enum class Compute { exact, int8 };
@@ -75,8 +93,8 @@ class KvCache {
 };
 
 // out [T][out_stride] = x [T][x_stride] through every part.
-void linear(CpuRuntime& runtime, const std::vector<LinearPart>& parts, Compute compute, const float* x,
-            int64_t x_stride, int64_t num_rows, float* out, int64_t out_stride);
+void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
+            int64_t num_rows, float* out, int64_t out_stride);
 void rms_norm(CpuRuntime& runtime, const RmsNormArgs& args, int64_t num_rows);
 void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows);
 void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows);
