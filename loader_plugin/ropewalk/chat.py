@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ropewalk.chat_formats import NAMED_FORMATS
 from ropewalk.errors import ConfigError, RequestError, UnsupportedError
-from ropewalk.json_config import read_json_object, shown
+from ropewalk.json_config import read_json_object, read_small_file, shown
 
 Message = Mapping[str, Any]
 
@@ -140,8 +140,8 @@ def _find_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return path, {"default": path.read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
+            return path, {"default": read_small_file(path).decode("utf-8")}
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     for file_name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / file_name

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ropewalk.errors import ConfigError, UnsupportedError
-from ropewalk.json_config import Section, read_json_object, shown
+from ropewalk.json_config import Section, read_json_object, require_folder, shown
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +89,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     """
     folder = Path(folder)
     path = folder / "config.json"
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file: give the folder that holds it together with its config.json")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model folder {folder} does not exist: give the folder that holds config.json and the weights"
-        )
+    require_folder(folder, "config.json and the weights")
     if not path.exists():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.cache import KvCache
-from ropewalk.errors import RequestError
+from ropewalk.errors import CheckpointError, RequestError
 from ropewalk.generate import Cancelled, Progress
 from ropewalk.model import Model, checked_token_ids
 
@@ -62,6 +62,7 @@ def perplexity(
 
     Raises:
         RequestError: no lengths, a length below 2 or beyond the model's max_seq_len, or a text shorter than one window.
+        CheckpointError: the model computes NaN or infinity.
     """
     ids = checked_token_ids(token_ids, model.config.vocab_size)
     _check_lengths(lengths, model.max_seq_len)
@@ -109,6 +110,11 @@ def _row(
         nll = _window_nll(model, cache, ids[first : first + length], report, cancelled)
         if nll is None:
             return None
+        if not math.isfinite(nll):
+            raise CheckpointError(
+                f"{model.config.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
+                "settings do not fit it"
+            )
         total_nll += nll
     num_windows = len(ids) // length
     num_scored = num_windows * (length - 1)

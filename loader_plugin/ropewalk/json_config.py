@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +30,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ConfigError: unreadable, too large, not UTF-8, not JSON, or JSON that is not an object.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: this is not a configuration file")
-        text = path.read_bytes().decode("utf-8-sig")
-        value = json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        value = json.loads(read_small_file(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
@@ -45,6 +42,41 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, found {shown(value)}")
     return value
+
+
+def require_folder(folder: Path, holding: str) -> None:
+    """Refuse a model folder that is none; `holding` says what to give instead.
+
+    Raises:
+        ConfigError: a file, nothing, a path that cannot be, or no permission to list and enter it.
+    """
+    advice = f"give the folder that holds {holding}"
+    try:
+        if folder.is_file():
+            raise ConfigError(f"{folder} is a file: {advice}")
+        if not folder.is_dir():
+            raise ConfigError(f"model folder {folder} does not exist: {advice}")
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"model folder {shown(str(folder))} cannot be read: {error.strerror or error}") from error
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(f"model folder {folder} cannot be read: there is no permission to list and enter it")
+
+
+def read_small_file(path: Path) -> bytes:
+    """The bytes of a file of at most MAX_FILE_BYTES. Pipes and devices are refused: reading them may never end.
+
+    Raises:
+        ConfigError: unreadable, too large, or not a file.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path} cannot be read: it is not a regular file, but a directory, a pipe or a device")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: this is not a configuration file")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def shown(value: Any) -> str:

@@ -50,6 +50,9 @@ REMEDIES = {
     "auto-round": "export it again with auto-round's format auto_gptq",
 }
 MAX_GROUP_SIZE = 2**20
+# Of a regular expression of `dynamic`; published ones have three repetitions and 40 characters.
+MAX_REPETITIONS = 5
+MAX_PATTERN = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,10 +295,11 @@ def _dynamic_rules(fields: _Fields, base: QuantSettings) -> list[QuantRule]:
     for spelled in section.values if section is not None else ():
         source = spelled[2:] if spelled.startswith(("-:", "+:")) else spelled
         try:
+            require_quick_pattern(source)
             pattern = re.compile(source)
-        except (re.error, RecursionError, OverflowError) as error:
+        except (ValueError, re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
-                f"{section.source}: {section.name(spelled)} is not a regular expression of Python ({error})"
+                f"{section.source}: {section.name(spelled):.200} is not a regular expression that can be used ({error})"
             ) from error
         rules.append(QuantRule(pattern, None if spelled.startswith("-:") else _rule_settings(section, spelled, base)))
     return rules
@@ -321,3 +325,28 @@ def _rule_settings(section: Section, key: str, base: QuantSettings) -> QuantSett
     if own_format != base.format:
         raise fields.refuse("format", f"the format of the whole checkpoint, {base.format}")
     return _overlay(base, fields)
+
+
+def require_quick_pattern(source: str) -> None:
+    """Refuse a regular expression that could take hours on a name: files are untrusted, and `re` knows no time limit.
+
+    Time is exponential where a repeated group holds a repetition or a choice, as in `(.+)+`. Otherwise it is of the
+    degree of the number of repetitions and choices: five take a millisecond or three for a name of 50 characters.
+
+    Raises:
+        ValueError: says which of the two it is, or that the expression is too long to look for them.
+    """
+    if len(source) > MAX_PATTERN:
+        raise ValueError(f"{len(source)} characters, at most {MAX_PATTERN} are accepted")
+    # Escapes and character classes stand for one character, whatever is in them; a lazy repetition is one, too.
+    rest = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", source, flags=re.DOTALL)
+    rest = re.sub(r"([*+?}])[?+]", r"\1", rest)
+    num_choices = 0
+    while group := re.search(r"\(([^()]*)\)([*+{]?)", rest):
+        body = group[1].removeprefix("?")
+        if group[2] and re.search(r"[*+{?|]", body):
+            raise ValueError("a repeated group holds repetitions or choices")
+        num_choices += "|" in body
+        rest = rest[: group.start()] + body.replace("|", "") + group[2] + rest[group.end() :]
+    if len(re.findall(r"[*+{?]", rest)) + num_choices > MAX_REPETITIONS:
+        raise ValueError(f"more than {MAX_REPETITIONS} repetitions and choices")

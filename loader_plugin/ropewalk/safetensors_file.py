@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,11 @@ def printable(name: object) -> str:
 
 def _read_header(path: Path) -> tuple[bytes, int]:
     """The JSON bytes and the size of the file."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory: a safetensors file is expected under this name")
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # reading a pipe or a device may never end
+            kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise CheckpointError(f"{path} is {kind}: a safetensors file is expected under this name")
         with path.open("rb") as file:
             num_bytes = path.stat().st_size
             if num_bytes < 8:

@@ -13,6 +13,7 @@ import logging
 from pathlib import Path
 
 from ropewalk.errors import ConfigError
+from ropewalk.json_config import require_folder
 from ropewalk.tokenizer_base import StreamDecoder, Tokenizer
 from ropewalk.tokenizer_json import JsonTokenizer
 from ropewalk.tokenizer_sentencepiece import SentencePieceTokenizer
@@ -35,8 +36,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"the tokenizer folder must be a path, got {type(folder).__name__}")
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"model folder {folder} does not exist: give the folder that holds tokenizer and config.json")
+    require_folder(folder, "tokenizer and config.json")
     json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     settings = read_tokenizer_settings(folder)
     if not json_path.exists() and not model_path.exists():

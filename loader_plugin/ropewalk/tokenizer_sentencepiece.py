@@ -9,6 +9,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from ropewalk.errors import ConfigError
+from ropewalk.json_config import read_small_file
 from ropewalk.tokenizer_base import BYTE_TOKEN, Tokenizer
 from ropewalk.tokenizer_settings import AddedToken, TokenizerSettings
 
@@ -23,7 +24,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         self.source = path
-        data = _read(path)
+        data = read_small_file(path)
         self._model = _processor(data, path)
         self._model_without_prefix = self._model if settings.legacy else _processor(data + NO_DUMMY_PREFIX, path)
         self.base_vocab_size = self._model.vocab_size()
@@ -86,13 +87,6 @@ class SentencePieceTokenizer(Tokenizer):
         if self._model.is_byte(token_id) and (match := BYTE_TOKEN.fullmatch(piece)):
             return bytes([int(match[1], 16)])
         return piece.replace(SPACE, " ").encode()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _processor(data: bytes, path: Path) -> SentencePieceProcessor:

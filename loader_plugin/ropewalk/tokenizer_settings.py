@@ -5,6 +5,7 @@ Read from tokenizer_config.json, special_tokens_map.json and added_tokens.json, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _added_tokens_decoder(config: Mapping[str, Any], path: Path) -> dict[int, Ad
     added = {}
     for key, value in table.items():
         text = token_text(value)
-        if not key.isascii() or not key.isdigit() or int(key) > MAX_TOKEN_ID or text is None:
+        if not re.fullmatch(r"[0-9]{1,8}", key) or int(key) > MAX_TOKEN_ID or text is None:
             raise ConfigError(
                 f"{path}: added_tokens_decoder must map token ids to objects with content, "
                 f"found {shown(key)}: {shown(value)}"
