@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Builds the compiled core with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan, apart from the
-# installed one, and runs tests on it: those of the kernels, or whatever pytest arguments are given.
+# installed one, and runs tests on it: those of the kernels, whatever pytest arguments are given, or a script of this folder.
 #
 #   scripts/check_asan.sh                      tests/native
 #   scripts/check_asan.sh tests/test_gptq.py -k truncated
+#   scripts/check_asan.sh scripts/fuzz_checkpoints.py --memory-limit-mib 0 --time-limit-s 120
 #
 # PYTHON names an interpreter in which the package's dependencies, pybind11 and setuptools are installed.
 set -euo pipefail
@@ -39,4 +40,5 @@ from ropewalk import _core
 assert "build/asan/lib" in _core.__file__, f"the tests would run {_core.__file__}, which is not instrumented"
 EOF
 if [ $# -eq 0 ]; then set -- tests/native; fi
+if [[ $1 == scripts/*.py ]]; then exec "$PYTHON" "$@"; fi
 exec "$PYTHON" -m pytest -q -p no:cacheprovider "$@"
