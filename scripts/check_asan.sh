@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the compiled core with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan, apart from the
-# installed one, and runs tests on it: those of the kernels, whatever pytest arguments are given, or a script of this folder.
+# installed one, and runs tests on it: those of the kernels, whatever pytest arguments are given, or a script of this
+# folder.
 #
 #   scripts/check_asan.sh                      tests/native
 #   scripts/check_asan.sh tests/test_gptq.py -k truncated
