@@ -1,0 +1,228 @@
+"""The documented Python interface, call by call, on a checkpoint that a real quantiser wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ropewalk
+from conftest import LOCAL_DATA
+from ropewalk import native
+from ropewalk.checkpoint import Checkpoint
+from ropewalk.config import load_model_config
+from ropewalk.errors import ShapeError
+from ropewalk.gptq import GptqLinear, read_gptq_linear
+from ropewalk.model import Model
+from ropewalk.quant_config import load_quant_config
+
+FOLDER = LOCAL_DATA / "gptq" / "g4-64-qwen2-bias"  # act-order and biases
+
+# The documented arguments of load_model and their defaults.
+OPTIONS = {
+    "max_seq_len": None,
+    "max_input_len": 2048,
+    "compute": "int8",
+    "backend": "cpu",
+    "threads": None,
+    "isa": None,
+    "rope_scaling": None,
+    "compress_pos_emb": None,
+    "alpha_value": None,
+    "rope_theta": None,
+    "cache_type": "fp16",
+}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    with np.load(FOLDER / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return ropewalk.load_model(FOLDER, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def linear() -> GptqLinear:
+    config = load_model_config(FOLDER)
+    quant = load_quant_config(FOLDER, config.raw)
+    name = "model.layers.0.self_attn.q_proj"
+    with Checkpoint(FOLDER) as checkpoint:
+        return read_gptq_linear(checkpoint, name, config.hidden_size, config.hidden_size, quant.for_module(name))
+
+
+def test_load_model_has_the_documented_arguments_in_order_with_their_defaults() -> None:
+    parameters = inspect.signature(ropewalk.load_model).parameters
+    assert list(parameters)[: len(OPTIONS) + 1] == ["folder", *OPTIONS]
+    assert {name: parameters[name].default for name in OPTIONS} == OPTIONS
+
+
+def test_forward_gives_logits_of_all_or_the_last_token(model: Model, expected: dict[str, np.ndarray]) -> None:
+    token_ids, V = expected["input_ids"].tolist(), model.config.vocab_size
+    every = model.forward(token_ids, model.new_cache(), logits="all")
+    assert every.dtype == torch.float32 and every.shape == (len(token_ids), V)
+    cache = model.new_cache(len(token_ids) + 1)
+    last = model.forward(token_ids, cache)
+    assert last.shape == (1, V) and torch.equal(last[0], every[-1])
+    assert cache.length == len(token_ids) and cache.token_ids == token_ids
+    assert model.forward([0], cache, logits="none") is None and cache.length == cache.capacity
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_forward_takes_token_ids_of_every_documented_kind(model: Model, kind: Any) -> None:
+    want = model.forward([1, 2, 3], model.new_cache())
+    assert torch.equal(model.forward(kind([1, 2, 3]), model.new_cache()), want)
+
+
+def test_the_reference_backend_runs_the_same_model(expected: dict[str, np.ndarray]) -> None:
+    model = ropewalk.load_model(FOLDER, backend="reference", compute="exact", cache_type="fp32", device="cpu")
+    logits = model.forward(expected["input_ids"].tolist(), model.new_cache(), logits="all")
+    assert np.abs(logits.numpy()[expected["logits_positions"]] - expected["logits"]).max() <= 2e-3
+
+
+def test_config_and_rope_of_a_model_are_frozen(model: Model) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.config.vocab_size = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.rope.theta = 1.0
+    with pytest.raises(TypeError):
+        model.config.raw["vocab_size"] = 1
+
+
+def test_rope_of_a_model_gives_its_frequencies(model: Model, expected: dict[str, np.ndarray]) -> None:
+    inverse_frequencies, attention_scale = model.rope.inverse_frequencies(64)
+    assert inverse_frequencies.dtype == np.float64 and inverse_frequencies.shape == (model.config.head_dim // 2,)
+    np.testing.assert_allclose(inverse_frequencies, expected["rope_inv_freq"], rtol=1e-6)
+    assert attention_scale == float(expected["rope_attention_scaling"])
+
+
+def test_resolve_rope_gives_the_same_from_the_config_alone(model: Model) -> None:
+    config = json.loads((FOLDER / "config.json").read_text())
+    alone = ropewalk.resolve_rope(config)
+    assert type(alone) is type(model.rope)
+    np.testing.assert_array_equal(alone.inverse_frequencies(64)[0], model.rope.inverse_frequencies(64)[0])
+    halved = ropewalk.resolve_rope(config, 1024, compress_pos_emb=2.0)
+    np.testing.assert_allclose(2 * halved.inverse_frequencies(64)[0], alone.inverse_frequencies(64)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"compress_pos_emb": 4.0},
+        {"alpha_value": 2.0},
+        {"rope_theta": 500000.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
+    ],
+    ids=lambda override: next(iter(override)),
+)
+def test_rope_overrides_of_load_model_are_those_of_resolve_rope(override: dict[str, Any]) -> None:
+    model = ropewalk.load_model(FOLDER, max_seq_len=700, threads=1, **override)
+    alone = ropewalk.resolve_rope(json.loads((FOLDER / "config.json").read_text()), 700, **override)
+    for ours, theirs in zip(model.rope.inverse_frequencies(700), alone.inverse_frequencies(700), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert model.max_seq_len == model.new_cache().capacity == 700
+    assert next(iter(override)) in model.rope.describe()
+
+
+def test_engine_streams_the_text_of_the_greedy_tokens(model: Model) -> None:
+    tokenizer = ropewalk.load_tokenizer(FOLDER)
+    engine = ropewalk.Engine(model, tokenizer)
+    params = ropewalk.SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
+    pieces = []
+    for piece in engine.stream("def main():", params):
+        pieces.append(piece)
+    ids = tokenizer.encode("def main():")
+    start = len(ids)
+    for _ in range(12):
+        ids.append(int(model.forward(ids, model.new_cache()).argmax()))
+    assert engine.generate("def main():", params).token_ids == ids[start:]
+    assert len(pieces) > 1
+    assert tokenizer.decode(ids) == tokenizer.decode(ids[:start]) + "".join(pieces)
+    assert engine.last_stats.new_tokens == 12
+
+
+def of_kind(kind: str, *tensors: torch.Tensor | None) -> list[Any]:
+    return [tensor.numpy() if kind == "numpy" and tensor is not None else tensor for tensor in tensors]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_native_multiplies_with_a_packed_linear(linear: GptqLinear, kind: str) -> None:
+    runtime = native.Runtime(threads=1)
+    qweight, scales, zeros, starts = of_kind(kind, linear.qweight, linear.scales, linear.zeros, linear.group_starts)
+    order, bias = of_kind(kind, linear.order, linear.bias)
+    packed = native.pack_gptq(
+        runtime,
+        qweight,
+        bits=linear.bits,
+        in_features=linear.in_features,
+        scales=scales,
+        zeros=zeros,
+        group_starts=starts,
+        order=order,
+        bias=bias,
+    )
+    weight = native.Linear(runtime, [packed])
+    x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0))
+    want = x.double() @ linear.dequantise().double() + linear.bias.double()
+    (given,) = of_kind(kind, x)
+    exact, int8 = weight(given, compute="exact"), weight(given)
+    assert type(exact) is type(int8) is type(given)
+    np.testing.assert_allclose(np.asarray(exact), want.numpy(), atol=1e-4)
+    error = np.asarray(int8) - want.numpy()
+    assert 0 < np.sqrt((error**2).mean()) < 0.02 * float(want.std())
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_native_rotates_and_attends_in_chunks(kind: str) -> None:
+    T, Hq, Hkv, D = 7, 4, 2, 32
+    runtime = native.Runtime(threads=1)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(T, heads, D, generator=generator) for heads in (Hq, Hkv, Hkv))
+    angles = torch.arange(T)[:, None] * (10000.0 ** (-torch.arange(0, D, 2) / D))  # [T, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    want = attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
+    arrays = of_kind(kind, q.clone(), k.clone(), v, cos, sin)
+    native.rotate_(runtime, arrays[0], arrays[3], arrays[4])
+    native.rotate_(runtime, arrays[1], arrays[3], arrays[4])
+    cache = native.KvCache(runtime, Hkv, D, capacity=16, dtype="f32")
+    chunks = []
+    for start, end in ((0, 4), (4, T)):
+        cache.append_(arrays[1][start:end], arrays[2][start:end], start)
+        chunks.append(cache.attend(arrays[0][start:end], start))
+    assert all(type(chunk) is type(arrays[0]) for chunk in chunks)
+    np.testing.assert_allclose(np.concatenate([np.asarray(chunk) for chunk in chunks]), want.numpy(), atol=1e-5)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[T, Hq * D], causal, query head h on key head h // (Hq / Hkv), in float64."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(repeats, dim=1).transpose(0, 1) for x in (k, v))  # [Hq, T, D]
+    scores = q.double().transpose(0, 1) @ k.mT / q.shape[-1] ** 0.5
+    scores += torch.full(scores.shape[1:], float("-inf")).triu(1)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.tolist], ids=["float64", "list"])
+def test_native_converts_nothing(convert: Any) -> None:
+    with pytest.raises(ShapeError):
+        native.silu_mul(native.Runtime(threads=1), convert(torch.zeros(2, 8)))
+
+
+def test_the_folder_may_be_a_string(expected: dict[str, np.ndarray]) -> None:
+    model = ropewalk.load_model(str(FOLDER), threads=1)
+    assert model.forward(expected["input_ids"].tolist(), model.new_cache()).shape == (1, model.config.vocab_size)
+    assert ropewalk.load_tokenizer(str(FOLDER)).source.parent == FOLDER
