@@ -26,26 +26,26 @@ and its documentation, and it babbles: nothing it says is knowledge. Do not use 
 - Held out: {held_out_characters:,} characters, one document in 50 by the hash of its path (list below). Of these,
   `held_out.txt` holds long library files: {sample_files}.
 - {tokens:,} tokens ({epochs:.2f} epochs) in {steps:,} steps of {batch} x {context} tokens, {minutes:.0f} minutes on two CPU cores; Muon for
-  the layers' matrices and AdamW for the rest, warm-up and cosine, bf16 autocast, seed {seed}.
+  the layers' matrices and AdamW for the rest, warm-up and cosine, bf16 autocast, seed {seed}.{note}
 
 ## Held-out perplexity
 
 Blocks of {context} tokens that do not overlap, the first token of each not counted, float32 in transformers; the quantised
-model with exactly dequantised weights.
+model with exactly dequantised weights. `ropewalk perplexity --compute exact --lengths {context} held_out.txt` gives the same.
 
 | model | held_out.txt | bits per byte | all held-out text | bits per byte |
 |---|---|---|---|---|
 | float | {float_sample[perplexity]:.3f} | {float_sample[bits_per_byte]:.4f} | {float_all[perplexity]:.3f} | {float_all[bits_per_byte]:.4f} |
 | GPTQ 4-bit | {gptq_sample[perplexity]:.3f} | {gptq_sample[bits_per_byte]:.4f} | {gptq_all[perplexity]:.3f} | {gptq_all[bits_per_byte]:.4f} |
 
-Beyond the trained length, on held_out.txt, the GPTQ model's perplexity by block length and RoPE scaling
-(factor length / {context} for linear and yarn, 2 for dynamic NTK):
+Beyond the trained length, on the first 32,768 tokens of held_out.txt, the GPTQ model's perplexity by block length and
+RoPE scaling (factor length / {context} for linear and yarn, 2 for dynamic NTK):
 
 {length_table}
 
 ## A sample
 
-Temperature 0.6, top-p 0.9, after the prompt `{prompt}`:
+Temperature 0.6, top-p 0.9, after the prompt `{prompt}` and a line end:
 
 ```
 {sample}
@@ -67,8 +67,8 @@ The model and tokenizer carry the licence of this repository. `held_out.txt` is 
 """  # noqa: E501 (table rows cannot be broken)
 
 
-def model_card(manifest: dict, training: dict, evaluation: dict, size_bytes: int) -> str:
-    """The card's Markdown from manifest.json, training.json and evaluation.json of the work folder."""
+def model_card(manifest: dict, training: dict, evaluation: dict, size_bytes: int, note: str) -> str:
+    """The card's Markdown from manifest.json, training.json and evaluation.json; `note` ends the training section."""
     config = model_config()
     return TEMPLATE.format(
         **{key: manifest[key] for key in manifest if key != "held_out_documents"},
@@ -84,10 +84,11 @@ def model_card(manifest: dict, training: dict, evaluation: dict, size_bytes: int
         context=CONTEXT,
         vocab=VOCAB_SIZE,
         size_mb=size_bytes / 1e6,
+        note=f" {note}" if note else "",
         epochs=training["tokens"] / training["epoch_tokens"],
         sample_files=", ".join(f"`{path}`" for path in evaluation["sample_files"]),
         length_table=_length_table(evaluation["by_length"]),
-        prompt=evaluation["prompt"],
+        prompt=evaluation["prompt"].strip(),
         sample=evaluation["sample"].strip("\n"),
         held_out_documents=", ".join(f"`{path}`" for path in manifest["held_out_documents"]),
     )

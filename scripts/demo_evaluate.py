@@ -6,6 +6,7 @@ from the block's earlier ones. A shorter rest at the end is left out. `ropewalk 
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from transformers import LlamaForCausalLM
 from demo_quantise import dequantised_state
 from demo_training import BOS_ID, CONTEXT, model_config
 
+LOGGER = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+LENGTH_TOKENS = 4 * LENGTHS[-1]
 
 
 def float_model(folder: Path) -> LlamaForCausalLM:
@@ -52,6 +55,7 @@ def held_out_numbers(model: LlamaForCausalLM, ids: np.ndarray, num_bytes: int) -
     """Perplexity per token and bits per byte of ids [tokens] (`num_bytes` of text) in blocks of CONTEXT tokens."""
     loss, predicted = mean_loss(model, ids, CONTEXT)
     bits_per_byte = loss / math.log(2) * len(ids) / num_bytes
+    LOGGER.info("perplexity %.4f over %d tokens", math.exp(loss), predicted)
     return {"perplexity": math.exp(loss), "bits_per_byte": bits_per_byte, "predicted_tokens": predicted}
 
 
@@ -60,7 +64,7 @@ def perplexity_by_length(folder: Path, ids: np.ndarray) -> dict[str, dict[int, f
 
     "none" leaves RoPE as trained; linear and yarn take the factor length / 512, dynamic (NTK) the usual 2.
     """
-    ids = ids[: len(ids) // LENGTHS[-1] * LENGTHS[-1]]  # every length reads the same tokens
+    ids = ids[:LENGTH_TOKENS]  # every length reads the same tokens
     table: dict[str, dict[int, float]] = {"none": {}, "linear": {}, "dynamic": {}, "yarn": {}}
     for method, row in table.items():
         for length in LENGTHS:
@@ -69,6 +73,7 @@ def perplexity_by_length(folder: Path, ids: np.ndarray) -> dict[str, dict[int, f
                 factor = 2.0 if method == "dynamic" else length / CONTEXT
                 rope = {"rope_type": method, "factor": factor, "original_max_position_embeddings": CONTEXT}
             row[length] = math.exp(mean_loss(quantised_model(folder, rope), ids, length)[0])
+            LOGGER.info("%s at %d: %.3f", method, length, row[length])
     return table
 
 

@@ -53,6 +53,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="windows of 512 tokens per step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--note", default="", help="a sentence for the model card on how the training went")
     parser.add_argument(
         "--no-compile", action="store_true", help="train without torch.compile (no C++ compiler needed)"
     )
@@ -171,7 +172,7 @@ def stage_card(options: argparse.Namespace) -> None:
         for name in ("manifest", "training", "evaluation")
     ]
     size = sum(path.stat().st_size for path in options.out.iterdir() if path.name != "README.md")
-    (options.out / "README.md").write_text(demo_card.model_card(*parts, size), encoding="utf-8")
+    (options.out / "README.md").write_text(demo_card.model_card(*parts, size, options.note), encoding="utf-8")
 
 
 def _stages(text: str) -> list[str]:
