@@ -35,6 +35,7 @@ EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {
     "chat": {"jinja2"},
     "cli_options": {"tqdm"},
+    "safetensors_file": {"safetensors"},
     "tokenizer_json": {"tokenizers"},
     "tokenizer_sentencepiece": {"sentencepiece"},
 }

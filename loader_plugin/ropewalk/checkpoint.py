@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +14,8 @@ from ropewalk.safetensors_file import SafetensorsFile, TensorInfo, printable
 from ropewalk.weight_files import choose_files, listed
 
 logger = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096  # no system has smaller pages
 
 
 class Checkpoint:
@@ -32,6 +35,7 @@ class Checkpoint:
         self._opened = {path.name: SafetensorsFile(path) for path in self.files}
         self._file_of = _locate(self._opened, shard_of)
         self._warned: set[str] = set()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ropewalk-read-ahead")
         self.total_bytes = sum(file.num_bytes for file in self._opened.values())
 
     def names(self) -> tuple[str, ...]:
@@ -57,6 +61,19 @@ class Checkpoint:
         """
         return self._file(name).tensor(name)
 
+    def read_ahead(self, prefix: str) -> None:
+        """Starts to bring the tensors whose names begin with `prefix` from the disk into memory, in the background.
+
+        A hint: whoever packs one layer while the next is being read waits for the slower of the two, not for both.
+        """
+        names = [name for name in self._file_of if name.startswith(prefix)]
+        self._reader.submit(self._touch, names)
+
+    def _touch(self, names: list[str]) -> None:
+        for name in names:
+            tensor = self.tensor(name)
+            tensor.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
+
     def release(self) -> None:
         """Drops the mappings, so that pages already read stop counting as our memory; reopened on demand."""
         for file in self._opened.values():
@@ -74,6 +91,7 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
         self.release()
 
     def _file(self, name: str) -> SafetensorsFile:

@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded model)"
     )
     group = parser.add_argument_group("context")
-    group.add_argument("--max-seq-len", type=int, metavar="N", help="longest context (default: what the model declares)")
+    group.add_argument("--max-seq-len", type=int, metavar="N", help="longest context (default: as the model declares)")
     group.add_argument("--cache-type", choices=("fp16", "fp32"), default="fp16", help="type of cached keys and values")
     group.add_argument(
         "--rope-scaling", type=_json_object, metavar="JSON", help='such as \'{"type": "yarn", "factor": 4}\''

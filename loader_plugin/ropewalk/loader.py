@@ -27,6 +27,7 @@ from ropewalk.memory import format_bytes
 from ropewalk.model import Model, ModelLimits, ModelWeights
 from ropewalk.quant_config import QuantConfig, load_quant_config
 from ropewalk.rope import resolve_rope
+from ropewalk.tensor_table import layer_prefix
 from ropewalk.tensors import check_tensors, read_embeddings, read_head, read_layer
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def _load_weights(
             check_tensors(config, quant, checkpoint)
             layers = []
             for index in range(config.num_layers):
+                checkpoint.read_ahead(layer_prefix(index + 1))
                 layers.append(pack_layer(backend, config, index, read_layer(config, quant, checkpoint, index)))
                 checkpoint.release()
                 report(index + 1, total)
