@@ -117,6 +117,7 @@ def _load_weights(
                 checkpoint.release()
                 report(index + 1, total)
             embeddings = read_embeddings(config, checkpoint)
+            checkpoint.release()
             final_norm, head = read_head(config, quant, checkpoint, embeddings)
             tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
             packed_head = backend.pack([head])
