@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropewalk
+from ropewalk.checkpoint import Checkpoint
+from ropewalk.config import load_model_config
+from ropewalk.evaluate import perplexity
+from ropewalk.gptq import read_gptq_linear
+from ropewalk.quant_config import load_quant_config
 
 FOLDER = Path(ropewalk.__file__).resolve().parent / "demo_model"
 MAX_BYTES = 10_000_000
@@ -91,3 +99,52 @@ def test_the_card_gives_the_perplexity_of_both_models_and_they_are_close() -> No
 
 def test_the_licence_of_the_held_out_text_is_beside_it() -> None:
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (FOLDER / "LICENSE-PYTHON.txt").read_text(encoding="utf-8")
+
+
+SCORED_TOKENS = 16 * 512  # of held_out.txt: enough that int8 and float32 differ by rounding alone
+
+
+@pytest.fixture(scope="module")
+def held_out_ids() -> list[int]:
+    return ropewalk.load_tokenizer(FOLDER).encode((FOLDER / "held_out.txt").read_text(encoding="utf-8"), add_bos=False)
+
+
+def measured(compute: str, ids: list[int], length: int = 512, **rope: float) -> float:
+    model = ropewalk.load_model(FOLDER, compute=compute, max_seq_len=length, threads=1, **rope)
+    return perplexity(model, ids, [length], max_tokens=SCORED_TOKENS)[0].perplexity
+
+
+@torch.inference_mode()
+def perplexity_through_transformers(ids: list[int], length: int = 512) -> float:
+    """The same windows through transformers, float32, on the dequantised weights."""
+    config = LlamaConfig(**{k: v for k, v in json.loads((FOLDER / "config.json").read_text()).items() if k[0] != "q"})
+    model = LlamaForCausalLM(config).eval()
+    facts = load_model_config(FOLDER)
+    quant = load_quant_config(FOLDER, facts.raw)
+    state = {}
+    with Checkpoint(FOLDER) as checkpoint:
+        for name in checkpoint.names():
+            module, kind = name.rsplit(".", 1)
+            if kind == "weight":
+                state[name] = checkpoint.tensor(name).float()
+            elif kind == "qweight":
+                shape = model.get_submodule(module).weight.shape
+                linear = read_gptq_linear(checkpoint, module, shape[1], shape[0], quant.for_module(module))
+                state[f"{module}.weight"] = linear.dequantise().T.contiguous()
+    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]  # tied
+    windows = torch.tensor(ids[: SCORED_TOKENS // length * length]).view(-1, length)
+    logits = model(input_ids=windows, use_cache=False).logits[:, :-1]  # [windows, length - 1, V]
+    return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def test_exact_perplexity_is_that_of_transformers(held_out_ids: list[int]) -> None:
+    assert measured("exact", held_out_ids) == pytest.approx(perplexity_through_transformers(held_out_ids), rel=1e-3)
+
+
+def test_the_default_mode_costs_at_most_a_thousandth_of_perplexity(held_out_ids: list[int]) -> None:
+    assert measured("int8", held_out_ids) <= 1.001 * measured("exact", held_out_ids)
+
+
+def test_context_extension_shows_beyond_the_trained_length(held_out_ids: list[int]) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert measured("int8", held_out_ids, 2048, rope_scaling=yarn) < 0.8 * measured("int8", held_out_ids, 2048)

@@ -156,7 +156,7 @@ def _info(
         rope_covers=rope.covers,
         max_seq_len=context,
         files={path.name: path.stat().st_size for path in checkpoint.files},
-        weight_bytes=sum(checkpoint.info(name).num_bytes for name in checkpoint.names()),
+        weight_bytes=checkpoint.total_bytes,
         cache_type=cache_type,
         cache_bytes={n: cache_bytes(config, config.num_layers, n, cache_type) for n in lengths},
     )
