@@ -71,8 +71,7 @@ class Checkpoint:
 
     def _touch(self, names: list[str]) -> None:
         for name in names:
-            tensor = self.tensor(name)
-            tensor.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
+            touch_pages(self.tensor(name))
 
     def release(self) -> None:
         """Drops the mappings, so that pages already read stop counting as our memory; reopened on demand."""
@@ -98,6 +97,11 @@ class Checkpoint:
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder}: there is no tensor {printable(name)} in {listed(self.files)}")
         return self._file_of[name]
+
+
+def touch_pages(tensor: torch.Tensor) -> None:
+    """Reads one byte of every page of a contiguous tensor: a view of a file is in memory afterwards."""
+    tensor.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
 
 
 def _locate(opened: dict[str, SafetensorsFile], shard_of: dict[str, str]) -> dict[str, SafetensorsFile]:

@@ -18,7 +18,7 @@ import torch
 from ropewalk.backends.protocol import Backend
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.cache import CACHE_DTYPES
-from ropewalk.checkpoint import Checkpoint
+from ropewalk.checkpoint import Checkpoint, touch_pages
 from ropewalk.config import ModelConfig, load_model_config
 from ropewalk.errors import CheckpointError, ConfigError
 from ropewalk.gptq import DenseLinear
@@ -117,7 +117,7 @@ def _load_weights(
                 checkpoint.release()
                 report(index + 1, total)
             embeddings = read_embeddings(config, checkpoint)
-            checkpoint.release()
+            touch_pages(embeddings)  # or the first prompts would wait for the disk, token by token
             final_norm, head = read_head(config, quant, checkpoint, embeddings)
             tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
             packed_head = backend.pack([head])

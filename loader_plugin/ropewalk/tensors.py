@@ -39,14 +39,14 @@ class LayerWeights:
 
 
 def read_embeddings(config: ModelConfig, checkpoint: Checkpoint) -> torch.Tensor:
-    """The embedding table [V, C] as stored, a copy. A tied model may store it as lm_head.weight only."""
+    """The embedding table [V, C] as stored, a view of the file. A tied model may store it as lm_head.weight only."""
     if config.tie_word_embeddings and EMBEDDINGS not in checkpoint:
-        return checkpoint.tensor(f"{HEAD}.weight").clone()
-    return checkpoint.tensor(EMBEDDINGS).clone()
+        return checkpoint.tensor(f"{HEAD}.weight")
+    return checkpoint.tensor(EMBEDDINGS)
 
 
 def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, index: int) -> LayerWeights:
-    """Layer `index`. Dense weights are copies; quantised ones are views of the file, which packing reads once.
+    """Layer `index`. Large tensors are views of the file: pack or copy them before `checkpoint.release()` pays off.
 
     Raises:
         CheckpointError: a norm, scale or bias that is not finite, a g_idx out of range.
@@ -99,7 +99,6 @@ def _read_linear(
     quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in_features: int, out_features: int
 ) -> Linear:
     if f"{name}.qweight" not in checkpoint:
-        # A copy: a model that runs must not depend on its file, which may be replaced or on a disk that goes away.
-        return DenseLinear(name, checkpoint.tensor(f"{name}.weight").clone(), read_bias(checkpoint, name))
+        return DenseLinear(name, checkpoint.tensor(f"{name}.weight"), read_bias(checkpoint, name))
     settings = settings_of(quant, checkpoint, name, in_features)
     return read_gptq_linear(checkpoint, name, in_features, out_features, settings)
