@@ -6,6 +6,8 @@ count as memory of this process for as long as the mapping lives.
 
 from __future__ import annotations
 
+import math
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     file: Path
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values. The first number in the name of a dtype is its bits ("F16", "F8_E4M3"); BOOL has none."""
+        bits = re.search(r"[0-9]+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 class SafetensorsFile:
