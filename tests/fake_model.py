@@ -46,6 +46,9 @@ class FakeModel:
     def new_cache(self, max_seq_len: int | None = None) -> FakeCache:
         return FakeCache(max_seq_len or self.capacity)
 
+    def accepts(self, cache: FakeCache) -> bool:
+        return True
+
     def reusable_prefix(self, cache: FakeCache, token_ids: Sequence[int]) -> int:
         pairs = enumerate(zip(cache.token_ids, list(token_ids)[:-1], strict=False))
         limit = min(cache.length, len(token_ids) - 1)

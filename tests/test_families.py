@@ -101,9 +101,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(folder, first, logits, second, edited_logits)
 
 
-def their_model(folder: Path, exact: dict[str, torch.Tensor]) -> torch.nn.Module:
+def their_model(folder: Path, exact: dict[str, torch.Tensor], **overrides: Any) -> torch.nn.Module:
     """transformers' model in float32 with the exact weights, its attention written out (eager)."""
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text()) | overrides
     raw.pop("quantization_config", None)
     config = transformers.AutoConfig.for_model(**raw, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -18,13 +18,13 @@ PACKAGE = Path(ropewalk.__file__).parent
 # Every module, each after all that it may import: a new one gets its line here. From files to text to the user.
 ORDER = [
     *("errors", "memory", "json_config"),
-    *("config", "quant_config"),
+    *("config", "quant_config", "layer_order"),
     *("rope_methods", "rope_spellings", "rope_config", "rope"),
     *("safetensors_file", "weight_files", "checkpoint", "foreign_layouts"),
     *("gptq_bits", "gptq_groups", "gptq_zeros", "gptq_shapes", "gptq"),
     *("tensor_table", "tensor_check", "tensors"),
     *("_core", "native", "backends", "backends.protocol", "backends.reference", "backends.cpu"),
-    *("cache", "layers", "model", "loader", "info"),
+    *("second_model", "cache", "layers", "model", "loader", "info"),
     *("sampling", "generate", "evaluate"),
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
     *("chat_formats", "chat", "stops", "engine"),

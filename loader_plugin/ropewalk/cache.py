@@ -17,6 +17,7 @@ import torch
 from ropewalk.backends.protocol import Backend, KvStore
 from ropewalk.config import ModelConfig
 from ropewalk.errors import ConfigError, RequestError
+from ropewalk.layer_order import LayerOrder
 from ropewalk.memory import available_bytes, format_bytes, physical_bytes
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,11 @@ class Frequencies:
 class KvCache:
     """Keys and values of one sequence, per layer instance. Made by `Model.new_cache`, filled by `Model.forward`."""
 
-    def __init__(self, owner: object, stores: Sequence[KvStore], capacity: int) -> None:
+    def __init__(
+        self, owner: object, stores: Sequence[KvStore], capacity: int, layer_order: LayerOrder | None = None
+    ) -> None:
         self.owner = owner
+        self.layer_order = layer_order  # whose instances the stores belong to, one each
         self.stores = tuple(stores)
         self.capacity = capacity
         self._token_ids: list[int] = []

@@ -22,6 +22,7 @@ from ropewalk.cli_options import (
     load,
     model_folder,
     note,
+    order_options,
     progress_bar,
     read_text,
     rope_overrides,
@@ -90,7 +91,9 @@ def run_info(args: argparse.Namespace) -> int:
     """Say what would be loaded."""
     from ropewalk.info import model_info
 
-    info = model_info(model_folder(args), args.max_seq_len, args.cache_type, **rope_overrides(args))
+    info = model_info(
+        model_folder(args), args.max_seq_len, args.cache_type, **rope_overrides(args), **order_options(args)
+    )
     _show(json.dumps(info.to_json(), indent=2) if args.json else info.describe())
     _show("\n")
     return 0

@@ -14,6 +14,7 @@ from ropewalk.demo import demo_model_path
 from ropewalk.errors import RequestError
 
 ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
+ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 LOAD_OPTIONS = ("max_input_len", "compute", "backend", "threads", "isa", "device", "max_attention_size")
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_new_tokens", int, "end after so many tokens"),
@@ -44,6 +45,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compress-pos-emb", type=float, metavar="X", help="linear position interpolation")
     group.add_argument("--alpha-value", type=float, metavar="X", help="NTK-aware scaling")
     group.add_argument("--rope-theta", type=float, metavar="X", help="base of the rotary frequencies")
+    add_order_arguments(parser)
+
+
+def add_order_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which layers are run, in which order."""
+    group = parser.add_argument_group("layers")
+    group.add_argument("--layer-order", metavar="ORDER", help='such as "0-15,8-23,16-31" or "0-9,10*4@0.25,11-31"')
+    group.add_argument("--recompute-n-layers", type=int, metavar="N", help="run N layers, rewind, run N layers, ...")
+    group.add_argument("--rewind-n-layers", type=int, metavar="N", help="how many layers to go back each time")
+    group.add_argument(
+        "--second-model",
+        type=Path,
+        dest="second_folder",
+        metavar="FOLDER",
+        help='a model of equal shapes, whose layers an order names as "b:10-29"',
+    )
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +100,11 @@ def rope_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ROPE_OPTIONS}
 
 
+def order_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the layer order, as arguments of `load_model`, `model_info` and `export_layers`."""
+    return {name: getattr(args, name) for name in ORDER_OPTIONS}
+
+
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer), with a progress bar, and the RoPE decision on stderr."""
     from ropewalk.loader import load_model
@@ -90,12 +112,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
-    options = {name: getattr(args, name) for name in LOAD_OPTIONS}
+    options = {name: getattr(args, name) for name in LOAD_OPTIONS} | order_options(args)
     with progress_bar("loading", "layer") as progress:
         model = load_model(
             folder, args.max_seq_len, cache_type=args.cache_type, progress=progress, **options, **rope_overrides(args)
         )
     note(model.rope.describe())
+    if not model.layer_order.is_plain(model.config.num_layers):
+        note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
     return model, tokenizer
 
 

@@ -38,6 +38,7 @@ class EngineModel(ModelLike, Protocol):
     """What the engine needs of a model."""
 
     def new_cache(self, max_seq_len: int | None = None) -> CacheLike: ...
+    def accepts(self, cache: CacheLike) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +255,8 @@ def _pieces(engine: Engine, request: _Request) -> Iterator[str]:
         request.finish_reason = "cancelled"
         return
     try:
+        if not engine.model.accepts(engine.cache):  # the layer order was changed
+            engine.cache = engine.model.new_cache(engine.cache.capacity)
         request.generation = Generation(
             engine.model,
             engine.cache,

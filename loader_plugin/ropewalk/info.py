@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ropewalk.cache import cache_bytes
 from ropewalk.checkpoint import Checkpoint
 from ropewalk.config import ModelConfig, load_model_config
+from ropewalk.layer_order import LayerOrder, choose_layer_order
 from ropewalk.memory import format_bytes
 from ropewalk.quant_config import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.rope import Rope, resolve_rope
+from ropewalk.second_model import load_second_config
 from ropewalk.tensor_check import check_tensors, settings_of
 from ropewalk.tensor_table import FAMILY_TABLES, HEAD, layer_prefix, sizes
 
@@ -30,6 +32,8 @@ class ModelInfo:
     folder: str
     family: str
     num_layers: int
+    layer_order: str
+    num_instances: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -69,6 +73,7 @@ class ModelInfo:
                 f"model      {self.folder}",
                 f"family     {self.family}: {self.num_layers} layers, hidden {self.hidden_size}, inner "
                 f"{self.intermediate_size}, vocabulary {self.vocab_size}",
+                f"order      {self._order_line()}",
                 f"attention  {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for keys and values"
                 + window,
                 f"weights    {self._weights_line()}",
@@ -78,6 +83,14 @@ class ModelInfo:
                 f"memory     weights {format_bytes(self.weight_bytes)}; {self.cache_type} cache of keys and values:",
                 caches,
             ]
+        )
+
+    def _order_line(self) -> str:
+        if self.num_instances == self.num_layers:
+            return f"{self.layer_order}: {self.num_instances} layer instances"
+        return (
+            f"{self.layer_order}: {self.num_instances} layer instances; the weights stay as they are, the cache is "
+            f"{self.num_instances / self.num_layers:.2f} times that of {self.num_layers} layers"
         )
 
     def _weights_line(self) -> str:
@@ -98,6 +111,10 @@ def model_info(
     compress_pos_emb: float | None = None,
     alpha_value: float | None = None,
     rope_theta: float | None = None,
+    layer_order: str | Sequence[int] | LayerOrder | None = None,
+    recompute_n_layers: int | None = None,
+    rewind_n_layers: int | None = None,
+    second_folder: str | Path | None = None,
 ) -> ModelInfo:
     """What `load_model` with these arguments would load.
 
@@ -117,9 +134,23 @@ def model_info(
         rope_theta=rope_theta,
         source=config.source,
     )
+    second = None if second_folder is None else load_second_config(second_folder, config)
+    second_layers = None if second is None else second.num_layers
+    order = choose_layer_order(config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
+    lent_bytes = 0 if second is None else _layer_bytes(Path(second_folder), second)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(config, quant, checkpoint)
-        return _info(folder, config, quant, rope, checkpoint, max_seq_len, cache_type)
+        info = _info(folder, config, quant, rope, checkpoint, max_seq_len, cache_type, order)
+    return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
+
+
+def _layer_bytes(folder: Path, config: ModelConfig) -> int:
+    """Size of the decoder layers of the second model, its tensors checked."""
+    quant = load_quant_config(folder, config.raw)
+    with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+        check_tensors(config, quant, checkpoint)
+        prefixes = tuple(layer_prefix(index) for index in range(config.num_layers))
+        return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
 def _info(
@@ -130,6 +161,7 @@ def _info(
     checkpoint: Checkpoint,
     max_seq_len: int | None,
     cache_type: str,
+    order: LayerOrder,
 ) -> ModelInfo:
     context = max_seq_len or rope.default_length
     lengths = sorted({*(length for length in CACHE_LENGTHS if length < context), context})
@@ -139,6 +171,8 @@ def _info(
         folder=str(folder),
         family=config.family,
         num_layers=config.num_layers,
+        layer_order=str(order),
+        num_instances=len(order),
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -158,7 +192,7 @@ def _info(
         files={path.name: path.stat().st_size for path in checkpoint.files},
         weight_bytes=checkpoint.total_bytes,
         cache_type=cache_type,
-        cache_bytes={n: cache_bytes(config, config.num_layers, n, cache_type) for n in lengths},
+        cache_bytes={n: cache_bytes(config, len(order), n, cache_type) for n in lengths},
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ropewalk.backends.protocol import Backend, KvStore, PackedLinear
 from ropewalk.config import ModelConfig
+from ropewalk.layer_order import LayerOrder
 from ropewalk.tensors import LayerWeights
 
 # Rows of a chunk that go through a layer together. Fresh memory costs as much as it takes to compute its contents, and
@@ -30,6 +31,17 @@ class LayerInstance:
     weights_index: int
     cache_index: int
     residual_weight: float = 1.0
+
+
+def instances_of(order: LayerOrder, num_layers: int) -> tuple[LayerInstance, ...]:
+    """The instances that an order asks for, each with keys and values of its own.
+
+    num_layers: of the first model; the layers of the second follow them in `ModelWeights.layers`.
+    """
+    return tuple(
+        LayerInstance(use.layer + (num_layers if use.source == "b" else 0), position, use.weight)
+        for position, use in enumerate(order.uses)
+    )
 
 
 @dataclass(frozen=True, slots=True)

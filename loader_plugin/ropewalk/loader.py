@@ -9,7 +9,10 @@ weight is read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,14 @@ from ropewalk.checkpoint import Checkpoint, touch_pages
 from ropewalk.config import ModelConfig, load_model_config
 from ropewalk.errors import CheckpointError, ConfigError
 from ropewalk.gptq import DenseLinear
-from ropewalk.layers import pack_layer
+from ropewalk.json_config import shown
+from ropewalk.layer_order import LayerOrder, choose_layer_order
+from ropewalk.layers import PackedLayer, pack_layer
 from ropewalk.memory import format_bytes
 from ropewalk.model import Model, ModelLimits, ModelWeights
 from ropewalk.quant_config import QuantConfig, load_quant_config
 from ropewalk.rope import resolve_rope
+from ropewalk.second_model import load_second_config
 from ropewalk.tensor_table import layer_prefix
 from ropewalk.tensors import check_tensors, read_embeddings, read_head, read_layer
 
@@ -53,6 +59,10 @@ def load_model(
     device: str | torch.device | None = None,
     max_attention_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    layer_order: str | Sequence[int] | LayerOrder | None = None,
+    recompute_n_layers: int | None = None,
+    rewind_n_layers: int | None = None,
+    second_folder: str | Path | None = None,
 ) -> Model:
     """Load the model in `folder` (config.json and safetensors; GPTQ or dense float weights).
 
@@ -66,6 +76,10 @@ def load_model(
     cache_type: "fp16" or "fp32", the dtype of cached keys and values.
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
+    layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `layer_order.py`. Default:
+        the key `layer_order` of config.json, else each layer once. Weights are shared, every use has its own cache.
+    recompute_n_layers, rewind_n_layers: instead of an order: run so many layers, go back by so many, and so on.
+    second_folder: a model of equal shapes whose layers an order names as "b:"; embeddings and head are the first's.
     progress: called with (steps done, steps in all) after every layer.
 
     Raises:
@@ -91,44 +105,75 @@ def load_model(
         source=config.source,
     )
     logger.info("%s", rope.describe())
+    second = None if second_folder is None else load_second_config(second_folder, config)
+    second_layers = None if second is None else second.num_layers
+    order = choose_layer_order(config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
     limits = ModelLimits(max_seq_len or rope.default_length, max_input_len, cache_type)
-    weights = _load_weights(folder, config, quant, ops, progress)
-    model = Model(config, quant, rope, ops, weights, limits)
+    report = _step_counter(progress, config.num_layers + (second_layers or 0) + 1)
+    lent = () if second is None else _load_second_layers(Path(second_folder), second, ops, report)
+    weights = _load_weights(folder, config, quant, ops, report)
+    model = Model(config, quant, rope, ops, replace(weights, layers=weights.layers + lent), limits, order)
     logger.info("%s", _summary(model))
     return model
 
 
 def _load_weights(
-    folder: Path,
-    config: ModelConfig,
-    quant: QuantConfig | None,
-    backend: Backend,
-    progress: Callable[[int, int], None] | None,
+    folder: Path, config: ModelConfig, quant: QuantConfig | None, backend: Backend, report: Callable[[], None]
 ) -> ModelWeights:
-    total = config.num_layers + 1
-    report = progress or (lambda done, total: None)
+    with _open_weights(folder, config, quant) as checkpoint:
+        layers = _pack_layers(checkpoint, config, quant, backend, report)
+        embeddings = read_embeddings(config, checkpoint)
+        touch_pages(embeddings)  # or the first prompts would wait for the disk, token by token
+        final_norm, head = read_head(config, quant, checkpoint, embeddings)
+        tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
+        packed_head = backend.pack([head])
+        checkpoint.release()
+        report()
+    device = backend.device
+    return ModelWeights(embeddings.to(device), layers, final_norm.to(device), packed_head, tied)
+
+
+def _load_second_layers(
+    folder: Path, config: ModelConfig, backend: Backend, report: Callable[[], None]
+) -> tuple[PackedLayer, ...]:
+    quant = load_quant_config(folder, config.raw)
+    with _open_weights(folder, config, quant) as checkpoint:
+        return _pack_layers(checkpoint, config, quant, backend, report)
+
+
+@contextmanager
+def _open_weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> Iterator[Checkpoint]:
+    """The checkpoint with its tensors checked; what reading them can raise becomes a CheckpointError."""
     try:
         with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
             check_tensors(config, quant, checkpoint)
-            layers = []
-            for index in range(config.num_layers):
-                checkpoint.read_ahead(layer_prefix(index + 1))
-                layers.append(pack_layer(backend, config, index, read_layer(config, quant, checkpoint, index)))
-                checkpoint.release()
-                report(index + 1, total)
-            embeddings = read_embeddings(config, checkpoint)
-            touch_pages(embeddings)  # or the first prompts would wait for the disk, token by token
-            final_norm, head = read_head(config, quant, checkpoint, embeddings)
-            tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
-            packed_head = backend.pack([head])
-            checkpoint.release()
-            report(total, total)
+            yield checkpoint
     except MemoryError as error:
         raise CheckpointError(f"{folder}: not enough memory to load the weights") from error
     except OSError as error:
         raise CheckpointError(f"{folder}: reading the weights failed: {error}") from error
-    device = backend.device
-    return ModelWeights(embeddings.to(device), tuple(layers), final_norm.to(device), packed_head, tied)
+
+
+def _pack_layers(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    quant: QuantConfig | None,
+    backend: Backend,
+    report: Callable[[], None],
+) -> tuple[PackedLayer, ...]:
+    layers = []
+    for index in range(config.num_layers):
+        checkpoint.read_ahead(layer_prefix(index + 1))
+        layers.append(pack_layer(backend, config, index, read_layer(config, quant, checkpoint, index)))
+        checkpoint.release()
+        report()
+    return tuple(layers)
+
+
+def _step_counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+    """A function that reports one more step of `total` as done."""
+    steps = count(1)
+    return lambda: None if progress is None else progress(next(steps), total)
 
 
 def _make_backend(
@@ -159,9 +204,11 @@ def _torch_device(device: str | torch.device | None) -> torch.device:
 
 def _summary(model: Model) -> str:
     kind = "dense weights" if model.quant is None else f"GPTQ {model.quant.default.bits}-bit weights"
+    plain = model.layer_order.is_plain(model.config.num_layers)
+    order = "" if plain else f" run as {shown(str(model.layer_order))} ({len(model.instances)})"
     cache_size = format_bytes(model.cache_bytes(model.max_seq_len))
     return (
-        f"{model.config.family}, {model.config.num_layers} layers, {kind}: {format_bytes(model.weight_bytes)}; "
+        f"{model.config.family}, {model.config.num_layers} layers{order}, {kind}: {format_bytes(model.weight_bytes)}; "
         f"{model.cache_type} cache of {model.max_seq_len} positions: {cache_size}; "
         f"backend {model.backend.name}, compute {model.backend.compute}"
     )

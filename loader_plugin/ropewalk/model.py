@@ -20,7 +20,9 @@ from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.cache import Frequencies, KvCache, cache_bytes, new_stores
 from ropewalk.config import ModelConfig
 from ropewalk.errors import ConfigError, RequestError
-from ropewalk.layers import LayerInstance, PackedLayer, Rotation, run_layer_
+from ropewalk.json_config import shown
+from ropewalk.layer_order import LayerOrder, choose_layer_order, plain_order
+from ropewalk.layers import PackedLayer, Rotation, instances_of, run_layer_
 from ropewalk.quant_config import QuantConfig
 from ropewalk.rope import Rope
 
@@ -31,7 +33,10 @@ INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V."""
+    """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V.
+
+    layers: those of the model, then those of the second model, if there is one.
+    """
 
     embeddings: torch.Tensor
     layers: tuple[PackedLayer, ...]
@@ -67,6 +72,7 @@ class Model:
         backend: Backend,
         weights: ModelWeights,
         limits: ModelLimits,
+        layer_order: LayerOrder | None = None,
     ) -> None:
         self.config = config
         self.quant = quant
@@ -76,7 +82,26 @@ class Model:
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
         self.cache_type = limits.cache_type
-        self.instances = tuple(LayerInstance(index, index) for index in range(config.num_layers))
+        self.layer_order = layer_order or plain_order(config.num_layers)
+        self.instances = instances_of(self.layer_order, config.num_layers)
+
+    def set_layer_order(
+        self,
+        layer_order: str | Sequence[int] | LayerOrder | None = None,
+        recompute_n_layers: int | None = None,
+        rewind_n_layers: int | None = None,
+    ) -> None:
+        """Run these layers from now on; no argument: the order of the model's files. No weight is read or copied.
+
+        Caches belong to the order under which they were made: under another one they are refused.
+
+        Raises:
+            ConfigError: as `layer_order.choose_layer_order`. The model is as it was.
+        """
+        second_layers = len(self.weights.layers) - self.config.num_layers or None
+        order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
+        self.instances = instances_of(order, self.config.num_layers)
+        self.layer_order = order
 
     @property
     def weight_bytes(self) -> int:
@@ -102,7 +127,11 @@ class Model:
                 f"{self.max_seq_len}; load it with max_seq_len={capacity}"
             )
         stores = new_stores(self.backend, self.config, len(self.instances), capacity, self.cache_type)
-        return KvCache(self, stores, capacity)
+        return KvCache(self, stores, capacity, self.layer_order)
+
+    def accepts(self, cache: KvCache) -> bool:
+        """True if `cache` was made by this model under the layer order that it has now."""
+        return isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
 
     def reusable_prefix(self, cache: KvCache, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> int:
         """How many leading positions of `cache` a call with `token_ids` can keep, with the result of a fresh call.
@@ -139,7 +168,7 @@ class Model:
 
         Raises:
             RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
-                another model, an unknown `logits`. The cache is as it was.
+                another model or layer order, an unknown `logits`. The cache is as it was.
         """
         ids = self._checked_request(token_ids, cache, logits)
         if seq_len is not None and (not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1):
@@ -207,6 +236,11 @@ class Model:
             raise RequestError(f"cache must be made by model.new_cache(), got {type(cache).__name__}")
         if cache.owner is not self:
             raise RequestError("the cache belongs to another model; make one with new_cache() of this model")
+        if not self.accepts(cache):
+            raise RequestError(
+                f"the cache was made for the layer order {shown(str(cache.layer_order))}, the model now has "
+                f"{shown(str(self.layer_order))}: make another cache with new_cache()"
+            )
 
     def _checked_request(self, token_ids: Any, cache: KvCache, logits: str) -> list[int]:
         self._check_owner(cache)
