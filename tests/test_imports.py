@@ -24,7 +24,8 @@ ORDER = [
     *("gptq_bits", "gptq_groups", "gptq_zeros", "gptq_shapes", "gptq"),
     *("tensor_table", "tensor_check", "tensors"),
     *("_core", "native", "backends", "backends.protocol", "backends.reference", "backends.cpu"),
-    *("second_model", "cache", "layers", "model", "loader", "info"),
+    *("second_model", "export_config", "export_layers"),
+    *("cache", "layers", "model", "loader", "info"),
     *("sampling", "generate", "evaluate"),
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
     *("chat_formats", "chat", "stops", "engine"),
@@ -35,6 +36,7 @@ EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {
     "chat": {"jinja2"},
     "cli_options": {"tqdm"},
+    "export_layers": {"safetensors"},
     "safetensors_file": {"safetensors"},
     "tokenizer_json": {"tokenizers"},
     "tokenizer_sentencepiece": {"sentencepiece"},

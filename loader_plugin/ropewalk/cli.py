@@ -1,4 +1,4 @@
-"""The command `ropewalk`: generate, chat, info, perplexity.
+"""The command `ropewalk`: generate, chat, info, perplexity, export-layers.
 
 Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
 after Ctrl-C, 141 when the reader of stdout went away.
@@ -18,6 +18,7 @@ from ropewalk import __version__
 from ropewalk.cli_options import (
     add_load_arguments,
     add_model_arguments,
+    add_order_arguments,
     add_sampling_arguments,
     load,
     model_folder,
@@ -29,6 +30,7 @@ from ropewalk.cli_options import (
     sampling_params,
 )
 from ropewalk.errors import RequestError, RopewalkError
+from ropewalk.memory import format_bytes
 
 DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 GENERATE_TOKENS = 128  # enough to see that it works; a reply that should be longer says so
@@ -125,6 +127,17 @@ def run_perplexity(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_export_layers(args: argparse.Namespace) -> int:
+    """Write a model with its layers reordered or repeated as a normal checkpoint folder."""
+    from ropewalk.export_layers import export_layers
+
+    with progress_bar("writing", "tensor") as progress:
+        exported = export_layers(args.model, args.out, **order_options(args), progress=progress)
+    _show(f"{exported.folder}\n")
+    note(f"layers {exported.layer_order}: {exported.num_layers} layers, {format_bytes(exported.num_bytes)}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ropewalk", description="GPTQ language models at long context, on a CPU")
     parser.add_argument("--version", action="version", version=f"ropewalk {__version__}")
@@ -163,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", action="store_true", help="as JSON")
     add_load_arguments(measure)
     measure.set_defaults(run=run_perplexity)
+
+    export = commands.add_parser("export-layers", help="write a layer order out", description=run_export_layers.__doc__)
+    export.add_argument("model", type=Path, metavar="MODEL", help="model folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
+    add_order_arguments(export)
+    export.set_defaults(run=run_export_layers)
     return parser
 
 
