@@ -8,18 +8,18 @@ import torch
 from gptq_writer import model_config
 from ropewalk import cache as cache_module
 from ropewalk.backends.reference import ReferenceBackend
-from ropewalk.cache import Frequencies, KvCache, cache_bytes, new_stores
+from ropewalk.cache import Frequencies, KvCache, Origin, cache_bytes, new_stores
 from ropewalk.config import parse_model_config
 from ropewalk.errors import ConfigError, RequestError
 
-SHORT, LONG = Frequencies(b"short", 1.0), Frequencies(b"long", 1.0)
+SHORT, LONG = Origin(Frequencies(b"short", 1.0)), Origin(Frequencies(b"long", 1.0))
 CONFIG = parse_model_config(model_config("llama"), "config.json")  # 2 layers, 2 key/value heads of 16
 
 
-def filled(*spans: tuple[list[int], Frequencies]) -> KvCache:
+def filled(*spans: tuple[list[int], Origin]) -> KvCache:
     cache = KvCache(object(), [], 100)
-    for token_ids, frequencies in spans:
-        cache.record_(token_ids, frequencies)
+    for token_ids, origin in spans:
+        cache.record_(token_ids, origin)
     return cache
 
 
@@ -45,7 +45,7 @@ def test_truncating_to_what_is_not_cached_is_refused(length: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "token_ids, frequencies, shared",
+    "token_ids, origin, shared",
     [
         ([5, 6, 7, 8], SHORT, 3),  # the last position was rotated by LONG
         ([5, 6, 7, 8], LONG, 0),
@@ -53,21 +53,22 @@ def test_truncating_to_what_is_not_cached_is_refused(length: object) -> None:
         ([5, 6], SHORT, 2),
         ([9], SHORT, 0),
         ([], SHORT, 0),
-        ([5, 6, 7, 8], Frequencies(b"short", 1.25), 0),
+        ([5, 6, 7, 8], Origin(Frequencies(b"short", 1.25)), 0),
+        ([5, 6, 7, 8], Origin(Frequencies(b"short", 1.0), ((1, 1.0),)), 0),
     ],
 )
-def test_a_prefix_is_common_in_tokens_and_in_frequencies(token_ids, frequencies, shared) -> None:
-    assert filled(([5, 6], SHORT), ([7], SHORT), ([8], LONG)).common_prefix(token_ids, frequencies) == shared
+def test_a_prefix_is_common_in_tokens_and_in_origin(token_ids, origin, shared) -> None:
+    assert filled(([5, 6], SHORT), ([7], SHORT), ([8], LONG)).common_prefix(token_ids, origin) == shared
 
 
-def test_truncation_forgets_the_frequencies_of_what_it_drops() -> None:
+def test_truncation_forgets_the_origin_of_what_it_drops() -> None:
     cache = filled(([5, 6], SHORT), ([7, 8], LONG))
     cache.truncate(2)
     cache.record_([9], SHORT)
     assert cache.common_prefix([5, 6, 9], SHORT) == 3
 
 
-def test_truncation_inside_a_span_keeps_its_frequencies() -> None:
+def test_truncation_inside_a_span_keeps_its_origin() -> None:
     cache = filled(([5, 6], SHORT), ([7, 8], LONG))
     cache.truncate(3)
     cache.record_([9], SHORT)

@@ -1,9 +1,9 @@
-"""The key/value cache of one sequence: which tokens it holds, and by which frequencies their keys were rotated.
+"""The key/value cache of one sequence: which tokens it holds, and what computed their keys and values.
 
-The backend owns the memory and its layout; this module counts positions. It also remembers, span by span, the
-frequencies that keys were rotated with: RoPE methods that depend on the length (dynamic NTK, longrope) choose them by
-the length that a whole call reaches, so spans of one cache can differ, and a prefix can be used again only as far as
-its frequencies are those of the new call.
+The backend owns the memory and its layout; this module counts positions. It also remembers, span by span, the origin
+of keys and values: the frequencies that keys were rotated with (RoPE methods that depend on the length, dynamic NTK and
+longrope, choose them by the length that a whole call reaches) and the adapters that were in use. Spans of one cache can
+differ, and a prefix can be used again only as far as its origin is that of the new call.
 """
 
 from __future__ import annotations
@@ -33,6 +33,17 @@ class Frequencies:
     attention_scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Equal exactly when equal tokens give equal keys and values.
+
+    adapters: (number of the loaded adapter, weight) of each, in the order of the numbers.
+    """
+
+    frequencies: Frequencies
+    adapters: tuple[tuple[int, float], ...] = ()
+
+
 class KvCache:
     """Keys and values of one sequence, per layer instance. Made by `Model.new_cache`, filled by `Model.forward`."""
 
@@ -44,7 +55,7 @@ class KvCache:
         self.stores = tuple(stores)
         self.capacity = capacity
         self._token_ids: list[int] = []
-        self._spans: list[tuple[int, Frequencies]] = []  # (first position, frequencies up to the next span)
+        self._spans: list[tuple[int, Origin]] = []  # (first position, origin up to the next span)
 
     @property
     def length(self) -> int:
@@ -72,15 +83,15 @@ class KvCache:
         del self._token_ids[length:]
         self._spans = [span for span in self._spans if span[0] < length]
 
-    def record_(self, token_ids: Sequence[int], frequencies: Frequencies) -> None:
+    def record_(self, token_ids: Sequence[int], origin: Origin) -> None:
         """Count positions whose keys and values have just been written to every store."""
-        if not self._spans or self._spans[-1][1] != frequencies:
-            self._spans.append((self.length, frequencies))
+        if not self._spans or self._spans[-1][1] != origin:
+            self._spans.append((self.length, origin))
         self._token_ids.extend(token_ids)
 
-    def common_prefix(self, token_ids: Sequence[int], frequencies: Frequencies) -> int:
-        """How many leading positions hold exactly these tokens, rotated with exactly these frequencies."""
-        differing = (start for start, used in self._spans if used != frequencies)
+    def common_prefix(self, token_ids: Sequence[int], origin: Origin) -> int:
+        """How many leading positions hold exactly these tokens, computed in exactly this way."""
+        differing = (start for start, used in self._spans if used != origin)
         limit = min(next(differing, self.length), len(token_ids))
         pairs = zip(self._token_ids[:limit], token_ids[:limit], strict=True)
         return next((position for position, (ours, theirs) in enumerate(pairs) if ours != theirs), limit)

@@ -16,12 +16,14 @@ import torch
 from ropewalk.backends.protocol import Backend, KvStore, PackedLinear
 from ropewalk.config import ModelConfig
 from ropewalk.layer_order import LayerOrder
+from ropewalk.low_rank import LayerChange, PackedLowRank, add_low_rank_
 from ropewalk.tensors import LayerWeights
 
 # Rows of a chunk that go through a layer together. Fresh memory costs as much as it takes to compute its contents, and
 # the inner activations are wide (2 * I floats a row: 90 MB for 2048 rows of a 1.1B model): a block of this size stays
 # in memory that the allocator gives back at once, and in part in cache.
 BLOCK_ROWS = 256
+UNCHANGED = LayerChange(None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,34 +105,55 @@ def pack_layer(backend: Backend, config: ModelConfig, index: int, weights: Layer
 
 
 def run_layer_(
-    x: torch.Tensor, backend: Backend, layer: PackedLayer, kv: KvStore, rotation: Rotation, start: int, weight: float
+    x: torch.Tensor,
+    backend: Backend,
+    layer: PackedLayer,
+    kv: KvStore,
+    rotation: Rotation,
+    start: int,
+    weight: float,
+    change: LayerChange = UNCHANGED,
 ) -> None:
     """Add one decoder layer to the residual stream x: [T, C] float32, positions start..start+T, in place.
 
-    Keys and values of these positions are written to `kv`. `weight` multiplies what the layer adds.
+    Keys and values of these positions are written to `kv`. `weight` multiplies what the layer adds. `change` is what
+    the adapters of the request add to its linears.
     """
     for first in range(0, x.shape[0], BLOCK_ROWS):
         rows = slice(first, first + BLOCK_ROWS)
         angles = Rotation(rotation.cos[rows], rotation.sin[rows])  # [rows, R/2] each
-        _run_block_(x[rows], backend, layer, kv, angles, start + first, weight)
+        _run_block_(x[rows], backend, layer, kv, angles, start + first, weight, change)
 
 
 def _run_block_(
-    x: torch.Tensor, backend: Backend, layer: PackedLayer, kv: KvStore, rotation: Rotation, start: int, weight: float
+    x: torch.Tensor,
+    backend: Backend,
+    layer: PackedLayer,
+    kv: KvStore,
+    rotation: Rotation,
+    start: int,
+    weight: float,
+    change: LayerChange,
 ) -> None:
     """As `run_layer_`, on rows that are computed together."""
     normed = backend.rms_norm(x, layer.attn_norm, layer.norm_eps)  # [T, C]
-    backend.add_(x, _attention(normed, backend, layer, kv, rotation, start), weight)
+    backend.add_(x, _attention(normed, backend, layer, kv, rotation, start, change), weight)
     normed = backend.rms_norm(x, layer.mlp_norm, layer.norm_eps)  # [T, C]
-    backend.add_(x, _mlp(normed, backend, layer), weight)
+    backend.add_(x, _mlp(normed, backend, layer, change), weight)
 
 
 def _attention(
-    x: torch.Tensor, backend: Backend, layer: PackedLayer, kv: KvStore, rotation: Rotation, start: int
+    x: torch.Tensor,
+    backend: Backend,
+    layer: PackedLayer,
+    kv: KvStore,
+    rotation: Rotation,
+    start: int,
+    change: LayerChange,
 ) -> torch.Tensor:
     """x: [T, C], normalised -> [T, C]."""
     num_rows, num_heads, num_kv_heads = x.shape[0], layer.num_heads, layer.num_kv_heads
-    fused = backend.linear(x, layer.qkv).view(num_rows, -1, layer.head_dim)  # [T, Hq + 2 * Hkv, D]
+    fused = _linear(x, backend, layer.qkv, change.qkv).view(num_rows, -1, layer.head_dim)  # [T, Hq + 2 * Hkv, D]
     q, k, v = fused.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
     if layer.q_norm is not None:
         q = backend.rms_norm(q, layer.q_norm, layer.norm_eps)  # [T, Hq, D]
@@ -139,9 +162,17 @@ def _attention(
     backend.rotate_(q, rotation.cos, rotation.sin)
     backend.rotate_(k, rotation.cos, rotation.sin)
     backend.append_(kv, k, v, start)
-    return backend.linear(backend.attend(q, kv, start, layer.window), layer.o)  # [T, C]
+    return _linear(backend.attend(q, kv, start, layer.window), backend, layer.o, change.o)  # [T, C]
 
 
-def _mlp(x: torch.Tensor, backend: Backend, layer: PackedLayer) -> torch.Tensor:
+def _mlp(x: torch.Tensor, backend: Backend, layer: PackedLayer, change: LayerChange) -> torch.Tensor:
     """x: [T, C], normalised -> [T, C]."""
-    return backend.linear(backend.silu_mul(backend.linear(x, layer.gate_up)), layer.down)
+    gate_up = _linear(x, backend, layer.gate_up, change.gate_up)  # [T, 2 * I]
+    return _linear(backend.silu_mul(gate_up), backend, layer.down, change.down)
+
+
+def _linear(x: torch.Tensor, backend: Backend, weight: PackedLinear, change: PackedLowRank | None) -> torch.Tensor:
+    """x: [T, K] -> [T, N], with what the adapters add."""
+    y = backend.linear(x, weight)
+    add_low_rank_(y, x, backend, change)
+    return y

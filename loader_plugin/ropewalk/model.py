@@ -9,22 +9,29 @@ on the length take them for the length that the whole call reaches, so chunking 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ropewalk.adapters import AdapterSets, ModelChange, Request
 from ropewalk.backends.protocol import Backend, PackedLinear
-from ropewalk.cache import Frequencies, KvCache, cache_bytes, new_stores
+from ropewalk.cache import Frequencies, KvCache, Origin, cache_bytes, new_stores
 from ropewalk.config import ModelConfig
 from ropewalk.errors import ConfigError, RequestError
 from ropewalk.json_config import shown
 from ropewalk.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.layers import PackedLayer, Rotation, instances_of, run_layer_
+from ropewalk.lora import read_adapter
+from ropewalk.low_rank import embed_changed, head_changed
 from ropewalk.quant_config import QuantConfig
-from ropewalk.rope import Rope
+from ropewalk.rope import Rope, resolve_rope
+
+logger = logging.getLogger(__name__)
 
 LOGITS_ROWS = 256  # rows of the head computed at once: 131 MB for a vocabulary of 128,256
 LOGITS_MODES = ("last", "all", "none")
@@ -84,6 +91,7 @@ class Model:
         self.cache_type = limits.cache_type
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
+        self._adapters = AdapterSets(config, backend)
 
     def set_layer_order(
         self,
@@ -107,6 +115,53 @@ class Model:
     def weight_bytes(self) -> int:
         """Memory of the weights as the backend holds them."""
         return self.weights.num_bytes
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters, in the order of loading."""
+        return self._adapters.names
+
+    def load_adapter(self, folder: str | Path, name: str, rope_scaling: Mapping[str, Any] | None = None) -> None:
+        """Load a LoRA (a PEFT folder) beside the model, for the requests that name it.
+
+        rope_scaling: the RoPE scaling that the adapter was trained for, as in config.json (default: what its
+            adapter_config.json notes under this key). One that differs from the model's is warned about, not applied.
+
+        Raises:
+            RequestError: the name is taken. CheckpointError: no adapter, a damaged one, or one for another model.
+            ConfigError: a setting is wrong. UnsupportedError: a kind of adapter that is not implemented.
+            The model and its other adapters can be used further.
+        """
+        self._adapters.check_new_name(name)
+        if not isinstance(folder, (str, Path)):
+            raise ConfigError(f"the adapter folder must be a path, got {type(folder).__name__}")
+        adapter = read_adapter(Path(folder), self.config, self.weights.embeddings)
+        trained_for = adapter.rope_scaling if rope_scaling is None else rope_scaling
+        if trained_for is not None:
+            self._compare_rope(name, adapter.source, trained_for)
+        self._adapters.add(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. What it computed stays in caches, and is not used again.
+
+        Raises:
+            RequestError: there is none of that name.
+        """
+        self._adapters.remove(name)
+
+    def _compare_rope(self, name: str, source: str, rope_scaling: Mapping[str, Any]) -> None:
+        wanted = resolve_rope(self.config.raw, rope_scaling=rope_scaling, source=source)
+        ours, theirs = (rope.inverse_frequencies(self.max_seq_len) for rope in (self.rope, wanted))
+        if not np.allclose(ours[0], theirs[0], rtol=1e-6, atol=0) or ours[1] != theirs[1]:
+            logger.warning(
+                "adapter %r (%s) was made for another RoPE than the model was loaded with, and text may get worse. "
+                "The adapter: %s. The model: %s. Load the model with rope_scaling=%s",
+                name,
+                source,
+                wanted.describe(),
+                self.rope.describe(),
+                dict(rope_scaling),
+            )
 
     def cache_bytes(self, length: int) -> int:
         """Memory that keys and values of `length` positions take."""
@@ -133,19 +188,24 @@ class Model:
         """True if `cache` was made by this model under the layer order that it has now."""
         return isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
 
-    def reusable_prefix(self, cache: KvCache, token_ids: Sequence[int] | np.ndarray | torch.Tensor) -> int:
+    def reusable_prefix(
+        self,
+        cache: KvCache,
+        token_ids: Sequence[int] | np.ndarray | torch.Tensor,
+        adapters: Request | None = None,
+    ) -> int:
         """How many leading positions of `cache` a call with `token_ids` can keep, with the result of a fresh call.
 
         At most len(token_ids) - 1, because the last token must be run to have its logits. Positions whose keys were
-        rotated for another length (dynamic NTK, longrope) are not reusable. Truncate the cache to the answer, then
-        call `forward` with the remaining ids.
+        rotated for another length (dynamic NTK, longrope) or computed with other adapters are not reusable. Truncate
+        the cache to the answer, then call `forward` with the remaining ids.
 
         Raises:
             RequestError: as `forward`, except that nothing is said about length.
         """
         self._check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
-        return cache.common_prefix(ids[:-1], self._frequencies(len(ids)))
+        return cache.common_prefix(ids[:-1], Origin(self._frequencies(len(ids)), self._adapters.key(adapters)))
 
     def forward(
         self,
@@ -155,6 +215,7 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         seq_len: int | None = None,
+        adapters: Request | None = None,
     ) -> torch.Tensor | None:
         """Append tokens to the cache and compute logits.
 
@@ -165,38 +226,44 @@ class Model:
             that were complete, and can be used further.
         seq_len: the length that later calls will reach, where one sequence is handed over in several: RoPE methods that
             depend on the length then take it from the start (default: the length that this call reaches).
+        adapters: loaded adapters with their weights, such as [("storm", 1.0), ("poet", 0.5)]; a name alone counts 1.
 
         Raises:
             RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
-                another model or layer order, an unknown `logits`. The cache is as it was.
+                another model or layer order, an unknown `logits`, adapters that are not loaded. The cache is as it was.
         """
         ids = self._checked_request(token_ids, cache, logits)
+        change = self._adapters.change(self._adapters.key(adapters))
         if seq_len is not None and (not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1):
             raise RequestError(f"seq_len must be a positive integer or None, got {seq_len!r}")
         end = max(cache.length + len(ids), seq_len or 0)
-        frequencies = self._frequencies(end)
+        origin = Origin(self._frequencies(end), change.key)
         out = self._new_logits(len(ids), logits)
         for first in range(0, len(ids), self.max_input_len):
             chunk = ids[first : first + self.max_input_len]
             steps = _Steps(first, len(chunk), len(ids), len(self.instances), progress, cancelled)
-            x = self._run_chunk(chunk, cache, end, steps)
+            x = self._run_chunk(chunk, cache, end, steps, change)
             if x is None:
                 return None
-            cache.record_(chunk, frequencies)
-            self._write_logits_(x, first, len(ids), logits, out)
+            cache.record_(chunk, origin)
+            self._write_logits_(x, first, len(ids), logits, change, out)
         return out
 
-    def _run_chunk(self, ids: list[int], cache: KvCache, seq_len: int, steps: _Steps) -> torch.Tensor | None:
+    def _run_chunk(
+        self, ids: list[int], cache: KvCache, seq_len: int, steps: _Steps, change: ModelChange
+    ) -> torch.Tensor | None:
         """The residual stream after all layers, [T, C] float32; None once cancelled."""
         start, device = cache.length, self.backend.device
         tables = self.rope.rotation_tables(start, start + len(ids), seq_len)
         rotation = Rotation(*(torch.from_numpy(table).to(device) for table in tables))  # [T, R/2] each
-        x = self.backend.embed(self.weights.embeddings, torch.tensor(ids, device=device))  # [T, C]
+        token_ids = torch.tensor(ids, device=device)
+        x = embed_changed(self.backend, self.weights.embeddings, token_ids, change.embeddings)  # [T, C]
         for done, instance in enumerate(self.instances):
             if steps.is_cancelled():
                 return None
             layer, kv = self.weights.layers[instance.weights_index], cache.stores[instance.cache_index]
-            run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight)
+            of_layer = change.layers[instance.weights_index]
+            run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight, of_layer)
             steps.report(done + 1)
         return x
 
@@ -213,7 +280,13 @@ class Model:
             ) from error
 
     def _write_logits_(
-        self, x: torch.Tensor, first: int, num_tokens: int, logits: str, out: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        first: int,
+        num_tokens: int,
+        logits: str,
+        change: ModelChange,
+        out: torch.Tensor | None,
     ) -> None:
         """Logits of the chunk x: [T, C] that starts at token `first` of the call, written to their rows of `out`."""
         if out is None:
@@ -225,7 +298,8 @@ class Model:
         for row in range(0, x.shape[0], LOGITS_ROWS):
             block = x[row : row + LOGITS_ROWS]  # [rows, C]
             normed = self.backend.rms_norm(block, self.weights.final_norm, self.config.rms_norm_eps)
-            out[first + row : first + row + len(block)] = self.backend.linear(normed, self.weights.head)
+            rows = slice(first + row, first + row + len(block))
+            out[rows] = head_changed(self.backend, normed, self.weights.head, change.head)
 
     def _frequencies(self, seq_len: int) -> Frequencies:
         inverse_frequencies, attention_scale = self.rope.inverse_frequencies(seq_len)

@@ -1,0 +1,74 @@
+"""Adapters made by PEFT on transformers' model of a checkpoint, and what PEFT says their logits are."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def their_model(folder: Path, exact: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """transformers' model in float32 with the exact weights of a checkpoint that `write_checkpoint` wrote."""
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("quantization_config", None)
+    config = transformers.AutoConfig.for_model(**raw, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    missing, unexpected = model.load_state_dict(exact, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def write_adapter(
+    folder: Path, base: Path, exact: dict[str, torch.Tensor], seed: int = 0, pickled: bool = False, **settings: Any
+) -> Path:
+    """An adapter of random matrices, saved by PEFT. settings: those of `peft.LoraConfig`."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ALL, "task_type": "CAUSAL_LM"} | settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(their_model(base, exact), config)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                fan = parameter.shape[0 if "lora_embedding_A" in name else 1]
+                parameter.data = torch.randn(parameter.shape, generator=generator) / fan**0.5
+            elif "modules_to_save" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data = parameter.data + 0.3 * parameter.data.std() * noise
+        model.save_pretrained(folder, safe_serialization=not pickled)
+    if pickled:  # newer PEFT writes safetensors whatever is asked
+        path = folder / "adapter_model.safetensors"
+        if path.exists():
+            from safetensors.torch import load_file
+
+            torch.save(load_file(path), folder / "adapter_model.bin")
+            path.unlink()
+    return folder
+
+
+def peft_logits(
+    base: Path, exact: dict[str, torch.Tensor], adapters: Sequence[tuple[Path, float]], ids: Sequence[int]
+) -> torch.Tensor:
+    """[T, V]: PEFT's logits with adapters that are loaded from their folders and stacked with weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = their_model(base, exact)
+        names = [f"adapter{number}" for number in range(len(adapters))]
+        model = peft.PeftModel.from_pretrained(model, adapters[0][0], adapter_name=names[0])
+        for name, (folder, _) in zip(names[1:], adapters[1:], strict=True):
+            model.load_adapter(folder, adapter_name=name)
+        model.base_model.set_adapter(names)
+        for name, (_, weight) in zip(names, adapters, strict=True):
+            for module in model.modules():
+                if isinstance(module, peft.tuners.lora.LoraLayer) and name in module.scaling:
+                    module.set_scale(name, weight)
+    with torch.inference_mode():
+        return model.eval()(torch.tensor([list(ids)])).logits[0]
