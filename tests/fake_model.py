@@ -49,12 +49,12 @@ class FakeModel:
     def accepts(self, cache: FakeCache) -> bool:
         return True
 
-    def reusable_prefix(self, cache: FakeCache, token_ids: Sequence[int]) -> int:
+    def reusable_prefix(self, cache: FakeCache, token_ids: Sequence[int], adapters=None) -> int:
         pairs = enumerate(zip(cache.token_ids, list(token_ids)[:-1], strict=False))
         limit = min(cache.length, len(token_ids) - 1)
         return next((position for position, (a, b) in pairs if a != b), limit)
 
-    def forward(self, token_ids, cache, logits="last", progress=None, cancelled=None, seq_len=None):
+    def forward(self, token_ids, cache, logits="last", progress=None, cancelled=None, seq_len=None, adapters=None):
         self.calls.append(list(token_ids))
         for done, token_id in enumerate(token_ids, 1):
             if cancelled is not None and cancelled():

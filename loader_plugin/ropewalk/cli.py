@@ -16,11 +16,13 @@ from pathlib import Path
 
 from ropewalk import __version__
 from ropewalk.cli_options import (
+    add_adapter_arguments,
     add_load_arguments,
     add_model_arguments,
     add_order_arguments,
     add_sampling_arguments,
     load,
+    load_adapters,
     model_folder,
     note,
     order_options,
@@ -68,9 +70,10 @@ def run_generate(args: argparse.Namespace) -> int:
     params = sampling_params(args, max_new_tokens=GENERATE_TOKENS)
     prompt = _prompt(args)
     model, tokenizer = load(args)
+    adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer)
     with progress_bar("reading the prompt", "token", LONG_PREFILL) as progress:
-        stream = engine.stream(prompt, params, progress=progress)
+        stream = engine.stream(prompt, params, progress=progress, adapters=adapters)
         text = prompt if args.echo else ""
         _show(text)
         for piece in stream:
@@ -78,6 +81,8 @@ def run_generate(args: argparse.Namespace) -> int:
             _show(piece)
     if not text.endswith("\n"):
         _show("\n")
+    if stream.routing is not None:
+        note(stream.routing.describe())
     note(f"{stream.stats.describe()}; ended by {stream.finish_reason}")
     return 0
 
@@ -112,9 +117,10 @@ def run_perplexity(args: argparse.Namespace) -> int:
     if args.max_seq_len is None and lengths:
         args.max_seq_len = max(lengths)
     model, tokenizer = load(args)
+    adapters = load_adapters(args, model)
     token_ids = tokenizer.encode(text, add_bos=False)
     with progress_bar("perplexity", "token") as progress:
-        rows = perplexity(model, token_ids, lengths, args.max_tokens, progress)
+        rows = perplexity(model, token_ids, lengths, args.max_tokens, progress, adapters=adapters)
     if args.json:
         fields = ("length", "perplexity", "mean_nll", "num_windows", "num_scored", "seconds", "tokens_per_s")
         _show(json.dumps([{name: getattr(row, name) for name in fields} for row in rows], indent=2) + "\n")
@@ -151,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--echo", action="store_true", help="show the prompt before its continuation")
     add_sampling_arguments(generate)
     add_load_arguments(generate)
+    add_adapter_arguments(generate, routes=True)
     generate.set_defaults(run=run_generate)
 
     chat = commands.add_parser("chat", help="talk with a model", description=run_chat.__doc__)
@@ -161,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
     add_sampling_arguments(chat)
     add_load_arguments(chat)
+    add_adapter_arguments(chat, routes=True)
     chat.set_defaults(run=run_chat)
 
     info = commands.add_parser("info", help="what would be loaded", description=run_info.__doc__)
@@ -175,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--max-tokens", type=int, metavar="N", help="use at most so many tokens of the text")
     measure.add_argument("--json", action="store_true", help="as JSON")
     add_load_arguments(measure)
+    add_adapter_arguments(measure, routes=False)
     measure.set_defaults(run=run_perplexity)
 
     export = commands.add_parser("export-layers", help="write a layer order out", description=run_export_layers.__doc__)

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from ropewalk.adapters import Request
 from ropewalk.chat import load_chat_template
-from ropewalk.cli_options import load, note, progress_bar, sampling_params
+from ropewalk.cli_options import load, load_adapters, note, progress_bar, sampling_params
 from ropewalk.engine import Engine
 from ropewalk.errors import RequestError
 from ropewalk.sampling import SamplingParams
@@ -24,8 +25,11 @@ EMBEDDED_TEMPLATE = "vicuna"  # the embedded model knows no chat format: any pla
 class Conversation:
     """The messages of a chat, cut from the front when they outgrow the context."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None) -> None:
+    def __init__(
+        self, engine: Engine, params: SamplingParams, system: str | None, adapters: Request | str | None = None
+    ) -> None:
         self.engine = engine
+        self.adapters = adapters
         self.params = params
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = []
@@ -56,7 +60,8 @@ class Conversation:
         self._shorten()
         pieces = []
         with _interrupt_sets() as interrupted, progress_bar("reading", "token", LONG_PREFILL) as progress:
-            stream = self.engine.chat(self._opening + self.messages, self.params, interrupted.is_set, progress)
+            messages = self._opening + self.messages
+            stream = self.engine.chat(messages, self.params, interrupted.is_set, progress, self.adapters)
             for piece in stream:
                 pieces.append(piece)
                 sys.stdout.write(piece)
@@ -64,7 +69,8 @@ class Conversation:
         sys.stdout.write("\n")
         sys.stdout.flush()
         line = "stopped before the prompt was read" if stream.stats is None else stream.stats.describe()
-        return "".join(pieces).strip(), f"{line}; ended by {stream.finish_reason}"
+        routed = "" if stream.routing is None else f"{stream.routing.describe()}; "
+        return "".join(pieces).strip(), f"{routed}{line}; ended by {stream.finish_reason}"
 
     def _shorten(self) -> None:
         """Drop the oldest turns until the prompt leaves room for a reply."""
@@ -84,12 +90,13 @@ def chat_loop(args: argparse.Namespace) -> int:
         import readline  # noqa: F401  (line editing in input(); Windows has none)
     params = sampling_params(args, max_new_tokens=REPLY_TOKENS)
     model, tokenizer = load(args)
+    adapters = load_adapters(args, model)
     template = args.chat_template
     if template is None and args.model is None:
         brought = load_chat_template(tokenizer.source.parent, tokenizer.special_tokens)
         template = EMBEDDED_TEMPLATE if brought is None else None
     engine = Engine(model, tokenizer, template)
-    conversation = Conversation(engine, params, args.system)
+    conversation = Conversation(engine, params, args.system, adapters)
     _ = engine.chat_template  # a missing template is better reported before the first question
     note(HELP)
     while True:

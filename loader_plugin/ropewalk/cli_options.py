@@ -75,6 +75,25 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--isa", help="instruction set (default: the best of this machine)")
 
 
+def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None:
+    """Which LoRAs are used; `routes`: the command has a prompt to choose by."""
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER[:WEIGHT]",
+        help="use this LoRA (a PEFT folder); may be repeated, and all are added up",
+    )
+    if routes:
+        group.add_argument(
+            "--adapters",
+            choices=("all", "auto"),
+            default="all",
+            help="auto: the one that fits the prompt best, or none",
+        )
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen; what is not given keeps the default of SamplingParams."""
     group = parser.add_argument_group("sampling")
@@ -121,6 +140,41 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
     return model, tokenizer
+
+
+def load_adapters(args: argparse.Namespace, model: Any) -> list[tuple[str, float]] | str:
+    """Load what --adapter names into the model; the `adapters` of its requests.
+
+    Raises:
+        RequestError: a weight that is no number, or one where --adapters auto chooses. Others as `Model.load_adapter`.
+    """
+    auto = getattr(args, "adapters", "all") == "auto"
+    if auto and not args.adapter:
+        raise RequestError(
+            "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
+        )
+    chosen = []
+    for given in args.adapter:
+        folder, weight = _folder_and_weight(given)
+        if auto and weight is not None:
+            raise RequestError(f"--adapter {given}: with --adapters auto every adapter has weight 1, leave it out")
+        name = folder.name or str(folder)
+        if name in model.adapters:
+            name = str(folder)
+        model.load_adapter(folder, name)
+        chosen.append((name, 1.0 if weight is None else weight))
+    return "auto" if auto else chosen
+
+
+def _folder_and_weight(given: str) -> tuple[Path, float | None]:
+    """A folder whose name ends in a colon and more is taken as it is, if it exists."""
+    folder, colon, weight = given.rpartition(":")
+    if not colon or Path(given).is_dir():
+        return Path(given), None
+    try:
+        return Path(folder), float(weight)
+    except ValueError as error:
+        raise RequestError(f"--adapter {given}: the weight after the colon must be a number, got {weight!r}") from error
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:

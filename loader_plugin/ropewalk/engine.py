@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ropewalk.adapters import Request
 from ropewalk.chat import ChatTemplate, Message, load_chat_template, named_template
 from ropewalk.chat_formats import NAMED_FORMATS
 from ropewalk.errors import RequestError, UnsupportedError
@@ -27,6 +28,7 @@ from ropewalk.generate import (
     Step,
     checked_prompt,
 )
+from ropewalk.routing import AUTO, Routing, route
 from ropewalk.sampling import SamplingParams
 from ropewalk.stops import StopStrings
 from ropewalk.tokenizer import StreamDecoder, Tokenizer, check_tokenizer_fits
@@ -43,12 +45,16 @@ class EngineModel(ModelLike, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole reply. finish_reason: "stop", "length", "context" or "cancelled"; steps: its tokens."""
+    """A whole reply. finish_reason: "stop", "length", "context" or "cancelled"; steps: its tokens.
+
+    routing: which adapter was chosen, where adapters="auto" was asked for.
+    """
 
     text: str
     finish_reason: str
     steps: tuple[Step, ...]
     stats: GenerationStats
+    routing: Routing | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -115,18 +121,21 @@ class Engine:
         params: SamplingParams | None = None,
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
+        adapters: Request | str | None = None,
     ) -> TextStream:
         """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
 
         prompt: text (the bos token is added where the tokenizer's files say so), or token ids as they are.
         cancelled: asked between the steps of the model; True ends the reply with what there is.
         progress: called with (tokens done, tokens to do) while the prompt is read.
+        adapters: as for `Model.forward`; "auto" chooses the loaded adapter, or none, that finds the prompt least
+            surprising, and reports it as `routing` of the stream.
 
         Raises:
-            RequestError: the prompt is empty, does not fit, or holds unknown ids.
+            RequestError: the prompt is empty, does not fit, or holds unknown ids; adapters that are not loaded.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._start(ids, params, cancelled, progress)
+        return self._start(ids, params, cancelled, progress, adapters)
 
     def generate(
         self,
@@ -134,9 +143,10 @@ class Engine:
         params: SamplingParams | None = None,
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
+        adapters: Request | str | None = None,
     ) -> Completion:
         """The whole reply at once; arguments and errors as for `stream`."""
-        return self.stream(prompt, params, cancelled, progress).complete()
+        return self.stream(prompt, params, cancelled, progress, adapters).complete()
 
     def chat(
         self,
@@ -144,16 +154,18 @@ class Engine:
         params: SamplingParams | None = None,
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
+        adapters: Request | str | None = None,
         **variables: Any,
     ) -> TextStream:
-        """The assistant's next turn, as a stream. `variables` are handed to the chat template.
+        """The assistant's next turn, as a stream. `variables` are handed to the chat template, the rest is as for
+        `stream`.
 
         Raises:
             RequestError: as for `stream`; messages that the template refuses. UnsupportedError: no chat template.
         """
         params = params or SamplingParams()
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
-        return self._start(self.chat_ids(messages, **variables), params, cancelled, progress)
+        return self._start(self.chat_ids(messages, **variables), params, cancelled, progress, adapters)
 
     def chat_ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """The prompt of a conversation in token ids, up to the beginning of the assistant's turn."""
@@ -167,12 +179,15 @@ class Engine:
         params: SamplingParams | None,
         cancelled: Cancelled | None,
         progress: Progress | None,
+        adapters: Request | str | None,
     ) -> TextStream:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
         ids = checked_prompt(self.model, self.cache, prompt_ids)
-        self._last = _Request(ids, params, cancelled or (lambda: False), progress)
+        if isinstance(adapters, str) and adapters != AUTO:
+            raise RequestError(f'adapters must be a list of names or (name, weight), or "{AUTO}", got {adapters!r:.80}')
+        self._last = _Request(ids, params, cancelled or (lambda: False), progress, adapters)
         return TextStream(self, self._last)
 
     def _acquire(self, cancelled: Callable[[], bool]) -> bool:
@@ -200,6 +215,8 @@ class _Request:
     params: SamplingParams
     cancelled: Cancelled
     progress: Progress | None
+    adapters: Request | str | None
+    routing: Routing | None = None
     generation: Generation | None = None
     finish_reason: str | None = None
     stop_string: str | None = None
@@ -224,6 +241,11 @@ class TextStream(Iterator[str]):
         return None if self._request.generation is None else self._request.generation.stats
 
     @property
+    def routing(self) -> Routing | None:
+        """The adapter chosen and all scores, where adapters="auto" was asked for and the request has begun."""
+        return self._request.routing
+
+    @property
     def finish_reason(self) -> str | None:
         """None while it runs; "stop", "length", "context" or "cancelled"."""
         return self._request.finish_reason
@@ -246,7 +268,7 @@ class TextStream(Iterator[str]):
     def complete(self) -> Completion:
         """Run to the end."""
         text = "".join(self)
-        return Completion(text, self.finish_reason, self.steps, self.stats)
+        return Completion(text, self.finish_reason, self.steps, self.stats, self.routing)
 
 
 def _pieces(engine: Engine, request: _Request) -> Iterator[str]:
@@ -257,6 +279,13 @@ def _pieces(engine: Engine, request: _Request) -> Iterator[str]:
     try:
         if not engine.model.accepts(engine.cache):  # the layer order was changed
             engine.cache = engine.model.new_cache(engine.cache.capacity)
+        adapters = request.adapters
+        if adapters == AUTO:
+            request.routing = route(engine.model, request.prompt_ids, request.cancelled)
+            if request.routing is None:
+                request.finish_reason = "cancelled"
+                return
+            adapters = request.routing.adapters
         request.generation = Generation(
             engine.model,
             engine.cache,
@@ -265,6 +294,7 @@ def _pieces(engine: Engine, request: _Request) -> Iterator[str]:
             engine.end_token_ids,
             request.cancelled,
             request.progress,
+            adapters,
         )
         yield from _shown_text(engine.tokenizer, request)
     except GeneratorExit:

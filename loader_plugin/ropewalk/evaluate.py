@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ropewalk.adapters import Request
 from ropewalk.cache import KvCache
 from ropewalk.errors import CheckpointError, RequestError
 from ropewalk.generate import Cancelled, Progress
@@ -38,7 +39,7 @@ class PerplexityRow:
     @property
     def perplexity(self) -> float:
         """exp(mean_nll); infinity where that is beyond float64."""
-        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+        return _exp(self.mean_nll)
 
     @property
     def tokens_per_s(self) -> float:
@@ -53,11 +54,13 @@ def perplexity(
     max_tokens: int | None = None,
     progress: Progress | None = None,
     cancelled: Cancelled | None = None,
+    adapters: Request | None = None,
 ) -> list[PerplexityRow]:
     """The perplexity of a text at each context length, in the order given.
 
     max_tokens: use at most so many tokens from the start of the text. progress: called with (tokens read, tokens to
     read), all lengths together. cancelled: asked between the steps of the model; the rows finished so far are returned.
+    adapters: as for `Model.forward`.
     Memory beside the model: one cache of the longest length, and logits in blocks of 64 MiB.
 
     Raises:
@@ -88,7 +91,7 @@ def perplexity(
 
     with torch.inference_mode():
         for length in lengths:
-            row = _row(model, cache, ids[: num_used // length * length], length, report, cancelled)
+            row = _row(model, cache, ids[: num_used // length * length], length, report, cancelled, adapters)
             if row is None:
                 break
             rows.append(row)
@@ -102,27 +105,50 @@ def _row(
     length: int,
     report: Callable[[int], None],
     cancelled: Cancelled,
+    adapters: Request | None,
 ) -> PerplexityRow | None:
     """All windows of one length; None once cancelled."""
     started = time.perf_counter()
     total_nll = 0.0
     for first in range(0, len(ids), length):
-        nll = _window_nll(model, cache, ids[first : first + length], report, cancelled)
+        nll = _window_nll(model, cache, ids[first : first + length], report, cancelled, adapters)
         if nll is None:
             return None
-        if not math.isfinite(nll):
-            raise CheckpointError(
-                f"{model.config.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
-                "settings do not fit it"
-            )
         total_nll += nll
     num_windows = len(ids) // length
     num_scored = num_windows * (length - 1)
     return PerplexityRow(length, num_windows, num_scored, total_nll / num_scored, time.perf_counter() - started)
 
 
+def sequence_perplexity(
+    model: Model,
+    cache: KvCache,
+    ids: list[int],
+    adapters: Request | None = None,
+    cancelled: Cancelled | None = None,
+) -> float | None:
+    """The perplexity of one sequence of at least two tokens, computed in `cache`, which is emptied first; None once
+    cancelled.
+
+    Raises:
+        RequestError: as `Model.forward`. CheckpointError: the model computes NaN or infinity.
+    """
+    nll = _window_nll(model, cache, ids, lambda count: None, cancelled or (lambda: False), adapters)
+    return None if nll is None else _exp(nll / (len(ids) - 1))
+
+
+def _exp(mean_nll: float) -> float:
+    """exp(mean_nll); infinity where that is beyond float64."""
+    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+
+
 def _window_nll(
-    model: Model, cache: KvCache, window: list[int], report: Callable[[int], None], cancelled: Cancelled
+    model: Model,
+    cache: KvCache,
+    window: list[int],
+    report: Callable[[int], None],
+    cancelled: Cancelled,
+    adapters: Request | None,
 ) -> float | None:
     """Sum of -log p over all tokens of the window but the first; None once cancelled."""
     cache.truncate(0)
@@ -130,7 +156,9 @@ def _window_nll(
     total = 0.0
     for start in range(0, len(window), block):
         part = window[start : start + block]
-        logits = model.forward(part, cache, logits="all", cancelled=cancelled, seq_len=len(window))  # [rows, V]
+        logits = model.forward(
+            part, cache, logits="all", cancelled=cancelled, seq_len=len(window), adapters=adapters
+        )  # [rows, V]
         if logits is None:
             return None
         targets = torch.tensor(window[start + 1 : start + len(part) + 1], device=logits.device)  # [rows or rows - 1]
@@ -138,6 +166,11 @@ def _window_nll(
         chosen = logits.gather(1, targets[:, None]).squeeze(1)
         total += float((torch.logsumexp(logits, dim=1) - chosen).double().sum())
         report(len(part))
+    if not math.isfinite(total):
+        raise CheckpointError(
+            f"{model.config.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
+            "settings do not fit it"
+        )
     return total
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from ropewalk.adapters import Request
 from ropewalk.config import ModelConfig
 from ropewalk.errors import RequestError
 from ropewalk.model import checked_token_ids
@@ -38,7 +39,9 @@ class ModelLike(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
-    def reusable_prefix(self, cache: CacheLike, token_ids: Sequence[int]) -> int: ...
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+    def reusable_prefix(self, cache: CacheLike, token_ids: Sequence[int], adapters: Request | None = None) -> int: ...
     def forward(
         self,
         token_ids: Sequence[int],
@@ -46,6 +49,8 @@ class ModelLike(Protocol):
         logits: str = "last",
         progress: Progress | None = None,
         cancelled: Cancelled | None = None,
+        seq_len: int | None = None,
+        adapters: Request | None = None,
     ) -> torch.Tensor | None: ...
 
 
@@ -109,11 +114,13 @@ class Generation(Iterator[Step]):
         end_token_ids: Sequence[int] = (),
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
+        adapters: Request | None = None,
     ) -> None:
         self.finish_reason: str | None = None
         self.end_token_id: int | None = None
         self._model, self._cache, self._params = model, cache, params
         self._prompt_ids = checked_prompt(model, cache, prompt_ids)
+        self._adapters = adapters
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
         self._reused = self._new_tokens = self._context_used = 0
@@ -161,7 +168,9 @@ class Generation(Iterator[Step]):
             if self.finish_reason is not None:
                 return
             started = time.perf_counter()
-            logits = self._model.forward([token_id], self._cache, logits="last", cancelled=self._cancelled)
+            logits = self._model.forward(
+                [token_id], self._cache, logits="last", cancelled=self._cancelled, adapters=self._adapters
+            )
             self._generation_s += time.perf_counter() - started
             self._context_used = self._cache.length
             if logits is None:
@@ -174,12 +183,17 @@ class Generation(Iterator[Step]):
             self.finish_reason = "cancelled"
             return None
         started = time.perf_counter()
-        self._reused = self._model.reusable_prefix(self._cache, self._prompt_ids)
+        self._reused = self._model.reusable_prefix(self._cache, self._prompt_ids, self._adapters)
         self._cache.truncate(self._reused)
         wanted = "last" if self._params.max_new_tokens != 0 else "none"
         rest = self._prompt_ids[self._reused :]
         logits = self._model.forward(
-            rest, self._cache, logits=wanted, progress=self._progress, cancelled=self._cancelled
+            rest,
+            self._cache,
+            logits=wanted,
+            progress=self._progress,
+            cancelled=self._cancelled,
+            adapters=self._adapters,
         )
         self._prompt_s = time.perf_counter() - started
         self._context_used = self._cache.length
@@ -224,13 +238,15 @@ def generate(
     end_token_ids: Sequence[int] = (),
     cancelled: Cancelled | None = None,
     progress: Progress | None = None,
+    adapters: Request | None = None,
 ) -> Generation:
     """Continue `prompt_ids`; iterate over the result for the new tokens.
 
     The longest prefix of the prompt that `cache` already holds is not computed again. `progress` is called with
-    (tokens done, tokens to do) while the prompt is read, `cancelled` between the steps of the model.
+    (tokens done, tokens to do) while the prompt is read, `cancelled` between the steps of the model. `adapters` are
+    those of `Model.forward`, for prompt and reply.
 
     Raises:
         RequestError: the prompt is empty, holds ids that the model does not know, or does not fit into the cache.
     """
-    return Generation(model, cache, prompt_ids, params, end_token_ids, cancelled, progress)
+    return Generation(model, cache, prompt_ids, params, end_token_ids, cancelled, progress, adapters)
