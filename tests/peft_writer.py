@@ -54,6 +54,25 @@ def write_adapter(
     return folder
 
 
+def train_adapter(
+    folder: Path, base: Path, exact: dict[str, torch.Tensor], ids: Sequence[int], num_steps: int = 40, **settings: Any
+) -> Path:
+    """An adapter trained to continue windows of `ids`, saved by PEFT."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": ALL, "task_type": "CAUSAL_LM"} | settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(their_model(base, exact), config).train()
+        optimiser = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        windows = torch.tensor(list(ids)).unfold(0, 32, 32)  # [windows, 32]
+        for _ in range(num_steps):
+            optimiser.zero_grad()
+            model(windows, labels=windows).loss.backward()
+            optimiser.step()
+        model.save_pretrained(folder)
+    return folder
+
+
 def peft_logits(
     base: Path, exact: dict[str, torch.Tensor], adapters: Sequence[tuple[Path, float]], ids: Sequence[int]
 ) -> torch.Tensor:

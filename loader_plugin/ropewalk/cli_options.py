@@ -153,14 +153,13 @@ def load_adapters(args: argparse.Namespace, model: Any) -> list[tuple[str, float
         raise RequestError(
             "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
         )
+    folders = [_folder_and_weight(given) for given in args.adapter]
+    last_parts = [folder.name for folder, _ in folders]
     chosen = []
-    for given in args.adapter:
-        folder, weight = _folder_and_weight(given)
+    for folder, weight in folders:
         if auto and weight is not None:
-            raise RequestError(f"--adapter {given}: with --adapters auto every adapter has weight 1, leave it out")
-        name = folder.name or str(folder)
-        if name in model.adapters:
-            name = str(folder)
+            raise RequestError(f"--adapter {folder}:{weight:g}: --adapters auto runs all with weight 1, leave it out")
+        name = folder.name if last_parts.count(folder.name) == 1 else str(folder)
         model.load_adapter(folder, name)
         chosen.append((name, 1.0 if weight is None else weight))
     return "auto" if auto else chosen
