@@ -297,7 +297,7 @@ def test_adapters_work_on_every_family_and_bit_width(
     tmp_path: Path, family: str, overrides: dict[str, Any], options: dict[str, Any]
 ) -> None:
     exact = write_checkpoint(tmp_path, overrides, family=family, **options)
-    targets = [*ALL, "embed_tokens"] + ([] if overrides.get("tie_word_embeddings") else ["lm_head"])
+    targets = [*ALL, "embed_tokens", "lm_head"]
     base = Base(tmp_path, exact, {"a": write_adapter(tmp_path / "a", tmp_path, exact, target_modules=targets)})
     expected = base.expected(("a", 1.0))
     for variant in variants(compute="exact"):

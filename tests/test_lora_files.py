@@ -212,12 +212,29 @@ def test_folders_that_hold_no_adapter_are_refused(made: Made, folder: Path, tmp_
         made.model.load_adapter(folder, "tried")
 
 
+# As a well-known trainer writes it: too many choices to be evaluated on names, so the tensors decide.
+LONG_EXPRESSION = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|"
+    r"o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|"
+    r"feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)
+
+
+@pytest.mark.parametrize("targets", [LONG_EXPRESSION, None, "all-linear", r"(.+)+_proj"])
+def test_targets_that_are_not_evaluated_leave_it_to_the_tensors(made: Made, folder: Path, targets: Any) -> None:
+    edit_config(folder, target_modules=targets)
+    assert torch.equal(made.logits_of(folder), made.logits)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("loading ran code",))
 
 
-@pytest.mark.parametrize("content", [Harmful(), {"a": Harmful()}, [1, 2], {"a": 1}, {1: torch.ones(1)}, None])
+ABSENT = {Q0: torch.empty(4, 64, device="meta")}
+
+
+@pytest.mark.parametrize("content", [Harmful(), {"a": Harmful()}, [1], {"a": 1}, {1: torch.ones(1)}, None, ABSENT])
 def test_a_pickle_that_is_more_or_less_than_tensors_is_refused(
     made: Made, folder: Path, content: object, capsys: pytest.CaptureFixture[str]
 ) -> None:

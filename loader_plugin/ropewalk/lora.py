@@ -141,7 +141,7 @@ def _without_prefix(name: str) -> str:
 
 def _require_zero_bias(path: Path, name: str, tensor: torch.Tensor) -> None:
     # SuperHOT's adapters carry biases for every linear, all zero.
-    if bool(tensor.any()):
+    if tensor.dtype not in FLOATS or bool(tensor.any()):
         raise UnsupportedError(
             f"{path}: {printable(name)} is not zero: adapters that change biases are not implemented, only those "
             'trained with bias="none"'

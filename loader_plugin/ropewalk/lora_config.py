@@ -3,6 +3,7 @@
     scale = alpha / r        rank-stabilised: alpha / sqrt(r)  (Kalajdzievski 2023, arXiv:2312.03732)
 
 Whatever changes the arithmetic and is not implemented is refused by its name: an adapter never runs in part.
+`fan_in_fan_out` is not read: it speaks of the layout of base weights that are merged into, never of A and B.
 """
 
 from __future__ import annotations

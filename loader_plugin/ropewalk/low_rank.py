@@ -103,7 +103,7 @@ def add_low_rank_(y: torch.Tensor, x: torch.Tensor, backend: Backend, change: Pa
     inner = backend.linear(x, change.a).mul_(change.scales)  # [T, R]
     for part in change.parts:
         ranks = inner if part.ranks == slice(0, inner.shape[1]) else inner[:, part.ranks].contiguous()  # [T, ranks]
-        y[:, part.columns] += backend.linear(ranks, part.b)
+        y[:, part.columns].add_(backend.linear(ranks, part.b))
 
 
 def pack_embedding_change(
