@@ -135,6 +135,25 @@ def test_adapters_change_between_requests_of_one_conversation(base: Base, varian
             torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("variant", variants(compute="exact", backend="cpu"), ids=str)
+def test_adapters_follow_their_layers_through_any_order(base: Base, variant: Variant) -> None:
+    model = base.load(variant, "all", "upper")
+    plain = run(model, ("all", 1.0))
+    model.set_layer_order("1,0,1")
+    changed = run(model, ("upper", 1.0))
+    assert not torch.equal(changed, run(model))
+    model.set_layer_order("0-1")
+    assert torch.equal(run(model, ("all", 1.0)), plain)
+
+
+def test_layers_lent_by_a_second_model_take_no_adapter(base: Base) -> None:
+    own = base.load(Variant("reference", "exact"), "upper", second_folder=base.folder, layer_order="a:0,a:1")
+    lent = base.load(Variant("reference", "exact"), "upper", second_folder=base.folder, layer_order="a:0,b:1")
+    assert torch.equal(run(lent, ("upper", 1.0)), run(lent))
+    assert torch.equal(run(lent), run(own))
+    assert not torch.equal(run(own, ("upper", 1.0)), run(own))
+
+
 @pytest.fixture(scope="module")
 def model(base: Base) -> Model:
     return base.load(Variant("reference", "exact"), "all", "attention")

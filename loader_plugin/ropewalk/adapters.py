@@ -47,6 +47,11 @@ class ModelChange:
     embeddings: EmbeddingChange | None
     head: HeadChange | None
 
+    def of_layer(self, weights_index: int) -> LayerChange:
+        """The change of a layer's weights. Layers lent by a second model come after the model's own: adapters were not
+        made for them."""
+        return self.layers[weights_index] if weights_index < len(self.layers) else UNCHANGED
+
 
 class AdapterSets:
     """Loaded adapters by name, and their packed combinations."""

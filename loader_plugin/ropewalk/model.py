@@ -262,7 +262,7 @@ class Model:
             if steps.is_cancelled():
                 return None
             layer, kv = self.weights.layers[instance.weights_index], cache.stores[instance.cache_index]
-            of_layer = change.layers[instance.weights_index]
+            of_layer = change.of_layer(instance.weights_index)
             run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight, of_layer)
             steps.report(done + 1)
         return x
