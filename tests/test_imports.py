@@ -24,7 +24,7 @@ ORDER = [
     *("gptq_bits", "gptq_groups", "gptq_zeros", "gptq_shapes", "gptq"),
     *("tensor_table", "tensor_check", "tensors"),
     *("_core", "native", "backends", "backends.protocol", "backends.reference", "backends.cpu"),
-    *("second_model", "export_config", "export_layers"),
+    *("second_model", "load_plan", "export_config", "export_layers"),
     *("lora_config", "lora_files", "lora", "low_rank"),
     *("cache", "layers", "adapters", "model", "loader", "info"),
     *("sampling", "generate", "evaluate", "routing"),

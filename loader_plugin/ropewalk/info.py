@@ -10,12 +10,11 @@ from typing import Any
 
 from ropewalk.cache import cache_bytes
 from ropewalk.checkpoint import Checkpoint
-from ropewalk.config import ModelConfig, load_model_config
-from ropewalk.layer_order import LayerOrder, choose_layer_order
+from ropewalk.config import ModelConfig
+from ropewalk.layer_order import LayerOrder
+from ropewalk.load_plan import LoadPlan, plan_loading
 from ropewalk.memory import format_bytes
 from ropewalk.quant_config import QuantConfig, QuantSettings, load_quant_config
-from ropewalk.rope import Rope, resolve_rope
-from ropewalk.second_model import load_second_config
 from ropewalk.tensor_check import check_tensors, settings_of
 from ropewalk.tensor_table import FAMILY_TABLES, HEAD, layer_prefix, sizes
 
@@ -123,24 +122,23 @@ def model_info(
             are read.
     """
     folder = Path(folder)
-    config = load_model_config(folder)
-    quant = load_quant_config(folder, config.raw)
-    rope = resolve_rope(
-        config.raw,
-        max_seq_len,
-        rope_scaling=rope_scaling,
-        compress_pos_emb=compress_pos_emb,
-        alpha_value=alpha_value,
-        rope_theta=rope_theta,
-        source=config.source,
-    )
-    second = None if second_folder is None else load_second_config(second_folder, config)
-    second_layers = None if second is None else second.num_layers
-    order = choose_layer_order(config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
-    lent_bytes = 0 if second is None else _layer_bytes(Path(second_folder), second)
+    rope_options = {
+        "rope_scaling": rope_scaling,
+        "compress_pos_emb": compress_pos_emb,
+        "alpha_value": alpha_value,
+        "rope_theta": rope_theta,
+    }
+    order_options = {
+        "layer_order": layer_order,
+        "recompute_n_layers": recompute_n_layers,
+        "rewind_n_layers": rewind_n_layers,
+    }
+    plan = plan_loading(folder, max_seq_len, rope_options, order_options, second_folder)
+    quant = plan.quant
+    lent_bytes = 0 if plan.second is None else _layer_bytes(Path(second_folder), plan.second)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
-        check_tensors(config, quant, checkpoint)
-        info = _info(folder, config, quant, rope, checkpoint, max_seq_len, cache_type, order)
+        check_tensors(plan.config, quant, checkpoint)
+        info = _info(folder, plan, checkpoint, cache_type)
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
 
 
@@ -153,17 +151,8 @@ def _layer_bytes(folder: Path, config: ModelConfig) -> int:
         return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
-def _info(
-    folder: Path,
-    config: ModelConfig,
-    quant: QuantConfig | None,
-    rope: Rope,
-    checkpoint: Checkpoint,
-    max_seq_len: int | None,
-    cache_type: str,
-    order: LayerOrder,
-) -> ModelInfo:
-    context = max_seq_len or rope.default_length
+def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_type: str) -> ModelInfo:
+    config, quant, rope, order, context = plan.config, plan.quant, plan.rope, plan.order, plan.max_seq_len
     lengths = sorted({*(length for length in CACHE_LENGTHS if length < context), context})
     windows = [window for window in config.sliding_windows if window is not None]
     kinds, settings = _linears(config, quant, checkpoint)

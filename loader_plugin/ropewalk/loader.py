@@ -22,17 +22,16 @@ from ropewalk.backends.protocol import Backend
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.cache import CACHE_DTYPES
 from ropewalk.checkpoint import Checkpoint, touch_pages
-from ropewalk.config import ModelConfig, load_model_config
+from ropewalk.config import ModelConfig
 from ropewalk.errors import CheckpointError, ConfigError
 from ropewalk.gptq import DenseLinear
 from ropewalk.json_config import shown
-from ropewalk.layer_order import LayerOrder, choose_layer_order
+from ropewalk.layer_order import LayerOrder
 from ropewalk.layers import PackedLayer, pack_layer
+from ropewalk.load_plan import plan_loading
 from ropewalk.memory import format_bytes
 from ropewalk.model import Model, ModelLimits, ModelWeights
 from ropewalk.quant_config import QuantConfig, load_quant_config
-from ropewalk.rope import resolve_rope
-from ropewalk.second_model import load_second_config
 from ropewalk.tensor_table import layer_prefix
 from ropewalk.tensors import check_tensors, read_embeddings, read_head, read_layer
 
@@ -93,26 +92,26 @@ def load_model(
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"the model folder must be a path, got {type(folder).__name__}")
     folder = Path(folder)
-    config = load_model_config(folder)
-    quant = load_quant_config(folder, config.raw)
-    rope = resolve_rope(
-        config.raw,
-        max_seq_len,
-        rope_scaling=rope_scaling,
-        compress_pos_emb=compress_pos_emb,
-        alpha_value=alpha_value,
-        rope_theta=rope_theta,
-        source=config.source,
-    )
-    logger.info("%s", rope.describe())
-    second = None if second_folder is None else load_second_config(second_folder, config)
-    second_layers = None if second is None else second.num_layers
-    order = choose_layer_order(config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
-    limits = ModelLimits(max_seq_len or rope.default_length, max_input_len, cache_type)
-    report = _step_counter(progress, config.num_layers + (second_layers or 0) + 1)
+    rope_options = {
+        "rope_scaling": rope_scaling,
+        "compress_pos_emb": compress_pos_emb,
+        "alpha_value": alpha_value,
+        "rope_theta": rope_theta,
+    }
+    order_options = {
+        "layer_order": layer_order,
+        "recompute_n_layers": recompute_n_layers,
+        "rewind_n_layers": rewind_n_layers,
+    }
+    plan = plan_loading(folder, max_seq_len, rope_options, order_options, second_folder)
+    logger.info("%s", plan.rope.describe())
+    limits = ModelLimits(plan.max_seq_len, max_input_len, cache_type)
+    second = plan.second
+    report = _step_counter(progress, plan.config.num_layers + (second.num_layers if second else 0) + 1)
     lent = () if second is None else _load_second_layers(Path(second_folder), second, ops, report)
-    weights = _load_weights(folder, config, quant, ops, report)
-    model = Model(config, quant, rope, ops, replace(weights, layers=weights.layers + lent), limits, order)
+    weights = _load_weights(folder, plan.config, plan.quant, ops, report)
+    weights = replace(weights, layers=weights.layers + lent)
+    model = Model(plan.config, plan.quant, plan.rope, ops, weights, limits, plan.order)
     logger.info("%s", _summary(model))
     return model
 
