@@ -17,7 +17,7 @@ import ropewalk
 from ropewalk.chat import load_chat_template
 from ropewalk.errors import RopewalkError, UnsupportedError
 from ropewalk.evaluate import perplexity
-from ropewalk.generate import generate
+from ropewalk.generate import Generation
 from ropewalk.model import Model
 from ropewalk.sampling import SamplingParams
 from ropewalk.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def check_results(model: Model) -> None:
         if not math.isfinite(nll):
             raise Unacceptable(f"perplexity gave a mean of {nll}")
     cache.truncate(0)
-    step = next(generate(model, cache, ids, SamplingParams(temperature=0.0, max_new_tokens=1, logprobs=1)))
+    step = next(Generation(model, cache, ids, SamplingParams(temperature=0.0, max_new_tokens=1, logprobs=1)))
     if not math.isfinite(step.logprob):
         raise Unacceptable(f"a token was drawn with log probability {step.logprob}")
 

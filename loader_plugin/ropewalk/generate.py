@@ -99,10 +99,16 @@ class GenerationStats:
 
 
 class Generation(Iterator[Step]):
-    """The steps of one reply. `stats` and `finish_reason` are current at any time.
+    """The steps of one reply to `prompt_ids`. `stats` and `finish_reason` are current at any time.
 
+    The longest prefix of the prompt that `cache` already holds is not computed again. `progress` is called with (tokens
+    done, tokens to do) while the prompt is read, `cancelled` between the steps of the model; `adapters` are those of
+    `Model.forward`, for prompt and reply.
     finish_reason: None while it runs; "stop" (an end token), "length" (max_new_tokens), "context" (the cache is full),
     "cancelled" (asked to, or closed early). The end token itself is not a step; `end_token_id` names it.
+
+    Raises:
+        RequestError: the prompt is empty, holds ids that the model does not know, or does not fit into the cache.
     """
 
     def __init__(
@@ -228,25 +234,3 @@ def checked_prompt(model: ModelLike, cache: CacheLike, prompt_ids: Sequence[int]
             f"load the model with max_seq_len={len(ids) + 256} or more (and RoPE scaling that covers it)"
         )
     return ids
-
-
-def generate(
-    model: ModelLike,
-    cache: CacheLike,
-    prompt_ids: Sequence[int],
-    params: SamplingParams,
-    end_token_ids: Sequence[int] = (),
-    cancelled: Cancelled | None = None,
-    progress: Progress | None = None,
-    adapters: Request | None = None,
-) -> Generation:
-    """Continue `prompt_ids`; iterate over the result for the new tokens.
-
-    The longest prefix of the prompt that `cache` already holds is not computed again. `progress` is called with
-    (tokens done, tokens to do) while the prompt is read, `cancelled` between the steps of the model. `adapters` are
-    those of `Model.forward`, for prompt and reply.
-
-    Raises:
-        RequestError: the prompt is empty, holds ids that the model does not know, or does not fit into the cache.
-    """
-    return Generation(model, cache, prompt_ids, params, end_token_ids, cancelled, progress, adapters)
