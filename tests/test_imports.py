@@ -17,8 +17,8 @@ PACKAGE = Path(ropewalk.__file__).parent
 
 # Every module, each after all that it may import: a new one gets its line here. From files to text to the user.
 ORDER = [
-    *("errors", "memory", "json_config"),
-    *("config", "quant_config", "layer_order"),
+    *("errors", "memory", "json_config", "text_cursor"),
+    *("config", "quant_config", "layer_order", "adapter_request"),
     *("rope_methods", "rope_spellings", "rope_config", "rope"),
     *("safetensors_file", "weight_files", "checkpoint", "foreign_layouts"),
     *("gptq_bits", "gptq_groups", "gptq_zeros", "gptq_shapes", "gptq"),

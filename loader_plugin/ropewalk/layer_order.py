@@ -14,26 +14,21 @@ However an order is written, it becomes a `LayerOrder`, which prints itself in o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NoReturn
 
 from ropewalk.config import MAX_LAYERS, ModelConfig
 from ropewalk.errors import ConfigError
 from ropewalk.json_config import shown
+from ropewalk.text_cursor import TextCursor, plain_number
 
 SOURCES = ("a", "b")
 MAX_INSTANCES = MAX_LAYERS  # an exported order must be a model that can be loaded
 MAX_TEXT = 2**16  # 4096 layers, each with a weight of 15 digits
 # Of the absolute residual weight. Far outside of what has a use; keeps products in the range of float16 and float32.
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e2
-SHOWN_COLUMNS = 30  # to each side of a mistake
 EXAMPLES = '"0-15,8-23,16-31", "0-9,10*4@0.25,11-31" or [0, 1, 2, 2, 3]'
-
-_NUMBER = re.compile(r"[0-9]+")
-_WEIGHT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,21 +199,21 @@ class _Parser:
     """Reads one order from left to right."""
 
     def __init__(self, text: str, num_layers: int, second_layers: int | None, name: str) -> None:
-        self._text, self._name, self._position = text, name, 0
+        self._cursor = TextCursor(text, name, ConfigError, f"orders such as {EXAMPLES}")
         self._num_layers = {"a": num_layers, "b": second_layers}
         self._uses: list[LayerUse] = []
 
     def order(self) -> LayerOrder:
-        bracket = self._accepts("[")
+        cursor = self._cursor
+        bracket = cursor.accepts("[")
         while True:
             self._layer_of_list() if bracket else self._term()
-            if not self._accepts(","):
+            if not cursor.accepts(","):
                 break
-        if bracket and not self._accepts("]"):
-            self._fail(self._position, "a comma or the closing bracket is needed")
-        self._skip_space()
-        if self._position < len(self._text):
-            self._fail(self._position, "a comma is needed" if not bracket else "nothing may follow the bracket")
+        if bracket and not cursor.accepts("]"):
+            cursor.fail(cursor.position, "a comma or the closing bracket is needed")
+        if not cursor.at_end:
+            cursor.fail(cursor.position, "a comma is needed" if not bracket else "nothing may follow the bracket")
         return LayerOrder(tuple(self._uses))
 
     def _layer_of_list(self) -> None:
@@ -226,93 +221,59 @@ class _Parser:
         self._add([LayerUse(layer)], at)
 
     def _term(self) -> None:
-        source = self._source()
+        cursor, source = self._cursor, self._source()
         at, first = self._layer(source)
         last, times = first, 1
-        if self._accepts("-"):
+        if cursor.accepts("-"):
             last_at, last = self._layer(source)
             if last < first:
-                self._fail(last_at, f"a range counts up: {last} comes before {first}; list the layers one by one")
-        if self._accepts("*"):
+                cursor.fail(last_at, f"a range counts up: {last} comes before {first}; list the layers one by one")
+        if cursor.accepts("*"):
             if last != first:
-                self._fail(self._position - 1, 'only a single layer can be repeated with "*": repeat the range itself')
-            times_at, times = self._number("how often, a number")
+                cursor.fail(
+                    cursor.position - 1, 'only a single layer can be repeated with "*": repeat the range itself'
+                )
+            times_at, times = cursor.integer("how often, a number")
             if not 1 <= times <= MAX_INSTANCES:
-                self._fail(times_at, f"a layer can be repeated 1 to {MAX_INSTANCES} times")
-        weight = self._weight() if self._accepts("@") else 1.0
+                cursor.fail(times_at, f"a layer can be repeated 1 to {MAX_INSTANCES} times")
+        weight = self._weight() if cursor.accepts("@") else 1.0
         self._add([LayerUse(layer, source, weight) for layer in range(first, last + 1) for _ in range(times)], at)
 
     def _add(self, uses: list[LayerUse], at: int) -> None:
         self._uses += uses
         if len(self._uses) > MAX_INSTANCES:
-            self._fail(at, f"from here on there are more than {MAX_INSTANCES} layers")
+            self._cursor.fail(at, f"from here on there are more than {MAX_INSTANCES} layers")
 
     def _source(self) -> str:
-        self._skip_space()
-        at = self._position
+        cursor = self._cursor
+        cursor.skip_space()
+        at = cursor.position
         for source in SOURCES:
-            if self._accepts(source):
-                if not self._accepts(":"):
-                    self._fail(self._position, f'a colon is needed, as in "{source}:0-19"')
+            if cursor.accepts(source):
+                if not cursor.accepts(":"):
+                    cursor.fail(cursor.position, f'a colon is needed, as in "{source}:0-19"')
                 if self._num_layers[source] is None:
-                    self._fail(at, "there is no second model: give its folder (second_folder)")
+                    cursor.fail(at, "there is no second model: give its folder (second_folder)")
                 return source
         return "a"
 
     def _layer(self, source: str) -> tuple[int, int]:
-        at, layer = self._number("a layer number")
+        at, layer = self._cursor.integer("a layer number")
         count = self._num_layers[source]
         if layer >= count:
-            self._fail(at, f"layer numbers of this model go from 0 to {count - 1}")
+            self._cursor.fail(at, f"layer numbers of this model go from 0 to {count - 1}")
         return at, layer
 
-    def _number(self, what: str) -> tuple[int, int]:
-        """(its column, the number); one of too many digits is as large as the largest that is looked at."""
-        self._skip_space()
-        at, match = self._position, _NUMBER.match(self._text, self._position)
-        if match is None:
-            self._fail(at, f"{what} is needed")
-        self._position = match.end()
-        digits = match[0].lstrip("0") or "0"
-        return at, int(digits) if len(digits) < 10 else 10**10
-
     def _weight(self) -> float:
-        self._skip_space()
-        at, match = self._position, _WEIGHT.match(self._text, self._position)
-        if match is None:
-            self._fail(at, "the weight, a number such as 0.25, is needed")
-        self._position = match.end()
-        weight = float(match[0])
+        at, weight = self._cursor.decimal("the weight, a number such as 0.25, is needed")
         if not math.isfinite(weight) or not MIN_WEIGHT <= abs(weight) <= MAX_WEIGHT:
-            self._fail(at, f"a weight must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g} (or the same below zero)")
+            self._cursor.fail(at, f"a weight must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g} (or the same below zero)")
         return weight
-
-    def _accepts(self, character: str) -> bool:
-        self._skip_space()
-        found = self._text.startswith(character, self._position)
-        self._position += found
-        return found
-
-    def _skip_space(self) -> None:
-        while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
-            self._position += 1
-
-    def _fail(self, at: int, problem: str) -> NoReturn:
-        low, high = max(0, at - SHOWN_COLUMNS), at + SHOWN_COLUMNS
-        left, right = "..." if low else "", "..." if high < len(self._text) else ""
-        # One column per character, whatever it is, so that the caret stands below it.
-        part = "".join(c if c.isascii() and c.isprintable() else "?" for c in self._text[low:high])
-        found = shown(self._text[at]) if at < len(self._text) else "the end"
-        caret = " " * (len(left) + at - low) + "^"
-        raise ConfigError(
-            f"{self._name}: {problem} at column {at + 1}, found {found} (accepted are orders such as {EXAMPLES})\n"
-            f"  {left}{part}{right}\n  {caret}"
-        )
 
 
 def _term(use: LayerUse, length: int, times: int) -> str:
     prefix = "" if use.source == "a" else f"{use.source}:"
     last = f"-{use.layer + length - 1}" if length > 1 else ""
     repeated = f"*{times}" if times > 1 else ""
-    weight = "" if use.weight == 1.0 else "@" + repr(float(use.weight)).removesuffix(".0")
+    weight = "" if use.weight == 1.0 else f"@{plain_number(use.weight)}"
     return f"{prefix}{use.layer}{last}{repeated}{weight}"
