@@ -64,10 +64,10 @@ def test_perplexity_is_that_under_the_adapters(folder: Path, tmp_path: Path, cap
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--adapter", "{}/storm:much"], "the weight after the colon must be a number, got 'much'"),
-        (["--adapter", "{}/storm:nan"], "must be a finite number"),
+        (["--adapter", "{}/storm:much"], "the weight after the colon must be a number at column"),
+        (["--adapter", "{}/storm:1e999"], "must be a finite number"),
         (["--adapter", "{}/nowhere"], "does not exist"),
-        (["--adapter", "{}/storm", "--adapter", "{}/storm"], "loaded already"),
+        (["--adapter", "{}/storm", "--adapter", "{}/storm"], "'storm' is named twice"),
         (["--adapters", "auto"], "name each with --adapter FOLDER"),
         (["--adapter", "{}/storm:0.5", "--adapters", "auto"], "auto runs all with weight 1"),
     ],

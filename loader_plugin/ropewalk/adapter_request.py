@@ -80,7 +80,8 @@ def parse_suffix(text: str, position: int, name: str) -> tuple[float | None, tup
         RequestError: as `parse_request`.
     """
     _check_length(text, name)
-    cursor = TextCursor(text, name, RequestError, "a folder, then :WEIGHT, then @INSTANCES, as in storm:0.5@10-11")
+    accepted = "a folder, then :WEIGHT, then @INSTANCES, as in storm:0.5@10-11"
+    cursor = TextCursor(text, name, RequestError, accepted, position)
     weight, instances = _weight(cursor), _instances(cursor)
     if not cursor.at_end:
         cursor.fail(cursor.position, "nothing may follow")

@@ -6,19 +6,19 @@ sets used last, so changing between them costs nothing.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ropewalk.adapter_request import AdapterUse, Request, checked_request
 from ropewalk.backends.protocol import Backend
 from ropewalk.config import ModelConfig
 from ropewalk.errors import RequestError
 from ropewalk.gptq import DenseLinear
-from ropewalk.layers import UNCHANGED
+from ropewalk.layers import UNCHANGED, LayerInstance
 from ropewalk.lora import EMBEDDING_MODULE, Adapter, LowRank
 from ropewalk.low_rank import (
     EmbeddingChange,
@@ -31,8 +31,9 @@ from ropewalk.low_rank import (
 )
 from ropewalk.tensor_table import FAMILY_TABLES, HEAD, layer_prefix, sizes
 
-Request = Sequence[tuple[str, float] | str]
-AdapterKey = tuple[tuple[int, float], ...]
+# What tells sets apart: (number of the loaded adapter, weight, instances or None) of each use, in one order.
+AdapterKey = tuple[tuple[int, float, tuple[int, ...] | None], ...]
+Chosen = tuple[tuple[int, float], ...]  # (number of the loaded adapter, weight) of those that change one thing
 
 KEPT_SETS = 8  # packed sets kept for reuse: each takes the memory of its matrices once more
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -40,29 +41,29 @@ GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelChange:
-    """What a weighted set of adapters changes; `key` tells sets apart. layers: by index of the weights."""
+    """What a weighted set of adapters changes; `key` tells sets apart. instances: by position in the layer order."""
 
     key: AdapterKey
-    layers: tuple[LayerChange, ...]
+    instances: tuple[LayerChange, ...]
     embeddings: EmbeddingChange | None
     head: HeadChange | None
 
-    def of_layer(self, weights_index: int) -> LayerChange:
-        """The change of a layer's weights. Layers lent by a second model come after the model's own: adapters were not
-        made for them."""
-        return self.layers[weights_index] if weights_index < len(self.layers) else UNCHANGED
-
 
 class AdapterSets:
-    """Loaded adapters by name, and their packed combinations."""
+    """Loaded adapters by name, and their packed combinations for the layer order that runs."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, instances: Sequence[LayerInstance]) -> None:
         self._config = config
         self._backend = backend
         self._loaded: dict[str, tuple[int, Adapter]] = {}
         self._num_loads = 0
+        self.set_instances(instances)
+
+    def set_instances(self, instances: Sequence[LayerInstance]) -> None:
+        """The layer instances that run from now on. Sets are laid out anew when they are next asked for."""
+        self._instances = tuple(instances)
         self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
-        self._unchanged = ModelChange((), (UNCHANGED,) * config.num_layers, None, None)
+        self._unchanged = ModelChange((), (UNCHANGED,) * len(self._instances), None, None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,30 +90,23 @@ class AdapterSets:
         """
         number, _ = self._known(name)
         del self._loaded[name]
-        self._packed = OrderedDict((key, change) for key, change in self._packed.items() if number not in dict(key))
+        kept = ((key, change) for key, change in self._packed.items() if all(use[0] != number for use in key))
+        self._packed = OrderedDict(kept)
 
     def key(self, request: Request | None) -> AdapterKey:
         """The set in the order of loading, so that equal sets give equal bits; weights of 0 leave an adapter out.
 
         Raises:
-            RequestError: not a list of names or (name, weight), an unknown name, one twice, a weight that is no number.
+            RequestError: as `checked_request`; an adapter that is not loaded; instances that the layer order does not
+                have, or that run layers of a second model.
         """
-        if request is None:
-            return ()
-        if isinstance(request, (str, Mapping)) or not isinstance(request, Sequence):
-            raise RequestError(
-                f'adapters must be a list such as [("storm", 1.0), ("poet", 0.5)] or None, got {request!r:.80}'
-            )
-        weights: dict[int, float] = {}
-        for item in request:
-            name, weight = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, 1.0)
-            number, _ = self._known(name)
-            if number in weights:
-                raise RequestError(f"adapters: {name!r} is named twice: give it once, with one weight")
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise RequestError(f"adapters: the weight of {name!r} must be a finite number, got {weight!r:.80}")
-            weights[number] = float(weight)
-        return tuple(sorted((number, weight) for number, weight in weights.items() if weight != 0.0))
+        uses = []
+        for use in checked_request(request):
+            number, _ = self._known(use.name)
+            self._check_instances(use)
+            if use.weight != 0.0:
+                uses.append((number, use.weight, use.instances))
+        return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
 
     def change(self, key: AdapterKey) -> ModelChange:
         """The set of that key, laid out for the backend."""
@@ -125,33 +119,63 @@ class AdapterSets:
         self._packed.move_to_end(key)
         return self._packed[key]
 
-    def _known(self, name: Any) -> tuple[int, Adapter]:
+    def _known(self, name: str) -> tuple[int, Adapter]:
         if not isinstance(name, str) or name not in self._loaded:
             loaded = ", ".join(map(repr, self._loaded)) or "none"
             raise RequestError(f"adapters: no adapter {name!r:.80} is loaded (loaded: {loaded})")
         return self._loaded[name]
 
-    def _pack(self, key: AdapterKey) -> ModelChange:
-        by_number = dict(self._loaded.values())
-        chosen = [(by_number[number], weight) for number, weight in key]
-        size, table = sizes(self._config), FAMILY_TABLES[self._config.family]
-        entries = {entry.field: entry for entry in table.linears}
+    def _check_instances(self, use: AdapterUse) -> None:
+        count = len(self._instances)
+        for position in use.instances or ():
+            if position >= count:
+                raise RequestError(
+                    f"adapters: {str(use)!r:.80}: there is no layer instance {position}: the layer order that runs "
+                    f"has {count}, counted from 0 to {count - 1}"
+                )
+            if self._instances[position].weights_index >= self._config.num_layers:
+                raise RequestError(
+                    f"adapters: {str(use)!r:.80}: the layer instance {position} is of the second model, for which "
+                    "adapters are not made"
+                )
 
-        def group(prefix: str, fields: Sequence[str]) -> PackedLowRank | None:
-            linears = [_low_ranks(chosen, prefix + entries[field].name) for field in fields]
+    def _pack(self, key: AdapterKey) -> ModelChange:
+        everywhere = tuple((number, weight) for number, weight, instances in key if instances is None)
+        packed: dict[tuple[int, Chosen], LayerChange] = {}
+        changes = []
+        for position, instance in enumerate(self._instances):
+            # Layers lent by a second model come after the model's own: adapters were not made for them.
+            own = instance.weights_index < self._config.num_layers
+            chosen = tuple(use[:2] for use in key if own and (use[2] is None or position in use[2]))
+            place = (instance.weights_index, chosen)
+            if place not in packed:
+                packed[place] = self._pack_layer(*place) if chosen else UNCHANGED
+            changes.append(packed[place])
+        return ModelChange(key, tuple(changes), self._pack_embeddings(everywhere), self._pack_head(everywhere))
+
+    def _adapters(self, chosen: Chosen) -> list[tuple[Adapter, float]]:
+        by_number = dict(self._loaded.values())
+        return [(by_number[number], weight) for number, weight in chosen]
+
+    def _pack_layer(self, index: int, chosen: Chosen) -> LayerChange:
+        adapters, size = self._adapters(chosen), sizes(self._config)
+        entries = {entry.field: entry for entry in FAMILY_TABLES[self._config.family].linears}
+
+        def group(fields: Sequence[str]) -> PackedLowRank | None:
+            linears = [_low_ranks(adapters, layer_prefix(index) + entries[field].name) for field in fields]
             return pack_low_rank(self._backend, linears, [size[entries[field].outputs] for field in fields])
 
-        layers = [
-            LayerChange(**{name: group(layer_prefix(index), fields) for name, fields in GROUPS.items()})
-            for index in range(self._config.num_layers)
-        ]
-        embeddings = [(adapter.embeddings, weight) for adapter, weight in chosen if adapter.embeddings is not None]
-        packed = pack_embedding_change(self._backend, embeddings, _tables(chosen, EMBEDDING_MODULE))
-        return ModelChange(key, tuple(layers), packed, self._pack_head(chosen))
+        return LayerChange(**{name: group(fields) for name, fields in GROUPS.items()})
 
-    def _pack_head(self, chosen: Sequence[tuple[Adapter, float]]) -> HeadChange | None:
-        low_rank = pack_low_rank(self._backend, [_low_ranks(chosen, HEAD)], [self._config.vocab_size])
-        tables = _tables(chosen, HEAD)
+    def _pack_embeddings(self, chosen: Chosen) -> EmbeddingChange | None:
+        adapters = self._adapters(chosen)
+        low_ranks = [(adapter.embeddings, weight) for adapter, weight in adapters if adapter.embeddings is not None]
+        return pack_embedding_change(self._backend, low_ranks, _tables(adapters, EMBEDDING_MODULE))
+
+    def _pack_head(self, chosen: Chosen) -> HeadChange | None:
+        adapters = self._adapters(chosen)
+        low_rank = pack_low_rank(self._backend, [_low_ranks(adapters, HEAD)], [self._config.vocab_size])
+        tables = _tables(adapters, HEAD)
         if low_rank is None and not tables:
             return None
         packed = tuple((self._backend.pack([DenseLinear(HEAD, table, None)]), weight) for table, weight in tables)

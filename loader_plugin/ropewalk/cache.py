@@ -37,11 +37,11 @@ class Frequencies:
 class Origin:
     """Equal exactly when equal tokens give equal keys and values.
 
-    adapters: (number of the loaded adapter, weight) of each, in the order of the numbers.
+    adapters: (number of the loaded adapter, weight, instances or None for all) of each, in the order of the numbers.
     """
 
     frequencies: Frequencies
-    adapters: tuple[tuple[int, float], ...] = ()
+    adapters: tuple[tuple[int, float, tuple[int, ...] | None], ...] = ()
 
 
 class KvCache:

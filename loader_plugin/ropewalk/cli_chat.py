@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ropewalk.adapters import Request
+from ropewalk.adapter_request import Request
 from ropewalk.chat import load_chat_template
 from ropewalk.cli_options import load, load_adapters, note, progress_bar, sampling_params
 from ropewalk.engine import Engine
@@ -26,7 +26,7 @@ class Conversation:
     """The messages of a chat, cut from the front when they outgrow the context."""
 
     def __init__(
-        self, engine: Engine, params: SamplingParams, system: str | None, adapters: Request | str | None = None
+        self, engine: Engine, params: SamplingParams, system: str | None, adapters: Request | None = None
     ) -> None:
         self.engine = engine
         self.adapters = adapters

@@ -82,8 +82,9 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None
         "--adapter",
         action="append",
         default=[],
-        metavar="FOLDER[:WEIGHT]",
-        help="use this LoRA (a PEFT folder); may be repeated, and all are added up",
+        metavar="FOLDER[:WEIGHT][@INSTANCES]",
+        help="use this LoRA (a PEFT folder), on these layer instances only (such as 10-11); may be repeated, and all "
+        "are added up",
     )
     if routes:
         group.add_argument(
@@ -142,38 +143,41 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_adapters(args: argparse.Namespace, model: Any) -> list[tuple[str, float]] | str:
-    """Load what --adapter names into the model; the `adapters` of its requests.
+def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:
+    """Load what --adapter names into the model; the `adapters` of its requests. A folder given twice is loaded once.
 
     Raises:
-        RequestError: a weight that is no number, or one where --adapters auto chooses. Others as `Model.load_adapter`.
+        RequestError: a weight or instances that are none, or given where --adapters auto chooses; a folder twice for the
+            same instances. Others as `Model.load_adapter`.
     """
+    from ropewalk.adapter_request import checked_request
+
     auto = getattr(args, "adapters", "all") == "auto"
     if auto and not args.adapter:
         raise RequestError(
             "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
         )
-    folders = [_folder_and_weight(given) for given in args.adapter]
-    last_parts = [folder.name for folder, _ in folders]
-    chosen = []
-    for folder, weight in folders:
-        if auto and weight is not None:
-            raise RequestError(f"--adapter {folder}:{weight:g}: --adapters auto runs all with weight 1, leave it out")
-        name = folder.name if last_parts.count(folder.name) == 1 else str(folder)
+    given = [_adapter_option(text) for text in args.adapter]
+    folders = list(dict.fromkeys(folder for folder, _, _ in given))
+    last_parts = [folder.name for folder in folders]
+    names = {folder: folder.name if last_parts.count(folder.name) == 1 else str(folder) for folder in folders}
+    for text, (_, weight, instances) in zip(args.adapter, given, strict=True):
+        if auto and not weight is instances is None:
+            raise RequestError(f"--adapter {text}: --adapters auto runs all with weight 1, and everywhere: give folders")
+    chosen = [(names[folder], 1.0 if weight is None else weight, instances) for folder, weight, instances in given]
+    checked_request(chosen)
+    for folder, name in names.items():
         model.load_adapter(folder, name)
-        chosen.append((name, 1.0 if weight is None else weight))
     return "auto" if auto else chosen
 
 
-def _folder_and_weight(given: str) -> tuple[Path, float | None]:
-    """A folder whose name ends in a colon and more is taken as it is, if it exists."""
-    folder, colon, weight = given.rpartition(":")
-    if not colon or Path(given).is_dir():
-        return Path(given), None
-    try:
-        return Path(folder), float(weight)
-    except ValueError as error:
-        raise RequestError(f"--adapter {given}: the weight after the colon must be a number, got {weight!r}") from error
+def _adapter_option(text: str) -> tuple[Path, float | None, tuple[int, ...] | None]:
+    """FOLDER[:WEIGHT][@INSTANCES]. The signs may be part of a folder's name: the longest folder that exists counts."""
+    from ropewalk.adapter_request import parse_suffix
+
+    places = [i for i in range(text.rfind("/") + 1, len(text)) if text[i] in ":@"]
+    end = next((i for i in reversed([*places, len(text)]) if Path(text[:i]).is_dir()), (*places, len(text))[0])
+    return Path(text[:end]), *parse_suffix(text, end, "--adapter")
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ropewalk.adapters import Request
+from ropewalk.adapter_request import AdapterUse, Request, checked_request
 from ropewalk.chat import ChatTemplate, Message, load_chat_template, named_template
 from ropewalk.chat_formats import NAMED_FORMATS
 from ropewalk.errors import RequestError, UnsupportedError
@@ -121,15 +121,15 @@ class Engine:
         params: SamplingParams | None = None,
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
-        adapters: Request | str | None = None,
+        adapters: Request | None = None,
     ) -> TextStream:
         """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
 
         prompt: text (the bos token is added where the tokenizer's files say so), or token ids as they are.
         cancelled: asked between the steps of the model; True ends the reply with what there is.
         progress: called with (tokens done, tokens to do) while the prompt is read.
-        adapters: as for `Model.forward`; "auto" chooses the loaded adapter, or none, that finds the prompt least
-            surprising, and reports it as `routing` of the stream.
+        adapters: as for `Model.forward`, such as "storm+poet:0.5@10-11"; "auto" chooses the loaded adapter, or none,
+            that finds the prompt least surprising, and reports it as `routing` of the stream.
 
         Raises:
             RequestError: the prompt is empty, does not fit, or holds unknown ids; adapters that are not loaded.
@@ -143,7 +143,7 @@ class Engine:
         params: SamplingParams | None = None,
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
-        adapters: Request | str | None = None,
+        adapters: Request | None = None,
     ) -> Completion:
         """The whole reply at once; arguments and errors as for `stream`."""
         return self.stream(prompt, params, cancelled, progress, adapters).complete()
@@ -154,7 +154,7 @@ class Engine:
         params: SamplingParams | None = None,
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
-        adapters: Request | str | None = None,
+        adapters: Request | None = None,
         **variables: Any,
     ) -> TextStream:
         """The assistant's next turn, as a stream. `variables` are handed to the chat template, the rest is as for
@@ -179,15 +179,14 @@ class Engine:
         params: SamplingParams | None,
         cancelled: Cancelled | None,
         progress: Progress | None,
-        adapters: Request | str | None,
+        adapters: Request | None,
     ) -> TextStream:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
         ids = checked_prompt(self.model, self.cache, prompt_ids)
-        if isinstance(adapters, str) and adapters != AUTO:
-            raise RequestError(f'adapters must be a list of names or (name, weight), or "{AUTO}", got {adapters!r:.80}')
-        self._last = _Request(ids, params, cancelled or (lambda: False), progress, adapters)
+        chosen = AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
+        self._last = _Request(ids, params, cancelled or (lambda: False), progress, chosen)
         return TextStream(self, self._last)
 
     def _acquire(self, cancelled: Callable[[], bool]) -> bool:
@@ -215,7 +214,7 @@ class _Request:
     params: SamplingParams
     cancelled: Cancelled
     progress: Progress | None
-    adapters: Request | str | None
+    adapters: str | tuple[AdapterUse, ...]
     routing: Routing | None = None
     generation: Generation | None = None
     finish_reason: str | None = None

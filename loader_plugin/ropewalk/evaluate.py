@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ropewalk.adapters import Request
+from ropewalk.adapter_request import Request
 from ropewalk.cache import KvCache
 from ropewalk.errors import CheckpointError, RequestError
 from ropewalk.generate import Cancelled, Progress

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ropewalk.adapters import Request
+from ropewalk.adapter_request import Request
 from ropewalk.config import ModelConfig
 from ropewalk.errors import RequestError
 from ropewalk.model import checked_token_ids

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ropewalk.adapters import AdapterSets, ModelChange, Request
+from ropewalk.adapter_request import Request
+from ropewalk.adapters import AdapterSets, ModelChange
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.cache import Frequencies, KvCache, Origin, cache_bytes, new_stores
 from ropewalk.config import ModelConfig
@@ -91,7 +92,7 @@ class Model:
         self.cache_type = limits.cache_type
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
-        self._adapters = AdapterSets(config, backend)
+        self._adapters = AdapterSets(config, backend, self.instances)
 
     def set_layer_order(
         self,
@@ -110,6 +111,7 @@ class Model:
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         self.instances = instances_of(order, self.config.num_layers)
         self.layer_order = order
+        self._adapters.set_instances(self.instances)
 
     @property
     def weight_bytes(self) -> int:
@@ -226,7 +228,8 @@ class Model:
             that were complete, and can be used further.
         seq_len: the length that later calls will reach, where one sequence is handed over in several: RoPE methods that
             depend on the length then take it from the start (default: the length that this call reaches).
-        adapters: loaded adapters with their weights, such as [("storm", 1.0), ("poet", 0.5)]; a name alone counts 1.
+        adapters: loaded adapters with their weights and, where they are not for every layer, the layer instances:
+            [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see `adapter_request`).
 
         Raises:
             RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
@@ -258,12 +261,11 @@ class Model:
         rotation = Rotation(*(torch.from_numpy(table).to(device) for table in tables))  # [T, R/2] each
         token_ids = torch.tensor(ids, device=device)
         x = embed_changed(self.backend, self.weights.embeddings, token_ids, change.embeddings)  # [T, C]
-        for done, instance in enumerate(self.instances):
+        for done, (instance, changed) in enumerate(zip(self.instances, change.instances, strict=True)):
             if steps.is_cancelled():
                 return None
             layer, kv = self.weights.layers[instance.weights_index], cache.stores[instance.cache_index]
-            of_layer = change.of_layer(instance.weights_index)
-            run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight, of_layer)
+            run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight, changed)
             steps.report(done + 1)
         return x
 
