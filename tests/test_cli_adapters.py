@@ -70,6 +70,8 @@ def test_perplexity_is_that_under_the_adapters(folder: Path, tmp_path: Path, cap
         (["--adapter", "{}/storm", "--adapter", "{}/storm"], "'storm' is named twice"),
         (["--adapters", "auto"], "name each with --adapter FOLDER"),
         (["--adapter", "{}/storm:0.5", "--adapters", "auto"], "auto runs all with weight 1"),
+        (["--adapter", "{}/storm@1", "--adapters", "auto"], "and everywhere: give folders"),
+        (["--adapter", "{}/storm@x"], "the number of a layer instance is needed"),
     ],
 )
 def test_wrong_options_are_explained(folder: Path, capsys, options: list[str], message: str) -> None:
@@ -89,3 +91,16 @@ def test_chat_uses_adapters(folder: Path, capsys: pytest.CaptureFixture[str], mo
 
     assert reply() != reply("--adapter", str(folder / "storm"))
     assert reply("--adapter", str(folder / "storm"), "--adapters", "auto")
+
+
+def test_instances_are_given_behind_an_at_sign(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storm, order = str(folder / "storm"), ["--layer-order", "0,1,1"]
+    plain = generated(folder, capsys, *order)[1]
+    texts = [
+        generated(folder, capsys, *order, "--adapter", f"{storm}{suffix}")[1] for suffix in ("", "@0-2", "@1", "@2")
+    ]
+    assert texts[0] == texts[1] and len({plain, *texts}) == 4
+    apart = [f"--adapter={storm}:1@0-1", f"--adapter={storm}@2"]  # one folder, two uses
+    assert generated(folder, capsys, *order, *apart)[1] == texts[0]
+    code, _, notes = generated(folder, capsys, *order, "--adapter", f"{storm}@2-3")
+    assert code == 2 and "there is no layer instance 3" in notes

@@ -148,7 +148,9 @@ def _instances(cursor: TextCursor) -> tuple[int, ...] | None:
         at, first = cursor.integer("the number of a layer instance")
         last_at, last = cursor.integer("the number of a layer instance") if cursor.accepts("-") else (at, first)
         if max(first, last) >= MAX_INSTANCES:
-            cursor.fail(at if first >= MAX_INSTANCES else last_at, f"there are never more than {MAX_INSTANCES} instances")
+            cursor.fail(
+                at if first >= MAX_INSTANCES else last_at, f"there are never more than {MAX_INSTANCES} instances"
+            )
         if last < first:
             cursor.fail(last_at, f"a range counts up: {last} comes before {first}")
         found.update(range(first, last + 1))

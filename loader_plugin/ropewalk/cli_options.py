@@ -163,7 +163,9 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
     names = {folder: folder.name if last_parts.count(folder.name) == 1 else str(folder) for folder in folders}
     for text, (_, weight, instances) in zip(args.adapter, given, strict=True):
         if auto and not weight is instances is None:
-            raise RequestError(f"--adapter {text}: --adapters auto runs all with weight 1, and everywhere: give folders")
+            raise RequestError(
+                f"--adapter {text}: --adapters auto runs all with weight 1, and everywhere: give folders"
+            )
     chosen = [(names[folder], 1.0 if weight is None else weight, instances) for folder, weight, instances in given]
     checked_request(chosen)
     for folder, name in names.items():
