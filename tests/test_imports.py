@@ -30,6 +30,7 @@ ORDER = [
     *("sampling", "generate", "evaluate", "routing"),
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
     *("chat_formats", "chat", "stops", "engine"),
+    *("hf.history", "hf.reply_clock", "hf.runner", "hf.refusals", "hf.hf_config", "hf.causal_lm", "hf"),
     *("demo", "cli_options", "cli_chat", "cli", "__main__"),
 ]
 
@@ -38,6 +39,8 @@ LIBRARIES = {
     "chat": {"jinja2"},
     "cli_options": {"tqdm"},
     "export_layers": {"safetensors"},
+    "hf.causal_lm": {"transformers"},
+    "hf.hf_config": {"transformers"},
     "safetensors_file": {"safetensors"},
     "tokenizer_json": {"tokenizers"},
     "tokenizer_sentencepiece": {"sentencepiece"},

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ropewalk.adapter_request import Request
-from ropewalk.adapters import AdapterSets, ModelChange
+from ropewalk.adapters import AdapterKey, AdapterSets, ModelChange
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.cache import Frequencies, KvCache, Origin, cache_bytes, new_stores
 from ropewalk.config import ModelConfig
@@ -142,6 +142,14 @@ class Model:
         if trained_for is not None:
             self._compare_rope(name, adapter.source, trained_for)
         self._adapters.add(name, adapter)
+
+    def adapter_key(self, adapters: Request | None) -> AdapterKey:
+        """What tells a weighted set of loaded adapters from others: equal keys compute equal things.
+
+        Raises:
+            RequestError: not such a set, or a name that is not loaded.
+        """
+        return self._adapters.key(adapters)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. What it computed stays in caches, and is not used again.

@@ -1,0 +1,70 @@
+"""What transformers holds as `past_key_values`: the tokens of one sequence. Keys and values stay with the runner.
+
+A history can be kept, cropped and handed back at any time: whatever the runner's cache holds by then, the tokens say
+what has to be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+INITIAL_ROOM = 1024  # tokens
+
+
+class TokenHistory:
+    """Token ids computed so far, with the methods of a transformers `Cache` that its generation loops call."""
+
+    is_compileable = False  # there is no graph of torch to compile
+    is_croppable = True
+
+    def __init__(self, slot: str = "main") -> None:
+        self.slot = slot  # which of the runner's caches the sequence is computed in
+        self._ids = np.empty(INITIAL_ROOM, dtype=np.int64)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens, as a list of its own."""
+        return self._ids[: self._length].tolist()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens."""
+        return self._length
+
+    def crop(self, max_length: int) -> None:
+        """Forget tokens at the end: down to `max_length` of them, or, where it is negative, so many of them.
+
+        0 forgets nothing: transformers 5 says so where all candidates were right, and no version means "all" by it.
+        """
+        if max_length < 0:
+            self._length = max(0, self._length + max_length)
+        elif max_length > 0:
+            self._length = min(self._length, max_length)
+
+    def activate_past_recording(self) -> None:
+        """Asked of caches before tokens are rolled back; a history can always be."""
+
+    def common_prefix(self, ids: np.ndarray) -> int:
+        """How many leading tokens are those of ids: [T] integers."""
+        limit = min(self._length, len(ids))
+        differing = np.flatnonzero(self._ids[:limit] != ids[:limit])
+        return int(differing[0]) if len(differing) else limit
+
+    def truncate_(self, length: int) -> None:
+        """Keep the first `length` tokens, which may be none."""
+        self._length = min(self._length, length)
+
+    def extend_(self, ids: Sequence[int]) -> None:
+        """Append tokens."""
+        needed = self._length + len(ids)
+        if needed > len(self._ids):
+            room = np.empty(max(needed, 2 * len(self._ids)), dtype=np.int64)
+            room[: self._length] = self._ids[: self._length]
+            self._ids = room
+        self._ids[self._length : needed] = ids
+        self._length = needed
