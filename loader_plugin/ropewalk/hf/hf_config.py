@@ -23,7 +23,7 @@ OWN_KEYS = {
 
 def make_config(model: Model) -> PretrainedConfig:
     """The config.json of the folder without quantisation and RoPE scaling; max_position_embeddings is the context."""
-    facts: dict[str, Any] = {key: value for key, value in model.config.raw.items() if key not in OWN_KEYS}
+    facts: dict[str, Any] = {key: value for key, value in model.config.raw.items() if key not in OWN_KEYS | OTHER_KEYS}
     facts["max_position_embeddings"] = model.max_seq_len
     config = AutoConfig.for_model(model.config.family, **facts)
     config.name_or_path = str(_folder(model))
