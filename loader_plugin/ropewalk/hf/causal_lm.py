@@ -15,13 +15,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ropewalk.adapters import Request
 from ropewalk.errors import RequestError
-from ropewalk.generate import GenerationStats
+from ropewalk.generate import Cancelled, GenerationStats, Progress
 from ropewalk.hf.hf_config import make_config, make_generation_config
 from ropewalk.hf.history import TokenHistory
 from ropewalk.hf.refusals import RefusesTheRest, check_generation, check_mask, check_refused, one_sequence
 from ropewalk.hf.runner import GUIDANCE, Runner
 from ropewalk.loader import load_model
 from ropewalk.model import Model
+
+STEP_OPTIONS = ("use_cache", "logits_to_keep", "num_logits_to_keep")  # what `generate` hands on to every step
 
 
 def from_pretrained(folder: str | Path, **options: Any) -> RopewalkForCausalLM:
@@ -39,6 +41,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     """
 
     _supports_sdpa = True  # else transformers warns that attention is slow
+    _supports_cache_class = True  # asked for by transformers before 4.54 when a cache is handed back
 
     def __init__(self, model: Model) -> None:
         config = make_config(model)
@@ -112,6 +115,14 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         runner.model.adapter_key(adapters)
         runner.adapters = adapters
 
+    def watch(self, progress: Progress | None = None, cancelled: Cancelled | None = None) -> None:
+        """Be told while tokens are read, from now on; stopping criteria are asked only once a prompt has been read.
+
+        progress: called with (tokens done, tokens to do) after every layer. cancelled: asked before every layer; True
+            ends the call with a RequestError that begins with "cancelled", and keeps what was computed.
+        """
+        self._loaded.progress, self._loaded.cancelled = progress, cancelled
+
     def unload(self) -> None:
         """Free weights, caches and adapters. Any further call is refused; a second `unload` does nothing."""
         self._runner = None
@@ -135,6 +146,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
         return_dict: bool | None = None,
+        num_logits_to_keep: int | None = None,
         **refused: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Logits of one sequence, or with `labels` its loss.
@@ -144,6 +156,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         labels: [1, T], -100 where nothing is scored; the loss is the mean over the others but the first. The logits
             are then those of the last token only, since all of a long text would not fit into memory.
         logits_to_keep: for how many last tokens to give logits; 0: all. Within `generate` the default is 1.
+            num_logits_to_keep is its name in transformers before 4.48.
         Returns logits [1, kept, V] float32, `past_key_values` (unless use_cache is False), loss.
 
         Raises:
@@ -157,6 +170,8 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = runner.loss(ids, one_sequence(labels, "labels", len(ids)))
             past_key_values, logits_to_keep = None, 1
+        elif logits_to_keep is None:
+            logits_to_keep = num_logits_to_keep
         history = self._history(past_key_values)
         logits = runner.extend(history, ids, self._rows(logits_to_keep, len(ids)))[None]  # [1, kept, V]
         output = CausalLMOutputWithPast(
@@ -186,7 +201,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         history = TokenHistory() if past_key_values is None else past_key_values
         row = input_ids[0]
         history.truncate_(min(history.common_prefix(row.cpu().numpy()), len(row) - 1))
-        wanted = {name: kwargs[name] for name in ("use_cache", "logits_to_keep") if name in kwargs}
+        wanted = {name: kwargs[name] for name in STEP_OPTIONS if name in kwargs}
         return {
             "input_ids": input_ids[:, len(history) :],
             "past_key_values": history,

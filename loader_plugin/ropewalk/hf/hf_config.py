@@ -10,20 +10,15 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from ropewalk.model import Model
 
 # How weights are stored and positions scaled is ropewalk's own business, in spellings that transformers may refuse.
-OWN_KEYS = {
-    "model_type",
-    "quantization_config",
-    "rope_scaling",
-    "rope_parameters",
-    "layer_order",
-    "dtype",
-    "torch_dtype",
-}
+OWN_KEYS = {"quantization_config", "rope_scaling", "rope_parameters", "layer_order"}
+# The family is known by now; logits are float32, whatever the weights are.
+REPLACED_KEYS = {"model_type", "dtype", "torch_dtype"}
 
 
 def make_config(model: Model) -> PretrainedConfig:
     """The config.json of the folder without quantisation and RoPE scaling; max_position_embeddings is the context."""
-    facts: dict[str, Any] = {key: value for key, value in model.config.raw.items() if key not in OWN_KEYS | OTHER_KEYS}
+    left_out = OWN_KEYS | REPLACED_KEYS
+    facts: dict[str, Any] = {key: value for key, value in model.config.raw.items() if key not in left_out}
     facts["max_position_embeddings"] = model.max_seq_len
     config = AutoConfig.for_model(model.config.family, **facts)
     config.name_or_path = str(_folder(model))

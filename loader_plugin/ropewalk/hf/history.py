@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import DynamicCache
 
 INITIAL_ROOM = 1024  # tokens
 
 
-class TokenHistory:
-    """Token ids computed so far, with the methods of a transformers `Cache` that its generation loops call."""
+class TokenHistory(DynamicCache):
+    """Token ids computed so far, with the methods of a transformers `Cache` that its generation loops call.
+
+    It is a DynamicCache in name only, because transformers before 4.56 asks for that type before it crops.
+    """
 
     is_compileable = False  # there is no graph of torch to compile
     is_croppable = True
 
-    def __init__(self, slot: str = "main") -> None:
+    def __init__(self, slot: str = "main") -> None:  # not that of DynamicCache: there are no layers to set up
         self.slot = slot  # which of the runner's caches the sequence is computed in
         self._ids = np.empty(INITIAL_ROOM, dtype=np.int64)
         self._length = 0

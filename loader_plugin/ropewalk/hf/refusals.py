@@ -104,8 +104,11 @@ def check_generation(config: Any, model_kwargs: Mapping[str, Any]) -> None:
         if (getattr(config, name, None) or 1) > 1:
             raise UnsupportedError(f"{name}={getattr(config, name)}: {MANY}")
     check_refused({name: model_kwargs.get(name) for name in ("inputs_embeds", "encoder_outputs")})
-    asked = ("output_hidden_states", "output_attentions", "cache_implementation", "assistant_early_exit", "use_mtp")
+    asked = ("output_hidden_states", "output_attentions", "assistant_early_exit", "use_mtp")
     check_refused({name: getattr(config, name, None) for name in asked})
+    cache = getattr(config, "cache_implementation", None)
+    if cache is not None and not cache.startswith("dynamic"):  # which generate() sets for assistants
+        raise UnsupportedError(f"cache_implementation={cache!r}: a ropewalk model brings its own cache, leave it out")
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         check_mask(mask)

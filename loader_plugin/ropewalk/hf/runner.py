@@ -19,7 +19,7 @@ from ropewalk.adapters import AdapterKey, Request
 from ropewalk.cache import KvCache
 from ropewalk.errors import RequestError
 from ropewalk.evaluate import LOGITS_BYTES
-from ropewalk.generate import GenerationStats
+from ropewalk.generate import Cancelled, GenerationStats, Progress
 from ropewalk.hf.history import TokenHistory
 from ropewalk.hf.reply_clock import ReplyClock
 from ropewalk.model import Model, checked_token_ids
@@ -43,6 +43,8 @@ class Runner:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.adapters: Request | None = None
+        self.progress: Progress | None = None
+        self.cancelled: Cancelled | None = None
         self._slots: dict[str, _Slot] = {}
         self._step = threading.Lock()
         self._replies = threading.RLock()
@@ -108,7 +110,6 @@ class Runner:
         with self._step, torch.no_grad():
             history, slot = TokenHistory(), self._slot(MAIN)
             rest = self._rewind(slot, history, ids, len(ids) - first)
-            slot.holder = None
             return self._mean_nll(slot, rest, targets[len(ids) - len(rest) :])
 
     def _mean_nll(self, slot: _Slot, ids: list[int], targets: torch.Tensor) -> torch.Tensor:
@@ -119,9 +120,7 @@ class Runner:
             wanted = targets[first : first + block]
             scored = wanted != IGNORED_LABEL
             mode = "all" if bool(scored.any()) else "none"
-            logits = model.forward(
-                ids[first : first + block], slot.cache, mode, seq_len=start + len(ids), adapters=self.adapters
-            )  # [rows, V]
+            logits = self._forward(slot, ids[first : first + block], mode, start + len(ids))  # [rows, V] or None
             if logits is not None:
                 wanted, scored = wanted.to(logits.device), scored.to(logits.device)
                 losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED_LABEL)
@@ -157,13 +156,21 @@ class Runner:
 
     def _run(self, slot: _Slot, ids: list[int], keep: int) -> torch.Tensor:
         """Run tokens on top of the cache; logits of the last `keep`."""
-        forward, end = self.model.forward, slot.cache.length + len(ids)
-        try:
-            if keep == 1:
-                return forward(ids, slot.cache, "last", adapters=self.adapters)
-            if keep < len(ids):
-                forward(ids[:-keep], slot.cache, "none", seq_len=end, adapters=self.adapters)
-            return forward(ids[-keep:], slot.cache, "all", seq_len=end, adapters=self.adapters)
-        except BaseException:
-            slot.holder = None
-            raise
+        end = slot.cache.length + len(ids)
+        if keep == 1:
+            return self._forward(slot, ids, "last", None)
+        if keep < len(ids):
+            self._forward(slot, ids[:-keep], "none", end)
+        return self._forward(slot, ids[-keep:], "all", end)
+
+    def _forward(self, slot: _Slot, ids: list[int], mode: str, seq_len: int | None) -> torch.Tensor:
+        """`Model.forward`; whoever holds the slot holds it no longer where that does not come to its end."""
+        holder, slot.holder = slot.holder, None
+        end = slot.cache.length + len(ids)
+        logits = self.model.forward(
+            ids, slot.cache, mode, self.progress, self.cancelled, seq_len=seq_len, adapters=self.adapters
+        )
+        if slot.cache.length < end:
+            raise RequestError("cancelled: the function given as `cancelled` said so while tokens were read")
+        slot.holder = holder
+        return logits
