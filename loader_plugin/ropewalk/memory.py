@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 
@@ -47,3 +49,10 @@ def _container_bytes() -> int | None:
         if text.isdigit():
             return int(text)
     return None
+
+
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the system; glibc kept 60 MB of a model of 77 MB that was dropped."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

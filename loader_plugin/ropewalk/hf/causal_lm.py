@@ -21,6 +21,7 @@ from ropewalk.hf.history import TokenHistory
 from ropewalk.hf.refusals import RefusesTheRest, check_generation, check_mask, check_refused, one_sequence
 from ropewalk.hf.runner import GUIDANCE, Runner
 from ropewalk.loader import load_model
+from ropewalk.memory import return_freed_memory
 from ropewalk.model import Model
 
 STEP_OPTIONS = ("use_cache", "logits_to_keep", "num_logits_to_keep")  # what `generate` hands on to every step
@@ -126,6 +127,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     def unload(self) -> None:
         """Free weights, caches and adapters. Any further call is refused; a second `unload` does nothing."""
         self._runner = None
+        return_freed_memory()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Prompts are read in chunks whatever `prefill_chunk_size` says.
