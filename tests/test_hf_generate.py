@@ -281,6 +281,11 @@ def test_several_sequences_and_padding_are_refused(model) -> None:
         model.generate(tokens(5), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]), **GREEDY)
 
 
+def test_keys_and_values_of_another_model_are_refused(model) -> None:
+    with pytest.raises(RequestError, match="what an earlier call of this model returned, got DynamicCache"):
+        reply(model, tokens(5), past_key_values=transformers.DynamicCache())
+
+
 def test_a_typing_error_in_an_option_is_told(model) -> None:
     with pytest.raises(ValueError, match="max_new_tokenz"):
         reply(model, tokens(5), max_new_tokenz=3)

@@ -18,7 +18,14 @@ from ropewalk.errors import RequestError
 from ropewalk.generate import Cancelled, GenerationStats, Progress
 from ropewalk.hf.hf_config import make_config, make_generation_config
 from ropewalk.hf.history import TokenHistory
-from ropewalk.hf.refusals import RefusesTheRest, check_generation, check_mask, check_refused, one_sequence
+from ropewalk.hf.refusals import (
+    RefusesTheRest,
+    check_generation,
+    check_history,
+    check_mask,
+    check_refused,
+    one_sequence,
+)
 from ropewalk.hf.runner import GUIDANCE, Runner
 from ropewalk.loader import load_model
 from ropewalk.memory import return_freed_memory
@@ -215,18 +222,17 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         """Called by every version of `generate` once all options are known: what cannot be done is refused here."""
         check_generation(generation_config, model_kwargs)
         generation_config.prefill_chunk_size = None
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        past = model_kwargs.get("past_key_values")
+        if past is not None:
+            check_history(past)
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TokenHistory()
 
     def _history(self, past: TokenHistory | None) -> TokenHistory:
         """The tokens before those of a call. One within a reply that brings none is the first pass of guidance."""
         if past is None:
             return TokenHistory(GUIDANCE) if self._loaded.is_replying else TokenHistory()
-        if not isinstance(past, TokenHistory):
-            raise RequestError(
-                f"past_key_values must be what an earlier call of this model returned, got {type(past).__name__}"
-            )
-        return past
+        return check_history(past)
 
     def _rows(self, logits_to_keep: int | None, num_tokens: int) -> int:
         if logits_to_keep is None:

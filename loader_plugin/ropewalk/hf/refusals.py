@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ropewalk.errors import RequestError, UnsupportedError
+from ropewalk.hf.history import TokenHistory
 
 NO_TRAINING = "a ropewalk model cannot be trained: train with the original model, then load the adapter here"
 MANY = "only one sequence is run at a time: call once for each (their common beginning is computed once)"
@@ -80,6 +81,15 @@ def check_mask(mask: torch.Tensor | None) -> None:
             f"attention_mask hides {hidden} tokens, and padding is not supported: give the sequence without padding; "
             "if it only contains the padding token as text, pass attention_mask=torch.ones_like(input_ids)"
         )
+
+
+def check_history(past: Any) -> TokenHistory:
+    """Raises RequestError for keys and values of another model, which have no meaning here."""
+    if not isinstance(past, TokenHistory):
+        raise RequestError(
+            f"past_key_values must be what an earlier call of this model returned, got {type(past).__name__}"
+        )
+    return past
 
 
 def one_sequence(ids: Any, name: str, length: int | None = None) -> list[int]:
