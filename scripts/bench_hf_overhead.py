@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 import ropewalk
 import ropewalk.hf
 from benchmarking import print_head, spread
-from ropewalk.demo import demo_model_folder
+from ropewalk.demo import demo_model_path
 from ropewalk.generate import Generation
 from ropewalk.model import Model
 from ropewalk.sampling import SamplingParams
@@ -45,7 +45,7 @@ class Count(BaseStreamer):
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=demo_model_folder())
+    parser.add_argument("folder", type=Path, nargs="?", default=demo_model_path())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -238,6 +238,23 @@ def test_replies_of_several_threads_do_not_mix() -> None:
     assert results == {number: [guided[number] if number % 2 else expected[number]] * 3 for number in range(4)}
 
 
+def test_replies_wait_for_each_other_instead_of_reading_their_prompts_at_every_token(monkeypatch) -> None:
+    model = ours()
+    reply(model, tokens(5))
+    read, real = [], model.ropewalk_model.forward
+    monkeypatch.setattr(
+        model.ropewalk_model,
+        "forward",
+        lambda ids, *args, **options: read.append(len(ids)) or real(ids, *args, **options),
+    )
+    threads = [threading.Thread(target=reply, args=(model, tokens(60, seed=seed))) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sum(count > 1 for count in read) == 2 and len(read) == 2 * 24
+
+
 def test_a_reply_that_fails_leaves_the_next_one_unharmed() -> None:
     model = ours()
     expected = reply(model, tokens(12))

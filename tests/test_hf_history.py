@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_checkpoint import fresh_logits, ours
+from hf_checkpoint import fresh_logits, ours, tokens
+from ropewalk.errors import RequestError
 from ropewalk.hf import RopewalkForCausalLM, TokenHistory
 
 IDS = st.lists(st.integers(3, 9), min_size=1, max_size=12)  # few values, so that prefixes are common by chance
@@ -46,6 +47,21 @@ def test_any_order_of_calls_crops_and_swaps_gives_the_logits_of_a_fresh_run(mode
             if index is not None:
                 mirror[index] = whole
         assert [history.token_ids for history in histories] == mirror
+
+
+@pytest.mark.parametrize("failing", ["cancelled", "too long"])
+def test_a_call_that_fails_takes_nothing_from_a_history_that_others_continue(failing: str) -> None:
+    model = ours(max_input_len=8)
+    history = model(tokens(20)).past_key_values
+    if failing == "cancelled":
+        seen: list[int] = []
+        model.watch(lambda done, total: seen.append(done), lambda: len(seen) >= 3)
+    with pytest.raises(RequestError, match="cancelled" if failing == "cancelled" else "do not fit"):
+        model(tokens(30 if failing == "cancelled" else 257, seed=1))
+    model.watch()
+    out = model(tokens(5, seed=2), past_key_values=history)
+    whole = torch.cat([tokens(20), tokens(5, seed=2)], dim=1)[0].tolist()
+    assert torch.equal(out.logits[0], fresh_logits(model.ropewalk_model, whole)[20:])
 
 
 @given(IDS, IDS)
