@@ -181,6 +181,17 @@ def test_a_change_of_adapters_within_a_history_is_noticed(adapter) -> None:
     assert torch.equal(model(ids).logits[0, 15:], expected)
 
 
+def test_adapters_can_be_given_as_text_and_on_single_instances(adapter) -> None:
+    model, ids = ours(), tokens(20)
+    model.load_adapter_folder(adapter, "storm")
+    model.set_adapters("storm:0.5@1")
+    assert model.used_adapters == (("storm", 0.5, (1,)),)
+    expected = fresh_logits(model.ropewalk_model, ids[0].tolist(), adapters="storm:0.5@1")
+    assert torch.equal(model(ids).logits[0], expected)
+    model.set_adapters(model.used_adapters)
+    assert torch.equal(model(ids).logits[0], expected)
+
+
 def test_adapters_that_are_not_loaded_are_refused_and_those_in_use_stay(adapter) -> None:
     model = ours()
     model.load_adapter_folder(adapter, "storm")

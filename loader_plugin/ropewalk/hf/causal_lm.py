@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ropewalk.adapters import Request
+from ropewalk.adapter_request import Request, checked_request
 from ropewalk.errors import RequestError
 from ropewalk.generate import Cancelled, GenerationStats, Progress
 from ropewalk.hf.hf_config import make_config, make_generation_config
@@ -95,10 +95,10 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         return self.ropewalk_model.adapters
 
     @property
-    def used_adapters(self) -> tuple[tuple[str, float], ...]:
-        """The adapters in use, with their weights."""
-        request = self._loaded.adapters or ()
-        return tuple((item, 1.0) if isinstance(item, str) else (item[0], float(item[1])) for item in request)
+    def used_adapters(self) -> tuple[tuple[Any, ...], ...]:
+        """The adapters in use: (name, weight), and the instances where a use names them."""
+        uses = self._loaded.adapters
+        return tuple((use.name, use.weight) + ((use.instances,) if use.instances else ()) for use in uses)
 
     def load_adapter_folder(self, folder: str | Path, name: str, **options: Any) -> None:
         """Load a PEFT folder under a name; `set_adapters` then uses it. Options, errors: `Model.load_adapter`."""
@@ -111,17 +111,18 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
             RequestError: there is none of that name.
         """
         self.ropewalk_model.unload_adapter(name)
-        self._loaded.adapters = [item for item in self.used_adapters if item[0] != name]
+        self._loaded.adapters = tuple(use for use in self._loaded.adapters if use.name != name)
 
     def set_adapters(self, adapters: Request | None) -> None:  # PEFT's mixin has no method of this name
-        """Use these loaded adapters, such as [("storm", 1.0), ("poet", 0.5)], from now on; None: none.
+        """Use these loaded adapters from now on; None: none. For example "storm+poet:0.5", the same as
+        [("storm", 1.0), ("poet", 0.5)], or "storm@8-11" on some instances of the layer order.
 
         Raises:
-            RequestError: not such a list, or a name that is not loaded. Those in use stay.
+            RequestError: no such request, or a name that is not loaded. Those in use stay.
         """
         runner = self._loaded
         runner.model.adapter_key(adapters)
-        runner.adapters = adapters
+        runner.adapters = checked_request(adapters)
 
     def watch(self, progress: Progress | None = None, cancelled: Cancelled | None = None) -> None:
         """Be told while tokens are read, from now on; stopping criteria are asked only once a prompt has been read.

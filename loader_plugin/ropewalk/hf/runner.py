@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ropewalk.adapters import AdapterKey, Request
+from ropewalk.adapter_request import AdapterUse
+from ropewalk.adapters import AdapterKey
 from ropewalk.cache import KvCache
 from ropewalk.errors import RequestError
 from ropewalk.evaluate import LOGITS_BYTES
@@ -42,7 +43,7 @@ class Runner:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.adapters: Request | None = None
+        self.adapters: tuple[AdapterUse, ...] = ()
         self.progress: Progress | None = None
         self.cancelled: Cancelled | None = None
         self._slots: dict[str, _Slot] = {}
