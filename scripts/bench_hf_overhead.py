@@ -1,7 +1,7 @@
 """What transformers' `generate` adds to our own generation loop, per token.
 
     python scripts/bench_hf_overhead.py                     # the embedded model
-    python scripts/bench_hf_overhead.py FOLDER --prompt-tokens 1024
+    python scripts/bench_hf_overhead.py --prompt-tokens 8192 --max-seq-len 9000 --rounds 5
 
 Three works take turns: greedy replies of our own loop (`generate.Generation`), of `ropewalk.hf` through transformers'
 `generate`, and of transformers again with a tokens-only streamer. Each has a model of its own on the same files and
@@ -49,11 +49,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--max-seq-len", type=int, help="default: what the model declares")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print_head(f"transformers {transformers.__version__} over our own loop, {args.folder.name}")
-    loaded = [ropewalk.load_model(args.folder, threads=args.threads) for _ in range(3)]
+    loaded = [ropewalk.load_model(args.folder, args.max_seq_len, threads=args.threads) for _ in range(3)]
     prompt = torch.randint(3, loaded[0].config.vocab_size, (1, args.prompt_tokens), generator=torch.manual_seed(0))
     wrapped = [ropewalk.hf.RopewalkForCausalLM(model) for model in loaded[1:]]
     works = {
