@@ -20,7 +20,7 @@ def their_model(folder: Path, exact: dict[str, torch.Tensor]) -> torch.nn.Module
     raw = json.loads((folder / "config.json").read_text())
     raw.pop("quantization_config", None)
     config = transformers.AutoConfig.for_model(**raw, attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     missing, unexpected = model.load_state_dict(exact, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
