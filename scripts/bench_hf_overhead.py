@@ -1,7 +1,7 @@
 """What transformers' `generate` adds to our own generation loop, per token.
 
     python scripts/bench_hf_overhead.py                     # the embedded model
-    python scripts/bench_hf_overhead.py --prompt-tokens 8192 --max-seq-len 9000 --rounds 5
+    python scripts/bench_hf_overhead.py --prompt-tokens 4096 --max-seq-len 5000 --rounds 5
 
 Three works take turns: greedy replies of our own loop (`generate.Generation`), of `ropewalk.hf` through transformers'
 `generate`, and of transformers again with a tokens-only streamer. Each has a model of its own on the same files and
