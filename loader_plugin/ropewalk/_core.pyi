@@ -56,13 +56,26 @@ def pack_gptq(
 def dense_linear(weight: numpy.ndarray, type: str, bias: object) -> DenseLinear:
     """weight: [N, K] float32 for type "f32", uint16 (the bits) for "f16" and "bf16". bias: [N] float32 or None."""
 
+class LowRank:
+    """A low-rank change of a linear group, y += (x A) B, used where it lies."""
+
+    def __init__(self, a: numpy.ndarray, type: str, parts: Sequence[tuple[int, object]]) -> None:
+        """a: [R, K] float32 for type "f32", uint16 (the bits) for "f16". parts: N and B of each linear.
+
+        B: [ceil(N / 16), rank, 16] of the same type, or None; the ranks of all parts are those of A, in order.
+        """
+    def add(self, runtime: Runtime, x: numpy.ndarray, out: numpy.ndarray) -> None:
+        """out += the change; x: [T, K] float32. out: [T, N] float32, written."""
+    @property
+    def num_bytes(self) -> int: ...
+
 class LinearGroup:
     """Linears over one input, their outputs side by side."""
 
     def __init__(self, parts: Sequence[object]) -> None:
         """parts: PackedGptq and DenseLinear."""
-    def run(self, runtime: Runtime, compute: str, x: numpy.ndarray, out: numpy.ndarray) -> None:
-        """x: [T, K] float32. compute: "exact" or "int8". out: [T, N] float32, written."""
+    def run(self, runtime: Runtime, compute: str, x: numpy.ndarray, out: numpy.ndarray, change: object) -> None:
+        """x: [T, K] float32. compute: "exact" or "int8". out: [T, N] float32, written. change: a LowRank or None."""
     @property
     def in_features(self) -> int: ...
     @property

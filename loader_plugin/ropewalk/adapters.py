@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ropewalk.adapter_request import AdapterUse, Request, checked_request
-from ropewalk.backends.protocol import Backend
+from ropewalk.backends.protocol import Backend, PackedLowRank
 from ropewalk.config import ModelConfig
 from ropewalk.errors import RequestError
 from ropewalk.gptq import DenseLinear
@@ -24,7 +24,6 @@ from ropewalk.low_rank import (
     EmbeddingChange,
     HeadChange,
     LayerChange,
-    PackedLowRank,
     Weighted,
     pack_embedding_change,
     pack_low_rank,

@@ -16,7 +16,7 @@ import torch
 from ropewalk.backends.protocol import Backend, KvStore, PackedLinear
 from ropewalk.config import ModelConfig
 from ropewalk.layer_order import LayerOrder
-from ropewalk.low_rank import LayerChange, PackedLowRank, add_low_rank_
+from ropewalk.low_rank import LayerChange
 from ropewalk.tensors import LayerWeights
 
 # Rows of a chunk that go through a layer together. Fresh memory costs as much as it takes to compute its contents, and
@@ -153,7 +153,7 @@ def _attention(
 ) -> torch.Tensor:
     """x: [T, C], normalised -> [T, C]."""
     num_rows, num_heads, num_kv_heads = x.shape[0], layer.num_heads, layer.num_kv_heads
-    fused = _linear(x, backend, layer.qkv, change.qkv).view(num_rows, -1, layer.head_dim)  # [T, Hq + 2 * Hkv, D]
+    fused = backend.linear(x, layer.qkv, change.qkv).view(num_rows, -1, layer.head_dim)  # [T, Hq + 2 * Hkv, D]
     q, k, v = fused.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
     if layer.q_norm is not None:
         q = backend.rms_norm(q, layer.q_norm, layer.norm_eps)  # [T, Hq, D]
@@ -162,17 +162,10 @@ def _attention(
     backend.rotate_(q, rotation.cos, rotation.sin)
     backend.rotate_(k, rotation.cos, rotation.sin)
     backend.append_(kv, k, v, start)
-    return _linear(backend.attend(q, kv, start, layer.window), backend, layer.o, change.o)  # [T, C]
+    return backend.linear(backend.attend(q, kv, start, layer.window), layer.o, change.o)  # [T, C]
 
 
 def _mlp(x: torch.Tensor, backend: Backend, layer: PackedLayer, change: LayerChange) -> torch.Tensor:
     """x: [T, C], normalised -> [T, C]."""
-    gate_up = _linear(x, backend, layer.gate_up, change.gate_up)  # [T, 2 * I]
-    return _linear(backend.silu_mul(gate_up), backend, layer.down, change.down)
-
-
-def _linear(x: torch.Tensor, backend: Backend, weight: PackedLinear, change: PackedLowRank | None) -> torch.Tensor:
-    """x: [T, K] -> [T, N], with what the adapters add."""
-    y = backend.linear(x, weight)
-    add_low_rank_(y, x, backend, change)
-    return y
+    gate_up = backend.linear(x, layer.gate_up, change.gate_up)  # [T, 2 * I]
+    return backend.linear(backend.silu_mul(gate_up), layer.down, change.down)

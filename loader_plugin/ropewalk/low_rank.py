@@ -1,11 +1,10 @@
 """Low-rank changes in the layout of a backend: any number of adapters for the price of one of their summed rank.
 
-    y += ((x A^T) * s) B^T       A: [R, K], s: [R], B: [N, R]      R = sum of the ranks
+    y += (x A^T) B^T       A: [R, K], B: [N, R]      R = sum of the ranks
 
-The adapters of a set are concatenated along the rank; s holds weight * scale of the adapter that a rank belongs to, so
-that the matrices stay as stored. Linears that read the same input (q, k, v) share one product with A. Both products run
-as dense linears of the backend: float32 activations and accumulation in every compute mode, on inputs in their original
-order (act-order is the affair of the quantised weights).
+The adapters of a set are concatenated along the rank; weight and scale of each are multiplied into its B. Linears that
+read the same input (q, k, v) are changed together, so that the input is read once. Act-order is the affair of the
+quantised weights: a change reads the input in its original order.
 """
 
 from __future__ import annotations
@@ -15,29 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ropewalk.backends.protocol import Backend, PackedLinear
+from ropewalk.backends.protocol import Backend, LowRankPart, PackedLinear, PackedLowRank
 from ropewalk.gptq import DenseLinear
 from ropewalk.lora import LowRank
 
 Weighted = tuple[LowRank, float]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedPart:
-    """B of one linear: the ranks that it reads, and the columns of the output that it adds to."""
-
-    ranks: slice
-    columns: slice
-    b: PackedLinear
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedLowRank:
-    """The change of linears that read the same input. a: K to R; scales: [R] float32."""
-
-    a: PackedLinear
-    scales: torch.Tensor
-    parts: tuple[PackedPart, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,33 +58,20 @@ def pack_low_rank(
 
     linears: for each the adapters with their weights. widths: N of each.
     """
-    matrices, scales, parts = [], [], []
-    rank = column = 0
-    for weighted, width in zip(linears, widths, strict=True):
-        first = rank
-        for low_rank, weight in weighted:
-            matrices.append(low_rank.a)
-            scales += [low_rank.scale * weight] * low_rank.a.shape[0]
-            rank += low_rank.a.shape[0]
-        if weighted:
-            b = torch.cat([low_rank.b for low_rank, _ in weighted], dim=1)  # [N, ranks]
-            packed = backend.pack([DenseLinear("lora_B", b, None)])
-            parts.append(PackedPart(slice(first, rank), slice(column, column + width), packed))
-        column += width
-    if not parts:
+    first = next((low_rank for weighted in linears for low_rank, _ in weighted), None)
+    if first is None:
         return None
-    a = backend.pack([DenseLinear("lora_A", torch.cat(matrices), None)])
-    return PackedLowRank(a, torch.tensor(scales, dtype=torch.float32, device=backend.device), tuple(parts))
+    in_features = first.a.shape[1]
+    pairs = zip(linears, widths, strict=True)
+    return backend.pack_low_rank([_stacked(weighted, in_features, width) for weighted, width in pairs])
 
 
-def add_low_rank_(y: torch.Tensor, x: torch.Tensor, backend: Backend, change: PackedLowRank | None) -> None:
-    """Add the change to y: [T, N] float32, in place; x: [T, K] float32, the input of the linears."""
-    if change is None:
-        return
-    inner = backend.linear(x, change.a).mul_(change.scales)  # [T, R]
-    for part in change.parts:
-        ranks = inner if part.ranks == slice(0, inner.shape[1]) else inner[:, part.ranks].contiguous()  # [T, ranks]
-        y[:, part.columns].add_(backend.linear(ranks, part.b))
+def _stacked(weighted: Sequence[Weighted], in_features: int, out_features: int) -> LowRankPart:
+    """The adapters of one linear, one after the other along the rank."""
+    none = (torch.empty(0, in_features), torch.empty(out_features, 0))
+    a = torch.cat([none[0], *(low_rank.a.float() for low_rank, _ in weighted)])  # [r, K]
+    scaled = (low_rank.b.float() * (low_rank.scale * weight) for low_rank, weight in weighted)
+    return LowRankPart(a, torch.cat([none[1], *scaled], dim=1))
 
 
 def pack_embedding_change(
@@ -144,11 +112,12 @@ def head_changed(backend: Backend, x: torch.Tensor, head: PackedLinear, change: 
     """Logits of the changed head. x: [T, C] float32, normalised -> [T, V] float32."""
     if change is None:
         return backend.linear(x, head)
-    logits = None if change.tables and change.own == 0.0 else backend.linear(x, head)  # [T, V]
-    if change.tables:
-        logits = None if logits is None else logits.mul_(change.own)
-        for table, weight in change.tables:
-            part = backend.linear(x, table).mul_(weight)  # [T, V]
-            logits = part if logits is None else logits.add_(part)
-    add_low_rank_(logits, x, backend, change.low_rank)
+    if not change.tables:
+        return backend.linear(x, head, change.low_rank)
+    logits = backend.linear(x, head).mul_(change.own) if change.own != 0.0 else None  # [T, V]
+    for table, weight in change.tables:
+        part = backend.linear(x, table).mul_(weight)  # [T, V]
+        logits = part if logits is None else logits.add_(part)
+    if change.low_rank is not None:
+        backend.add_low_rank_(logits, x, change.low_rank)
     return logits

@@ -135,8 +135,8 @@ class Linear:
         self.out_features: int = self._group.out_features
         self.num_bytes: int = sum(part.num_bytes for part in parts)
 
-    def __call__(self, x: Array, compute: str = "int8") -> Array:
-        """y = x W + bias for every part.
+    def __call__(self, x: Array, compute: str = "int8", change: LowRank | None = None) -> Array:
+        """y = x W + bias for every part, and what the change adds.
 
         x: [T, K] float32, rows any distance apart. compute: "exact" multiplies float32 activations with exactly
         dequantised weights; "int8" quantises the activations per block of 32 in the order of the groups (scale =
@@ -144,8 +144,60 @@ class Linear:
         float32 activations. Returns [T, N] float32.
         """
         out = empty_like_kind(x, (checked_shape(x, "x", 2)[0], self.out_features))
-        self._group.run(self._runtime._core, compute, as_numpy(x), as_numpy(out))
+        core = None if change is None else change._core
+        self._group.run(self._runtime._core, compute, as_numpy(x), as_numpy(out), core)
         return out
+
+
+class LowRank:
+    """A low-rank change of the parts of a `Linear`: y += (x A^T) B^T.
+
+    parts: (A [r, K], B [N, r]) of each part in float32; r may be 0. dtype: "f32", or "f16", which halves what is read
+    (ranks are first brought to where float16 is most exact, by powers of two between A and B; matrices that do not fit
+    into it all the same stay in f32).
+    Products and sums are float32. The B of a part lies in tiles of 16 output features.
+
+    Raises:
+        ShapeError: no parts, none of a rank above 0, or matrices that disagree about their sizes.
+    """
+
+    def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: str = "f32") -> None:
+        for a, b in parts:
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[1] != parts[0][0].shape[1]:
+                raise ShapeError(f"A must be [r, K] and B [N, r], got {list(a.shape)} and {list(b.shape)}")
+        if not any(a.shape[0] for a, _ in parts):
+            raise ShapeError("a low-rank change needs a part of a rank above 0")
+        halves = [_balanced_halves(a, b) for a, b in parts] if dtype == "f16" else []
+        if halves and all(bool(matrix.isfinite().all()) for pair in halves for matrix in pair):
+            parts = halves
+        else:
+            dtype = "f32"
+        bits = torch.int16 if dtype == "f16" else torch.float32
+        kind = np.uint16 if dtype == "f16" else np.float32
+        a = torch.cat([a for a, _ in parts]).contiguous()  # [R, K]
+        tiles = [(b.shape[0], as_numpy(_tiles(b).view(bits)).view(kind) if b.shape[1] else None) for _, b in parts]
+        self._core = _core.LowRank(as_numpy(a.view(bits)).view(kind), dtype, tiles)
+        self.num_bytes: int = self._core.num_bytes
+
+    def add_(self, runtime: Runtime, y: Array, x: Array) -> None:
+        """Add the change alone to y: [T, N] float32, in place; x: [T, K] float32."""
+        self._core.add(runtime._core, as_numpy(x), as_numpy(y))
+
+
+def _balanced_halves(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, K] and B [N, r] in float16 with the same product: each rank's largest values in A and B are made alike."""
+    if not a.shape[0]:
+        return a.half(), b.half()
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = b.abs().amax(0).clamp_min(tiny).log2() - a.abs().amax(1).clamp_min(tiny).log2()  # [r]
+    factor = torch.exp2((ratio / 2).round())  # [r]
+    return (a * factor[:, None]).half(), (b / factor).half()
+
+
+def _tiles(b: torch.Tensor) -> torch.Tensor:
+    """B [N, r] -> [ceil(N / 16), r, 16], zero past N."""
+    padded = torch.nn.functional.pad(b, (0, 0, 0, -b.shape[0] % 16))  # [16 * tiles, r]
+    return padded.view(-1, 16, b.shape[1]).transpose(1, 2).contiguous()
 
 
 def rms_norm(runtime: Runtime, x: Array, weight: Array, eps: float) -> Array:

@@ -15,6 +15,10 @@ struct ShapeFailure : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw ShapeFailure(message);
+}
+
 using Shape = std::vector<int64_t>;
 
 inline Shape shape_of(const pybind11::array& array) { return {array.shape(), array.shape() + array.ndim()}; }

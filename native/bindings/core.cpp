@@ -7,31 +7,13 @@
 #include <limits>
 
 #include "checks.hpp"
+#include "linears.hpp"
 #include "ropewalk/operations.hpp"
 
 namespace py = pybind11;
 
 namespace ropewalk {
 namespace {
-
-constexpr int64_t kMostFeatures = int64_t{1} << 30;  // keeps every byte offset of a packed linear far from overflow
-
-Compute compute_named(const std::string& name) {
-  if (name == "exact") return Compute::exact;
-  if (name == "int8") return Compute::int8;
-  throw ShapeFailure("compute is '" + name + "'; accepted: 'exact', 'int8'");
-}
-
-FloatType float_type_named(const std::string& name) {
-  if (name == "f32") return FloatType::f32;
-  if (name == "f16") return FloatType::f16;
-  if (name == "bf16") return FloatType::bf16;
-  throw ShapeFailure("float type is '" + name + "'; accepted: 'f32', 'f16', 'bf16'");
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw ShapeFailure(message);
-}
 
 void check_groups(const int64_t* starts, int64_t num_groups, int64_t in_features) {
   require(starts[0] == 0 && starts[num_groups] == in_features,
@@ -88,72 +70,6 @@ std::shared_ptr<PackedGptq> pack_gptq(CpuRuntime& runtime, const py::array& qwei
   const py::gil_scoped_release release;
   return std::make_shared<PackedGptq>(runtime, source);
 }
-
-// A dense weight used where it lies: the array is kept alive.
-struct DenseLinear {
-  py::array weight, bias;
-  DenseWeights view{};
-};
-
-std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const std::string& type, const py::object& bias) {
-  auto dense = std::make_shared<DenseLinear>();
-  dense->weight = weight;
-  require(weight.ndim() == 2 && weight.shape(0) > 0 && weight.shape(1) > 0,
-          "weight must be a matrix with at least one row and column");
-  dense->view.type = float_type_named(type);
-  dense->view.out_features = weight.shape(0);
-  dense->view.in_features = weight.shape(1);
-  const std::vector<int64_t> shape{weight.shape(0), weight.shape(1)};
-  dense->view.weight = dense->view.type == FloatType::f32
-                           ? static_cast<const void*>(contiguous<float>(weight, "weight", shape))
-                           : contiguous<uint16_t>(weight, "weight", shape);
-  if (!bias.is_none()) {
-    dense->bias = bias.cast<py::array>();
-    dense->view.bias = contiguous<float>(dense->bias, "bias", {dense->view.out_features});
-  }
-  return dense;
-}
-
-// Linears over one input, their outputs side by side.
-class LinearGroup {
- public:
-  explicit LinearGroup(std::vector<py::object> parts) : owners_(std::move(parts)) {
-    require(!owners_.empty(), "a linear group needs at least one part");
-    for (const py::object& owner : owners_) {
-      if (py::isinstance<PackedGptq>(owner)) {
-        const auto* part = owner.cast<const PackedGptq*>();
-        check_in_features(part->weights().in_features);
-        plan_.add(*part);
-      } else {
-        require(py::isinstance<DenseLinear>(owner), "a part of a linear group is neither PackedGptq nor DenseLinear");
-        const auto* part = owner.cast<const DenseLinear*>();
-        check_in_features(part->view.in_features);
-        plan_.add(part->view);
-      }
-    }
-  }
-
-  void run(CpuRuntime& runtime, const std::string& compute, const py::array& x, py::array& out) const {
-    const Rows<const float> rows = rows_of(x, "x", in_features_);
-    const Rows<float> target = writable_rows(out, "out", rows.num_rows, plan_.out_features());
-    const Compute mode = compute_named(compute);
-    const py::gil_scoped_release release;
-    linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
-  }
-
-  int64_t in_features() const { return in_features_; }
-  int64_t out_features() const { return plan_.out_features(); }
-
- private:
-  void check_in_features(int64_t in_features) {
-    require(in_features_ == 0 || in_features == in_features_, "the parts of a linear group read different inputs");
-    in_features_ = in_features;
-  }
-
-  std::vector<py::object> owners_;
-  LinearPlan plan_;
-  int64_t in_features_ = 0;
-};
 
 void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weight, float epsilon, py::array& out) {
   require(weight.ndim() == 1 && weight.shape(0) > 0, "weight must have one dimension and at least one element");
@@ -323,9 +239,16 @@ PYBIND11_MODULE(_core, m) {
         py::arg("bias"));
   m.def("dense_linear", &dense_linear, py::arg("weight"), py::arg("type"), py::arg("bias"));
 
+  py::class_<LowRank>(m, "LowRank")
+      .def(py::init<const py::array&, const std::string&, const std::vector<std::pair<int64_t, py::object>>&>(),
+           py::arg("a"), py::arg("type"), py::arg("parts"))
+      .def("add", &LowRank::add, py::arg("runtime"), py::arg("x"), py::arg("out"))
+      .def_property_readonly("num_bytes", &LowRank::num_bytes);
+
   py::class_<LinearGroup>(m, "LinearGroup")
       .def(py::init<std::vector<py::object>>(), py::arg("parts"))
-      .def("run", &LinearGroup::run, py::arg("runtime"), py::arg("compute"), py::arg("x"), py::arg("out"))
+      .def("run", &LinearGroup::run, py::arg("runtime"), py::arg("compute"), py::arg("x"), py::arg("out"),
+           py::arg("change"))
       .def_property_readonly("in_features", &LinearGroup::in_features)
       .def_property_readonly("out_features", &LinearGroup::out_features);
 

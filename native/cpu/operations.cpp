@@ -83,18 +83,58 @@ void describe(Prepared& input, Compute compute, const float* x, int64_t x_stride
   input.args.group_sums = reinterpret_cast<float*>(scratch + input.group_sums);
 }
 
-void prepare_inputs(CpuRuntime& runtime, std::vector<Prepared>& inputs, Compute compute, const float* x,
-                    int64_t x_stride, int64_t num_rows) {
+// x, and where the product with A of a low-rank change goes: [T][R].
+struct Inner {
+  const LowRankWeights* change;  // or null
+  DenseLinearArgs args{};
+  int64_t place = 0;
+};
+
+void describe(Inner& inner, const float* x, int64_t x_stride, uint8_t* scratch) {
+  const DenseWeights& a = inner.change->a;
+  float* out = reinterpret_cast<float*>(scratch + inner.place);
+  inner.args = {a.weight, a.type, a.in_features, a.out_features, nullptr, x, x_stride, out, a.out_features};
+}
+
+// What the parts of a linear share, in one job for all threads: the prepared activations, and the inner product.
+void run_shared(CpuRuntime& runtime, std::vector<Prepared>& inputs, Inner& inner, Compute compute, const float* x,
+                int64_t x_stride, int64_t num_rows) {
+  constexpr int64_t kRows = 8, kRanks = 4;  // of one item
   Places places;
   for (Prepared& input : inputs) reserve(input, compute, num_rows, places);
+  const int64_t num_ranks = inner.change != nullptr ? inner.change->a.out_features : 0;
+  inner.place = places.take(num_rows * num_ranks * 4);
   uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
-  for (Prepared& input : inputs) {
-    describe(input, compute, x, x_stride, scratch);
-    if (read_in_place(input, compute)) continue;
-    runtime.pool().run(num_rows, num_rows == 1 ? 1 : 8, [&](int64_t begin, int64_t end, int) {
-      runtime.table().prepare(input.args, begin, end);
-    });
+  for (Prepared& input : inputs) describe(input, compute, x, x_stride, scratch);
+  if (num_ranks != 0) describe(inner, x, x_stride, scratch);
+  std::vector<const PrepareArgs*> prepared;
+  for (const Prepared& input : inputs) {
+    if (!read_in_place(input, compute)) prepared.push_back(&input.args);
   }
+  const int64_t row_items = ceil_div(num_rows, kRows), rank_items = ceil_div(num_ranks, kRanks);
+  const int64_t prepare_items = static_cast<int64_t>(prepared.size()) * row_items;
+  const int64_t inner_items = ceil_div(num_rows, kPanelRows) * rank_items;
+  runtime.pool().run(prepare_items + inner_items, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t item = begin; item < end; ++item) {
+      if (item < prepare_items) {
+        const int64_t row = item % row_items * kRows;
+        runtime.table().prepare(*prepared[static_cast<size_t>(item / row_items)], row, std::min(row + kRows, num_rows));
+      } else {
+        const int64_t row = (item - prepare_items) / rank_items * kPanelRows;
+        const int64_t rank = (item - prepare_items) % rank_items * kRanks;
+        runtime.table().dense(inner.args, row, std::min(row + kPanelRows, num_rows), rank,
+                              std::min(rank + kRanks, num_ranks));
+      }
+    }
+  });
+}
+
+// The change of one part, as the kernel takes it; a rank of 0 if there is none.
+LowRankArgs part_change(const Inner& inner, size_t part, float* out, int64_t out_stride) {
+  if (inner.change == nullptr) return {};
+  const LowRankWeights::Part& p = inner.change->parts[part];
+  const float* ranks = inner.args.out + p.first_rank;
+  return {p.b, inner.change->type, p.rank, p.out_features, ranks, inner.args.out_stride, out, out_stride};
 }
 
 // Rows outside, tiles inside: a panel of prepared rows stays in cache while the weights stream past it.
@@ -107,7 +147,7 @@ void run_panels(CpuRuntime& runtime, int64_t num_rows, int64_t num_items, int64_
 }
 
 void run_gptq(CpuRuntime& runtime, const PackedGptq& weights, const Prepared& input, Compute compute,
-              int64_t num_rows, float* out, int64_t out_stride) {
+              int64_t num_rows, const LowRankArgs& change, float* out, int64_t out_stride) {
   const bool in_place = read_in_place(input, compute);
   const PrepareArgs& p = input.args;
   const GptqLinearArgs args{
@@ -123,15 +163,19 @@ void run_gptq(CpuRuntime& runtime, const PackedGptq& weights, const Prepared& in
   const auto kernel = compute == Compute::int8 ? runtime.table().gptq_int8 : runtime.table().gptq_exact;
   const int64_t tiles = args.weights->num_tiles;
   run_panels(runtime, num_rows, tiles, even_chunk(runtime, tiles, 1),
-             [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) { kernel(args, row, row_end, begin, end); });
+             [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+               kernel(args, row, row_end, begin, end);
+               if (change.rank != 0) runtime.table().low_rank(change, row, row_end, begin, end);
+             });
 }
 
 void run_dense(CpuRuntime& runtime, const DenseWeights& w, const float* x, int64_t x_stride, int64_t num_rows,
-               float* out, int64_t out_stride) {
+               const LowRankArgs& change, float* out, int64_t out_stride) {
   const DenseLinearArgs args{w.weight, w.type, w.in_features, w.out_features, w.bias, x, x_stride, out, out_stride};
-  const int64_t chunk = round_up(even_chunk(runtime, w.out_features, 16), 4);
+  const int64_t chunk = round_up(even_chunk(runtime, w.out_features, 16), kLanes);  // whole tiles of a change
   run_panels(runtime, num_rows, w.out_features, chunk, [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     runtime.table().dense(args, row, row_end, begin, end);
+    if (change.rank != 0) runtime.table().low_rank(change, row, row_end, begin / kLanes, ceil_div(end, kLanes));
   });
 }
 
@@ -152,18 +196,40 @@ void LinearPlan::add(const DenseWeights& weights) {
 }
 
 void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
-            int64_t num_rows, float* out, int64_t out_stride) {
+            int64_t num_rows, float* out, int64_t out_stride, const LowRankWeights* change) {
   if (num_rows == 0) return;
   const std::lock_guard lock(runtime.mutex());
   std::vector<Prepared> inputs;
   for (const PackedGptq* weights : plan.inputs()) inputs.push_back({weights});
-  prepare_inputs(runtime, inputs, compute, x, x_stride, num_rows);
-  for (const LinearPlan::Part& part : plan.parts()) {
+  Inner inner{change};
+  run_shared(runtime, inputs, inner, compute, x, x_stride, num_rows);
+  for (size_t i = 0; i < plan.parts().size(); ++i) {
+    const LinearPlan::Part& part = plan.parts()[i];
+    float* target = out + part.column;
+    const LowRankArgs changed = part_change(inner, i, target, out_stride);
     if (part.gptq != nullptr) {
-      run_gptq(runtime, *part.gptq, inputs[part.input], compute, num_rows, out + part.column, out_stride);
+      run_gptq(runtime, *part.gptq, inputs[part.input], compute, num_rows, changed, target, out_stride);
     } else {
-      run_dense(runtime, *part.dense, x, x_stride, num_rows, out + part.column, out_stride);
+      run_dense(runtime, *part.dense, x, x_stride, num_rows, changed, target, out_stride);
     }
+  }
+}
+
+void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float* x, int64_t x_stride,
+                  int64_t num_rows, float* out, int64_t out_stride) {
+  if (num_rows == 0) return;
+  const std::lock_guard lock(runtime.mutex());
+  std::vector<Prepared> none;
+  Inner inner{&change};
+  run_shared(runtime, none, inner, Compute::exact, x, x_stride, num_rows);
+  for (size_t i = 0; i < change.parts.size(); out += change.parts[i++].out_features) {
+    const LowRankArgs args = part_change(inner, i, out, out_stride);
+    if (args.rank == 0) continue;
+    const int64_t tiles = ceil_div(args.out_features, kLanes);
+    run_panels(runtime, num_rows, tiles, even_chunk(runtime, tiles, 16),
+               [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+                 runtime.table().low_rank(args, row, row_end, begin, end);
+               });
   }
 }
 

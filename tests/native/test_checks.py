@@ -178,7 +178,7 @@ def test_a_linear_refuses_an_unknown_compute_mode():
 def test_the_core_refuses_an_output_that_does_not_fit(out, message):
     group = _core.LinearGroup([_core.dense_linear(f32(4, 8), "f32", None)])
     with refused(message):
-        group.run(CORE, "exact", f32(2, 8), out)
+        group.run(CORE, "exact", f32(2, 8), out, None)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from ropewalk.errors import ShapeError
 from ropewalk.gptq import GptqLinear
 
 if TYPE_CHECKING:
+    from ropewalk.backends.protocol import LowRankPart
     from ropewalk.gptq import DenseLinear
 
 KV_TYPES = {torch.float16: "f16", torch.float32: "f32"}
@@ -53,9 +54,18 @@ class CpuBackend:
         except ShapeError as error:
             raise ShapeError(f"{part.name}: {error}") from error
 
-    def linear(self, x: torch.Tensor, weight: native.Linear) -> torch.Tensor:
+    def pack_low_rank(self, parts: Sequence[LowRankPart]) -> native.LowRank:
+        """In float16 beside int8 activations, which round far more; as given in "exact"."""
+        dtype = "f16" if self.compute == "int8" else "f32"
+        return native.LowRank([(part.a, part.b) for part in parts], dtype)
+
+    def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: native.LowRank) -> None:
+        """y += (x A^T) B^T."""
+        change.add_(self.runtime, y, x)
+
+    def linear(self, x: torch.Tensor, weight: native.Linear, change: native.LowRank | None = None) -> torch.Tensor:
         """[T, K] -> [T, N]."""
-        return weight(x, self.compute)
+        return weight(x, self.compute, change)
 
     def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the table, widened to float32."""

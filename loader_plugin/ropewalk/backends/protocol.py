@@ -19,6 +19,7 @@ order of summation with T).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -41,6 +42,22 @@ class PackedLinear(Protocol):
     @property
     def num_bytes(self) -> int:
         """Memory held: codes, scales, zeros, dense weights, permutations, biases; a tensor used as given counts too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankPart:
+    """The change of one linear: W += B A. a: [r, K], b: [N, r], float32, all factors in b; r is 0 where there is none."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class PackedLowRank(Protocol):
+    """The low-rank change of linears over the same input, in the layout of the backend that packed it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the matrices as the backend holds them."""
 
 
 class KvStore(Protocol):
@@ -81,8 +98,20 @@ class Backend(Protocol):
             ShapeError: no parts, or parts that disagree about K.
         """
 
-    def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
-        """y = x W + bias.
+    def pack_low_rank(self, parts: Sequence[LowRankPart]) -> PackedLowRank:
+        """Lay out the change of linears that were packed together, one part for each, in their order.
+
+        parts: at least one of a rank above 0. In "int8" the matrices may be held in float16.
+        """
+
+    def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: PackedLowRank) -> None:
+        """y += (x A^T) B^T in place: float32 activations and accumulation in both modes.
+
+        x: [T, K] float32, contiguous, in the original order of features. y: [T, N_0 + N_1 + ...] float32, contiguous.
+        """
+
+    def linear(self, x: torch.Tensor, weight: PackedLinear, change: PackedLowRank | None = None) -> torch.Tensor:
+        """y = x W + bias, and the low-rank change of these linears, as `add_low_rank_` adds it.
 
         x: [T, K] float32, contiguous, in the original order of features: act-order is the backend's affair.
         Returns [T, N_0 + N_1 + ...] float32, contiguous.

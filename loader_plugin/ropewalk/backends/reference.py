@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ropewalk.backends.protocol import LowRankPart
 from ropewalk.errors import ShapeError
 from ropewalk.gptq import DenseLinear, GptqLinear
 
@@ -32,6 +33,18 @@ class ReferenceLinear:
     def num_bytes(self) -> int:
         """Memory of all tensors of all parts."""
         return sum(tensor.numel() * tensor.element_size() for part in self.parts for tensor in _tensors(part).values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferenceLowRank:
+    """A low-rank change as it was given, on the device of the backend."""
+
+    parts: tuple[LowRankPart, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the matrices."""
+        return sum(4 * (part.a.numel() + part.b.numel()) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +84,22 @@ class ReferenceBackend:
         moved = tuple(_moved(part, self.device) for part in parts)
         return ReferenceLinear(moved, _in_features(parts[0]), sum(_out_features(part) for part in parts))
 
-    def linear(self, x: torch.Tensor, weight: ReferenceLinear) -> torch.Tensor:
-        """y = x W + bias; x: [T, K] float32 -> [T, N] float32."""
+    def pack_low_rank(self, parts: Sequence[LowRankPart]) -> ReferenceLowRank:
+        """Move the matrices to the device."""
+        return ReferenceLowRank(tuple(LowRankPart(p.a.to(self.device), p.b.to(self.device)) for p in parts))
+
+    def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: ReferenceLowRank) -> None:
+        """y += (x A^T) B^T for every part; x: [T, K], y: [T, N] float32."""
+        y.add_(torch.cat([(x @ part.a.T) @ part.b.T for part in change.parts], dim=1))  # [T, N]
+
+    def linear(self, x: torch.Tensor, weight: ReferenceLinear, change: ReferenceLowRank | None = None) -> torch.Tensor:
+        """y = x W + bias and the change; x: [T, K] float32 -> [T, N] float32."""
         if x.ndim != 2 or x.shape[1] != weight.in_features:
             raise ShapeError(f"linear: x must be [T, {weight.in_features}], got {list(x.shape)}")
-        return torch.cat([self._part(x, part) for part in weight.parts], dim=1)  # [T, N]
+        y = torch.cat([self._part(x, part) for part in weight.parts], dim=1)  # [T, N]
+        if change is not None:
+            self.add_low_rank_(y, x, change)
+        return y
 
     def _part(self, x: torch.Tensor, part: GptqLinear | DenseLinear) -> torch.Tensor:
         if isinstance(part, DenseLinear):

@@ -3,6 +3,7 @@
 
 #include "attention.inl.hpp"
 #include "linear.inl.hpp"
+#include "low_rank.inl.hpp"
 #include "pack.inl.hpp"
 #include "rows.inl.hpp"
 
@@ -17,6 +18,7 @@ constexpr KernelTable make_table(const char* name) {
       .gptq_int8 = &gptq_int8<V>,
       .gptq_exact = &gptq_exact<V>,
       .dense = &dense<V>,
+      .low_rank = &low_rank<V>,
       .rms_norm = &rms_norm<V>,
       .rotate = &rotate<V>,
       .silu_mul = &silu_mul<V>,

@@ -90,6 +90,18 @@ struct DenseLinearArgs {
   int64_t out_stride;
 };
 
+// The second half of a low-rank change: out += inner B.  The first half, inner = x A, is a dense linear.
+struct LowRankArgs {
+  const void* b;              // [ceil(N / 16)][rank][16], zero past N
+  FloatType type;             // f32 or f16
+  int64_t rank;
+  int64_t out_features;       // N
+  const float* inner;         // [T][inner_stride]
+  int64_t inner_stride;
+  float* out;                 // [T][out_stride] inplace
+  int64_t out_stride;
+};
+
 struct RmsNormArgs {
   const float* x;             // [T][H][C], strides below, C contiguous
   int64_t row_stride;
@@ -176,6 +188,8 @@ struct KernelTable {
                      int64_t tile_end) noexcept;
   void (*dense)(const DenseLinearArgs&, int64_t row_begin, int64_t row_end, int64_t out_begin,
                 int64_t out_end) noexcept;
+  void (*low_rank)(const LowRankArgs&, int64_t row_begin, int64_t row_end, int64_t tile_begin,
+                   int64_t tile_end) noexcept;
   void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*silu_mul)(const SiluMulArgs&, int64_t row_begin, int64_t row_end) noexcept;

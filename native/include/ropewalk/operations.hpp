@@ -78,6 +78,20 @@ class LinearPlan {
   int64_t out_features_ = 0;
 };
 
+// A change of the parts of a LinearPlan, y += (x A) B: A of all parts in one, so that x is read once.
+struct LowRankWeights {
+  struct Part {
+    int64_t out_features;  // N
+    int64_t first_rank;    // of those of A
+    int64_t rank;          // 0: this part is not changed
+    const void* b;         // as in LowRankArgs
+  };
+
+  FloatType type;          // of A and B
+  DenseWeights a;          // [R][K], no bias
+  std::vector<Part> parts;  // as many as the plan has
+};
+
 enum class Compute { exact, int8 };
 
 class KvCache {
@@ -92,9 +106,12 @@ class KvCache {
   KvView view_{};
 };
 
-// out [T][out_stride] = x [T][x_stride] through every part.
+// out [T][out_stride] = x [T][x_stride] through every part, plus the change, if there is one (or null).
 void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
-            int64_t num_rows, float* out, int64_t out_stride);
+            int64_t num_rows, float* out, int64_t out_stride, const LowRankWeights* change);
+// out += the change alone.
+void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float* x, int64_t x_stride,
+                  int64_t num_rows, float* out, int64_t out_stride);
 void rms_norm(CpuRuntime& runtime, const RmsNormArgs& args, int64_t num_rows);
 void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows);
 void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows);

@@ -1,0 +1,170 @@
+// Linears and their low-rank changes as Python holds them: they keep alive the arrays that the core reads.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checks.hpp"
+#include "ropewalk/operations.hpp"
+
+namespace ropewalk {
+
+namespace py = pybind11;
+
+constexpr int64_t kMostFeatures = int64_t{1} << 30;  // keeps every byte offset of a packed linear far from overflow
+
+inline Compute compute_named(const std::string& name) {
+  if (name == "exact") return Compute::exact;
+  if (name == "int8") return Compute::int8;
+  throw ShapeFailure("compute is '" + name + "'; accepted: 'exact', 'int8'");
+}
+
+inline FloatType float_type_named(const std::string& name) {
+  if (name == "f32") return FloatType::f32;
+  if (name == "f16") return FloatType::f16;
+  if (name == "bf16") return FloatType::bf16;
+  throw ShapeFailure("float type is '" + name + "'; accepted: 'f32', 'f16', 'bf16'");
+}
+
+// A dense weight used where it lies: the array is kept alive.
+struct DenseLinear {
+  py::array weight, bias;
+  DenseWeights view{};
+};
+
+inline std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const std::string& type, const py::object& bias) {
+  auto dense = std::make_shared<DenseLinear>();
+  dense->weight = weight;
+  require(weight.ndim() == 2 && weight.shape(0) > 0 && weight.shape(1) > 0,
+          "weight must be a matrix with at least one row and column");
+  dense->view.type = float_type_named(type);
+  dense->view.out_features = weight.shape(0);
+  dense->view.in_features = weight.shape(1);
+  const std::vector<int64_t> shape{weight.shape(0), weight.shape(1)};
+  dense->view.weight = dense->view.type == FloatType::f32
+                           ? static_cast<const void*>(contiguous<float>(weight, "weight", shape))
+                           : contiguous<uint16_t>(weight, "weight", shape);
+  if (!bias.is_none()) {
+    dense->bias = bias.cast<py::array>();
+    dense->view.bias = contiguous<float>(dense->bias, "bias", {dense->view.out_features});
+  }
+  return dense;
+}
+
+// A low-rank change used where it lies: the arrays are kept alive.
+class LowRank {
+ public:
+  // parts: (N, B in tiles [ceil(N / 16)][rank][16] or None) of each linear.
+  LowRank(const py::array& a, const std::string& type, const std::vector<std::pair<int64_t, py::object>>& parts)
+      : a_(dense_linear(a, type, py::none())) {
+    require(type != "bf16", "a low-rank change has float type 'bf16'; accepted: 'f32', 'f16'");
+    require(!parts.empty(), "a low-rank change needs at least one part");
+    weights_.type = a_->view.type;
+    weights_.a = a_->view;
+    int64_t rank = 0;
+    for (const auto& [out_features, b] : parts) {
+      require(out_features > 0 && out_features <= kMostFeatures, "the output features of a part are out of range");
+      weights_.parts.push_back({out_features, rank, 0, nullptr});
+      out_features_ += out_features;
+      if (!b.is_none()) rank += add_tiles(b.cast<py::array>(), weights_.parts.back());
+    }
+    require(rank == weights_.a.out_features, "the parts have " + std::to_string(rank) + " ranks together, A has " +
+                                                 std::to_string(weights_.a.out_features));
+  }
+
+  // Throws where the plan is not of the linears that this changes.
+  const LowRankWeights& weights_for(const LinearPlan& plan, int64_t in_features) const {
+    bool fits = weights_.a.in_features == in_features && weights_.parts.size() == plan.parts().size();
+    for (size_t i = 0; fits && i < weights_.parts.size(); ++i) {
+      const LinearPlan::Part& part = plan.parts()[i];
+      const int64_t out_features =
+          part.gptq != nullptr ? part.gptq->weights().out_features : part.dense->out_features;
+      fits = weights_.parts[i].out_features == out_features;
+    }
+    require(fits, "the low-rank change was made for linears of other sizes");
+    return weights_;
+  }
+
+  void add(CpuRuntime& runtime, const py::array& x, py::array& out) const {
+    const Rows<const float> rows = rows_of(x, "x", weights_.a.in_features);
+    const Rows<float> target = writable_rows(out, "out", rows.num_rows, out_features_);
+    const py::gil_scoped_release release;
+    add_low_rank(runtime, weights_, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
+  }
+
+  int64_t num_bytes() const {
+    int64_t bytes = a_->weight.nbytes();
+    for (const py::array& tiles : tiles_) bytes += tiles.nbytes();
+    return bytes;
+  }
+
+ private:
+  int64_t add_tiles(const py::array& b, LowRankWeights::Part& part) {
+    require(b.ndim() == 3 && b.shape(1) > 0 && b.shape(1) <= kMostFeatures, "b must be [tiles, rank, 16]");
+    const Shape shape{ceil_div(part.out_features, kLanes), b.shape(1), kLanes};
+    part.b = weights_.type == FloatType::f32 ? static_cast<const void*>(contiguous<float>(b, "b", shape))
+                                             : contiguous<uint16_t>(b, "b", shape);
+    part.rank = b.shape(1);
+    tiles_.push_back(b);
+    return part.rank;
+  }
+
+  std::shared_ptr<DenseLinear> a_;
+  std::vector<py::array> tiles_;
+  LowRankWeights weights_{};
+  int64_t out_features_ = 0;
+};
+
+// Linears over one input, their outputs side by side.
+class LinearGroup {
+ public:
+  explicit LinearGroup(std::vector<py::object> parts) : owners_(std::move(parts)) {
+    require(!owners_.empty(), "a linear group needs at least one part");
+    for (const py::object& owner : owners_) {
+      if (py::isinstance<PackedGptq>(owner)) {
+        const auto* part = owner.cast<const PackedGptq*>();
+        check_in_features(part->weights().in_features);
+        plan_.add(*part);
+      } else {
+        require(py::isinstance<DenseLinear>(owner), "a part of a linear group is neither PackedGptq nor DenseLinear");
+        const auto* part = owner.cast<const DenseLinear*>();
+        check_in_features(part->view.in_features);
+        plan_.add(part->view);
+      }
+    }
+  }
+
+  void run(CpuRuntime& runtime, const std::string& compute, const py::array& x, py::array& out,
+           const py::object& change) const {
+    const Rows<const float> rows = rows_of(x, "x", in_features_);
+    const Rows<float> target = writable_rows(out, "out", rows.num_rows, plan_.out_features());
+    const Compute mode = compute_named(compute);
+    const LowRankWeights* weights = nullptr;
+    if (!change.is_none()) {
+      require(py::isinstance<LowRank>(change), "change is neither LowRank nor None");
+      weights = &change.cast<const LowRank&>().weights_for(plan_, in_features_);
+    }
+    const py::gil_scoped_release release;
+    linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride, weights);
+  }
+
+  int64_t in_features() const { return in_features_; }
+  int64_t out_features() const { return plan_.out_features(); }
+
+ private:
+  void check_in_features(int64_t in_features) {
+    require(in_features_ == 0 || in_features == in_features_, "the parts of a linear group read different inputs");
+    in_features_ = in_features;
+  }
+
+  std::vector<py::object> owners_;
+  LinearPlan plan_;
+  int64_t in_features_ = 0;
+};
+
+}  // namespace ropewalk
