@@ -1,0 +1,211 @@
+"""Low-rank changes, added to a linear or alone: accuracy, the same bits for any rows and threads, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_support import assert_as_accurate, every_isa, gptq_case, same_bits, spread_rows
+
+from ropewalk import _core, native
+from ropewalk.errors import ShapeError
+
+every_dtype = pytest.mark.parametrize("dtype", ["f32", "f16"])
+Parts = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made(in_features: int, widths: list[int], ranks: list[int]) -> Parts:
+    """(A [r, K], B [N, r]) of each part, of the sizes that trained adapters have."""
+    pairs = enumerate(zip(widths, ranks, strict=True))
+    return [(0.05 * normal(r, in_features, seed=i), 0.01 * normal(n, r, seed=50 + i)) for i, (n, r) in pairs]
+
+
+def added(parts: Parts, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([(x.to(dtype) @ a.to(dtype).T) @ b.to(dtype).T for a, b in parts], dim=1)
+
+
+def linear(runtime: native.Runtime, kind: str, in_features: int, widths: list[int]) -> native.Linear:
+    """Linears of these widths over one input: dense, GPTQ, or GPTQ with an order of its own for each part."""
+    if kind == "dense":
+        return native.Linear(runtime, [native.dense_linear(normal(n, in_features, seed=n)) for n in widths])
+    act_order = kind == "act-order"
+    cases = [gptq_case(in_features, n, 32, act_order=act_order, seed=i) for i, n in enumerate(widths)]
+    return native.Linear(runtime, [case.pack(runtime) for case in cases])
+
+
+SHAPES = [(1, 64, [16], [1]), (3, 80, [40, 7, 16], [5, 0, 17]), (101, 96, [67, 130], [16, 64]), (6, 33, [5], [3])]
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("num_rows, in_features, widths, ranks", SHAPES)
+def test_the_change_alone_is_as_accurate_as_float32(isa, dtype, num_rows, in_features, widths, ranks):
+    parts, x = made(in_features, widths, ranks), normal(num_rows, in_features, seed=9)
+    y = normal(num_rows, sum(widths), seed=8)
+    change, out = native.LowRank(parts, dtype), y.clone()
+    change.add_(native.Runtime(isa, 2), out, x)
+    exact = y.double() + added(parts, x, torch.float64)
+    if dtype == "f32":
+        assert_as_accurate(out, exact, y + added(parts, x, torch.float32))
+    else:  # each rounding of a matrix to float16 is at most 2^-11 of its value
+        bound = 2 * 2.0**-11 * torch.cat([(x.abs() @ a.abs().T) @ b.abs().T for a, b in parts], dim=1) + 1e-6
+        assert ((out - exact).abs() <= bound).all()
+    if 0 in ranks:
+        unchanged = slice(widths[0], widths[0] + widths[1])
+        assert same_bits(out[:, unchanged], y[:, unchanged])
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "gptq", "act-order"])
+def test_a_linear_adds_its_change_as_alone(isa, dtype, compute, kind):
+    runtime, widths = native.Runtime(isa, 2), [40, 7, 131]
+    weight, parts = linear(runtime, kind, 96, widths), made(96, widths, [16, 0, 5])
+    change, x = native.LowRank(parts, dtype), normal(101, 96, seed=4)
+    alone = weight(x, compute)
+    change.add_(runtime, alone, x)
+    assert same_bits(weight(x, compute, change), alone)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_results_are_the_same_bits_for_any_rows_and_threads(isa, dtype, compute):
+    widths, x = [40, 7, 131], normal(100, 96, seed=3)
+    change = native.LowRank(made(96, widths, [16, 3, 48]), dtype)
+    whole = linear(native.Runtime(isa, 1), "act-order", 96, widths)(x, compute, change)
+    for threads in range(2, 5):
+        assert same_bits(linear(native.Runtime(isa, threads), "act-order", 96, widths)(x, compute, change), whole)
+    weight = linear(native.Runtime(isa, 2), "act-order", 96, widths)
+    for chunk in (1, 7, 64):
+        assert same_bits(torch.cat([weight(part, compute, change) for part in x.split(chunk)]), whole)
+
+
+@every_isa
+def test_four_adapters_are_one_of_their_summed_rank(isa):
+    runtime, x = native.Runtime(isa, 2), normal(5, 64, seed=2)
+    single = [made(64, [48], [16])[0] for _ in range(4)]
+    stacked = (torch.cat([a for a, _ in single]), torch.cat([b for _, b in single], dim=1))
+    one, four = torch.zeros(5, 48), torch.zeros(5, 48)
+    native.LowRank([stacked]).add_(runtime, one, x)
+    for part in single:
+        native.LowRank([part]).add_(runtime, four, x)
+    torch.testing.assert_close(one, four, rtol=0, atol=1e-5)
+
+
+@every_isa
+@pytest.mark.parametrize("scales", [(1e-9, 1e-2), (1e-2, 1e-9), (1e6, 1e-12), (1e-5, 1e-5), (0.0, 1.0), (1.0, 0.0)])
+def test_halves_hold_matrices_of_any_magnitude(isa, scales):
+    """Float16 ends at 6e-8 and 65504; what counts is the product, of which both get the root."""
+    x, parts = normal(3, 64, seed=1), [(scales[0] * normal(4, 64), scales[1] * normal(20, 4, seed=1))]
+    out, exact = torch.zeros(3, 20), added(parts, x, torch.float64)
+    native.LowRank(parts, "f16").add_(native.Runtime(isa), out, x)
+    assert (out - exact).abs().max() <= 2e-2 * exact.abs().max() + 1e-30
+
+
+def test_halves_take_half_the_memory_and_matrices_beyond_them_stay_floats():
+    small, large = made(64, [32], [16]), [(torch.full((16, 64), 1e30), torch.full((32, 16), 1e6))]
+    assert native.LowRank(small, "f16").num_bytes == 2 * 16 * (64 + 32)
+    assert native.LowRank(small, "f32").num_bytes == native.LowRank(large, "f16").num_bytes == 4 * 16 * (64 + 32)
+
+
+@every_isa
+@every_dtype
+def test_rows_may_lie_any_distance_apart_and_none_give_none(isa, dtype):
+    runtime, change, x = native.Runtime(isa), native.LowRank(made(20, [9], [3]), dtype), normal(7, 20).numpy()
+    dense, spread = np.zeros((7, 9), np.float32), spread_rows(np.zeros((7, 9), np.float32))
+    change.add_(runtime, dense, x)
+    change.add_(runtime, spread, spread_rows(x))
+    assert same_bits(dense, spread)
+    change.add_(runtime, torch.zeros(0, 9), torch.zeros(0, 20))
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_activation_leaves_no_finite_number_in_its_row(isa, dtype, value):
+    x, y = normal(3, 20, seed=1), torch.zeros(3, 9)
+    x[1, 18] = value
+    native.LowRank(made(20, [9], [3]), dtype).add_(native.Runtime(isa), y, x)
+    assert not torch.isfinite(y[1]).any() and torch.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ([], "needs a part of a rank above 0"),
+        ([(torch.zeros(0, 8), torch.zeros(4, 0))], "needs a part of a rank above 0"),
+        ([(torch.zeros(2, 8), torch.zeros(4, 3))], r"A must be \[r, K\] and B \[N, r\], got \[2, 8\] and \[4, 3\]"),
+        ([(torch.zeros(2, 8), torch.zeros(4, 2)), (torch.zeros(2, 9), torch.zeros(4, 2))], r"got \[2, 9\]"),
+        ([(torch.zeros(8), torch.zeros(4, 2))], "A must be"),
+    ],
+)
+def test_matrices_that_do_not_fit_each_other_are_refused(parts, message):
+    with pytest.raises(ShapeError, match=message):
+        native.LowRank(parts)
+
+
+def f32(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    "a, type_, parts, message",
+    [
+        (f32(2, 8), "bf16", [(4, f32(1, 2, 16))], "float type 'bf16'|weight has dtype"),
+        (f32(2, 8), "f16", [(4, f32(1, 2, 16))], "weight has dtype float32"),
+        (f32(2, 8), "f32", [], "needs at least one part"),
+        (f32(2, 8), "f32", [(0, f32(1, 2, 16))], "output features of a part are out of range"),
+        (f32(2, 8), "f32", [(17, f32(1, 2, 16))], r"b has shape \[1, 2, 16\]; expected \[2, 2, 16\]"),
+        (f32(2, 8), "f32", [(4, f32(1, 2, 15))], r"expected \[1, 2, 16\]"),
+        (f32(2, 8), "f32", [(4, f32(2, 16))], r"b must be \[tiles, rank, 16\]"),
+        (f32(2, 8), "f32", [(4, f32(1, 0, 16))], r"b must be \[tiles, rank, 16\]"),
+        (f32(2, 8), "f32", [(4, f32(1, 16, 2).transpose(0, 2, 1))], "b must be contiguous"),
+        (f32(2, 8), "f32", [(4, np.zeros((1, 2, 16), np.uint16))], "b has dtype uint16"),
+        (f32(3, 8), "f32", [(4, f32(1, 2, 16))], "the parts have 2 ranks together, A has 3"),
+        (f32(2, 8), "f32", [(4, f32(1, 2, 16)), (4, f32(1, 1, 16))], "the parts have 3 ranks together, A has 2"),
+        (f32(2, 8), "f32", [(4, None)], "the parts have 0 ranks together, A has 2"),
+    ],
+)
+def test_the_core_refuses_arrays_that_do_not_fit(a, type_, parts, message):
+    with pytest.raises(ShapeError, match=message):
+        _core.LowRank(a, type_, parts)
+
+
+def test_a_change_of_other_linears_is_refused():
+    runtime = native.Runtime("scalar", 1)
+    weight = native.Linear(runtime, [native.dense_linear(f32(4, 8)), native.dense_linear(f32(5, 8))])
+    x = torch.zeros(2, 8)
+    for in_features, widths in ((9, [4, 5]), (8, [4]), (8, [5, 4]), (8, [4, 5, 1])):
+        change = native.LowRank(made(in_features, widths, [2] * len(widths)))
+        with pytest.raises(ShapeError, match="was made for linears of other sizes"):
+            weight(x, "exact", change)
+    change = native.LowRank(made(8, [4, 5], [2, 2]))
+    assert weight(x, "exact", change).shape == (2, 9)
+    group = _core.LinearGroup([_core.dense_linear(f32(4, 8), "f32", None)])
+    with pytest.raises(ShapeError, match="change is neither LowRank nor None"):
+        group.run(runtime._core, "exact", f32(2, 8), f32(2, 4), 7)
+    for y, x, message in (
+        (f32(2, 8), f32(2, 8), r"out has shape \[2, 8\]; expected \[2, 9\]"),
+        (f32(3, 9), f32(2, 8), r"out has shape \[3, 9\]; expected \[2, 9\]"),
+        (f32(2, 9), f32(2, 9), r"x has shape \[2, 9\]; expected \[2, 8\]"),
+        (np.broadcast_to(f32(1, 9), (2, 9)), f32(2, 8), "out is read-only"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            change.add_(runtime, y, x)
+
+
+def test_the_matrices_are_kept_alive():
+    runtime, parts = native.Runtime("scalar", 1), made(64, [48], [16])
+    change, x, y = native.LowRank(parts), normal(2, 64), torch.zeros(2, 48)
+    expected = added(parts, x, torch.float32)
+    del parts
+    filler = [torch.ones(16 * 64) for _ in range(50)]  # would take the place of matrices that had been freed
+    change.add_(runtime, y, x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    assert len(filler) == 50
