@@ -22,6 +22,13 @@ class Runtime:
     @property
     def scratch_bytes(self) -> int: ...
 
+class AlignedBytes:
+    """Memory that starts on a cache line and, if it is large, lies in huge pages; not initialised."""
+
+    def __init__(self, size: int) -> None: ...
+    def array(self) -> numpy.ndarray:
+        """[size] uint8: this memory, kept alive by the array."""
+
 class PackedGptq:
     """A GPTQ linear in tiles, made by `pack_gptq`."""
 
@@ -59,10 +66,12 @@ def dense_linear(weight: numpy.ndarray, type: str, bias: object) -> DenseLinear:
 class LowRank:
     """A low-rank change of a linear group, y += (x A) B, used where it lies."""
 
-    def __init__(self, a: numpy.ndarray, type: str, parts: Sequence[tuple[int, object]]) -> None:
-        """a: [R, K] float32 for type "f32", uint16 (the bits) for "f16". parts: N and B of each linear.
+    def __init__(
+        self, a: numpy.ndarray, in_features: int, type: str, parts: Sequence[tuple[int, object]]
+    ) -> None:
+        """a: [ceil(R / 4), ceil(K / 16), 4, 16] float32 for type "f32", uint16 (the bits) for "f16".
 
-        B: [ceil(N / 16), rank, 16] of the same type, or None; the ranks of all parts are those of A, in order.
+        parts: N and B of each linear. B: [ceil(N / 16), rank, 16] of the same type, or None; R is the sum of the ranks.
         """
     def add(self, runtime: Runtime, x: numpy.ndarray, out: numpy.ndarray) -> None:
         """out += the change; x: [T, K] float32. out: [T, N] float32, written."""

@@ -149,19 +149,46 @@ class Linear:
         return out
 
 
+class Arena:
+    """Room for many small matrices that are read one after the other, side by side in huge pages.
+
+    On small pages a decoded token spends as long on looking up addresses as on reading (scripts/bench_adapters.py).
+    A block is given back to the system when no array in it is used any more.
+    """
+
+    BLOCK_BYTES = 8 << 20
+    LINE_BYTES = 64
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, np.uint8)
+        self._used = 0
+
+    def place(self, array: np.ndarray) -> np.ndarray:
+        """A copy of a contiguous array that starts on a cache line; same shape and dtype."""
+        size = -(-array.nbytes // self.LINE_BYTES) * self.LINE_BYTES
+        if self._used + size > self._block.size:
+            self._block, self._used = _core.AlignedBytes(max(size, self.BLOCK_BYTES)).array(), 0
+        copy = self._block[self._used : self._used + array.nbytes].view(array.dtype).reshape(array.shape)
+        self._used += size
+        copy[...] = array
+        return copy
+
+
 class LowRank:
     """A low-rank change of the parts of a `Linear`: y += (x A^T) B^T.
 
     parts: (A [r, K], B [N, r]) of each part in float32; r may be 0. dtype: "f32", or "f16", which halves what is read
     (ranks are first brought to where float16 is most exact, by powers of two between A and B; matrices that do not fit
     into it all the same stay in f32).
-    Products and sums are float32. The B of a part lies in tiles of 16 output features.
+    Products and sums are float32. arena: where the matrices go.
 
     Raises:
         ShapeError: no parts, none of a rank above 0, or matrices that disagree about their sizes.
     """
 
-    def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: str = "f32") -> None:
+    def __init__(
+        self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: str = "f32", arena: Arena | None = None
+    ) -> None:
         for a, b in parts:
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[1] != parts[0][0].shape[1]:
                 raise ShapeError(f"A must be [r, K] and B [N, r], got {list(a.shape)} and {list(b.shape)}")
@@ -172,11 +199,15 @@ class LowRank:
             parts = halves
         else:
             dtype = "f32"
-        bits = torch.int16 if dtype == "f16" else torch.float32
-        kind = np.uint16 if dtype == "f16" else np.float32
-        a = torch.cat([a for a, _ in parts]).contiguous()  # [R, K]
-        tiles = [(b.shape[0], as_numpy(_tiles(b).view(bits)).view(kind) if b.shape[1] else None) for _, b in parts]
-        self._core = _core.LowRank(as_numpy(a.view(bits)).view(kind), dtype, tiles)
+        arena = arena or Arena()
+
+        def placed(matrix: torch.Tensor) -> np.ndarray:
+            return arena.place(matrix.view(torch.int16).numpy().view(np.uint16) if dtype == "f16" else matrix.numpy())
+
+        a = torch.cat([a for a, _ in parts])  # [R, K]
+        panels = placed(_panels(a))  # read before the tiles, so placed before them
+        tiles = [(b.shape[0], placed(_tiles(b)) if b.shape[1] else None) for _, b in parts]
+        self._core = _core.LowRank(panels, a.shape[1], dtype, tiles)
         self.num_bytes: int = self._core.num_bytes
 
     def add_(self, runtime: Runtime, y: Array, x: Array) -> None:
@@ -192,6 +223,12 @@ def _balanced_halves(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, to
     ratio = b.abs().amax(0).clamp_min(tiny).log2() - a.abs().amax(1).clamp_min(tiny).log2()  # [r]
     factor = torch.exp2((ratio / 2).round())  # [r]
     return (a * factor[:, None]).half(), (b / factor).half()
+
+
+def _panels(a: torch.Tensor) -> torch.Tensor:
+    """A [R, K] -> [ceil(R / 4), ceil(K / 16), 4, 16], zero past R and K."""
+    padded = torch.nn.functional.pad(a, (0, -a.shape[1] % 16, 0, -a.shape[0] % 4))
+    return padded.view(padded.shape[0] // 4, 4, -1, 16).transpose(1, 2).contiguous()
 
 
 def _tiles(b: torch.Tensor) -> torch.Tensor:

@@ -196,6 +196,16 @@ void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& cache, i
   attend(runtime, args);
 }
 
+// The memory as an array that keeps it alive.
+py::array bytes_of(const std::shared_ptr<AlignedBytes>& memory) {
+  return py::array(py::dtype::of<uint8_t>(), Shape{memory->size()}, memory->as<uint8_t>(), py::cast(memory));
+}
+
+std::shared_ptr<AlignedBytes> aligned_bytes(int64_t size) {
+  require(size >= 0, "size is negative");
+  return std::make_shared<AlignedBytes>(size);
+}
+
 void translate(std::exception_ptr pending) {
   const auto raise = [](const char* name, const std::exception& error) {
     py::set_error(py::module_::import("ropewalk.errors").attr(name), error.what());
@@ -229,6 +239,10 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("threads", [](CpuRuntime& runtime) { return runtime.pool().num_threads(); })
       .def_property_readonly("scratch_bytes", &CpuRuntime::scratch_bytes);
 
+  py::class_<AlignedBytes, std::shared_ptr<AlignedBytes>>(m, "AlignedBytes")
+      .def(py::init(&aligned_bytes), py::arg("size"))
+      .def("array", &bytes_of);
+
   py::class_<PackedGptq, std::shared_ptr<PackedGptq>>(m, "PackedGptq")
       .def_property_readonly("num_bytes", &PackedGptq::num_bytes);
   py::class_<DenseLinear, std::shared_ptr<DenseLinear>>(m, "DenseLinear")
@@ -240,8 +254,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("dense_linear", &dense_linear, py::arg("weight"), py::arg("type"), py::arg("bias"));
 
   py::class_<LowRank>(m, "LowRank")
-      .def(py::init<const py::array&, const std::string&, const std::vector<std::pair<int64_t, py::object>>&>(),
-           py::arg("a"), py::arg("type"), py::arg("parts"))
+      .def(py::init<const py::array&, int64_t, const std::string&,
+                    const std::vector<std::pair<int64_t, py::object>>&>(),
+           py::arg("a"), py::arg("in_features"), py::arg("type"), py::arg("parts"))
       .def("add", &LowRank::add, py::arg("runtime"), py::arg("x"), py::arg("out"))
       .def_property_readonly("num_bytes", &LowRank::num_bytes);
 

@@ -59,27 +59,27 @@ inline std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const 
 // A low-rank change used where it lies: the arrays are kept alive.
 class LowRank {
  public:
-  // parts: (N, B in tiles [ceil(N / 16)][rank][16] or None) of each linear.
-  LowRank(const py::array& a, const std::string& type, const std::vector<std::pair<int64_t, py::object>>& parts)
-      : a_(dense_linear(a, type, py::none())) {
+  // a: [ceil(R / 4)][ceil(K / 16)][4][16].  parts: (N, B in tiles [ceil(N / 16)][rank][16] or None) of each linear.
+  LowRank(const py::array& a, int64_t in_features, const std::string& type,
+          const std::vector<std::pair<int64_t, py::object>>& parts) {
     require(type != "bf16", "a low-rank change has float type 'bf16'; accepted: 'f32', 'f16'");
     require(!parts.empty(), "a low-rank change needs at least one part");
-    weights_.type = a_->view.type;
-    weights_.a = a_->view;
-    int64_t rank = 0;
+    require(in_features > 0 && in_features <= kMostFeatures, "in_features is out of range");
+    weights_.type = float_type_named(type);
+    weights_.in_features = in_features;
     for (const auto& [out_features, b] : parts) {
       require(out_features > 0 && out_features <= kMostFeatures, "the output features of a part are out of range");
-      weights_.parts.push_back({out_features, rank, 0, nullptr});
+      weights_.parts.push_back({out_features, weights_.rank, 0, nullptr});
       out_features_ += out_features;
-      if (!b.is_none()) rank += add_tiles(b.cast<py::array>(), weights_.parts.back());
+      if (!b.is_none()) add_tiles(b.cast<py::array>(), weights_.parts.back());
     }
-    require(rank == weights_.a.out_features, "the parts have " + std::to_string(rank) + " ranks together, A has " +
-                                                 std::to_string(weights_.a.out_features));
+    require(weights_.rank > 0, "a low-rank change needs a part of a rank above 0");
+    weights_.a = kept(a, "a", {ceil_div(weights_.rank, kRankTile), ceil_div(in_features, kLanes), kRankTile, kLanes});
   }
 
   // Throws where the plan is not of the linears that this changes.
   const LowRankWeights& weights_for(const LinearPlan& plan, int64_t in_features) const {
-    bool fits = weights_.a.in_features == in_features && weights_.parts.size() == plan.parts().size();
+    bool fits = weights_.in_features == in_features && weights_.parts.size() == plan.parts().size();
     for (size_t i = 0; fits && i < weights_.parts.size(); ++i) {
       const LinearPlan::Part& part = plan.parts()[i];
       const int64_t out_features =
@@ -91,31 +91,33 @@ class LowRank {
   }
 
   void add(CpuRuntime& runtime, const py::array& x, py::array& out) const {
-    const Rows<const float> rows = rows_of(x, "x", weights_.a.in_features);
+    const Rows<const float> rows = rows_of(x, "x", weights_.in_features);
     const Rows<float> target = writable_rows(out, "out", rows.num_rows, out_features_);
     const py::gil_scoped_release release;
     add_low_rank(runtime, weights_, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
   }
 
   int64_t num_bytes() const {
-    int64_t bytes = a_->weight.nbytes();
-    for (const py::array& tiles : tiles_) bytes += tiles.nbytes();
+    int64_t bytes = 0;
+    for (const py::array& array : arrays_) bytes += array.nbytes();
     return bytes;
   }
 
  private:
-  int64_t add_tiles(const py::array& b, LowRankWeights::Part& part) {
+  void add_tiles(const py::array& b, LowRankWeights::Part& part) {
     require(b.ndim() == 3 && b.shape(1) > 0 && b.shape(1) <= kMostFeatures, "b must be [tiles, rank, 16]");
-    const Shape shape{ceil_div(part.out_features, kLanes), b.shape(1), kLanes};
-    part.b = weights_.type == FloatType::f32 ? static_cast<const void*>(contiguous<float>(b, "b", shape))
-                                             : contiguous<uint16_t>(b, "b", shape);
+    part.b = kept(b, "b", {ceil_div(part.out_features, kLanes), b.shape(1), kLanes});
     part.rank = b.shape(1);
-    tiles_.push_back(b);
-    return part.rank;
+    weights_.rank += part.rank;
   }
 
-  std::shared_ptr<DenseLinear> a_;
-  std::vector<py::array> tiles_;
+  const void* kept(const py::array& array, const char* name, const Shape& shape) {
+    arrays_.push_back(array);
+    if (weights_.type == FloatType::f32) return contiguous<float>(array, name, shape);
+    return contiguous<uint16_t>(array, name, shape);
+  }
+
+  std::vector<py::array> arrays_;
   LowRankWeights weights_{};
   int64_t out_features_ = 0;
 };

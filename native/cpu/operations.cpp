@@ -83,47 +83,52 @@ void describe(Prepared& input, Compute compute, const float* x, int64_t x_stride
   input.args.group_sums = reinterpret_cast<float*>(scratch + input.group_sums);
 }
 
-// x, and where the product with A of a low-rank change goes: [T][R].
+// Where the product with A of a low-rank change goes.
 struct Inner {
   const LowRankWeights* change;  // or null
-  DenseLinearArgs args{};
+  LowRankInnerArgs args{};
   int64_t place = 0;
 };
 
 void describe(Inner& inner, const float* x, int64_t x_stride, uint8_t* scratch) {
-  const DenseWeights& a = inner.change->a;
-  float* out = reinterpret_cast<float*>(scratch + inner.place);
-  inner.args = {a.weight, a.type, a.in_features, a.out_features, nullptr, x, x_stride, out, a.out_features};
+  const LowRankWeights& w = *inner.change;
+  inner.args = {
+      .a = w.a,
+      .type = w.type,
+      .in_features = w.in_features,
+      .x = x,
+      .x_stride = x_stride,
+      .inner = reinterpret_cast<float*>(scratch + inner.place),
+      .inner_stride = round_up(w.rank, kRankTile),
+  };
 }
 
 // What the parts of a linear share, in one job for all threads: the prepared activations, and the inner product.
 void run_shared(CpuRuntime& runtime, std::vector<Prepared>& inputs, Inner& inner, Compute compute, const float* x,
                 int64_t x_stride, int64_t num_rows) {
-  constexpr int64_t kRows = 8, kRanks = 4;  // of one item
+  constexpr int64_t kRows = 8;  // of one item
   Places places;
   for (Prepared& input : inputs) reserve(input, compute, num_rows, places);
-  const int64_t num_ranks = inner.change != nullptr ? inner.change->a.out_features : 0;
-  inner.place = places.take(num_rows * num_ranks * 4);
+  const int64_t panels = inner.change != nullptr ? ceil_div(inner.change->rank, kRankTile) : 0;
+  inner.place = places.take(num_rows * panels * kRankTile * 4);
   uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
   for (Prepared& input : inputs) describe(input, compute, x, x_stride, scratch);
-  if (num_ranks != 0) describe(inner, x, x_stride, scratch);
+  if (panels != 0) describe(inner, x, x_stride, scratch);
   std::vector<const PrepareArgs*> prepared;
   for (const Prepared& input : inputs) {
     if (!read_in_place(input, compute)) prepared.push_back(&input.args);
   }
-  const int64_t row_items = ceil_div(num_rows, kRows), rank_items = ceil_div(num_ranks, kRanks);
+  const int64_t row_items = ceil_div(num_rows, kRows);
   const int64_t prepare_items = static_cast<int64_t>(prepared.size()) * row_items;
-  const int64_t inner_items = ceil_div(num_rows, kPanelRows) * rank_items;
+  const int64_t inner_items = ceil_div(num_rows, kPanelRows) * panels;
   runtime.pool().run(prepare_items + inner_items, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t item = begin; item < end; ++item) {
       if (item < prepare_items) {
         const int64_t row = item % row_items * kRows;
         runtime.table().prepare(*prepared[static_cast<size_t>(item / row_items)], row, std::min(row + kRows, num_rows));
       } else {
-        const int64_t row = (item - prepare_items) / rank_items * kPanelRows;
-        const int64_t rank = (item - prepare_items) % rank_items * kRanks;
-        runtime.table().dense(inner.args, row, std::min(row + kPanelRows, num_rows), rank,
-                              std::min(rank + kRanks, num_ranks));
+        const int64_t row = (item - prepare_items) / panels * kPanelRows, panel = (item - prepare_items) % panels;
+        runtime.table().low_rank_inner(inner.args, row, std::min(row + kPanelRows, num_rows), panel, panel + 1);
       }
     }
   });
@@ -133,8 +138,15 @@ void run_shared(CpuRuntime& runtime, std::vector<Prepared>& inputs, Inner& inner
 LowRankArgs part_change(const Inner& inner, size_t part, float* out, int64_t out_stride) {
   if (inner.change == nullptr) return {};
   const LowRankWeights::Part& p = inner.change->parts[part];
-  const float* ranks = inner.args.out + p.first_rank;
-  return {p.b, inner.change->type, p.rank, p.out_features, ranks, inner.args.out_stride, out, out_stride};
+  const float* ranks = inner.args.inner + p.first_rank;
+  return {p.b, inner.change->type, p.rank, p.out_features, ranks, inner.args.inner_stride, out, out_stride};
+}
+
+// Ask for the tiles of B that a token's outputs will need, while the linear itself is computed.
+void prefetch_tiles(const LowRankArgs& change, int64_t tile_begin, int64_t tile_end) {
+  const int64_t tile_bytes = change.rank * kLanes * (change.type == FloatType::f16 ? 2 : 4);
+  const char* b = static_cast<const char*>(change.b);
+  for (int64_t i = tile_begin * tile_bytes; i < tile_end * tile_bytes; i += 64) __builtin_prefetch(b + i);
 }
 
 // Rows outside, tiles inside: a panel of prepared rows stays in cache while the weights stream past it.
@@ -164,6 +176,7 @@ void run_gptq(CpuRuntime& runtime, const PackedGptq& weights, const Prepared& in
   const int64_t tiles = args.weights->num_tiles;
   run_panels(runtime, num_rows, tiles, even_chunk(runtime, tiles, 1),
              [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+               if (change.rank != 0 && num_rows == 1) prefetch_tiles(change, begin, end);
                kernel(args, row, row_end, begin, end);
                if (change.rank != 0) runtime.table().low_rank(change, row, row_end, begin, end);
              });

@@ -155,26 +155,30 @@ def f32(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "a, type_, parts, message",
+    "a, in_features, type_, parts, message",
     [
-        (f32(2, 8), "bf16", [(4, f32(1, 2, 16))], "float type 'bf16'|weight has dtype"),
-        (f32(2, 8), "f16", [(4, f32(1, 2, 16))], "weight has dtype float32"),
-        (f32(2, 8), "f32", [], "needs at least one part"),
-        (f32(2, 8), "f32", [(0, f32(1, 2, 16))], "output features of a part are out of range"),
-        (f32(2, 8), "f32", [(17, f32(1, 2, 16))], r"b has shape \[1, 2, 16\]; expected \[2, 2, 16\]"),
-        (f32(2, 8), "f32", [(4, f32(1, 2, 15))], r"expected \[1, 2, 16\]"),
-        (f32(2, 8), "f32", [(4, f32(2, 16))], r"b must be \[tiles, rank, 16\]"),
-        (f32(2, 8), "f32", [(4, f32(1, 0, 16))], r"b must be \[tiles, rank, 16\]"),
-        (f32(2, 8), "f32", [(4, f32(1, 16, 2).transpose(0, 2, 1))], "b must be contiguous"),
-        (f32(2, 8), "f32", [(4, np.zeros((1, 2, 16), np.uint16))], "b has dtype uint16"),
-        (f32(3, 8), "f32", [(4, f32(1, 2, 16))], "the parts have 2 ranks together, A has 3"),
-        (f32(2, 8), "f32", [(4, f32(1, 2, 16)), (4, f32(1, 1, 16))], "the parts have 3 ranks together, A has 2"),
-        (f32(2, 8), "f32", [(4, None)], "the parts have 0 ranks together, A has 2"),
+        (f32(1, 1, 4, 16), 8, "bf16", [(4, f32(1, 2, 16))], "float type 'bf16'"),
+        (f32(1, 1, 4, 16), 8, "f64", [(4, f32(1, 2, 16))], "float type is 'f64'"),
+        (f32(1, 1, 4, 16), 8, "f16", [(4, np.zeros((1, 2, 16), np.uint16))], "a has dtype float32"),
+        (f32(1, 1, 4, 16), 8, "f32", [], "needs at least one part"),
+        (f32(1, 1, 4, 16), 0, "f32", [(4, f32(1, 2, 16))], "in_features is out of range"),
+        (f32(1, 1, 4, 16), 17, "f32", [(4, f32(1, 2, 16))], r"a has shape \[1, 1, 4, 16\]; expected \[1, 2, 4, 16\]"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, f32(1, 5, 16))], r"a has shape \[1, 1, 4, 16\]; expected \[2, 1, 4, 16\]"),
+        (f32(1, 1, 16, 4).transpose(0, 1, 3, 2), 8, "f32", [(4, f32(1, 2, 16))], "a must be contiguous"),
+        (f32(4, 16), 8, "f32", [(4, f32(1, 2, 16))], r"a has shape \[4, 16\]"),
+        (f32(1, 1, 4, 16), 8, "f32", [(0, f32(1, 2, 16))], "output features of a part are out of range"),
+        (f32(1, 1, 4, 16), 8, "f32", [(17, f32(1, 2, 16))], r"b has shape \[1, 2, 16\]; expected \[2, 2, 16\]"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, f32(1, 2, 15))], r"expected \[1, 2, 16\]"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, f32(2, 16))], r"b must be \[tiles, rank, 16\]"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, f32(1, 0, 16))], r"b must be \[tiles, rank, 16\]"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, f32(1, 16, 2).transpose(0, 2, 1))], "b must be contiguous"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, np.zeros((1, 2, 16), np.uint16))], "b has dtype uint16"),
+        (f32(1, 1, 4, 16), 8, "f32", [(4, None)], "needs a part of a rank above 0"),
     ],
 )
-def test_the_core_refuses_arrays_that_do_not_fit(a, type_, parts, message):
+def test_the_core_refuses_arrays_that_do_not_fit(a, in_features, type_, parts, message):
     with pytest.raises(ShapeError, match=message):
-        _core.LowRank(a, type_, parts)
+        _core.LowRank(a, in_features, type_, parts)
 
 
 def test_a_change_of_other_linears_is_refused():

@@ -30,6 +30,7 @@ class CpuBackend:
     def __init__(self, compute: str, isa: str | None = None, threads: int | None = None) -> None:
         self.compute = compute
         self.runtime = native.Runtime(isa, threads)
+        self._arena = native.Arena()
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used where they lie."""
@@ -57,7 +58,7 @@ class CpuBackend:
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> native.LowRank:
         """In float16 beside int8 activations, which round far more; as given in "exact"."""
         dtype = "f16" if self.compute == "int8" else "f32"
-        return native.LowRank([(part.a, part.b) for part in parts], dtype)
+        return native.LowRank([(part.a, part.b) for part in parts], dtype, self._arena)
 
     def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: native.LowRank) -> None:
         """y += (x A^T) B^T."""

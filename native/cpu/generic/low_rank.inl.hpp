@@ -1,11 +1,70 @@
-// The second half of a low-rank change, added to the output of a linear while that lies in cache.
+// A low-rank change: the product with A, and the product with B that is added to the output of a linear while that lies
+// in cache.
 //
-// Bit reproducibility: one output element is the sum over the ranks in order, kept apart from what it is added to.
+// Bit reproducibility: the product with A walks K in steps of 16 with one accumulator for each rank and adds its lanes in
+// a fixed tree; one output element is the sum over the ranks in order, kept apart from what it is added to.
 #pragma once
 
 #include "linear.inl.hpp"
 
 namespace ropewalk {
+
+// Bytes from what is being read to what is asked for.
+static constexpr int64_t kPrefetchBytes = 4096;
+
+// inner[t][4 * panel + i] = sum over k of x[t][k] * a[panel][k / 16][i][k % 16]
+template <class V, FloatType kType, int kRows>
+void low_rank_inner_block(const LowRankInnerArgs& a, int64_t row, int64_t panel) {
+  constexpr int64_t kStep = kRankTile * kLanes;
+  constexpr int64_t kElement = kType == FloatType::f16 ? 2 : 4;
+  typename V::F32 total[kRows][kRankTile];
+  for (int m = 0; m < kRows; ++m) {
+    for (int i = 0; i < kRankTile; ++i) total[m][i] = V::zero();
+  }
+  const int64_t first = panel * ceil_div(a.in_features, kLanes) * kStep;
+  const char* bytes = static_cast<const char*>(a.a) + first * kElement;
+  const float* x = a.x + row * a.x_stride;
+  const auto step = [&](int64_t k, int64_t count) {
+    if constexpr (kRows == 1) {
+      const char* ahead = bytes + k * kRankTile * kElement + kPrefetchBytes;
+      for (int64_t line = 0; line < kStep * kElement; line += 64) V::prefetch(ahead + line);
+    }
+    typename V::F32 weight[kRankTile];
+    for (int i = 0; i < kRankTile; ++i) {
+      weight[i] = load_weight<V, kType>(a.a, first + k * kRankTile + i * kLanes, kLanes);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      const float* p = x + m * a.x_stride + k;
+      const auto value = count == kLanes ? V::load(p) : V::load_partial(p, count);
+      for (int i = 0; i < kRankTile; ++i) total[m][i] = V::fma(value, weight[i], total[m][i]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= a.in_features; k += kLanes) step(k, kLanes);
+  if (k < a.in_features) step(k, a.in_features - k);
+  for (int m = 0; m < kRows; ++m) {
+    float* inner = a.inner + (row + m) * a.inner_stride + panel * kRankTile;
+    for (int i = 0; i < kRankTile; ++i) inner[i] = V::reduce_add(total[m][i]);
+  }
+}
+
+template <class V, FloatType kType>
+void low_rank_inner_typed(const LowRankInnerArgs& a, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                          int64_t panel_end) {
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    for_blocks<V::kDenseRows>(row_begin, row_end,
+                              [&]<int kRows>(int64_t row) { low_rank_inner_block<V, kType, kRows>(a, row, panel); });
+  }
+}
+
+template <class V>
+void low_rank_inner(const LowRankInnerArgs& a, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                    int64_t panel_end) noexcept {
+  if (a.type == FloatType::f16) {
+    return low_rank_inner_typed<V, FloatType::f16>(a, row_begin, row_end, panel_begin, panel_end);
+  }
+  low_rank_inner_typed<V, FloatType::f32>(a, row_begin, row_end, panel_begin, panel_end);
+}
 
 // out[t][n] += sum over r of inner[t][r] * b[r][n]
 template <class V, FloatType kType, int kRows, int kTiles>

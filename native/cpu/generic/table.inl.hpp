@@ -18,6 +18,7 @@ constexpr KernelTable make_table(const char* name) {
       .gptq_int8 = &gptq_int8<V>,
       .gptq_exact = &gptq_exact<V>,
       .dense = &dense<V>,
+      .low_rank_inner = &low_rank_inner<V>,
       .low_rank = &low_rank<V>,
       .rms_norm = &rms_norm<V>,
       .rotate = &rotate<V>,

@@ -17,6 +17,7 @@ static constexpr int64_t kBlockRows = 32;   // input features quantised together
 static constexpr int64_t kKvTile = 64;      // keys per step of the online softmax
 static constexpr int64_t kQueryRows = 64;   // (token, head) rows that share one pass over a KV tile
 static constexpr int64_t kPackColumns = 64;  // columns repacked together
+static constexpr int64_t kRankTile = 4;     // ranks of a low-rank change that are computed together
 static constexpr int64_t kPanelRows = 96;   // rows of a linear's input that share one pass over a weight tile
 
 enum class FloatType : int32_t { f32, f16, bf16 };
@@ -90,7 +91,17 @@ struct DenseLinearArgs {
   int64_t out_stride;
 };
 
-// The second half of a low-rank change: out += inner B.  The first half, inner = x A, is a dense linear.
+// A low-rank change of a linear, in two halves: inner = x A, then out += inner B.  Layouts in native/README.md.
+struct LowRankInnerArgs {
+  const void* a;              // [ceil(R / 4)][ceil(K / 16)][4][16], zero past R and K
+  FloatType type;             // f32 or f16
+  int64_t in_features;        // K
+  const float* x;             // [T][x_stride]
+  int64_t x_stride;
+  float* inner;               // [T][inner_stride], written to whole fours of ranks
+  int64_t inner_stride;
+};
+
 struct LowRankArgs {
   const void* b;              // [ceil(N / 16)][rank][16], zero past N
   FloatType type;             // f32 or f16
@@ -188,6 +199,9 @@ struct KernelTable {
                      int64_t tile_end) noexcept;
   void (*dense)(const DenseLinearArgs&, int64_t row_begin, int64_t row_end, int64_t out_begin,
                 int64_t out_end) noexcept;
+  // One item: kRankTile ranks.
+  void (*low_rank_inner)(const LowRankInnerArgs&, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                         int64_t panel_end) noexcept;
   void (*low_rank)(const LowRankArgs&, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                    int64_t tile_end) noexcept;
   void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end) noexcept;

@@ -87,8 +87,10 @@ struct LowRankWeights {
     const void* b;         // as in LowRankArgs
   };
 
-  FloatType type;          // of A and B
-  DenseWeights a;          // [R][K], no bias
+  FloatType type;       // of A and B
+  int64_t in_features;  // K
+  int64_t rank;         // R
+  const void* a;        // as in LowRankInnerArgs
   std::vector<Part> parts;  // as many as the plan has
 };
 
