@@ -31,7 +31,10 @@ EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
 HEADERS = [
     *(f"native/include/ropewalk/{name}.hpp" for name in ("kernels", "tables", "runtime", "operations")),
-    *(f"native/cpu/generic/{name}.inl.hpp" for name in ("attention", "linear", "load", "low_rank", "pack", "rows", "table")),
+    *(
+        f"native/cpu/generic/{name}.inl.hpp"
+        for name in ("attention", "linear", "load", "low_rank", "pack", "rows", "table")
+    ),
     *(f"native/bindings/{name}.hpp" for name in ("checks", "linears")),
 ]
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmarking import paired, print_head, spread
 from safetensors.torch import save_file
 
 import ropewalk
+from benchmarking import paired, print_head, spread
 from ropewalk.config import ModelConfig
 from ropewalk.model import Model
 from ropewalk.tensor_table import FAMILY_TABLES, layer_prefix, sizes
@@ -79,7 +79,10 @@ def report(model: Model, args: argparse.Namespace) -> None:
         decode = paired({name: decoder(model, args.context, text) for name, text in SETS.items()}, args.rounds * 8)
         works = {name: prefiller(model, args.prompt_tokens, text) for name, text in SETS.items()}
         prefill = paired(works, args.rounds)
-    for name, tokens, times in (("decode", 1, decode), (f"prefill of {args.prompt_tokens}", args.prompt_tokens, prefill)):
+    for name, tokens, times in (
+        ("decode", 1, decode),
+        (f"prefill of {args.prompt_tokens}", args.prompt_tokens, prefill),
+    ):
         print(f"  {name}, tokens/s")
         for adapters, seconds in times.items():
             print(f"    {adapters:31s}  {spread([tokens / s for s in seconds])}")

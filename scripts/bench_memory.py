@@ -3,6 +3,8 @@
     python scripts/random_checkpoint.py FOLDER --shape 7b
     python scripts/bench_memory.py FOLDER
 
+With --order also what a layer order costs: every layer twice beside every layer once, and the time to change it.
+
 Every measurement runs in a process of its own, because a process's peak never falls. Reading and loading are timed
 twice: from the disk (the system is asked to forget the files before each run), and with the files in the page cache;
 reading once through a small buffer, and once into memory that holds the whole model, which any loader must do and which
@@ -32,17 +34,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-seq-len", type=int, default=2048, help="for loading")
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="prompt lengths to prefill")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", choices=("load", "read", "hold", "import"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="of loading; 0: leave it out")
+    parser.add_argument("--order", type=int, metavar="TOKENS", help="measure layer orders, over a prompt so long")
+    parser.add_argument("--child", choices=("load", "read", "hold", "import", "order"), help=argparse.SUPPRESS)
     parser.add_argument("--prompt", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(args)))
         return
     print_head(f"loading and memory of {args.folder.name}")
-    report_loading(args)
+    if args.rounds:
+        report_loading(args)
     if args.prompts:
         report_prefill(args)
+    if args.order:
+        report_order(args)
 
 
 def report_loading(args: argparse.Namespace) -> None:
@@ -85,6 +91,21 @@ def report_prefill(args: argparse.Namespace) -> None:
         )
 
 
+def report_order(args: argparse.Namespace) -> None:
+    """Memory in use after a prompt with every layer once and twice, beside the caches; the time of the change."""
+    result = run_child(args, "order", args.order)
+    (once, cache), (twice, more_cache) = result["used"]
+    growth, more = twice - once, more_cache - cache
+    print(f"  every layer twice, after a prompt of {args.order} tokens")
+    print(f"    memory in use, once              {once / MIB:9.1f} MiB")
+    print(f"    memory in use, twice             {twice / MIB:9.1f} MiB")
+    print(f"    growth                           {growth / MIB:9.1f} MiB")
+    print(f"    of that: more cache              {more / MIB:9.1f} MiB")
+    print(f"    beyond the cache                 {(growth - more) / MIB:9.1f} MiB   (target: nothing)")
+    print(f"    set_layer_order, ms              {spread([1e3 * s for s in result['change']])}")
+    print(f"    and a new cache, ms              {spread([1e3 * s for s in result['cache']])}   (target: below 1000)")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights."""
     return sorted(folder.glob("*.safetensors"))
@@ -121,6 +142,8 @@ def measure(args: argparse.Namespace) -> dict:
         start = time.perf_counter()
         held = [file.read_bytes() for file in weight_files(args.folder)]
         return {"seconds": time.perf_counter() - start, "bytes": sum(map(len, held))}
+    if args.child == "order":
+        return measure_order(args)
     import torch
 
     import ropewalk
@@ -139,6 +162,41 @@ def measure(args: argparse.Namespace) -> dict:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "peak": peak, "cache": cache_bytes}
+
+
+def measure_order(args: argparse.Namespace) -> dict:
+    """[bytes in use, cache bytes] with every layer once and twice, and the seconds that changes of the order take."""
+    import torch
+
+    import ropewalk
+
+    torch.set_num_threads(args.threads)
+    model = ropewalk.load_model(args.folder, max_seq_len=args.max_seq_len, threads=args.threads)
+    last = model.config.num_layers - 1
+    used, changes, caches = [], [], []
+    for order in (f"0-{last}", ",".join(f"{layer}*2" for layer in range(last + 1))):
+        model.set_layer_order(order)
+        cache = model.new_cache()
+        for _ in range(2):  # the first one also takes what a prompt leaves behind in the allocator
+            cache.truncate(0)
+            with torch.inference_mode():
+                model.forward([i % 31000 + 1 for i in range(args.prompt)], cache)
+        used.append([memory_in_use(), cache.num_bytes])
+        del cache
+    for number in range(20):
+        start = time.perf_counter()
+        model.set_layer_order(f"0-{last},0-{last}" if number % 2 else None)
+        changes.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        model.new_cache()
+        caches.append(changes[-1] + time.perf_counter() - start)
+    return {"used": used, "change": changes, "cache": caches}
+
+
+def memory_in_use() -> int:
+    """Bytes of this process that lie in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

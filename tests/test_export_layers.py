@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import hostile_damage  # noqa: F401  (registers the kinds)
 from gptq_writer import write_checkpoint
 from hostile_folders import KINDS, make_case
+from peft_writer import their_model
 from ropewalk import export_layers as export_module
 from ropewalk.cli import main
 from ropewalk.config import load_model_config
@@ -45,6 +47,31 @@ def transformers_logits(folder: Path) -> torch.Tensor:
     ).eval()
     with torch.inference_mode():
         return model(torch.tensor([IDS])).logits[0]
+
+
+def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 words [rows, N] -> codes [rows * 32 / bits, N]: a column is one little-endian stream of bits."""
+    columns = np.ascontiguousarray(words.T).view(np.uint8)  # [N, bytes]
+    stream = np.unpackbits(columns, axis=1, bitorder="little").reshape(len(columns), -1, bits)
+    return (stream.astype(np.int64) << np.arange(bits)).sum(2).T
+
+
+def dequantised(folder: Path, bits: int, added_to_zeros: int) -> dict[str, torch.Tensor]:
+    """The weights of a GPTQ file as a transformers model has them, [N, K] float32, read without code of ours."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    weights = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "qweight":
+            codes, scales = unpacked(tensor.numpy(), bits), tensors[f"{module}.scales"].double()
+            zeros = unpacked(tensors[f"{module}.qzeros"].numpy().T, bits).T + added_to_zeros
+            groups = tensors[f"{module}.g_idx"].long()
+            weights[f"{module}.weight"] = (scales[groups] * torch.from_numpy(codes - zeros[groups])).T.float()
+        elif part not in ("qzeros", "scales", "g_idx"):
+            weights[name] = tensor.float()
+    return weights
 
 
 def bits_of_modules(folder: Path, num_layers: int, module: str) -> list[int | None]:
@@ -93,6 +120,29 @@ def test_gptq_weights_are_the_same_bits(tmp_path: Path, options: dict[str, Any])
     plain = "3,0-3,1*2"
     export_layers(tmp_path / "in", tmp_path / "plain", plain)
     assert torch.equal(run(reference(tmp_path / "plain")), run(reference(tmp_path / "in", layer_order=plain)))
+
+
+@pytest.mark.parametrize(
+    "bits, added_to_zeros, options",
+    [
+        (4, 1, {"desc_act": True, "sym": False}),
+        (4, 0, {"format": "gptq_v2", "sym": False}),
+        (8, 1, {"group_size": 16}),
+        (2, 1, {"desc_act": True}),
+    ],
+)
+def test_transformers_computes_the_same_of_exported_gptq_weights(
+    tmp_path: Path, bits: int, added_to_zeros: int, options: dict[str, Any]
+) -> None:
+    """The quantised files, dequantised as their format says and nothing of ours knows, in transformers' own model."""
+    write_checkpoint(tmp_path / "in", FOUR, bits=bits, **options)
+    order = "0-3,1*2,2@0.5,0@-1"
+    export_layers(tmp_path / "in", tmp_path / "out", order)
+    model = their_model(tmp_path / "out", dequantised(tmp_path / "out", bits, added_to_zeros))
+    with torch.inference_mode():
+        expected = model(torch.tensor([IDS])).logits[0]
+    assert len(model.model.layers) == 8
+    assert (run(reference(tmp_path / "in", layer_order=order)) - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("variant", variants(backend="cpu")[-2:], ids=str)

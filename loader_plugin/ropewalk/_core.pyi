@@ -66,9 +66,7 @@ def dense_linear(weight: numpy.ndarray, type: str, bias: object) -> DenseLinear:
 class LowRank:
     """A low-rank change of a linear group, y += (x A) B, used where it lies."""
 
-    def __init__(
-        self, a: numpy.ndarray, in_features: int, type: str, parts: Sequence[tuple[int, object]]
-    ) -> None:
+    def __init__(self, a: numpy.ndarray, in_features: int, type: str, parts: Sequence[tuple[int, object]]) -> None:
         """a: [ceil(R / 4), ceil(K / 16), 4, 16] float32 for type "f32", uint16 (the bits) for "f16".
 
         parts: N and B of each linear. B: [ceil(N / 16), rank, 16] of the same type, or None; R is the sum of the ranks.
