@@ -147,8 +147,8 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
     """Load what --adapter names into the model; the `adapters` of its requests. A folder given twice is loaded once.
 
     Raises:
-        RequestError: a weight or instances that are none, or given where --adapters auto chooses; a folder twice for the
-            same instances. Others as `Model.load_adapter`.
+        RequestError: a weight or instances that are none, or given where --adapters auto chooses; a folder twice for
+            the same instances. Others as `Model.load_adapter`.
     """
     from ropewalk.adapter_request import checked_request
 

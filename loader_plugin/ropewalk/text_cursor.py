@@ -1,4 +1,4 @@
-"""Reading a short notation (layer orders, adapter requests) from left to right, with errors that point at a character."""
+"""Reading a short notation (layer orders, adapter requests), with errors that point at the character."""
 
 from __future__ import annotations
 

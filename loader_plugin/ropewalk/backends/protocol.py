@@ -46,7 +46,7 @@ class PackedLinear(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankPart:
-    """The change of one linear: W += B A. a: [r, K], b: [N, r], float32, all factors in b; r is 0 where there is none."""
+    """The change of one linear: W += B A. a: [r, K], b: [N, r], float32, all factors in b; r can be 0: no change."""
 
     a: torch.Tensor
     b: torch.Tensor
