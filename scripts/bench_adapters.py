@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,8 +40,14 @@ def main() -> None:
     parser.add_argument("--compute", nargs="+", default=["int8", "exact"])
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--context", type=int, default=128, help="positions cached before a token is decoded")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, measured by the time that the processor gave it: for machines that others keep busy",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of prefill; decode takes eight times as many")
     args = parser.parse_args()
+    args.threads = 1 if args.processor_time else args.threads
     torch.set_num_threads(args.threads)
     print_head(f"adapters on {args.folder.name}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -75,10 +82,13 @@ def write_adapter(folder: Path, config: ModelConfig, rank: int, seed: int) -> Pa
 def report(model: Model, args: argparse.Namespace) -> None:
     """One compute mode: speeds, and the costs beside what they may be."""
     print(f"\n{model.backend.compute}, {model.backend.runtime.isa}, {args.threads} threads")
+    clock = time.thread_time if args.processor_time else time.perf_counter
     with torch.inference_mode():
-        decode = paired({name: decoder(model, args.context, text) for name, text in SETS.items()}, args.rounds * 8)
+        decode = paired(
+            {name: decoder(model, args.context, text) for name, text in SETS.items()}, args.rounds * 8, clock
+        )
         works = {name: prefiller(model, args.prompt_tokens, text) for name, text in SETS.items()}
-        prefill = paired(works, args.rounds)
+        prefill = paired(works, args.rounds, clock)
     for name, tokens, times in (
         ("decode", 1, decode),
         (f"prefill of {args.prompt_tokens}", args.prompt_tokens, prefill),
