@@ -191,3 +191,18 @@ def test_the_engine_takes_requests_as_text(tmp_path: Path) -> None:
         engine.stream("The quick", params, adapters="storm:x")
     with pytest.raises(RequestError, match="there is no layer instance 3"):
         engine.generate("The quick", params, adapters="storm@3")
+
+
+def test_what_a_set_changes_in_a_layer_is_laid_out_once_for_all_orders(folder: Path) -> None:
+    model = loaded(folder)
+    packed = []
+    pack = model.backend.pack_low_rank
+    model.backend.pack_low_rank = lambda parts: packed.append(len(parts)) or pack(parts)
+    before = run(model, "storm")
+    assert len(packed) == 4 * NUM_LAYERS  # q, k and v together, o, gate and up together, down
+    model.set_layer_order("0,1,1,2")
+    run(model, "storm")
+    run(model, "storm@1-3")
+    model.set_layer_order()
+    assert torch.equal(run(model, "storm"), before)
+    assert len(packed) == 4 * NUM_LAYERS

@@ -56,10 +56,11 @@ class AdapterSets:
         self._backend = backend
         self._loaded: dict[str, tuple[int, Adapter]] = {}
         self._num_loads = 0
+        self._layers: OrderedDict[Chosen, dict[int, LayerChange]] = OrderedDict()  # by index of the weights
         self.set_instances(instances)
 
     def set_instances(self, instances: Sequence[LayerInstance]) -> None:
-        """The layer instances that run from now on. Sets are laid out anew when they are next asked for."""
+        """The layer instances that run from now on. What sets change in a layer stays laid out, wherever it runs."""
         self._instances = tuple(instances)
         self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
         self._unchanged = ModelChange((), (UNCHANGED,) * len(self._instances), None, None)
@@ -91,6 +92,9 @@ class AdapterSets:
         del self._loaded[name]
         kept = ((key, change) for key, change in self._packed.items() if all(use[0] != number for use in key))
         self._packed = OrderedDict(kept)
+        self._layers = OrderedDict(
+            (chosen, kept) for chosen, kept in self._layers.items() if number not in dict(chosen)
+        )
 
     def key(self, request: Request | None) -> AdapterKey:
         """The set in the order of loading, so that equal sets give equal bits; weights of 0 leave an adapter out.
@@ -140,17 +144,22 @@ class AdapterSets:
 
     def _pack(self, key: AdapterKey) -> ModelChange:
         everywhere = tuple((number, weight) for number, weight, instances in key if instances is None)
-        packed: dict[tuple[int, Chosen], LayerChange] = {}
         changes = []
         for position, instance in enumerate(self._instances):
             # Layers lent by a second model come after the model's own: adapters were not made for them.
             own = instance.weights_index < self._config.num_layers
             chosen = tuple(use[:2] for use in key if own and (use[2] is None or position in use[2]))
-            place = (instance.weights_index, chosen)
-            if place not in packed:
-                packed[place] = self._pack_layer(*place) if chosen else UNCHANGED
-            changes.append(packed[place])
+            changes.append(self._layer(instance.weights_index, chosen) if chosen else UNCHANGED)
+        while len(self._layers) > KEPT_SETS:
+            self._layers.popitem(last=False)
         return ModelChange(key, tuple(changes), self._pack_embeddings(everywhere), self._pack_head(everywhere))
+
+    def _layer(self, index: int, chosen: Chosen) -> LayerChange:
+        layers = self._layers.setdefault(chosen, {})
+        self._layers.move_to_end(chosen)
+        if index not in layers:
+            layers[index] = self._pack_layer(index, chosen)
+        return layers[index]
 
     def _adapters(self, chosen: Chosen) -> list[tuple[Adapter, float]]:
         by_number = dict(self._loaded.values())
