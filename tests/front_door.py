@@ -133,7 +133,7 @@ def check_text(model: Model, tokenizer: Tokenizer) -> None:
     """Greedy and sampled text; prompts that are empty or too long are refused."""
     engine = ropewalk.Engine(model, tokenizer)
     prompt = tokenizer.encode(PROMPT)
-    if not prompt or len(prompt) > engine.cache.capacity or max(prompt) >= model.config.vocab_size:
+    if not prompt or len(prompt) > engine.context_size or max(prompt) >= model.config.vocab_size:
         refused(lambda: engine.generate(PROMPT), "a prompt that the model cannot read")
         return
     for params in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 1, "logprobs": 3}):
@@ -141,8 +141,8 @@ def check_text(model: Model, tokenizer: Tokenizer) -> None:
         if not isinstance(text, str):
             raise Unacceptable("generate gave no text")
     refused(lambda: engine.generate([]), "an empty prompt")
-    if engine.cache.capacity < 2**20:
-        refused(lambda: engine.generate([0] * (engine.cache.capacity + 1)), "a prompt longer than the cache")
+    if engine.context_size < 2**20:
+        refused(lambda: engine.generate([0] * (engine.context_size + 1)), "a prompt longer than the cache")
     try:
         engine.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_new_tokens=1)).close()
     except UnsupportedError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fake_model import FakeModel, reply
 from gptq_writer import write_checkpoint
 from ropewalk.chat import ChatTemplate
 from ropewalk.engine import Engine
-from ropewalk.errors import ConfigError, RequestError, UnsupportedError
+from ropewalk.errors import ConfigError, QueueFullError, RequestError, UnsupportedError
 from ropewalk.sampling import SamplingParams
 from ropewalk.tokenizer import Tokenizer, load_tokenizer
 from tokenizer_writer import WRITERS, write_byte_level_json, write_config, write_sentencepiece
@@ -302,3 +303,130 @@ def test_a_prefix_hit_changes_no_token_of_a_real_model(tmp_path: Path, variant: 
     assert hit.token_ids == fresh.token_ids
     if variant.backend == "cpu":  # bit for bit; torch sums in another order for other shapes
         assert hit.steps == fresh.steps
+
+
+def engine_of(folder: Path, num_caches: int, **options) -> Engine:
+    """A real, tiny model on the compiled core."""
+    write_checkpoint(folder, {"vocab_size": 400}, desc_act=True)
+    model = Variant("cpu", "int8", None).load(write_sentencepiece(folder), max_seq_len=64, max_input_len=5)
+    return Engine(model, load_tokenizer(folder), num_caches=num_caches, **options)
+
+
+def random_requests() -> list[tuple[str, SamplingParams]]:
+    prompts = ["A ropewalk is a long", "The quick brown fox", "A ropewalk is a long straight lane", "rope"]
+    return [
+        (prompts[number % 4], SamplingParams(temperature=1.0, seed=number, max_new_tokens=6 + number, logprobs=2))
+        for number in range(12)
+    ]
+
+
+@pytest.mark.parametrize("num_caches", [2, 3])
+def test_requests_that_run_together_get_bit_for_bit_what_they_get_alone(tmp_path: Path, num_caches: int) -> None:
+    engine = engine_of(tmp_path, num_caches)
+    requests = random_requests()
+    alone = [Engine(engine.model, engine.tokenizer).generate(*request) for request in requests]
+    together: dict[int, object] = {}
+
+    def run(number: int) -> None:
+        together[number] = engine.generate(*requests[number])
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [(done.text, done.steps) for done in alone] == [
+        (together[number].text, together[number].steps) for number in range(len(requests))
+    ]
+
+
+def test_one_thread_can_hold_as_many_streams_as_there_are_caches_and_interleave_them(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, 2)
+    requests = random_requests()[2:5]
+    alone = [engine.generate(*request).steps for request in requests]
+    first, second, third = (engine.stream(*request) for request in requests)
+    next(first)
+    next(second)
+    with pytest.raises(RequestError, match="still busy with a stream that this thread began"):
+        next(third)
+    for _ in zip(first, second, strict=False):
+        pass
+    first.complete(), second.complete()
+    assert [first.steps, second.steps] == alone[:2]
+
+
+def test_a_running_reply_goes_on_between_the_layers_of_another_prompt(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, 2)
+    stream = engine.stream("rope", SamplingParams(temperature=0, max_new_tokens=20, ignore_eos=True))
+    next(stream)
+    tokens_seen: list[int] = []
+
+    def watch(done: int, total: int) -> None:
+        deadline = time.monotonic() + 10
+        while not engine._step_line.num_waiting and stream.finish_reason is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        tokens_seen.append(len(stream.steps))
+
+    prompt = "A ropewalk is a long straight lane " * 2
+    other = threading.Thread(target=lambda: engine.generate(prompt, progress=watch, params=GREEDY), daemon=True)
+    other.start()
+    stream.complete()
+    other.join(timeout=30)
+    assert tokens_seen[:10] == list(range(tokens_seen[0], tokens_seen[0] + 10))
+
+
+def test_a_ticket_shows_its_position_and_serves_one_stream_after_another(tokenizer: Tokenizer) -> None:
+    engine = engine_that_says(tokenizer, " fox jumps over")
+    with engine.enter() as ticket, engine.enter() as waiting:
+        assert (ticket.position, waiting.position) == (0, 1)
+        for _ in range(2):
+            assert engine.generate(PROMPT, GREEDY, ticket=ticket).text == " fox jumps over"
+        first = engine.stream(PROMPT, GREEDY, ticket=ticket)
+        next(first)
+        with pytest.raises(RequestError, match="one stream at a time"):
+            engine.generate(PROMPT, GREEDY, ticket=ticket)
+        first.close()
+        assert not waiting.has_turn
+    with pytest.raises(RequestError, match="this ticket is closed"):
+        engine.generate(PROMPT, GREEDY, ticket=ticket)
+
+
+def test_past_the_queue_limit_a_request_is_refused(tokenizer: Tokenizer) -> None:
+    engine = engine_that_says(tokenizer, " fox", queue_limit=1)
+    with engine.enter(), engine.enter():
+        with pytest.raises(QueueFullError, match="1 running and 1 waiting"):
+            engine.enter()
+        with pytest.raises(QueueFullError):
+            engine.generate(PROMPT, GREEDY)
+
+
+def test_exclusive_waits_for_running_requests_and_holds_back_the_next(tokenizer: Tokenizer) -> None:
+    engine = engine_that_says(tokenizer, " fox jumps over", num_caches=2)
+    running = engine.enter()
+    inside, leave = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with engine.exclusive():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    assert not inside.wait(0.1)
+    running.close()
+    assert inside.wait(10)
+    with engine.enter() as ticket:
+        assert ticket.position == 1
+        leave.set()
+        assert ticket.wait(10)
+    thread.join(timeout=10)
+
+
+def test_each_token_comes_with_what_it_adds_to_the_text(tokenizer: Tokenizer) -> None:
+    stream = engine_that_says(tokenizer, " fox 🙂 over").stream(PROMPT, SamplingParams(temperature=0, stop="ver"))
+    assert "".join(stream) == " fox 🙂 o"
+    tokens = stream.tokens()
+    assert [step for step, _ in tokens] == list(stream.steps)
+    assert "".join(text for _, text in tokens).startswith(" fox 🙂 over"[: len(" fox 🙂 o")])
+    assert stream.tokens(2) == tokens[2:]
+    assert stream.queue_s >= 0

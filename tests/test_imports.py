@@ -29,7 +29,7 @@ ORDER = [
     *("cache", "layers", "adapters", "model", "loader", "info"),
     *("sampling", "generate", "evaluate", "routing"),
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
-    *("chat_formats", "chat", "stops", "engine"),
+    *("chat_formats", "chat", "stops", "turn_queue", "cache_pool", "text_stream", "engine"),
     *("hf.history", "hf.reply_clock", "hf.runner", "hf.refusals", "hf.hf_config", "hf.causal_lm", "hf"),
     *("demo", "cli_options", "cli_chat", "cli", "__main__"),
 ]

@@ -421,7 +421,7 @@ def test_the_engine_takes_a_new_cache_when_the_order_changes(tmp_path: Path) -> 
     plain = engine.generate(prompt, params)
     engine.model.set_layer_order("0-1,0-1")
     repeated = engine.generate(prompt, params)
-    assert repeated.stats.reused_tokens == 0 and engine.cache.capacity == 64
+    assert repeated.stats.reused_tokens == 0 and engine.context_size == 64
     fresh = Engine(reference(tmp_path, max_seq_len=64, layer_order="0-1,0-1"), load_tokenizer(tmp_path))
     assert repeated.token_ids == fresh.generate(prompt, params).token_ids
     engine.model.set_layer_order("0-1")

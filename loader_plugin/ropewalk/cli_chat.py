@@ -74,7 +74,7 @@ class Conversation:
 
     def _shorten(self) -> None:
         """Drop the oldest turns until the prompt leaves room for a reply."""
-        capacity = self.engine.cache.capacity
+        capacity = self.engine.context_size
         room = min(self.params.max_new_tokens or REPLY_TOKENS, capacity // 4)
         dropped = 0
         while len(self.engine.chat_ids(self._opening + self.messages)) > capacity - room and len(self.messages) > 2:

@@ -1,91 +1,75 @@
-"""Text in, text out: a model, its tokenizer and one cache.
+"""Text in, text out: a model, its tokenizer and some caches.
 
-    text -> ids -> generate.py -> ids -> text pieces, without stop strings
+    text -> ids -> queue -> cache -> generate.py -> ids -> text pieces, without stop strings
 
-One request runs at a time. The cache outlives requests: a conversation that goes on computes only what is new.
+As many requests run at a time as there are caches; the others wait in the order of coming. Those that run compute one
+step at a time in rotation (a token, or a layer of a prompt), so all of them proceed, and each gets the tokens that it
+would get alone. Caches outlive requests: a conversation that goes on computes only what is new.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
 
-import torch
-
-from ropewalk.adapter_request import AdapterUse, Request, checked_request
+from ropewalk.adapter_request import Request, checked_request
+from ropewalk.cache_pool import CachePool, EngineModel
 from ropewalk.chat import ChatTemplate, Message, load_chat_template, named_template
 from ropewalk.chat_formats import NAMED_FORMATS
 from ropewalk.errors import RequestError, UnsupportedError
-from ropewalk.generate import (
-    CacheLike,
-    Cancelled,
-    Generation,
-    GenerationStats,
-    ModelLike,
-    Progress,
-    Step,
-    checked_prompt,
-)
-from ropewalk.routing import AUTO, Routing, route
+from ropewalk.generate import CacheLike, Cancelled, Generation, GenerationStats, Progress, Step, checked_prompt
+from ropewalk.routing import AUTO, route
 from ropewalk.sampling import SamplingParams
-from ropewalk.stops import StopStrings
-from ropewalk.tokenizer import StreamDecoder, Tokenizer, check_tokenizer_fits
+from ropewalk.text_stream import Completion, TextRequest, TextStream, shown_text
+from ropewalk.tokenizer import Tokenizer, check_tokenizer_fits
+from ropewalk.turn_queue import StepTurns, Ticket, TurnQueue
 
-WAIT_STEP_S = 0.05  # how often a request that waits for another asks whether it is cancelled
-
-
-class EngineModel(ModelLike, Protocol):
-    """What the engine needs of a model."""
-
-    def new_cache(self, max_seq_len: int | None = None) -> CacheLike: ...
-    def accepts(self, cache: CacheLike) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole reply. finish_reason: "stop", "length", "context" or "cancelled"; steps: its tokens.
-
-    routing: which adapter was chosen, where adapters="auto" was asked for.
-    """
-
-    text: str
-    finish_reason: str
-    steps: tuple[Step, ...]
-    stats: GenerationStats
-    routing: Routing | None = None
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The tokens of the reply; where a stop string ended it, those of the stop string included."""
-        return [step.token_id for step in self.steps]
+WAIT_STEP_S = 0.05  # how often a request that waits for its turn asks whether it is cancelled
 
 
 class Engine:
     """Generates text. `last_stats` and `last_finish_reason` speak of the newest request that was started.
 
     chat_template: a name of `chat_formats` or a template; default: the one of the model's folder.
+    num_caches: how many conversations keep their tokens computed, and how many requests run at a time; each cache
+        takes the memory of a full context once it is full.
+    queue_limit: how many requests may wait besides (None: any number).
 
     Raises:
-        ConfigError: the tokenizer belongs to another model. UnsupportedError: no chat template of that name.
+        ConfigError: the tokenizer belongs to another model, or no memory for the caches. UnsupportedError: no chat
+            template of that name.
     """
 
     def __init__(
-        self, model: EngineModel, tokenizer: Tokenizer, chat_template: ChatTemplate | str | None = None
+        self,
+        model: EngineModel,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | str | None = None,
+        num_caches: int = 1,
+        queue_limit: int | None = None,
     ) -> None:
         check_tokenizer_fits(tokenizer, model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
-        self.cache = model.new_cache()
+        self.queue = TurnQueue(num_caches, queue_limit)
+        self._caches = CachePool(model, num_caches)
+        self._step_line = TurnQueue(1)
         if isinstance(chat_template, str):
             chat_template = named_template(chat_template, tokenizer.special_tokens)
         self._chat_template = chat_template
-        self._turn = threading.Lock()
-        self._holder: int | None = None
-        self._last: _Request | None = None
+        self._holders: list[int] = []  # the threads of requests that run without a ticket of the caller's
+        self._last: TextRequest | None = None
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.end_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
+
+    @property
+    def context_size(self) -> int:
+        """The most tokens that a prompt and its reply can have together."""
+        return self._caches.capacity
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -103,6 +87,26 @@ class Engine:
                 f"({', '.join(NAMED_FORMATS)}), or use plain generation"
             )
         return self._chat_template
+
+    def enter(self, on_turn: Callable[[], None] | None = None) -> Ticket:
+        """A place in the queue before there is a stream: to show its position, and to give up waiting.
+
+        on_turn: called once, from any thread, when the turn has come. The caller closes the ticket.
+
+        Raises:
+            QueueFullError: `queue_limit` requests wait already.
+        """
+        return self.queue.enter(on_turn)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While active no request runs, so that adapters and the layer order can be changed.
+
+        Waits in the queue, at its place, for the requests before. A thread with an open stream must not ask for it.
+        """
+        with self.queue.enter(turns=self.queue.num_turns) as ticket:
+            ticket.wait()
+            yield
 
     @property
     def last_stats(self) -> GenerationStats | None:
@@ -122,6 +126,7 @@ class Engine:
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
         adapters: Request | None = None,
+        ticket: Ticket | None = None,
     ) -> TextStream:
         """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
 
@@ -130,12 +135,15 @@ class Engine:
         progress: called with (tokens done, tokens to do) while the prompt is read.
         adapters: as for `Model.forward`, such as "storm+poet:0.5@10-11"; "auto" chooses the loaded adapter, or none,
             that finds the prompt least surprising, and reports it as `routing` of the stream.
+        ticket: a place in the queue from `enter`, which the caller closes; it serves one stream after another.
+            Default: the stream enters the queue when its first piece is asked for, and leaves at its end.
 
         Raises:
             RequestError: the prompt is empty, does not fit, or holds unknown ids; adapters that are not loaded.
+            QueueFullError: with the first piece, if `queue_limit` requests wait already.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._start(ids, params, cancelled, progress, adapters)
+        return self._start(ids, params, cancelled, progress, adapters, ticket)
 
     def generate(
         self,
@@ -144,9 +152,10 @@ class Engine:
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
         adapters: Request | None = None,
+        ticket: Ticket | None = None,
     ) -> Completion:
         """The whole reply at once; arguments and errors as for `stream`."""
-        return self.stream(prompt, params, cancelled, progress, adapters).complete()
+        return self.stream(prompt, params, cancelled, progress, adapters, ticket).complete()
 
     def chat(
         self,
@@ -155,6 +164,7 @@ class Engine:
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
         adapters: Request | None = None,
+        ticket: Ticket | None = None,
         **variables: Any,
     ) -> TextStream:
         """The assistant's next turn, as a stream. `variables` are handed to the chat template, the rest is as for
@@ -165,7 +175,7 @@ class Engine:
         """
         params = params or SamplingParams()
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
-        return self._start(self.chat_ids(messages, **variables), params, cancelled, progress, adapters)
+        return self._start(self.chat_ids(messages, **variables), params, cancelled, progress, adapters, ticket)
 
     def chat_ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """The prompt of a conversation in token ids, up to the beginning of the assistant's turn."""
@@ -180,145 +190,107 @@ class Engine:
         cancelled: Cancelled | None,
         progress: Progress | None,
         adapters: Request | None,
+        ticket: Ticket | None,
     ) -> TextStream:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
-        ids = checked_prompt(self.model, self.cache, prompt_ids)
+        ids = checked_prompt(self.model, self.context_size, prompt_ids)
         chosen = AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
-        self._last = _Request(ids, params, cancelled or (lambda: False), progress, chosen)
-        return TextStream(self, self._last)
+        self._last = TextRequest(ids, params, cancelled or (lambda: False), progress, chosen, ticket)
+        return TextStream(self._last, self._pieces(self._last))
 
-    def _acquire(self, cancelled: Callable[[], bool]) -> bool:
-        """Wait for the turn; False if cancelled meanwhile."""
-        if self._turn.locked() and self._holder == threading.get_ident():
+    def _pieces(self, request: TextRequest) -> Iterator[str]:
+        """The text of a request, piece by piece, with a turn and a cache held meanwhile."""
+        try:
+            with self._turn(request) as has_turn:
+                steps = StepTurns(self._step_line)
+                cancelled = _gives_way(request, steps)
+                if not has_turn or not self._choose_adapters(request, steps, cancelled):
+                    request.finish_reason = "cancelled"
+                    return
+                with self._caches.lend(request.prompt_ids, request.adapters) as cache:
+                    request.generation = self._generation(request, cache, cancelled)
+                    with closing(request.generation):
+                        yield from shown_text(self.tokenizer, request, _in_turns(request.generation, steps))
+        except GeneratorExit:
+            request.finish_reason = "cancelled"
+            raise
+
+    def _generation(self, request: TextRequest, cache: CacheLike, cancelled: Cancelled) -> Generation:
+        return Generation(
+            self.model,
+            cache,
+            request.prompt_ids,
+            request.params,
+            self.end_token_ids,
+            cancelled,
+            request.progress,
+            request.adapters,
+        )
+
+    def _choose_adapters(self, request: TextRequest, steps: StepTurns, cancelled: Cancelled) -> bool:
+        """Replace "auto" by the choice; False once cancelled."""
+        if request.adapters != AUTO:
+            return True
+        with steps:
+            request.routing = route(self.model, request.prompt_ids, cancelled)
+        if request.routing is not None:
+            request.adapters = request.routing.adapters
+        return request.routing is not None
+
+    @contextmanager
+    def _turn(self, request: TextRequest) -> Iterator[bool]:
+        """The request's place in the queue, with its turn; False if cancelled while waiting."""
+        ticket = request.ticket
+        if ticket is not None:
+            yield self._await(ticket, request)
+            return
+        thread = threading.get_ident()
+        if self._holders.count(thread) == self.queue.num_turns:
             raise RequestError(
                 "this engine is still busy with a stream that this thread began: exhaust it or close() it first"
             )
-        while not self._turn.acquire(timeout=WAIT_STEP_S):
-            if cancelled():
+        with self.queue.enter() as ticket:
+            has_turn = self._await(ticket, request)
+            self._holders.append(thread)
+            try:
+                yield has_turn
+            finally:
+                self._holders.remove(thread)
+
+    def _await(self, ticket: Ticket, request: TextRequest) -> bool:
+        """Wait for the turn; False if cancelled meanwhile.
+
+        Raises:
+            RequestError: the ticket is closed, so its turn will never come.
+        """
+        started = time.perf_counter()
+        while not ticket.wait(WAIT_STEP_S):
+            if ticket.closed:
+                raise RequestError("this ticket is closed: enter the queue again")
+            if request.cancelled():
                 return False
-        self._holder = threading.get_ident()
+        request.queue_s = time.perf_counter() - started
         return True
 
-    def _release(self) -> None:
-        self._holder = None
-        self._turn.release()
+
+def _gives_way(request: TextRequest, steps: StepTurns) -> Cancelled:
+    """Asks whether the request is cancelled; between the layers of its prompt, which take long, others may go on."""
+
+    def cancelled() -> bool:
+        if not request.steps:
+            steps.give_way()
+        return request.cancelled()
+
+    return cancelled
 
 
-@dataclass(slots=True)
-class _Request:
-    """One request as it proceeds. Apart from its stream, so that a stream that is dropped ends at once."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    cancelled: Cancelled
-    progress: Progress | None
-    adapters: str | tuple[AdapterUse, ...]
-    routing: Routing | None = None
-    generation: Generation | None = None
-    finish_reason: str | None = None
-    stop_string: str | None = None
-    steps: list[Step] = field(default_factory=list)
-
-
-class TextStream(Iterator[str]):
-    """The pieces of one reply. Holds the engine from the first piece to the end, to `close()`, or until dropped."""
-
-    def __init__(self, engine: Engine, request: _Request) -> None:
-        self._request = request
-        self._pieces = _pieces(engine, request)
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """The tokens so far."""
-        return tuple(self._request.steps)
-
-    @property
-    def stats(self) -> GenerationStats | None:
-        """Tokens and times so far; None before the request has begun."""
-        return None if self._request.generation is None else self._request.generation.stats
-
-    @property
-    def routing(self) -> Routing | None:
-        """The adapter chosen and all scores, where adapters="auto" was asked for and the request has begun."""
-        return self._request.routing
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None while it runs; "stop", "length", "context" or "cancelled"."""
-        return self._request.finish_reason
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that ended the reply, if one did."""
-        return self._request.stop_string
-
-    def __next__(self) -> str:
-        # Entered for each piece: held across a yield it would leak into the caller's own code.
-        with torch.inference_mode():
-            return next(self._pieces)
-
-    def close(self) -> None:
-        """End early; the engine is free for the next request."""
-        self._pieces.close()
-        self._request.finish_reason = self._request.finish_reason or "cancelled"
-
-    def complete(self) -> Completion:
-        """Run to the end."""
-        text = "".join(self)
-        return Completion(text, self.finish_reason, self.steps, self.stats, self.routing)
-
-
-def _pieces(engine: Engine, request: _Request) -> Iterator[str]:
-    """The text of a request, piece by piece, with the engine held meanwhile."""
-    if not engine._acquire(request.cancelled):
-        request.finish_reason = "cancelled"
-        return
-    try:
-        if not engine.model.accepts(engine.cache):  # the layer order was changed
-            engine.cache = engine.model.new_cache(engine.cache.capacity)
-        adapters = request.adapters
-        if adapters == AUTO:
-            request.routing = route(engine.model, request.prompt_ids, request.cancelled)
-            if request.routing is None:
-                request.finish_reason = "cancelled"
-                return
-            adapters = request.routing.adapters
-        request.generation = Generation(
-            engine.model,
-            engine.cache,
-            request.prompt_ids,
-            request.params,
-            engine.end_token_ids,
-            request.cancelled,
-            request.progress,
-            adapters,
-        )
-        yield from _shown_text(engine.tokenizer, request)
-    except GeneratorExit:
-        request.finish_reason = "cancelled"
-        raise
-    finally:
-        if request.generation is not None:
-            request.generation.close()
-        engine._release()
-
-
-def _shown_text(tokenizer: Tokenizer, request: _Request) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer, context_ids=request.prompt_ids)
-    stops = StopStrings(request.params.stop)
-    for step in request.generation:
-        request.steps.append(step)
-        shown = stops.push(decoder.push(step.token_id))
-        if stops.found is not None:
-            break
-        if shown:
-            yield shown
-    else:
-        shown = stops.push(decoder.flush())
-    request.stop_string = stops.found
-    request.finish_reason = "stop" if stops.found is not None else request.generation.finish_reason
-    shown += stops.flush()
-    if shown:
-        yield shown
+def _in_turns(generation: Generation, steps: StepTurns) -> Iterator[Step]:
+    """The steps of a reply, each computed when it is this request's turn to compute."""
+    while True:
+        with steps:
+            step = next(generation, None)
+        if step is None:
+            return
+        yield step

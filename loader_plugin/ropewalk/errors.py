@@ -30,5 +30,9 @@ class RequestError(RopewalkError, ValueError):
     """A generation request cannot be served: empty or too long a prompt, token ids or settings out of range."""
 
 
+class QueueFullError(RopewalkError, RuntimeError):
+    """As many requests as allowed wait already; the same request can succeed later."""
+
+
 class NativeError(RopewalkError, RuntimeError):
     """The compiled core is missing, or the asked-for instruction set does not exist on this machine."""

@@ -125,7 +125,7 @@ class Generation(Iterator[Step]):
         self.finish_reason: str | None = None
         self.end_token_id: int | None = None
         self._model, self._cache, self._params = model, cache, params
-        self._prompt_ids = checked_prompt(model, cache, prompt_ids)
+        self._prompt_ids = checked_prompt(model, cache.capacity, prompt_ids)
         self._adapters = adapters
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
@@ -220,17 +220,17 @@ class Generation(Iterator[Step]):
         return Step(token_id, *top_logprobs(logits, token_id, self._params.logprobs))
 
 
-def checked_prompt(model: ModelLike, cache: CacheLike, prompt_ids: Sequence[int]) -> list[int]:
+def checked_prompt(model: ModelLike, capacity: int, prompt_ids: Sequence[int]) -> list[int]:
     """The prompt as a list of ids that the model knows and the context can hold.
 
     Raises:
         RequestError: empty, ids of a wrong type or out of range, or too long; says by how much and what to do.
     """
     ids = checked_token_ids(prompt_ids, model.config.vocab_size)
-    excess = len(ids) - cache.capacity
+    excess = len(ids) - capacity
     if excess > 0:
         raise RequestError(
-            f"the prompt has {len(ids)} tokens, {excess} more than the context of {cache.capacity}: shorten it, or "
+            f"the prompt has {len(ids)} tokens, {excess} more than the context of {capacity}: shorten it, or "
             f"load the model with max_seq_len={len(ids) + 256} or more (and RoPE scaling that covers it)"
         )
     return ids
