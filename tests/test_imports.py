@@ -31,7 +31,11 @@ ORDER = [
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
     *("chat_formats", "chat", "stops", "turn_queue", "cache_pool", "text_stream", "engine"),
     *("hf.history", "hf.reply_clock", "hf.runner", "hf.refusals", "hf.hf_config", "hf.causal_lm", "hf"),
-    *("demo", "cli_options", "cli_chat", "cli", "__main__"),
+    *("demo", "cli_options", "cli_chat"),
+    *("server", "server.notes", "server.errors", "server.schema", "server.refusals", "server.model_names"),
+    *("server.requests", "server.jobs", "server.replies", "server.metrics", "server.middleware", "server.answers"),
+    *("server.app", "server.uvicorn_server", "server.launch"),
+    *("cli_serve", "cli", "__main__"),
 ]
 
 EVERYWHERE = {"numpy", "torch"}
@@ -44,11 +48,19 @@ LIBRARIES = {
     "hf.hf_config": {"transformers"},
     "hf.history": {"transformers"},
     "safetensors_file": {"safetensors"},
+    "server.answers": {"starlette"},
+    "server.app": {"fastapi", "prometheus_client"},
+    "server.errors": {"fastapi", "starlette"},
+    "server.launch": {"uvicorn"},
+    "server.metrics": {"prometheus_client"},
+    "server.middleware": {"starlette"},
+    "server.schema": {"pydantic"},
+    "server.uvicorn_server": {"uvicorn"},
     "tokenizer_json": {"tokenizers"},
     "tokenizer_sentencepiece": {"sentencepiece"},
 }
 # Those that start fast by importing the rest when it is needed, and the loader, which runs without a compiled core.
-IMPORT_WHEN_CALLED = {"cli", "cli_options", "loader"}
+IMPORT_WHEN_CALLED = {"cli", "cli_options", "cli_serve", "loader"}
 # Text, files and token ids stay apart: none of these modules may import one of those, even through others.
 APART = {
     "the decoder knows no text": (["model", "layers", "backends.cpu", "loader"], ["tokenizer_base", "chat"]),

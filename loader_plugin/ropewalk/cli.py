@@ -1,4 +1,4 @@
-"""The command `ropewalk`: generate, chat, info, perplexity, export-layers.
+"""The command `ropewalk`: generate, chat, serve, info, perplexity, export-layers.
 
 Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
 after Ctrl-C, 141 when the reader of stdout went away.
@@ -31,6 +31,7 @@ from ropewalk.cli_options import (
     rope_overrides,
     sampling_params,
 )
+from ropewalk.cli_serve import add_serve_command
 from ropewalk.errors import RequestError, RopewalkError
 from ropewalk.memory import format_bytes
 
@@ -170,6 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     add_load_arguments(chat)
     add_adapter_arguments(chat, routes=True)
     chat.set_defaults(run=run_chat)
+
+    add_serve_command(commands)
 
     info = commands.add_parser("info", help="what would be loaded", description=run_info.__doc__)
     add_model_arguments(info)

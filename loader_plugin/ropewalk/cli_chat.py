@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from ropewalk.adapter_request import Request
-from ropewalk.chat import load_chat_template
-from ropewalk.cli_options import load, load_adapters, note, progress_bar, sampling_params
+from ropewalk.cli_options import chosen_template, load, load_adapters, note, progress_bar, sampling_params
 from ropewalk.engine import Engine
 from ropewalk.errors import RequestError
 from ropewalk.sampling import SamplingParams
@@ -19,7 +18,6 @@ from ropewalk.sampling import SamplingParams
 HELP = "/reset forgets the conversation, /undo the last turn, /exit (or Ctrl-D) leaves; Ctrl-C stops a reply"
 REPLY_TOKENS = 512
 LONG_PREFILL = 1024
-EMBEDDED_TEMPLATE = "vicuna"  # the embedded model knows no chat format: any plain one will do
 
 
 class Conversation:
@@ -91,11 +89,7 @@ def chat_loop(args: argparse.Namespace) -> int:
     params = sampling_params(args, max_new_tokens=REPLY_TOKENS)
     model, tokenizer = load(args)
     adapters = load_adapters(args, model)
-    template = args.chat_template
-    if template is None and args.model is None:
-        brought = load_chat_template(tokenizer.source.parent, tokenizer.special_tokens)
-        template = EMBEDDED_TEMPLATE if brought is None else None
-    engine = Engine(model, tokenizer, template)
+    engine = Engine(model, tokenizer, chosen_template(args, tokenizer))
     conversation = Conversation(engine, params, args.system, adapters)
     _ = engine.chat_template  # a missing template is better reported before the first question
     note(HELP)

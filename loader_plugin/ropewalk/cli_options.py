@@ -16,6 +16,7 @@ from ropewalk.errors import RequestError
 ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 LOAD_OPTIONS = ("max_input_len", "compute", "backend", "threads", "isa", "device", "max_attention_size")
+EMBEDDED_TEMPLATE = "vicuna"
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_new_tokens", int, "end after so many tokens"),
     ("temperature", float, "0: always the most likely token"),
@@ -141,6 +142,16 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
     return model, tokenizer
+
+
+def chosen_template(args: argparse.Namespace, tokenizer: Any) -> str | None:
+    """--chat-template; for the embedded model, which knows no chat format, any plain one will do."""
+    from ropewalk.chat import load_chat_template
+
+    if args.chat_template is not None or args.model is not None:
+        return args.chat_template
+    brought = load_chat_template(tokenizer.source.parent, tokenizer.special_tokens)
+    return EMBEDDED_TEMPLATE if brought is None else None
 
 
 def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:

@@ -1,0 +1,105 @@
+"""What clients may send, as OpenAI documents it, with the settings that other local servers know besides.
+
+Types are strict: "5" is no number. A field that is null counts as left out. Fields that are not here are ignored (and
+named in the log), except those in `refusals.py`, which would change what the client gets.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+
+TokenId = Annotated[int, Field(ge=0)]
+StopText = Annotated[str, Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """Settings of a streamed reply."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = Field(None, description="end with a chunk that holds the usage")
+
+
+class SamplingFields(BaseModel):
+    """What both kinds of requests share. What is left out takes the defaults that the server was started with."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="BASE, BASE+ADAPTER:WEIGHT+..., BASE+auto; see /v1/models")
+    stream: bool | None = Field(None, description="send the reply as it is written")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="so many replies, with the seeds seed, seed + 1, ...")
+    max_tokens: int | None = Field(None, ge=0, description="end after so many tokens")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: always the most likely token")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_range: int | None = Field(None, ge=1, description="tokens that repetition_penalty looks back")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="token id -> added to its logit; -100 bans it"
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed and settings: the same reply")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    user: str | None = Field(None, description="accepted, not used")
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    echo: bool | None = Field(None, description="begin the reply with the prompt")
+    logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives for each token")
+
+
+class TextPart(BaseModel):
+    """A piece of a message's text."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation. Further fields are handed to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: str = Field(min_length=1)
+    content: str | list[TextPart] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=0, description="as max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives for each token")
+    tools: list[dict[str, Any]] | None = Field(None, description="handed to the chat template as they are")
+    reasoning_effort: str | None = Field(None, description="handed to the chat template")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template")
+
+
+class EmbeddingsRequest(BaseModel):
+    """POST /v1/embeddings, which is refused."""
+
+    model_config = ConfigDict(extra="allow")
