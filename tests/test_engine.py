@@ -430,3 +430,19 @@ def test_each_token_comes_with_what_it_adds_to_the_text(tokenizer: Tokenizer) ->
     assert "".join(text for _, text in tokens).startswith(" fox 🙂 over"[: len(" fox 🙂 o")])
     assert stream.tokens(2) == tokens[2:]
     assert stream.queue_s >= 0
+
+
+def test_the_score_of_a_prompt_is_that_of_its_logits_and_leaves_it_in_the_cache(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, 2)
+    ids = engine.tokenizer.encode("A ropewalk is a long straight lane")
+    logits = engine.model.forward(ids, engine.model.new_cache(), logits="all")
+    steps = engine.score(ids, 3)
+    assert [step.token_id for step in steps] == ids and steps[0].logprob is None
+    for position, step in enumerate(steps[1:]):
+        log_p = torch.log_softmax(logits[position], dim=-1)
+        assert step.logprob == float(log_p[step.token_id])
+        assert [value for _, value in step.top] == torch.topk(log_p, 3).values.tolist()
+    assert engine.generate(ids, GREEDY).stats.reused_tokens == len(ids) - 1
+    assert engine.score(ids, cancelled=lambda: True) is None
+    with pytest.raises(RequestError, match="no token ids"):
+        engine.score([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from ropewalk.demo import demo_model_path
 from ropewalk.engine import Engine
+from ropewalk.evaluate import sequence_perplexity
 from ropewalk.loader import load_model
 from ropewalk.sampling import SamplingParams
 from ropewalk.server.app import AppOptions
@@ -226,6 +228,30 @@ def test_echo_begins_with_the_prompt(client: openai.OpenAI) -> None:
     assert client.completions.create(**settings, echo=True).choices[0].text == PROMPT + plain
     streamed = client.completions.create(**settings, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == PROMPT + plain
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_echo_with_logprobs_scores_the_prompt_as_the_perplexity_does(client, alone: Engine, streams: bool) -> None:
+    settings = {"model": "demo", "prompt": PROMPT, "max_tokens": 2, "seed": 1, "echo": True, "logprobs": 2}
+    if streams:
+        parts = [chunk.choices[0] for chunk in client.completions.create(**settings, stream=True)]
+        text = "".join(part.text for part in parts)
+        values = [value for part in parts for value in part.logprobs.token_logprobs]
+        offsets = [offset for part in parts for offset in part.logprobs.text_offset]
+        tops = [top for part in parts for top in part.logprobs.top_logprobs]
+    else:
+        choice = client.completions.create(**settings).choices[0]
+        text, values, offsets = choice.text, choice.logprobs.token_logprobs, choice.logprobs.text_offset
+        tops = choice.logprobs.top_logprobs
+    ids = alone.tokenizer.encode(PROMPT)
+    assert text.startswith(PROMPT) and len(values) == len(tops) == len(offsets) == len(ids) + 2
+    assert values[0] is None and tops[0] is None
+    perplexity = sequence_perplexity(alone.model, alone.model.new_cache(), ids)
+    assert math.exp(-sum(values[1 : len(ids)]) / (len(ids) - 1)) == pytest.approx(perplexity, rel=1e-5)
+    assert all(value <= max(top.values()) for value, top in zip(values[1:], tops[1:], strict=True))
+    reply = alone.generate(PROMPT, params(seed=1, max_new_tokens=2, logprobs=2))
+    assert values[-2:] == [step.logprob for step in reply.steps] and text == PROMPT + reply.text
+    assert offsets == sorted(offsets) and offsets[len(ids)] == len(PROMPT)
 
 
 def test_no_new_tokens_can_be_asked_for(client: openai.OpenAI) -> None:

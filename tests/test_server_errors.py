@@ -66,7 +66,6 @@ def error_of(response: httpx.Response, status: int) -> dict:
         ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported: text is continued at its end only"),
         ({"prompt": "x", "best_of": 3}, "best_of", "best_of is not supported: all replies are returned"),
         ({"prompt": "x", "grammar": "root ::= x"}, "grammar", "replies are not constrained"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo", "echo with logprobs"),
         ({"prompt": "\ud800"}, None, "half a surrogate pair"),
     ],
 )

@@ -16,11 +16,14 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ropewalk.adapter_request import Request, checked_request
+import torch
+
+from ropewalk.adapter_request import AdapterUse, Request, checked_request
 from ropewalk.cache_pool import CachePool, EngineModel
 from ropewalk.chat import ChatTemplate, Message, load_chat_template, named_template
 from ropewalk.chat_formats import NAMED_FORMATS
 from ropewalk.errors import RequestError, UnsupportedError
+from ropewalk.evaluate import token_logprobs
 from ropewalk.generate import CacheLike, Cancelled, Generation, GenerationStats, Progress, Step, checked_prompt
 from ropewalk.routing import AUTO, route
 from ropewalk.sampling import SamplingParams
@@ -157,6 +160,32 @@ class Engine:
         """The whole reply at once; arguments and errors as for `stream`."""
         return self.stream(prompt, params, cancelled, progress, adapters, ticket).complete()
 
+    def score(
+        self,
+        prompt_ids: Sequence[int],
+        count: int = 0,
+        cancelled: Cancelled | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+    ) -> list[Step] | None:
+        """The tokens of a prompt, each but the first with its log probability and the `count` most likely in its place.
+
+        None once cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
+        `stream`.
+        """
+        ids = checked_prompt(self.model, self.context_size, prompt_ids)
+        request = TextRequest(ids, SamplingParams(), cancelled or _never, None, _adapters_or_auto(adapters), ticket)
+        with self._turn(request) as has_turn, torch.inference_mode():
+            turns = StepTurns(self._step_line)
+            asks = _gives_way(request, turns)
+            if not has_turn or not self._choose_adapters(request, turns, asks):
+                return None
+            with self._caches.lend(ids, request.adapters) as cache, turns:
+                found = token_logprobs(self.model, cache, ids, count, request.adapters, asks)
+        if found is None:
+            return None
+        return [Step(ids[0])] + [Step(token_id, *values) for token_id, values in zip(ids[1:], found, strict=True)]
+
     def chat(
         self,
         messages: Sequence[Message],
@@ -196,8 +225,7 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
         ids = checked_prompt(self.model, self.context_size, prompt_ids)
-        chosen = AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
-        self._last = TextRequest(ids, params, cancelled or (lambda: False), progress, chosen, ticket)
+        self._last = TextRequest(ids, params, cancelled or _never, progress, _adapters_or_auto(adapters), ticket)
         return TextStream(self._last, self._pieces(self._last))
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
@@ -273,6 +301,14 @@ class Engine:
                 return False
         request.queue_s = time.perf_counter() - started
         return True
+
+
+def _never() -> bool:
+    return False
+
+
+def _adapters_or_auto(adapters: Request | None) -> str | tuple[AdapterUse, ...]:
+    return AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
 
 
 def _gives_way(request: TextRequest, steps: StepTurns) -> Cancelled:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from ropewalk.cache import KvCache
 from ropewalk.errors import CheckpointError, RequestError
 from ropewalk.generate import Cancelled, Progress
 from ropewalk.model import Model, checked_token_ids
+from ropewalk.sampling import top_logprobs
 
 LOGITS_BYTES = 64 * 2**20  # logits held at once: 524 rows of a vocabulary of 32,000
 
@@ -142,6 +143,29 @@ def _exp(mean_nll: float) -> float:
     return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 
+def token_logprobs(
+    model: Model,
+    cache: KvCache,
+    ids: list[int],
+    count: int = 0,
+    adapters: Request | None = None,
+    cancelled: Cancelled | None = None,
+) -> list[tuple[float, tuple[tuple[int, float], ...]]] | None:
+    """For every token but the first its log probability and the `count` most likely tokens (id, log probability) at its
+    place; None once cancelled. Computed in `cache`, which is emptied first and holds the tokens afterwards.
+
+    Raises:
+        RequestError: as `Model.forward`.
+    """
+    found = []
+    for start, logits in _blocks(model, cache, ids, cancelled or (lambda: False), adapters):
+        if logits is None:
+            return None
+        targets = ids[start + 1 : start + len(logits) + 1]
+        found += [top_logprobs(row, target, count) for row, target in zip(logits.cpu(), targets, strict=False)]
+    return found
+
+
 def _window_nll(
     model: Model,
     cache: KvCache,
@@ -151,27 +175,35 @@ def _window_nll(
     adapters: Request | None,
 ) -> float | None:
     """Sum of -log p over all tokens of the window but the first; None once cancelled."""
-    cache.truncate(0)
-    block = max(1, min(model.max_input_len, LOGITS_BYTES // (4 * model.config.vocab_size)))
     total = 0.0
-    for start in range(0, len(window), block):
-        part = window[start : start + block]
-        logits = model.forward(
-            part, cache, logits="all", cancelled=cancelled, seq_len=len(window), adapters=adapters
-        )  # [rows, V]
+    for start, logits in _blocks(model, cache, window, cancelled, adapters):
         if logits is None:
             return None
-        targets = torch.tensor(window[start + 1 : start + len(part) + 1], device=logits.device)  # [rows or rows - 1]
+        num_rows = len(logits)
+        targets = torch.tensor(window[start + 1 : start + num_rows + 1], device=logits.device)  # [rows or rows - 1]
         logits = logits[: len(targets)]
         chosen = logits.gather(1, targets[:, None]).squeeze(1)
         total += float((torch.logsumexp(logits, dim=1) - chosen).double().sum())
-        report(len(part))
+        report(num_rows)
     if not math.isfinite(total):
         raise CheckpointError(
             f"{model.config.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
             "settings do not fit it"
         )
     return total
+
+
+def _blocks(
+    model: Model, cache: KvCache, window: list[int], cancelled: Cancelled, adapters: Request | None
+) -> Iterator[tuple[int, torch.Tensor | None]]:
+    """(first row, logits [rows, V]) of a window, in blocks of `LOGITS_BYTES`; logits None once cancelled."""
+    cache.truncate(0)
+    block = max(1, min(model.max_input_len, LOGITS_BYTES // (4 * model.config.vocab_size)))
+    for start in range(0, len(window), block):
+        part = window[start : start + block]
+        seq_len = len(window)
+        logits = model.forward(part, cache, logits="all", cancelled=cancelled, seq_len=seq_len, adapters=adapters)
+        yield start, logits
 
 
 def _check_lengths(lengths: Sequence[int], max_seq_len: int) -> None:

@@ -19,6 +19,7 @@ from ropewalk.engine import Engine
 from ropewalk.generate import GenerationStats, Step
 from ropewalk.server.requests import Choice, Work
 from ropewalk.text_stream import TextStream
+from ropewalk.tokenizer import StreamDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class Job:
         )
         tokens = _ShownTokens(stream)
         if choice.echo:
-            self._post(Piece(index, choice.echo, []))
+            self._echo(index, choice)
         for text in stream:
             self._post(Piece(index, text, tokens.shown_with(text)))
         if stream.stats is None or stream.finish_reason == "cancelled":
@@ -175,6 +176,19 @@ class Job:
         routing = None if stream.routing is None else stream.routing.describe()
         rest = tokens.rest() if stream.stop_string is None else []
         self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, routing))
+
+    def _echo(self, index: int, choice: Choice) -> None:
+        """The prompt as the first piece; with its tokens, where log probabilities are asked for."""
+        engine, count = self._jobs.engine, choice.params.logprobs
+        if count is None:
+            self._post(Piece(index, choice.echo, []))
+            return
+        ids, adapters = choice.prompt_ids, self._work.adapters
+        steps = engine.score(ids, count, self._cancelled.is_set, adapters, self.ticket)
+        if steps is not None:
+            decoder = StreamDecoder(engine.tokenizer)
+            tokens = [(step, decoder.push(step.token_id)) for step in steps]
+            self._post(Piece(index, "".join(text for _, text in tokens), tokens))
 
     def _post(self, event: Piece | Finished | Exception | None) -> None:
         with suppress(RuntimeError):  # as above

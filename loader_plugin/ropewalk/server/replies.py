@@ -105,13 +105,19 @@ class TextShape:
         return {
             "tokens": [self._text(step.token_id) for step, _ in tokens],
             "token_logprobs": [step.logprob for step, _ in tokens],
-            "top_logprobs": [{self._text(token_id): logprob for token_id, logprob in step.top} for step, _ in tokens],
+            "top_logprobs": [self._alternatives(step) for step, _ in tokens],
             "text_offset": offsets,
         }
 
     def joined(self, parts: Sequence[Json]) -> Json:
         """Of several pieces."""
         return {key: [value for part in parts for value in part[key]] for key in self.logprobs((), 0)}
+
+    def _alternatives(self, step: Step) -> Json | None:
+        """The first token of an echoed prompt has none: nothing comes before it."""
+        if step.logprob is None:
+            return None
+        return {self._text(token_id): logprob for token_id, logprob in step.top}
 
     def _text(self, token_id: int) -> str:
         """As OpenAI writes tokens that are no text of their own: "bytes:\\xf0"."""

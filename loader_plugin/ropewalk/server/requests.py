@@ -29,7 +29,7 @@ SAME_NAME = (
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply that is asked for. echo: text that it begins with."""
+    """One reply that is asked for. echo: text that it begins with, the prompt's."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -59,10 +59,6 @@ class Desk:
     def completion(self, request: CompletionRequest) -> Work:
         """Raises ApiError or RequestError for what cannot be done; so do all here."""
         ignored = check_completion_fields(request.model_extra or {})
-        if request.echo and request.logprobs is not None:
-            raise ApiError(
-                400, "echo with logprobs (those of the prompt) is not supported: ask for one of them", "echo"
-            )
         tokens = request.max_tokens
         if tokens is None:
             tokens = self.defaults.max_new_tokens or COMPLETION_TOKENS
