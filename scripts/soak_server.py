@@ -22,6 +22,7 @@ from typing import Any
 
 import openai
 
+from benchmarking import print_head
 from ropewalk.demo import demo_model_path
 from ropewalk.engine import Engine
 from ropewalk.loader import load_model
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--leaving", type=float, default=0.3, help="share of the requests that are not waited for")
     parser.add_argument("--seed", type=int, default=0, help="of the clients' choices")
     options = parser.parse_args(arguments)
+    print_head("a server with many clients")
     cases = catalogue()
     serve = ["--caches", str(options.caches), "--queue-limit", str(2 * options.clients), "--threads", "1"]
     with ServerProcess(serve) as server:
@@ -200,8 +202,7 @@ def report(
 ) -> int:
     """Print what was seen; the exit status."""
     total = sum(record.outcomes.values()) + len(record.wrong)
-    fifth = max(1, len(record.memory) // 5)
-    early, late = (statistics.median(part) for part in (record.memory[fifth : 2 * fifth], record.memory[-fifth:]))
+    memory = fifths(record.memory)
     stuck = {name: health[name] for name in ("running", "waiting") if health[name]}
     print(
         f"clients {options.clients}, caches {options.caches}, {options.seconds:g} s, {total} requests: "
@@ -216,13 +217,19 @@ def report(
         f"tokens of complete replies: {tokens:.0f}, {tokens / options.seconds:.0f} a second; "
         f"disconnects seen by the server: {metrics['ropewalk_disconnects_total']:.0f}"
     )
-    print(f"memory: {early / 2**20:.1f} MiB in the second fifth of the time, {late / 2**20:.1f} MiB in the last")
+    print("memory in MiB, medians of the fifths of the time: " + ", ".join(f"{part / 2**20:.1f}" for part in memory))
     for line in record.wrong[:10]:
         print(f"WRONG {line}")
-    grown = late - early > GROWTH_BYTES
+    grown = memory[-1] - memory[1] > GROWTH_BYTES
     if grown:
         print("WRONG memory has grown")
     return int(bool(record.wrong or stuck or grown or not record.outcomes["complete"]))
+
+
+def fifths(values: Sequence[int]) -> list[float]:
+    """The median of each fifth of the time."""
+    size = max(1, len(values) // 5)
+    return [statistics.median(values[part * size :][:size] or values[-1:]) for part in range(5)]
 
 
 def quantile(metrics: Mapping[str, float], name: str, share: float) -> float:

@@ -183,7 +183,7 @@ def test_without_the_extra_it_says_what_to_install() -> None:
 
 @pytest.mark.parametrize(
     ("script", "options"),
-    [("soak_server.py", ["--seconds", "6", "--clients", "16"]), ("fuzz_server.py", ["--count", "100"])],
+    [("soak_server.py", ["--seconds", "4", "--clients", "12"]), ("fuzz_server.py", ["--count", "60"])],
 )
 def test_the_server_survives_a_short_run_of_its_scripts(script: str, options: Sequence[str]) -> None:
     if script == "fuzz_server.py":

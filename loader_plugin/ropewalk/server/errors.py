@@ -75,10 +75,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def of_ours(request: Request, error: Exception) -> Response:
         return answer(request, api_error(error))
 
-    async def of_validation(request: Request, error: Exception) -> Response:
+    async def of_validation(request: Request, error: RequestValidationError) -> Response:
         return answer(request, validation_error(error.errors()))
 
-    async def of_http(request: Request, error: Exception) -> Response:
+    async def of_http(request: Request, error: HTTPException) -> Response:
         return answer(request, http_error(request, error))
 
     app.add_exception_handler(ApiError, of_ours)

@@ -18,16 +18,16 @@ class Refusal:
 
 
 _NO_GRAMMAR = Refusal("replies are not constrained to a format here; ask for it in the prompt")
-_ANYWHERE: Mapping[str, Refusal] = {
+_ANYWHERE: dict[str, Refusal] = {
     name: _NO_GRAMMAR
     for name in ("grammar", "json_schema", "structured_outputs")
     + tuple(f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar"))
 }
-_COMPLETIONS: Mapping[str, Refusal] = {
+_COMPLETIONS: dict[str, Refusal] = {
     "suffix": Refusal("text is continued at its end only", lambda value: value == ""),
     "best_of": Refusal("all replies are returned; ask for n of them", lambda value: value == 1),
 }
-_CHAT: Mapping[str, Refusal] = {
+_CHAT: dict[str, Refusal] = {
     "response_format": Refusal(_NO_GRAMMAR.reason, lambda value: value == {"type": "text"}),
     "functions": Refusal("this is the old form; use tools, which are handed to the chat template", lambda v: v == []),
     "function_call": Refusal("calls are not forced; leave it out", lambda value: value in ("auto", "none")),

@@ -25,10 +25,12 @@ Json = dict[str, Any]
 class Shape(Protocol):
     """How an endpoint writes its choices."""
 
-    prefix: str
-    whole: str
-    chunk: str
-
+    @property
+    def prefix(self) -> str: ...
+    @property
+    def whole(self) -> str: ...
+    @property
+    def chunk(self) -> str: ...
     def first_chunks(self, num_choices: int) -> list[Json]: ...
     def delta(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json: ...
     def message(self, index: int, text: str, logprobs: Json | None, reason: str) -> Json: ...
@@ -72,7 +74,7 @@ class ChatShape:
         """Of several pieces."""
         return {"content": [entry for part in parts for entry in part["content"]], "refusal": None}
 
-    def _entry(self, token_id: int, logprob: float) -> Json:
+    def _entry(self, token_id: int, logprob: float | None) -> Json:
         data = self.tokenizer.token_bytes(token_id)
         return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
