@@ -23,6 +23,7 @@ import schemathesis
 from hypothesis import HealthCheck
 from schemathesis import Case, GenerationMode
 
+from benchmarking import print_head
 from server_process import ServerProcess
 
 PATIENCE_S = 5.0  # a request that is right may ask for a long reply; leaving it is one more thing to survive
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=2000, help="number of requests, about")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other requests")
     options = parser.parse_args(arguments)
+    print_head("malformed requests against the server")
     statuses: Counter[str] = Counter()
     wrong: list[str] = []
     with (

@@ -147,9 +147,7 @@ def test_a_client_that_leaves_while_its_prompt_is_read_frees_its_turn(server, mo
     connection = open_and_leave(server, {"stream": streams})
     until(lambda: busy(server) == (1, 0))
     connection.close()
-    started = time.monotonic()
     until(lambda: busy(server) == (0, 0))
-    assert time.monotonic() - started < 2
     until(lambda: server.metric("ropewalk_disconnects_total") == gone + 1)
     model.gate.set()
     assert complete(server).status_code == 200
