@@ -59,7 +59,7 @@ class Record:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
 
 
@@ -133,14 +133,13 @@ async def run_client(
     """One client: a request after the other."""
     while time.monotonic() < end:
         case, streams, leaves = rng.choice(cases), rng.random() < 0.6, rng.random() < leaving
-        started = time.monotonic()
         try:
             if leaves:
                 record.outcomes[await left_early(client, case, streams, rng, record)] += 1
             else:
                 await waited_for(client, case, streams, record)
                 record.outcomes["complete"] += 1
-                record.seconds.append(time.monotonic() - started)
+                record.ends.append(time.monotonic())
         except openai.OpenAIError as error:
             record.wrong.append(f"{type(error).__name__}: {error}")
 
@@ -218,6 +217,8 @@ def report(
         f"disconnects seen by the server: {metrics['ropewalk_disconnects_total']:.0f}"
     )
     print("memory in MiB, medians of the fifths of the time: " + ", ".join(f"{part / 2**20:.1f}" for part in memory))
+    pauses = [after - before for before, after in zip(record.ends, record.ends[1:], strict=False)]
+    print(f"longest time without a complete reply of any client: {max(pauses, default=0.0):.2f} s")
     for line in record.wrong[:10]:
         print(f"WRONG {line}")
     grown = memory[-1] - memory[1] > GROWTH_BYTES
