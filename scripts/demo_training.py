@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,13 @@ class TrainingPlan:
     vector_lr: float = 4e-3
     warmup: float = 0.02
     checkpoint_every: int = 250
+    log_every: int = 50
+    length: int = CONTEXT
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that are predicted in one step."""
+        return self.batch * self.length
 
 
 def model_config() -> LlamaConfig:
@@ -156,32 +163,64 @@ def train(stream: np.ndarray, held_out: np.ndarray, plan: TrainingPlan, folder: 
     model = LlamaForCausalLM(model_config()).train()
     # Plain matrix products and softmax: two thirds of the time of torch's fused attention in bf16 on a CPU (2.13).
     model.set_attn_implementation("eager")
-    optimizers = _optimizers(model, plan)
-    step, elapsed_before = _restore(folder / "checkpoint.pt", model, optimizers)
+    numbers = run_steps(
+        model,
+        _optimizers(model, plan),
+        lambda first_step: batches(stream, plan, first_step),
+        plan,
+        folder / "checkpoint.pt",
+        lambda: held_out_loss(model, held_out, plan.length),
+    )
+    model.save_pretrained(folder / "float")
+    return numbers
+
+
+def run_steps(
+    model: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches_from: Callable[[int], Iterator[torch.Tensor]],
+    plan: TrainingPlan,
+    checkpoint: Path,
+    measured_loss: Callable[[], float],
+) -> dict[str, float]:
+    """The steps of a plan, going on from `checkpoint` where there is one; how many, of how many tokens, in which time.
+
+    batches_from: the batches [plan.batch, plan.length + 1] int64 from a step on. Parameter groups hold their "peak_lr".
+    measured_loss: called now and then for the log.
+    """
+    step, elapsed_before = _restore(checkpoint, model, optimizers)
     loss_of = torch.compile(_loss, dynamic=False) if plan.compiled else _loss
-    started, tokens_per_step, smooth = time.monotonic(), plan.batch * CONTEXT, None
-    for batch in batches(stream, plan, step):
+    started, smooth = time.monotonic(), None
+    for batch in batches_from(step):
         elapsed = elapsed_before + time.monotonic() - started
-        progress = max(step * tokens_per_step / plan.total_tokens, elapsed / (60 * plan.minutes))
+        progress = max(step * plan.tokens_per_step / plan.total_tokens, elapsed / (60 * plan.minutes))
         if progress >= 1:
             break
         loss = _step(model, optimizers, loss_of, batch, _lr_factor(progress, plan.warmup))
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         step += 1
-        if step % 50 == 0:
-            rate = tokens_per_step * step / (elapsed + 1e-9)
+        if step % plan.log_every == 0:
+            rate = plan.tokens_per_step * step / (elapsed + 1e-9)
             LOGGER.info("step %d, %.0f %%, loss %.3f, %.0f tokens/s", step, 100 * progress, smooth, rate)
         if step % plan.checkpoint_every == 0:
-            LOGGER.info("held-out loss %.4f", _held_out_loss(model, held_out))
-            _save(folder / "checkpoint.pt", model, optimizers, step, elapsed)
+            LOGGER.info("held-out loss %.4f", measured_loss())
+            _save(checkpoint, model, optimizers, step, elapsed)
     elapsed = elapsed_before + time.monotonic() - started
-    model.save_pretrained(folder / "float")
-    return {"steps": step, "tokens": step * tokens_per_step, "minutes": elapsed / 60}
+    return {"steps": step, "tokens": step * plan.tokens_per_step, "minutes": elapsed / 60}
 
 
-def _loss(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, held_out: np.ndarray, length: int, num_tokens: int = 32 * CONTEXT) -> float:
+    """Mean loss over windows of `length` spread over held_out [tokens]."""
+    rows = num_tokens // length
+    starts = np.linspace(0, len(held_out) - length - 1, rows).astype(int)
+    batch = torch.from_numpy(np.stack([held_out[s : s + length + 1] for s in starts]).astype(np.int64))
+    return sum(_loss(model, row[None]).item() for row in batch) / rows
+
+
+def _loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [batch, CONTEXT, V]
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [batch, length, V]
     return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
@@ -215,14 +254,7 @@ def _lr_factor(progress: float, warmup: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-@torch.no_grad()
-def _held_out_loss(model: LlamaForCausalLM, held_out: np.ndarray, rows: int = 32) -> float:
-    starts = np.linspace(0, len(held_out) - CONTEXT - 1, rows).astype(int)
-    batch = torch.from_numpy(np.stack([held_out[s : s + CONTEXT + 1] for s in starts]).astype(np.int64))
-    return sum(_loss(model, part).item() for part in batch.split(8)) * 8 / rows
-
-
-def _restore(path: Path, model: LlamaForCausalLM, optimizers) -> tuple[int, float]:
+def _restore(path: Path, model: torch.nn.Module, optimizers) -> tuple[int, float]:
     """(step, seconds trained) of the checkpoint, loaded into model and optimizers; (0, 0) where there is none."""
     if not path.is_file():
         return 0, 0.0
@@ -233,7 +265,7 @@ def _restore(path: Path, model: LlamaForCausalLM, optimizers) -> tuple[int, floa
     return saved["step"], saved["elapsed"]
 
 
-def _save(path: Path, model: LlamaForCausalLM, optimizers, step: int, elapsed: float) -> None:
+def _save(path: Path, model: torch.nn.Module, optimizers, step: int, elapsed: float) -> None:
     states = [optimizer.state_dict() for optimizer in optimizers]
     partial = path.with_suffix(".partial")
     torch.save({"model": model.state_dict(), "optimizers": states, "step": step, "elapsed": elapsed}, partial)

@@ -171,7 +171,7 @@ def stage_card(options: argparse.Namespace) -> None:
         json.loads((options.work / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("manifest", "training", "evaluation")
     ]
-    size = sum(path.stat().st_size for path in options.out.iterdir() if path.name != "README.md")
+    size = sum(path.stat().st_size for path in options.out.iterdir() if path.is_file() and path.name != "README.md")
     (options.out / "README.md").write_text(demo_card.model_card(*parts, size, options.note), encoding="utf-8")
 
 
