@@ -25,7 +25,7 @@ ORDER = [
     *("tensor_table", "tensor_check", "tensors"),
     *("_core", "native", "backends", "backends.protocol", "backends.reference", "backends.cpu"),
     *("second_model", "load_plan", "export_config", "export_layers"),
-    *("lora_config", "lora_files", "lora", "low_rank"),
+    *("lora_config", "adapter_folders", "lora_files", "lora", "low_rank"),
     *("cache", "layers", "adapters", "model", "loader", "info"),
     *("sampling", "generate", "evaluate", "routing"),
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),

@@ -32,6 +32,7 @@ from ropewalk.cli_options import (
     sampling_params,
 )
 from ropewalk.cli_serve import add_serve_command
+from ropewalk.demo import demo_model_path
 from ropewalk.errors import RequestError, RopewalkError
 from ropewalk.memory import format_bytes
 
@@ -111,9 +112,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
     """Perplexity of a text file at several context lengths."""
     from ropewalk.evaluate import perplexity
 
-    if args.model is not None and args.file.is_dir():  # FILE MODEL instead of MODEL FILE: no doubt which is which
-        args.model, args.file = args.file, args.model
-    text = read_text(str(args.file))
+    text = read_text(str(_measured_file(args)))
     lengths = args.lengths
     if args.max_seq_len is None and lengths:
         args.max_seq_len = max(lengths)
@@ -181,7 +180,13 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = commands.add_parser("perplexity", help="perplexity by context length", description=run_perplexity.__doc__)
     add_model_arguments(measure)
-    measure.add_argument("file", type=Path, metavar="FILE", help="a UTF-8 text (-: standard input)")
+    measure.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="a UTF-8 text (-: standard input; default, without MODEL: the embedded model's held-out text)",
+    )
     measure.add_argument("--lengths", type=_lengths, default="512,1024,2048", metavar="N,N,...", help="context lengths")
     measure.add_argument("--max-tokens", type=int, metavar="N", help="use at most so many tokens of the text")
     measure.add_argument("--json", action="store_true", help="as JSON")
@@ -195,6 +200,24 @@ def _parser() -> argparse.ArgumentParser:
     add_order_arguments(export)
     export.set_defaults(run=run_export_layers)
     return parser
+
+
+def _measured_file(args: argparse.Namespace) -> Path:
+    """The text that perplexity is measured on; MODEL and FILE may be given in either order, and each may be left out.
+
+    Raises:
+        RequestError: a model folder of one's own, and no text.
+    """
+    folders = [path for path in (args.model, args.file) if path is not None and path.is_dir()]
+    files = [path for path in (args.model, args.file) if path is not None and path not in folders]
+    if len(files) == 2:  # neither is a folder: the loader says so of the first
+        return args.file
+    args.model = folders[0] if folders else None
+    if files:
+        return files[0]
+    if folders:
+        raise RequestError(f"there is no text to measure on: name a file after {folders[0]} (-: standard input)")
+    return demo_model_path() / "held_out.txt"
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,8 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None
         action="append",
         default=[],
         metavar="FOLDER[:WEIGHT][@INSTANCES]",
-        help="use this LoRA (a PEFT folder), on these layer instances only (such as 10-11); may be repeated, and all "
-        "are added up",
+        help="use this LoRA (a PEFT folder, or the name of one that comes with the model), on these layer instances "
+        "only (such as 10-11); may be repeated, and all are added up",
     )
     if routes:
         group.add_argument(
@@ -134,10 +134,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
     options = {name: getattr(args, name) for name in LOAD_OPTIONS} | order_options(args)
+    rope = rope_overrides(args)
+    if all(value is None for value in rope.values()):
+        rope["rope_scaling"] = _rope_of_adapters(args)
     with progress_bar("loading", "layer") as progress:
-        model = load_model(
-            folder, args.max_seq_len, cache_type=args.cache_type, progress=progress, **options, **rope_overrides(args)
-        )
+        model = load_model(folder, args.max_seq_len, cache_type=args.cache_type, progress=progress, **options, **rope)
     note(model.rope.describe())
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
@@ -168,7 +169,7 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
         raise RequestError(
             "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
         )
-    given = [_adapter_option(text) for text in args.adapter]
+    given = [_adapter_option(args, text) for text in args.adapter]
     folders = list(dict.fromkeys(folder for folder, _, _ in given))
     last_parts = [folder.name for folder in folders]
     names = {folder: folder.name if last_parts.count(folder.name) == 1 else str(folder) for folder in folders}
@@ -184,13 +185,26 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
     return "auto" if auto else chosen
 
 
-def _adapter_option(text: str) -> tuple[Path, float | None, tuple[int, ...] | None]:
+def _rope_of_adapters(args: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The RoPE scaling that the adapters given were trained for, with a line about it on stderr."""
+    from ropewalk.adapter_folders import rope_of_adapters
+
+    scaling = rope_of_adapters(_adapter_option(args, text)[0] for text in args.adapter)
+    if scaling is not None:
+        note(f"RoPE scaling as the adapter asks: --rope-scaling '{json.dumps(scaling)}'")
+    return scaling
+
+
+def _adapter_option(args: argparse.Namespace, text: str) -> tuple[Path, float | None, tuple[int, ...] | None]:
     """FOLDER[:WEIGHT][@INSTANCES]. The signs may be part of a folder's name: the longest folder that exists counts."""
+    from ropewalk.adapter_folders import find_adapter
     from ropewalk.adapter_request import parse_suffix
 
-    places = [i for i in range(text.rfind("/") + 1, len(text)) if text[i] in ":@"]
-    end = next((i for i in reversed([*places, len(text)]) if Path(text[:i]).is_dir()), (*places, len(text))[0])
-    return Path(text[:end]), *parse_suffix(text, end, "--adapter")
+    ends = [*(i for i in range(text.rfind("/") + 1, len(text)) if text[i] in ":@"), len(text)]
+    found = ((find_adapter(model_folder(args), text[:end]), end) for end in reversed(ends))
+    missing = (Path(text[: ends[0]]), ends[0])
+    folder, end = next(((folder, end) for folder, end in found if folder is not None), missing)
+    return folder, *parse_suffix(text, end, "--adapter")
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:

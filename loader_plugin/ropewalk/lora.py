@@ -19,7 +19,6 @@ import torch
 from ropewalk.config import ModelConfig
 from ropewalk.errors import CheckpointError, UnsupportedError
 from ropewalk.gptq import require_finite
-from ropewalk.json_config import require_folder
 from ropewalk.lora_config import LoraConfig, read_lora_config
 from ropewalk.lora_files import read_adapter_tensors
 from ropewalk.safetensors_file import printable
@@ -81,7 +80,6 @@ def read_adapter(folder: Path, config: ModelConfig, embeddings: torch.Tensor) ->
         CheckpointError: no adapter there, a damaged file, or one for another model: the tensor is named.
         ConfigError: adapter_config.json is wrong. UnsupportedError: a variant of LoRA that is not implemented.
     """
-    require_folder(folder, "a PEFT adapter (adapter_config.json and its weights)")
     lora = read_lora_config(folder)
     path, tensors = read_adapter_tensors(folder)
     found = _sorted_by_meaning(path, tensors)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.errors import CheckpointError, ConfigError, UnsupportedError
-from ropewalk.json_config import Section, read_json_object, shown
+from ropewalk.json_config import Section, read_json_object, require_folder, shown
 from ropewalk.quant_config import require_quick_pattern
 
 CONFIG_NAME = "adapter_config.json"
@@ -111,6 +111,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         CheckpointError: there is none. ConfigError: a key of a wrong type or out of range.
         UnsupportedError: another kind of adapter than LoRA, or a variant of LoRA that is not implemented.
     """
+    require_folder(folder, "a PEFT adapter (adapter_config.json and its weights)")
     path = folder / CONFIG_NAME
     if not path.exists():
         raise CheckpointError(f"{folder} has no {CONFIG_NAME}: give the folder of a PEFT adapter")
