@@ -121,5 +121,6 @@ def save_adapter(model: peft.PeftModel, variant: Variant, folder: Path) -> None:
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"rope_scaling": dict(variant.rope_scaling)}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"rope_scaling": dict(variant.rope_scaling), "target_modules": sorted(config["target_modules"])}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
