@@ -43,6 +43,13 @@ RoPE scaling (factor length / {context} for linear and yarn, 2 for dynamic NTK):
 
 {length_table}
 
+## Adapters
+
+The folders in `adapters/` are LoRAs (rank 16, on q, k, v and o) that were trained on this model at 2,048 tokens, four
+times its context, each under the RoPE scaling that its adapter_config.json notes: `linear-4`, `ntk-by-parts-4` and, without
+scaling, `extrapolation`. `ropewalk perplexity --adapter linear-4 --lengths 512,2048` shows what one does. They fit these
+weights alone: weights made anew need LoRAs made anew, with `scripts/superhot_experiment.py`.
+
 ## A sample
 
 Temperature 0.6, top-p 0.9, after the prompt `{prompt}` and a line end:

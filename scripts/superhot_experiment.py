@@ -41,6 +41,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stage", default=",".join(STAGES), type=_stages, help="comma-separated, of: %(default)s")
     parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "demo_model", help="work folder")
     parser.add_argument("--model", type=Path, default=MODEL, help="the GPTQ model; LoRAs go to its folder adapters")
+    parser.add_argument("--only", metavar="NAME", help="train this LoRA alone, such as linear-4")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the table and the plot go")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each LoRA")
     parser.add_argument("--minutes", type=float, default=60.0, help="a training ends earlier after this time")
@@ -77,7 +78,10 @@ def stage_train(options: argparse.Namespace) -> None:
     )
     work = options.work / "superhot"
     work.mkdir(parents=True, exist_ok=True)
-    for variant in superhot.VARIANTS:
+    chosen = [variant for variant in superhot.VARIANTS if options.only in (None, variant.name)]
+    if not chosen:
+        raise SystemExit(f"--only {options.only}: accepted are {', '.join(v.name for v in superhot.VARIANTS)}")
+    for variant in chosen:
         logging.info("LoRA %s", variant.name)
         model, numbers = superhot.train_adapter(options.model, variant, windows, held_out_ids, plan, work)
         superhot.save_adapter(model, variant, options.model / "adapters" / variant.name)
