@@ -57,24 +57,36 @@ class Point:
     perplexity: float
 
 
-def measure(folder: Path, lengths: Sequence[int] = LENGTHS, max_tokens: int | None = None) -> list[Point]:
-    """All curves of the model in `folder` on its held_out.txt, in windows that do not overlap.
+def measure(folder: Path, path: Path) -> None:
+    """All curves of the model in `folder`, into the CSV at `path`.
 
-    Every length and curve sees the same tokens: as many as fill whole windows of the longest length.
+    A curve that stands there already is kept, so that an interrupted run goes on; one whose LoRA has not been trained
+    yet is left out.
     """
+    known = read_csv(path) if path.is_file() else []
+    for curve in CURVES:
+        if curve.adapter is not None and not (folder / "adapters" / curve.adapter).is_dir():
+            LOGGER.info("%s: left out, there is no LoRA %s", curve.label, curve.adapter)
+        elif any(point.curve == curve.label for point in known):
+            LOGGER.info("%s: measured already", curve.label)
+        else:
+            LOGGER.info("%s: %s", curve.label, curve.command)
+            known += measure_curve(folder, curve)
+            order = [curve.label for curve in CURVES]
+            known.sort(key=lambda point: (order.index(point.curve), point.length))
+            write_csv(known, path)
+
+
+def measure_curve(folder: Path, curve: Curve, lengths: Sequence[int] = LENGTHS) -> list[Point]:
+    """The perplexity of held_out.txt in windows that do not overlap, over the same tokens at every length."""
     text = (folder / "held_out.txt").read_bytes().decode("utf-8")
     ids = ropewalk.load_tokenizer(folder).encode(text, add_bos=False)
-    points = []
-    for curve in CURVES:
-        LOGGER.info("%s: %s", curve.label, curve.command)
-        model = ropewalk.load_model(folder, max_seq_len=max(lengths), rope_scaling=curve.rope_scaling)
-        chosen = None
-        if curve.adapter is not None:
-            model.load_adapter(folder / "adapters" / curve.adapter, curve.adapter)
-            chosen = [curve.adapter]
-        rows = perplexity(model, ids, lengths, max_tokens, adapters=chosen)
-        points += [Point(curve.label, row.length, row.perplexity) for row in rows]
-    return points
+    model = ropewalk.load_model(folder, max_seq_len=max(lengths), rope_scaling=curve.rope_scaling)
+    if curve.adapter is not None:
+        model.load_adapter(folder / "adapters" / curve.adapter, curve.adapter)
+    chosen = None if curve.adapter is None else [curve.adapter]
+    rows = perplexity(model, ids, lengths, adapters=chosen)
+    return [Point(curve.label, row.length, row.perplexity) for row in rows]
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:

@@ -9,8 +9,9 @@ engine, with and without them. Stages, each of which reads what the earlier ones
     python scripts/superhot_experiment.py                    # train, evaluate, report
     python scripts/superhot_experiment.py --stage evaluate,report
 
-`train` goes on from a checkpoint where there is one. It needs peft and transformers (the extra `test`), `report` needs
-matplotlib (the extra `plots`). The MALLOC settings are those of train_demo_model.py.
+`train` goes on from a checkpoint where there is one, `evaluate` after the last curve. For weights or LoRAs made anew,
+first remove superhot/ of the work folder and docs/context-extension.csv. `train` needs peft and transformers (the extra
+`test`), `report` matplotlib (the extra `plots`). The MALLOC settings are those of train_demo_model.py.
 """
 
 from __future__ import annotations
@@ -90,11 +91,10 @@ def stage_train(options: argparse.Namespace) -> None:
 
 
 def stage_evaluate(options: argparse.Namespace) -> None:
-    """context-extension.csv: perplexity by context length of every curve, through the engine."""
+    """context-extension.csv: perplexity by context length, of every curve that it lacks, through the engine."""
     import superhot_curves
 
-    points = superhot_curves.measure(options.model)
-    superhot_curves.write_csv(points, options.docs / "context-extension.csv")
+    superhot_curves.measure(options.model, options.docs / "context-extension.csv")
 
 
 def stage_report(options: argparse.Namespace) -> None:
