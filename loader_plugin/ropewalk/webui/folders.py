@@ -1,0 +1,21 @@
+"""The model folder behind a name in the web UI."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+
+def webui_module(name: str) -> ModuleType:
+    """A module of the running web UI."""
+    return importlib.import_module(f"modules.{name}")
+
+
+def model_folder(model_name: str) -> Path:
+    """Where the model of that name lies, by the rules of this version; it may not exist."""
+    utils = webui_module("utils")
+    if hasattr(utils, "resolve_model_path"):
+        return Path(utils.resolve_model_path(model_name))
+    named = Path(webui_module("shared").args.model_dir) / str(model_name)
+    return Path(model_name) if model_name and Path(model_name).is_dir() and not named.exists() else named

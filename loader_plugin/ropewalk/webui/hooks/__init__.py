@@ -1,0 +1,32 @@
+"""Every hook, one concern per file. A new one gets its line here."""
+
+from __future__ import annotations
+
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks import (
+    api_load,
+    arguments,
+    device,
+    loader_table,
+    loading,
+    lora,
+    messages,
+    model_defaults,
+    model_tab,
+    report,
+    training,
+)
+
+HOOKS: tuple[Hook, ...] = (
+    *arguments.HOOKS,
+    *loader_table.HOOKS,
+    *model_defaults.HOOKS,
+    *loading.HOOKS,
+    *lora.HOOKS,
+    *device.HOOKS,
+    *report.HOOKS,
+    *model_tab.HOOKS,
+    *messages.HOOKS,
+    *training.HOOKS,
+    *api_load.HOOKS,
+)

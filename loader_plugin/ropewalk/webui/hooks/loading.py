@@ -1,0 +1,141 @@
+"""Loading and unloading our model.
+
+Which loaders there are is a local variable of the web UI's `load_model`, in every version. So for our loader that function
+runs as if for "Transformers", with the helper that would load the model replaced for the call: tokenizer, samplers, settings
+and messages stay the web UI's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from ropewalk.webui.folders import model_folder, webui_module
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks.loader_table import settings_of_others
+from ropewalk.webui.model_settings import describe, load_options
+from ropewalk.webui.parameters import LOADER, PARAMETERS, name_here
+from ropewalk.webui.patching import HookError, swap
+
+logger = logging.getLogger(__name__)
+
+# What the web UI loads a model of transformers with: since v3.0, and before.
+HELPERS = ("transformers_loader", "huggingface_loader")
+
+
+def is_ours(model: Any) -> bool:
+    """True for a model that this loader has loaded. Nothing is imported for the answer."""
+    hf = sys.modules.get("ropewalk.hf")
+    return hf is not None and isinstance(model, hf.RopewalkForCausalLM)
+
+
+def context_name() -> str:
+    """What this version calls the context length."""
+    return name_here(PARAMETERS[0], settings_of_others(webui_module("loaders")))
+
+
+def check_loadable(model_name: str) -> None:
+    """Raises RopewalkError for what can be known of a failure before weights are read, with the settings as they are."""
+    describe(model_folder(model_name), vars(webui_module("shared").args))
+
+
+def hook_loading(models: ModuleType) -> None:
+    helper = next((name for name in HELPERS if hasattr(models, name)), None)
+    if helper is None:
+        raise HookError(f"{models.__name__} has none of {', '.join(HELPERS)}")
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_model(model_name: str, loader: str | None = None, *args: Any, **options: Any) -> Any:
+            if wanted_loader(model_name, loader) != LOADER:
+                return original(model_name, loader, *args, **options)
+            return load_ours(models, helper, original, model_name, *args, **options)
+
+        return load_model
+
+    swap(models, "load_model", make)
+
+
+def wanted_loader(model_name: str, loader: str | None) -> str | None:
+    """The loader that the web UI would use."""
+    chosen = loader or webui_module("shared").args.loader
+    return chosen or webui_module("models_settings").get_model_metadata(model_name).get("loader")
+
+
+def load_ours(
+    models: ModuleType, helper: str, original: Callable[..., Any], model_name: str, *args: Any, **options: Any
+) -> Any:
+    """(model, tokenizer). A failure leaves the settings as they were. It is raised for the page and the API to show;
+    at the start of the server, which it would end, it is logged and (None, None) is returned."""
+    shared = webui_module("shared")
+    starting = shared.generation_lock is None
+    try:
+        with _settings_kept(shared):
+            load = _prepare(model_name)
+            with _replaced(models, helper, load):
+                model, tokenizer = original(model_name, "Transformers", *args, **options)
+            shared.args.loader = LOADER
+    except Exception as error:
+        if not starting:
+            raise
+        logger.error('ropewalk: "%s" was not loaded: %s', model_name, error)
+        return None, None
+    shared.settings["truncation_length"] = model.max_seq_len
+    logger.info("ropewalk: %s", model.describe())
+    return model, tokenizer
+
+
+def _prepare(model_name: str) -> Callable[..., Any]:
+    """What loads the model, its options decided; a context of 0 becomes the one that is used (v4.7 would take 8192)."""
+    from ropewalk.hf import RopewalkForCausalLM
+
+    folder, args = model_folder(model_name), webui_module("shared").args
+    options = load_options(folder, vars(args))
+    setattr(args, context_name(), options["max_seq_len"])
+    return lambda _: RopewalkForCausalLM.from_pretrained(folder, **options)
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    saved = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, saved)
+
+
+@contextmanager
+def _settings_kept(shared: ModuleType) -> Iterator[None]:
+    """Undo what happened to arguments and settings if the block fails; no model is then loaded."""
+    args, settings = dict(vars(shared.args)), dict(shared.settings)
+    try:
+        yield
+    except BaseException:
+        vars(shared.args).update(args)
+        shared.settings.update(settings)
+        shared.model_name = "None"
+        raise
+
+
+def hook_unloading(models: ModuleType) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def unload_model(*args: Any, **options: Any) -> Any:
+            model = webui_module("shared").model
+            if is_ours(model):
+                model.unload()
+            del model  # or the web UI's collection of garbage would come too early
+            return original(*args, **options)
+
+        return unload_model
+
+    swap(models, "unload_model", make)
+
+
+HOOKS = (
+    Hook("loading", "modules.models", ("load_model",), hook_loading),
+    Hook("unloading", "modules.models", ("unload_model",), hook_unloading),
+)

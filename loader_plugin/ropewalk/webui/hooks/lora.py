@@ -1,0 +1,51 @@
+"""The LoRA menu, `--lora` and the API's LoRA endpoints: adapters of our own, several at once, switched without a reload."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ropewalk.webui.folders import webui_module
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks.loading import is_ours
+from ropewalk.webui.parameters import LOADER
+from ropewalk.webui.patching import wrap
+
+logger = logging.getLogger(__name__)
+
+
+def hook_lora(lora: ModuleType) -> None:
+    """Take over what `add_lora_to_model` calls for models that it does not know."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_lora_transformers(lora_names: list[str]) -> Any:
+            shared = webui_module("shared")
+            if is_ours(shared.model):
+                apply(lora, list(lora_names))
+                return None
+            if shared.model is None and shared.args.loader == LOADER:
+                logger.error("ropewalk: no LoRA was applied, as no model is loaded")
+                return None
+            return original(lora_names)
+
+        return add_lora_transformers
+
+    wrap(lora, "add_lora_transformers", make)
+
+
+def apply(lora: ModuleType, names: list[str]) -> None:
+    """Make these the adapters of every reply. If one cannot be loaded, those in use stay.
+
+    Raises:
+        RopewalkError: an adapter that cannot be loaded; the message names its file.
+    """
+    shared = webui_module("shared")
+    chosen = [name for name in names if name not in ("None", "")]
+    shared.model.set_loras([lora.get_lora_path(name) for name in chosen])
+    shared.lora_names = chosen
+    logger.info("ropewalk: LoRAs in use: %s", ", ".join(chosen) or "none")
+
+
+HOOKS = (Hook("LoRAs", "modules.LoRA", ("add_lora_transformers", "get_lora_path"), hook_lora),)

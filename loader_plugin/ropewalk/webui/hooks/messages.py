@@ -1,0 +1,116 @@
+"""What the Model tab says about our loader, and the truncation length that follows the context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ropewalk.errors import RopewalkError
+from ropewalk.memory import format_bytes
+from ropewalk.webui.folders import model_folder, webui_module
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks.loading import check_loadable, context_name, is_ours
+from ropewalk.webui.model_settings import describe
+from ropewalk.webui.parameters import LOADER
+from ropewalk.webui.patching import wrap
+
+logger = logging.getLogger(__name__)
+
+
+def hook_load_messages(menu: ModuleType) -> None:
+    """`load_model_wrapper` is a generator of status texts, run when a model is selected and when Load is pressed."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_model_wrapper(selected_model: str, loader: str, autoload: bool = False) -> Iterator[str]:
+            if loader != LOADER or selected_model in (None, "", "None"):
+                yield from original(selected_model, loader, autoload)
+            elif autoload:
+                yield from load_with_reason(selected_model)
+            else:
+                for text in original(selected_model, loader, autoload):
+                    yield f"{text}\n\n{decision(selected_model)}"
+
+        return load_model_wrapper
+
+    wrap(menu, "load_model_wrapper", make)
+
+
+def load_with_reason(model_name: str) -> Iterator[str]:
+    """Load for the page. What can be refused without reading weights is refused while the model before still runs."""
+    shared, models = webui_module("shared"), webui_module("models")
+    yield f"Loading `{model_name}` with {LOADER}..."
+    try:
+        check_loadable(model_name)
+        models.unload_model()
+        shared.model, shared.tokenizer = models.load_model(model_name, LOADER)
+    except RopewalkError as error:
+        logger.error('ropewalk: "%s" was not loaded: %s', model_name, error)
+        yield f"Failed to load `{model_name}`.\n\n{error}{_still_loaded()}"
+        return
+    except Exception as error:  # the page shows it, the console has where it came from
+        logger.exception('ropewalk: "%s" was not loaded', model_name)
+        yield f"Failed to load `{model_name}`.\n\n{type(error).__name__}: {error}{_still_loaded()}"
+        return
+    yield f"Successfully loaded `{model_name}`.\n\n{decision(model_name)}"
+
+
+def _still_loaded() -> str:
+    shared = webui_module("shared")
+    return f"\n\n`{shared.model_name}` is still loaded." if shared.model is not None else ""
+
+
+def decision(model_name: str) -> str:
+    """What loading with the settings as they are means, for the page; or why it cannot be done."""
+    folder, args = model_folder(model_name), vars(webui_module("shared").args)
+    try:
+        info = describe(folder, args)
+    except RopewalkError as error:
+        return f"- This model cannot be loaded with these settings: {error}"
+    cache = format_bytes(info.cache_bytes[info.max_seq_len])
+    rope = info.rope.replace(f"{folder}/", "").replace(str(Path(folder)), "")
+    lines = [
+        f"{info.family}, {info.num_instances} layers, {' and '.join(info.linears)}",
+        rope,
+        f"Context {info.max_seq_len}; memory: weights {format_bytes(info.weight_bytes)}, {info.cache_type} cache {cache}",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def hook_lora_messages(menu: ModuleType) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_lora_wrapper(selected_loras: list[str]) -> Iterator[str]:
+            try:
+                yield from original(selected_loras)
+            except RopewalkError as error:
+                logger.error("ropewalk: %s", error)
+                in_use = ", ".join(webui_module("shared").lora_names) or "none"
+                yield f"The LoRAs were not applied.\n\n{error}\n\nIn use: {in_use}."
+
+        return load_lora_wrapper
+
+    wrap(menu, "load_lora_wrapper", make)
+
+
+def hook_truncation(menu: ModuleType) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_truncation_length(current_length: Any, state: dict[str, Any]) -> Any:
+            shared = webui_module("shared")
+            if state.get("loader") != LOADER:
+                return original(current_length, state)
+            if is_ours(shared.model):
+                return shared.settings["truncation_length"]
+            return state.get(context_name()) or current_length
+
+        return update_truncation_length
+
+    wrap(menu, "update_truncation_length", make)
+
+
+HOOKS = (
+    Hook("messages about loading", "modules.ui_model_menu", ("load_model_wrapper",), hook_load_messages),
+    Hook("messages about LoRAs", "modules.ui_model_menu", ("load_lora_wrapper",), hook_lora_messages),
+    Hook("the truncation length", "modules.ui_model_menu", ("update_truncation_length",), hook_truncation),
+)

@@ -1,0 +1,37 @@
+"""The line on the console after each reply, as users of the exllama loaders know it, with what was reused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from ropewalk.webui.folders import webui_module
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks.device import tensors_stay
+from ropewalk.webui.hooks.loading import is_ours
+from ropewalk.webui.patching import wrap
+
+logger = logging.getLogger(__name__)
+
+
+def hook_reply(text_generation: ModuleType) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_reply_HF(*args: Any, **options: Any) -> Iterator[Any]:
+            model = webui_module("shared").model
+            if not is_ours(model):
+                yield from original(*args, **options)
+                return
+            try:
+                with tensors_stay():
+                    yield from original(*args, **options)
+            finally:
+                logger.info("ropewalk: %s", model.stats.describe())
+
+        return generate_reply_HF
+
+    wrap(text_generation, "generate_reply_HF", make)
+
+
+HOOKS = (Hook("the line after each reply", "modules.text_generation", ("generate_reply_HF",), hook_reply),)

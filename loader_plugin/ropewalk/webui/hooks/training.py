@@ -1,0 +1,33 @@
+"""Training a LoRA needs gradients, which kernels for inference do not give: refused with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from ropewalk.webui.folders import webui_module
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks.loading import is_ours
+from ropewalk.webui.patching import wrap
+
+REFUSAL = (
+    "Error: a model loaded with ropewalk cannot be trained, it has no gradients. Load the unquantised model with the "
+    "Transformers loader, train the LoRA there, and apply it here: ropewalk runs LoRAs of PEFT."
+)
+
+
+def hook_training(training: ModuleType) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def do_train(*args: Any, **options: Any) -> Iterator[Any]:
+            if is_ours(webui_module("shared").model):
+                yield REFUSAL
+                return
+            yield from original(*args, **options)
+
+        return do_train
+
+    wrap(training, "do_train", make)
+
+
+HOOKS = (Hook("refusing to train", "modules.training", ("do_train",), hook_training),)

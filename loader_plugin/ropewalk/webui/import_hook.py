@@ -1,0 +1,62 @@
+"""Attaching hooks when the web UI imports a module, before anything else can use it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+PACKAGES = ("modules.", "extensions.")
+# stable-diffusion-webui has a package `modules` too, without this file.
+SIGN_OF_WEBUI = "text_generation.py"
+
+
+class WebuiFinder(MetaPathFinder):
+    """Finds what the other finders find; modules that hooks are for get them attached once they are executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a module of the web UI that has hooks; None for everything else, without importing anything."""
+        if not fullname.startswith(PACKAGES) or path is None or not is_webui(fullname, path):
+            return None
+        from ropewalk.webui.hooks import HOOKS
+
+        if fullname not in {hook.module for hook in HOOKS}:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                _attach_after_execution(spec)
+                return spec
+        return None
+
+
+def is_webui(fullname: str, path: Sequence[str]) -> bool:
+    """True if a module of that name and package path belongs to text-generation-webui."""
+    depth = fullname.count(".") - 1
+    folders = [Path(entry).parents[depth] if depth else Path(entry).parent for entry in path]
+    return any((folder / "modules" / SIGN_OF_WEBUI).is_file() for folder in folders)
+
+
+def _attach_after_execution(spec: ModuleSpec) -> None:
+    from ropewalk.webui.registration import attach_to, hooks_of
+
+    loader = spec.loader
+    if loader is None:
+        return
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        with ExitStack() as stack:
+            for hook in hooks_of(spec.name):
+                if hook.around is not None:
+                    stack.enter_context(hook.around())
+            execute(module)
+        attach_to(module)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader object serves this module only

@@ -1,0 +1,45 @@
+"""`register()`: from now on the web UI has our loader. It may be called at any time, any number of times."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+
+from ropewalk.webui.hook import Hook
+from ropewalk.webui.import_hook import WebuiFinder, is_webui
+from ropewalk.webui.patching import HookError
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Attach the hooks: to what the web UI has imported already, and to the rest when it is imported."""
+    if not any(isinstance(finder, WebuiFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, WebuiFinder())
+    modules = sys.modules.get("modules")
+    if modules is None or not is_webui("modules.shared", list(modules.__path__)):
+        return
+    from ropewalk.webui.hooks import HOOKS
+
+    for name in dict.fromkeys(hook.module for hook in HOOKS):
+        if name in sys.modules:
+            attach_to(sys.modules[name])
+
+
+def hooks_of(module_name: str) -> list[Hook]:
+    """The hooks for one module of the web UI."""
+    from ropewalk.webui.hooks import HOOKS
+
+    return [hook for hook in HOOKS if hook.module == module_name]
+
+
+def attach_to(module: ModuleType) -> None:
+    """Attach the hooks of a module. One that fails is logged, and the others and the web UI go on."""
+    for hook in hooks_of(module.__name__):
+        try:
+            hook.attach(module)
+        except HookError as error:
+            logger.warning("ropewalk: %s is not available in this version of the web UI: %s", hook.concern, error)
+        except Exception:  # a host program must survive any mistake of ours
+            logger.exception("ropewalk: the hook for %s failed in %s", hook.concern, module.__name__)
