@@ -32,6 +32,7 @@ from ropewalk.cli_options import (
     sampling_params,
 )
 from ropewalk.cli_serve import add_serve_command
+from ropewalk.cli_webui import add_webui_command
 from ropewalk.demo import demo_model_path
 from ropewalk.errors import RequestError, RopewalkError
 from ropewalk.memory import format_bytes
@@ -199,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
     add_order_arguments(export)
     export.set_defaults(run=run_export_layers)
+    add_webui_command(commands)
     return parser
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from ropewalk.errors import RopewalkError
 from ropewalk.webui.folders import model_folder, webui_module
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.loader_table import settings_of_others
@@ -81,21 +82,32 @@ def load_ours(
     except Exception as error:
         if not starting:
             raise
-        logger.error('ropewalk: "%s" was not loaded: %s', model_name, error)
+        log_failure(model_name, error)
         return None, None
-    shared.settings["truncation_length"] = model.max_seq_len
-    logger.info("ropewalk: %s", model.describe())
+    shared.settings["truncation_length"] = model.ropewalk_model.max_seq_len
     return model, tokenizer
+
+
+def log_failure(model_name: str, error: Exception) -> None:
+    """The reason; for what nobody expected, with where it came from."""
+    unexpected = not isinstance(error, RopewalkError)
+    logger.error('ropewalk: "%s" was not loaded: %s', model_name, error, exc_info=unexpected)
 
 
 def _prepare(model_name: str) -> Callable[..., Any]:
     """What loads the model, its options decided; a context of 0 becomes the one that is used (v4.7 would take 8192)."""
-    from ropewalk.hf import RopewalkForCausalLM
+    from ropewalk.hf import from_pretrained
 
     folder, args = model_folder(model_name), webui_module("shared").args
     options = load_options(folder, vars(args))
     setattr(args, context_name(), options["max_seq_len"])
-    return lambda _: RopewalkForCausalLM.from_pretrained(folder, **options)
+
+    def load(_: str) -> Any:
+        model = from_pretrained(folder, **options)
+        model.logits_by_default = 1  # the web UI reads the last row only, here and in the token tabs
+        return model
+
+    return load
 
 
 @contextmanager

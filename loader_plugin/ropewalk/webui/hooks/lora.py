@@ -42,8 +42,13 @@ def apply(lora: ModuleType, names: list[str]) -> None:
         RopewalkError: an adapter that cannot be loaded; the message names its file.
     """
     shared = webui_module("shared")
-    chosen = [name for name in names if name not in ("None", "")]
-    shared.model.set_loras([lora.get_lora_path(name) for name in chosen])
+    model, chosen = shared.model, [name for name in names if name not in ("None", "")]
+    for name in chosen:
+        if name not in model.adapters:
+            model.load_adapter_folder(lora.get_lora_path(name), name)
+    model.set_adapters([(name, 1.0) for name in chosen])
+    for name in set(model.adapters) - set(chosen):
+        model.unload_adapter(name)
     shared.lora_names = chosen
     logger.info("ropewalk: LoRAs in use: %s", ", ".join(chosen) or "none")
 

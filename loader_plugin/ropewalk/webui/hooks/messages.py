@@ -12,7 +12,7 @@ from ropewalk.errors import RopewalkError
 from ropewalk.memory import format_bytes
 from ropewalk.webui.folders import model_folder, webui_module
 from ropewalk.webui.hook import Hook
-from ropewalk.webui.hooks.loading import check_loadable, context_name, is_ours
+from ropewalk.webui.hooks.loading import check_loadable, context_name, is_ours, log_failure
 from ropewalk.webui.model_settings import describe
 from ropewalk.webui.parameters import LOADER
 from ropewalk.webui.patching import wrap
@@ -46,13 +46,10 @@ def load_with_reason(model_name: str) -> Iterator[str]:
         check_loadable(model_name)
         models.unload_model()
         shared.model, shared.tokenizer = models.load_model(model_name, LOADER)
-    except RopewalkError as error:
-        logger.error('ropewalk: "%s" was not loaded: %s', model_name, error)
-        yield f"Failed to load `{model_name}`.\n\n{error}{_still_loaded()}"
-        return
-    except Exception as error:  # the page shows it, the console has where it came from
-        logger.exception('ropewalk: "%s" was not loaded', model_name)
-        yield f"Failed to load `{model_name}`.\n\n{type(error).__name__}: {error}{_still_loaded()}"
+    except Exception as error:  # whatever it is, the page shows it
+        log_failure(model_name, error)
+        reason = str(error) if isinstance(error, RopewalkError) else f"{type(error).__name__}: {error}"
+        yield f"Failed to load `{model_name}`.\n\n{reason}{_still_loaded()}"
         return
     yield f"Successfully loaded `{model_name}`.\n\n{decision(model_name)}"
 

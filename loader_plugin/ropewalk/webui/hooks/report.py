@@ -27,7 +27,8 @@ def hook_reply(text_generation: ModuleType) -> None:
                 with tensors_stay():
                     yield from original(*args, **options)
             finally:
-                logger.info("ropewalk: %s", model.stats.describe())
+                if model.last_stats is not None:
+                    logger.info("ropewalk: %s", model.last_stats.describe())
 
         return generate_reply_HF
 
