@@ -6,6 +6,7 @@ from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks import (
     api_load,
     arguments,
+    console,
     device,
     loader_table,
     loading,
@@ -18,6 +19,7 @@ from ropewalk.webui.hooks import (
 )
 
 HOOKS: tuple[Hook, ...] = (
+    *console.HOOKS,
     *arguments.HOOKS,
     *loader_table.HOOKS,
     *model_defaults.HOOKS,
