@@ -1,5 +1,5 @@
-"""ropewalk as a model loader of text-generation-webui. No file of the web UI is edited: its functions are wrapped at run
-time, and only this package knows them.
+"""ropewalk as a model loader of text-generation-webui. No file of the web UI is edited: its functions are wrapped while
+it runs, and only this package knows them.
 
     extension, launcher or .pth -> register() -> import hook -> hooks/*, each attached to one module of the web UI
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ropewalk.errors import ConfigError
-from ropewalk.webui.checkout import NAME, Checkout
+from ropewalk.webui.checkout import Checkout
 from ropewalk.webui.parameters import PARAMETERS
 
 # loader_plugin/script.py, which a test keeps equal.
@@ -98,8 +98,8 @@ def clean_yaml(text: str) -> str:
 
 
 def _clean_block(block: list[str]) -> list[str]:
-    """One top-level key with what is below it. A key left with nothing below needs an empty value: without one the web UI
-    fails over it."""
+    """One top-level key with what is below it. A key left with nothing below gets an empty value, as the web UI fails
+    over one without."""
     head, body = block[0], block[1:]
     if _OUR_PARAMS.match(head):
         return []

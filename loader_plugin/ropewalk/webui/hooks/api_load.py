@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ropewalk.webui.folders import model_folder, webui_module
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.arguments import is_our_name
 from ropewalk.webui.hooks.loader_table import settings_of_others
@@ -14,6 +13,7 @@ from ropewalk.webui.hooks.model_defaults import by_names_here
 from ropewalk.webui.model_settings import declared_settings, describe
 from ropewalk.webui.parameters import LOADER
 from ropewalk.webui.patching import wrap
+from ropewalk.webui.running import model_folder, webui_module
 
 
 def hook_api_load(api_models: ModuleType) -> None:

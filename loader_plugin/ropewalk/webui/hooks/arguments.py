@@ -90,5 +90,11 @@ def loader_flag(shared: ModuleType) -> str | None:
 
 
 HOOKS = (
-    Hook("--loader ropewalk and our flags", "modules.shared", ("args", "fix_loader_name"), complete_arguments, flags_added),
+    Hook(
+        "--loader ropewalk and our flags",
+        "modules.shared",
+        ("args", "fix_loader_name"),
+        complete_arguments,
+        flags_added,
+    ),
 )

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from ropewalk.webui.folders import webui_module
 from ropewalk.webui.hook import Hook
-from ropewalk.webui.hooks.loading import is_ours
 from ropewalk.webui.patching import swap
+from ropewalk.webui.running import is_ours, webui_module
 
 
 @contextmanager

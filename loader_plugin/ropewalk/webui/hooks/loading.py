@@ -8,30 +8,27 @@ and messages stay the web UI's own.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from ropewalk.errors import RopewalkError
-from ropewalk.webui.folders import model_folder, webui_module
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.loader_table import settings_of_others
+from ropewalk.webui.hooks.lora import apply
 from ropewalk.webui.model_settings import describe, load_options
 from ropewalk.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.webui.patching import HookError, swap
+from ropewalk.webui.running import is_ours, model_folder, webui_module
 
 logger = logging.getLogger(__name__)
 
 # What the web UI loads a model of transformers with: since v3.0, and before.
 HELPERS = ("transformers_loader", "huggingface_loader")
 
-
-def is_ours(model: Any) -> bool:
-    """True for a model that this loader has loaded. Nothing is imported for the answer."""
-    hf = sys.modules.get("ropewalk.hf")
-    return hf is not None and isinstance(model, hf.RopewalkForCausalLM)
+# Set in modules.models by an unloading that is to be undone (unload_model(keep_model_name=True), v3.2 on).
+RESTING = "ropewalk_resting"
 
 
 def context_name() -> str:
@@ -84,7 +81,10 @@ def load_ours(
             raise
         log_failure(model_name, error)
         return None, None
-    shared.settings["truncation_length"] = model.ropewalk_model.max_seq_len
+    context = model.ropewalk_model.max_seq_len
+    shared.settings["truncation_length"] = context
+    logger.info('ropewalk: "%s" is loaded by %s, context length %d', model_name, LOADER, context)
+    _wake_loras(models, model_name, model)
     return model, tokenizer
 
 
@@ -136,15 +136,26 @@ def _settings_kept(shared: ModuleType) -> Iterator[None]:
 def hook_unloading(models: ModuleType) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def unload_model(*args: Any, **options: Any) -> Any:
-            model = webui_module("shared").model
-            if is_ours(model):
-                model.unload()
-            del model  # or the web UI's collection of garbage would come too early
+            shared = webui_module("shared")
+            if is_ours(shared.model):
+                setattr(models, RESTING, (shared.model_name, list(shared.lora_names)) if options or args else None)
+                shared.model.unload()
             return original(*args, **options)
 
         return unload_model
 
     swap(models, "unload_model", make)
+
+
+def _wake_loras(models: ModuleType, model_name: str, model: Any) -> None:
+    """Put back the LoRAs that were in use when this model was unloaded because nobody needed it."""
+    resting, names = getattr(models, RESTING, None) or (None, [])
+    if resting != model_name or not names:
+        return
+    try:
+        apply(webui_module("LoRA"), model, names)
+    except RopewalkError as error:
+        logger.error("ropewalk: the LoRAs were not applied again: %s", error)
 
 
 HOOKS = (

@@ -10,12 +10,12 @@ from typing import Any
 
 from ropewalk.errors import RopewalkError
 from ropewalk.memory import format_bytes
-from ropewalk.webui.folders import model_folder, webui_module
 from ropewalk.webui.hook import Hook
-from ropewalk.webui.hooks.loading import check_loadable, context_name, is_ours, log_failure
+from ropewalk.webui.hooks.loading import check_loadable, context_name, log_failure
 from ropewalk.webui.model_settings import describe
 from ropewalk.webui.parameters import LOADER
 from ropewalk.webui.patching import wrap
+from ropewalk.webui.running import is_ours, model_folder, webui_module
 
 logger = logging.getLogger(__name__)
 

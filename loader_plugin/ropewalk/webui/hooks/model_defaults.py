@@ -10,13 +10,13 @@ from types import ModuleType
 from typing import Any
 
 from ropewalk.errors import RopewalkError
-from ropewalk.webui.folders import model_folder, webui_module
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.webui.hooks.loader_table import settings_of_others
 from ropewalk.webui.model_settings import Settings, declared_settings, is_gptq_folder
 from ropewalk.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.webui.patching import swap, wrap
+from ropewalk.webui.running import model_folder, webui_module
 
 logger = logging.getLogger(__name__)
 

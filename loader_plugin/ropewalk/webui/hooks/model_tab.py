@@ -7,11 +7,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ropewalk.webui.folders import webui_module
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.loader_table import forget_cached_lists, settings_of_others
 from ropewalk.webui.parameters import LOADER, PARAMETERS, Choice, Parameter, Slider, name_here
 from ropewalk.webui.patching import wrap
+from ropewalk.webui.running import webui_module
 
 logger = logging.getLogger(__name__)
 

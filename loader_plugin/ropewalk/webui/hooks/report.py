@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from ropewalk.webui.folders import webui_module
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.device import tensors_stay
-from ropewalk.webui.hooks.loading import is_ours
 from ropewalk.webui.patching import wrap
+from ropewalk.webui.running import is_ours, webui_module
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,7 @@ def hook_reply(text_generation: ModuleType) -> None:
                     yield from original(*args, **options)
             finally:
                 if model.last_stats is not None:
+                    model.last_prompt_token_count = model.last_stats.prompt_tokens  # v4 puts it into replies of the API
                     logger.info("ropewalk: %s", model.last_stats.describe())
 
         return generate_reply_HF

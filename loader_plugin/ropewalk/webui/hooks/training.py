@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from ropewalk.webui.folders import webui_module
 from ropewalk.webui.hook import Hook
-from ropewalk.webui.hooks.loading import is_ours
 from ropewalk.webui.patching import wrap
+from ropewalk.webui.running import is_ours, webui_module
 
 REFUSAL = (
     "Error: a model loaded with ropewalk cannot be trained, it has no gradients. Load the unquantised model with the "
