@@ -56,7 +56,7 @@ def run_uninstall(args: argparse.Namespace) -> int:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Say what is found: the extension, the startup file, what names the loader, and hooks that find nothing to attach to."""
+    """Say what is found: the extension, the startup file, what names the loader, hooks without what they attach to."""
     checkout = find_checkout(args.dir, args.user_data_dir)
     _say(f"web UI        {checkout.folder}")
     _say(f"user data     {checkout.user_data}")

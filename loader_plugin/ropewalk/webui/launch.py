@@ -14,8 +14,7 @@ from ropewalk.webui.registration import register
 
 
 def run(webui: Path, flags: Sequence[str]) -> None:
-    """Run `server.py` of this folder in this process, as `python server.py FLAGS` there would. It returns when the server
-    ends.
+    """Run `server.py` of this folder in this process, as `python server.py FLAGS` there would, until it ends.
 
     Raises:
         ConfigError: the folder is not one of text-generation-webui.

@@ -2,8 +2,8 @@
 
     config.json -> declared_settings -> fields -> (a person, a flag, the API) -> load_options -> from_pretrained
 
-What config.json declares is only shown in the fields. A field that was not changed overrides nothing: a scaling may have
-more parameters than the fields can show.
+What config.json declares is only shown in the fields. A field that was not changed overrides nothing: a scaling may
+have more parameters than the fields can show.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ Settings = dict[str, int | float | str]
 
 # What fills the context field by itself. Some models declare 131072 positions, for which few machines have the memory.
 MAX_FILLED_CONTEXT = 32768
+# The arguments of loading that `model_info` has too.
+INFO_OPTIONS = (
+    *("max_seq_len", "cache_type", "layer_order"),
+    *("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta"),
+)
 # Fields round what they show: to two decimals, and the base to an integer.
 ROUNDING = 0.005 + 1e-9
 

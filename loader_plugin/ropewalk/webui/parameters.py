@@ -1,4 +1,4 @@
-"""The settings of our loader in the web UI: one line each, from which flags, fields, API arguments and yaml keys follow."""
+"""The settings of our loader in the web UI: one line each; flags, fields, API arguments and yaml keys follow from it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Text:
 class Parameter:
     """One setting.
 
-    name: of the flag, the API argument, the yaml key and the field. former_names: what older versions of the web UI call
-    the same setting of their own, which is then used. option: the argument of `ropewalk.hf.from_pretrained` that takes the
-    value as it is; None where several settings become one (RoPE). unset: the value that leaves the choice to ropewalk.
+    name: of the flag, the API argument, the yaml key and the field. former_names: what older versions of the web UI
+    call the same setting of their own, which is then used. option: the argument of `ropewalk.hf.from_pretrained` that
+    takes the value as it is; None where several settings become one (RoPE). unset: the value that leaves the choice to
+    ropewalk.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Our model takes and gives tensors in main memory. Before v3.2 the web UI moves them to a GPU, if there is one, whatever
-the model is; with --cpu it never does, so that is what it is told while our model is in use."""
+"""Our model takes and gives tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU, if there is one,
+whatever the model is; with --cpu they never do, so that is what they are told while our model is in use."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def settings_of_others(loaders: ModuleType) -> set[str]:
 
 
 def add_loader(loaders: ModuleType) -> None:
-    """Add the loader with the settings that the page has fields for; `model_tab` adds the others once it made theirs."""
+    """Add the loader with the settings that the page has fields for; `model_tab` adds the others with their fields."""
     own = settings_of_others(loaders)
     names = [name_here(item, own) for item in PARAMETERS]
     loaders.loaders_and_params.setdefault(LOADER, [name for name in (*names, *BORROWED) if name in own])

@@ -1,8 +1,8 @@
 """Loading and unloading our model.
 
-Which loaders there are is a local variable of the web UI's `load_model`, in every version. So for our loader that function
-runs as if for "Transformers", with the helper that would load the model replaced for the call: tokenizer, samplers, settings
-and messages stay the web UI's own.
+Which loaders there are is a local variable of the web UI's `load_model`, in every version. So for our loader that
+function runs as if for "Transformers", with the helper that would load the model replaced for the call: tokenizer,
+samplers, settings and messages stay the web UI's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # What the web UI loads a model of transformers with: since v3.0, and before.
 HELPERS = ("transformers_loader", "huggingface_loader")
 
-# Set in modules.models by an unloading that is to be undone (unload_model(keep_model_name=True), v3.2 on).
+# Set in modules.models by an unloading that is to be undone, for want of use.
 RESTING = "ropewalk_resting"
 
 
@@ -37,7 +37,7 @@ def context_name() -> str:
 
 
 def check_loadable(model_name: str) -> None:
-    """Raises RopewalkError for what can be known of a failure before weights are read, with the settings as they are."""
+    """Raises RopewalkError for what would make loading with the settings as they are fail, short of reading weights."""
     describe(model_folder(model_name), vars(webui_module("shared").args))
 
 
@@ -135,12 +135,12 @@ def _settings_kept(shared: ModuleType) -> Iterator[None]:
 
 def hook_unloading(models: ModuleType) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def unload_model(*args: Any, **options: Any) -> Any:
+        def unload_model(keep_model_name: bool = False) -> Any:
             shared = webui_module("shared")
             if is_ours(shared.model):
-                setattr(models, RESTING, (shared.model_name, list(shared.lora_names)) if options or args else None)
+                setattr(models, RESTING, (shared.model_name, list(shared.lora_names)) if keep_model_name else None)
                 shared.model.unload()
-            return original(*args, **options)
+            return original(keep_model_name)
 
         return unload_model
 

@@ -1,4 +1,4 @@
-"""The LoRA menu, `--lora` and the API's LoRA endpoints: adapters of our own, several at once, switched without a reload."""
+"""The LoRA menu, `--lora` and the API's LoRA endpoints: adapters of our own, several at once, without a reload."""
 
 from __future__ import annotations
 

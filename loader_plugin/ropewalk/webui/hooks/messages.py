@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,11 +66,11 @@ def decision(model_name: str) -> str:
     except RopewalkError as error:
         return f"- This model cannot be loaded with these settings: {error}"
     cache = format_bytes(info.cache_bytes[info.max_seq_len])
-    rope = info.rope.replace(f"{folder}/", "").replace(str(Path(folder)), "")
+    weights = format_bytes(info.weight_bytes)
     lines = [
         f"{info.family}, {info.num_instances} layers, {' and '.join(info.linears)}",
-        rope,
-        f"Context {info.max_seq_len}; memory: weights {format_bytes(info.weight_bytes)}, {info.cache_type} cache {cache}",
+        info.rope.replace(f"{folder}/", ""),  # the name of a file there says enough
+        f"Context {info.max_seq_len}; memory: weights {weights}, {info.cache_type} cache {cache}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
