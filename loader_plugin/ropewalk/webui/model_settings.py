@@ -76,16 +76,7 @@ def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
         RopewalkError: what loading would refuse before it reads weights.
     """
     options = load_options(folder, values)
-    accepted = (
-        "max_seq_len",
-        "cache_type",
-        "rope_scaling",
-        "compress_pos_emb",
-        "alpha_value",
-        "rope_theta",
-        "layer_order",
-    )
-    return model_info(folder, **{name: value for name, value in options.items() if name in accepted})
+    return model_info(folder, **{name: value for name, value in options.items() if name in INFO_OPTIONS})
 
 
 def is_gptq_folder(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of our loader in the web UI: one line each; flags, fields, API arguments and yaml keys follow from it."""
+"""The settings of our loader in the web UI, a line each; flags, fields, API arguments and yaml keys follow from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our model takes and gives tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU, if there is one,
+"""Our model takes and gives tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU if there is one,
 whatever the model is; with --cpu they never do, so that is what they are told while our model is in use."""
 
 from __future__ import annotations
