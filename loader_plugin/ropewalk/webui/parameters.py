@@ -24,6 +24,11 @@ class Slider:
 
 
 @dataclass(frozen=True, slots=True)
+class Number:
+    """A whole number, too large to be pulled on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One of some words."""
 
@@ -47,7 +52,7 @@ class Parameter:
 
     name: str
     default: int | float | str
-    widget: Slider | Choice | Text
+    widget: Slider | Number | Choice | Text
     info: str
     option: str | None = None
     unset: int | float | str | None = None
@@ -106,7 +111,7 @@ PARAMETERS = (
     Parameter(
         "rope_freq_base",
         0,
-        Slider(0, 100_000_000, 1000),
+        Number(),
         "Base (theta) of the rotary frequencies. 0: from config.json.",
     ),
     Parameter(

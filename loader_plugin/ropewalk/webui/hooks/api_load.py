@@ -6,12 +6,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from ropewalk.errors import RopewalkError
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.arguments import is_our_name
 from ropewalk.webui.hooks.loader_table import settings_of_others
+from ropewalk.webui.hooks.loading import log_failure
 from ropewalk.webui.hooks.model_defaults import by_names_here
 from ropewalk.webui.model_settings import declared_settings, describe
-from ropewalk.webui.parameters import LOADER
+from ropewalk.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.webui.patching import wrap
 from ropewalk.webui.running import model_folder, webui_module
 
@@ -32,17 +34,23 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RopewalkError: loading would fail.
     """
-    name, given = data["model_name"], dict(data.get("args") or {})
+    name = data["model_name"]
+    of_others = settings_of_others(webui_module("loaders"))
+    names = {item.name: name_here(item, of_others) for item in PARAMETERS}
+    given = {names.get(key, key): value for key, value in (data.get("args") or {}).items()}
     metadata = webui_module("models_settings").get_model_metadata(name)
     loader = given.get("loader") or metadata.get("loader")
     if not is_our_name(loader):
         return data
     folder = model_folder(name)
-    of_others = settings_of_others(webui_module("loaders"))
-    declared = by_names_here(declared_settings(folder), of_others)
-    saved = {key: metadata[key] for key in declared if key in metadata and metadata.get("loader") == LOADER}
-    arguments = {**declared, **saved, **given, "loader": LOADER}
-    describe(folder, arguments)
+    try:
+        declared = by_names_here(declared_settings(folder), of_others)
+        saved = {key: metadata[key] for key in declared if key in metadata and metadata.get("loader") == LOADER}
+        arguments = {**declared, **saved, **given, "loader": LOADER}
+        describe(folder, arguments)
+    except RopewalkError as error:
+        log_failure(name, error)
+        raise
     return {**data, "args": arguments}
 
 

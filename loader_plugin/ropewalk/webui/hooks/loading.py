@@ -15,6 +15,7 @@ from typing import Any
 
 from ropewalk.errors import RopewalkError
 from ropewalk.webui.hook import Hook
+from ropewalk.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.webui.hooks.loader_table import settings_of_others
 from ropewalk.webui.hooks.lora import apply
 from ropewalk.webui.model_settings import describe, load_options
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 # What the web UI loads a model of transformers with: since v3.0, and before.
 HELPERS = ("transformers_loader", "huggingface_loader")
 
+TOO_LATE = (
+    "an extension comes too late for --model with --loader ropewalk, and another loader took the model: start with "
+    "`ropewalk webui run`, or use `ropewalk webui enable`"
+)
 # Set in modules.models by an unloading that is to be undone, for want of use.
 RESTING = "ropewalk_resting"
 
@@ -42,6 +47,9 @@ def check_loadable(model_name: str) -> None:
 
 
 def hook_loading(models: ModuleType) -> None:
+    shared = webui_module("shared")
+    if shared.model is not None and is_our_name(loader_flag(shared)) and not is_ours(shared.model):
+        logger.warning("ropewalk: %s", TOO_LATE)
     helper = next((name for name in HELPERS if hasattr(models, name)), None)
     if helper is None:
         raise HookError(f"{models.__name__} has none of {', '.join(HELPERS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,7 @@ def load_with_reason(model_name: str) -> Iterator[str]:
     except Exception as error:  # whatever it is, the page shows it
         log_failure(model_name, error)
         reason = str(error) if isinstance(error, RopewalkError) else f"{type(error).__name__}: {error}"
-        yield f"Failed to load `{model_name}`.\n\n{reason}{_still_loaded()}"
+        yield f"Failed to load `{model_name}`.\n\n{as_markdown(reason)}{_still_loaded()}"
         return
     yield f"Successfully loaded `{model_name}`.\n\n{decision(model_name)}"
 
@@ -64,7 +65,7 @@ def decision(model_name: str) -> str:
     try:
         info = describe(folder, args)
     except RopewalkError as error:
-        return f"- This model cannot be loaded with these settings: {error}"
+        return f"This model cannot be loaded with these settings:\n\n{as_markdown(str(error))}"
     cache = format_bytes(info.cache_bytes[info.max_seq_len])
     weights = format_bytes(info.weight_bytes)
     lines = [
@@ -75,6 +76,13 @@ def decision(model_name: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def as_markdown(message: str) -> str:
+    """A message to be shown as it is; what follows its first line (where in a text a mistake is) in columns."""
+    first, _, rest = message.partition("\n")
+    escaped = re.sub(r"([\\`*_{}\[\]<>#@|~])", r"\\\1", first)
+    return f"{escaped}\n\n```\n{rest}\n```" if rest else escaped
+
+
 def hook_lora_messages(menu: ModuleType) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_lora_wrapper(selected_loras: list[str]) -> Iterator[str]:
@@ -83,7 +91,7 @@ def hook_lora_messages(menu: ModuleType) -> None:
             except RopewalkError as error:
                 logger.error("ropewalk: %s", error)
                 in_use = ", ".join(webui_module("shared").lora_names) or "none"
-                yield f"The LoRAs were not applied.\n\n{error}\n\nIn use: {in_use}."
+                yield f"The LoRAs were not applied.\n\n{as_markdown(str(error))}\n\nIn use: {in_use}."
 
         return load_lora_wrapper
 

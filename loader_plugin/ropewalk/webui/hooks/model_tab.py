@@ -9,7 +9,7 @@ from typing import Any
 
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks.loader_table import forget_cached_lists, settings_of_others
-from ropewalk.webui.parameters import LOADER, PARAMETERS, Choice, Parameter, Slider, name_here
+from ropewalk.webui.parameters import LOADER, PARAMETERS, Choice, Number, Parameter, Slider, name_here
 from ropewalk.webui.patching import wrap
 from ropewalk.webui.running import webui_module
 
@@ -86,6 +86,8 @@ def _field(gradio: ModuleType, item: Parameter) -> Any:
     widget = item.widget
     if isinstance(widget, Slider):
         return gradio.Slider(minimum=widget.low, maximum=widget.high, step=widget.step, **common)
+    if isinstance(widget, Number):
+        return gradio.Number(precision=0, **common)
     if isinstance(widget, Choice):
         return gradio.Dropdown(choices=list(widget.choices), **common)
     return gradio.Textbox(**common)
