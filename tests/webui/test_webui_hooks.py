@@ -217,6 +217,7 @@ def test_the_page_has_a_field_for_every_setting_beside_those_of_the_web_ui(webui
     assert all(components[name].parent is components["main"] for name in OWN_NAMES)
     assert components["main"].parent is not components["main"]
     assert "fp32" in dict(components["cache_type"].choices)
+    assert "ropewalk: Type of cached keys" in components["cache_type"].info
     assert set(webui.loaders.loaders_and_params["ropewalk"]) >= OWN_NAMES
     assert not OWN_NAMES & set(webui.loaders.loaders_and_params["Transformers"])
 
@@ -259,7 +260,7 @@ def test_settings_are_saved_and_come_back(webui: SimpleNamespace, root: Path) ->
 
 def test_the_page_says_what_was_decided_when_a_model_is_selected(webui: SimpleNamespace) -> None:
     webui.models_settings.update_model_parameters(webui.models_settings.get_model_metadata("demo"))
-    *_, text = webui.ui_model_menu.load_model_wrapper("demo", "ropewalk", autoload=False)
+    *_, text = webui.ui_model_menu.load_model_wrapper("demo", "llama.cpp", autoload=False)  # the one before
     assert "Max sequence length: 512" in text and "RoPE scaling: none" in text and "4-bit" in text
 
 

@@ -51,13 +51,15 @@ def declared_settings(folder: Path) -> Settings:
 
 
 def load_options(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `ropewalk.hf.from_pretrained`, beside the folder, for the values of the fields.
+    """The arguments of `ropewalk.hf.from_pretrained`, beside the folder, for these values of the fields.
+
+    What is absent or empty is as the model declares it.
 
     Raises:
         ConfigError: a value is of the wrong type, or contradicts another. Others as `declared_settings`.
     """
-    chosen, plan = read_all(values), _plan(folder)
-    declared = declared_settings(folder)
+    plan, declared = _plan(folder), declared_settings(folder)
+    chosen = declared | read_all(values)
     options = {
         item.option: chosen[item.name]
         for item in PARAMETERS

@@ -59,13 +59,11 @@ class Parameter:
     former_names: tuple[str, ...] = ()
 
     def read(self, value: Any) -> int | float | str:
-        """A value as flags, fields, the API and yaml files give it. An empty one means the default.
+        """A value as flags, fields, the API and yaml files give it.
 
         Raises:
             ConfigError: not a number where one is needed, or not one of the choices.
         """
-        if value is None or value == "":
-            return self.default
         kind = type(self.default)
         try:
             if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
@@ -93,7 +91,7 @@ PARAMETERS = (
         "cache_type",
         "fp16",
         Choice(("fp16", "fp32")),
-        "Type of cached keys and values.",
+        "Type of cached keys and values, fp16 or fp32.",
         option="cache_type",
     ),
     Parameter(
@@ -168,9 +166,10 @@ def name_here(parameter: Parameter, known: Iterable[str]) -> str:
 
 
 def read_all(values: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """Every setting by its name here, from a mapping by the names of any version; what is absent has its default.
+    """The settings that a mapping by the names of any version has, by their names here; without what is empty.
 
     Raises:
         ConfigError: a value is of the wrong type or not one of the choices.
     """
-    return {item.name: item.read(values.get(name_here(item, values))) for item in PARAMETERS}
+    given = {item: values.get(name_here(item, values)) for item in PARAMETERS}
+    return {item.name: item.read(value) for item, value in given.items() if value not in (None, "")}

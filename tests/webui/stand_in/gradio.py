@@ -11,6 +11,7 @@ class Block:
     def __init__(self, **properties: Any) -> None:
         self.children: list[Block] = []
         self.parent: Block | None = None
+        self.info: str | None = None
         self.__dict__.update(properties)
         if Block.open_blocks:
             self.parent = Block.open_blocks[-1]

@@ -19,23 +19,31 @@ from ropewalk.webui.running import is_ours, model_folder, webui_module
 
 logger = logging.getLogger(__name__)
 
+NO_MODEL = (None, "", "None")
+
 
 def hook_load_messages(menu: ModuleType) -> None:
     """`load_model_wrapper` is a generator of status texts, run when a model is selected and when Load is pressed."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_model_wrapper(selected_model: str, loader: str, autoload: bool = False) -> Iterator[str]:
-            if loader != LOADER or selected_model in (None, "", "None"):
-                yield from original(selected_model, loader, autoload)
-            elif autoload:
+            if autoload and loader == LOADER and selected_model not in NO_MODEL:
                 yield from load_with_reason(selected_model)
-            else:
-                for text in original(selected_model, loader, autoload):
-                    yield f"{text}\n\n{decision(selected_model)}"
+                return
+            ours = not autoload and chooses_ours(selected_model)  # the loader given may be that of the model before
+            for text in original(selected_model, loader, autoload):
+                yield f"{text}\n\n{decision(selected_model)}" if ours else text
 
         return load_model_wrapper
 
     wrap(menu, "load_model_wrapper", make)
+
+
+def chooses_ours(model_name: str) -> bool:
+    """True if selecting the model chooses our loader."""
+    if model_name in NO_MODEL or not model_folder(model_name).is_dir():
+        return False
+    return webui_module("models_settings").get_model_metadata(model_name).get("loader") == LOADER
 
 
 def load_with_reason(model_name: str) -> Iterator[str]:

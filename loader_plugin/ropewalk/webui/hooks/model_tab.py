@@ -48,7 +48,7 @@ def add_fields(components: dict[str, Any], made_by_webui: set[str]) -> None:
     missing = [item for item in PARAMETERS if name_here(item, of_others) not in made_by_webui]
     try:
         made = _fields_beside(gradio, components, made_by_webui, missing)
-        _extend_choices(components, of_others)
+        _extend_fields(components, made_by_webui, of_others)
     except Exception:  # the page must come up without our fields
         logger.exception("ropewalk: the fields could not be added to the Model tab")
         for item in missing:
@@ -93,14 +93,17 @@ def _field(gradio: ModuleType, item: Parameter) -> Any:
     return gradio.Textbox(**common)
 
 
-def _extend_choices(components: dict[str, Any], of_others: set[str]) -> None:
-    """Give menus of the web UI that our settings use the choices that they lack."""
+def _extend_fields(components: dict[str, Any], made_by_webui: set[str], of_others: set[str]) -> None:
+    """Where the web UI has the field of a setting, say there what it means for us, and add the choices that it lacks."""
     for item in PARAMETERS:
         name = name_here(item, of_others)
-        if not isinstance(item.widget, Choice) or name not in of_others:
+        if name not in made_by_webui:
             continue
-        have = {value for _, value in components[name].choices}
-        components[name].choices += [(choice, choice) for choice in item.widget.choices if choice not in have]
+        field = components[name]
+        field.info = f"{field.info or ''} {LOADER}: {item.info}".strip()
+        if isinstance(item.widget, Choice):
+            have = {value for _, value in field.choices}
+            field.choices += [(choice, choice) for choice in item.widget.choices if choice not in have]
 
 
 HOOKS = (Hook("the fields in the Model tab", "modules.ui_model_menu", ("create_ui",), hook_create_ui),)
