@@ -94,7 +94,7 @@ def _field(gradio: ModuleType, item: Parameter) -> Any:
 
 
 def _extend_fields(components: dict[str, Any], made_by_webui: set[str], of_others: set[str]) -> None:
-    """Where the web UI has the field of a setting, say there what it means for us, and add the choices that it lacks."""
+    """Where the web UI has the field of a setting, say there what it means for us, and add the choices it lacks."""
     for item in PARAMETERS:
         name = name_here(item, of_others)
         if name not in made_by_webui:
