@@ -31,6 +31,12 @@ ORDER = [
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
     *("chat_formats", "chat", "stops", "turn_queue", "cache_pool", "text_stream", "engine"),
     *("hf.history", "hf.reply_clock", "hf.runner", "hf.refusals", "hf.hf_config", "hf.causal_lm", "hf"),
+    *("webui.patching", "webui.hook", "webui.import_hook", "webui.parameters", "webui.model_settings", "webui.running"),
+    *("webui.hooks.console", "webui.hooks.arguments", "webui.hooks.loader_table", "webui.hooks.model_defaults"),
+    *("webui.hooks.lora", "webui.hooks.loading", "webui.hooks.device", "webui.hooks.report", "webui.hooks.model_tab"),
+    *("webui.hooks.messages", "webui.hooks.training", "webui.hooks.api_load", "webui.hooks"),
+    *("webui.registration", "webui", "webui.autostart", "webui.launch"),
+    *("webui.checkout", "webui.extension", "webui.startup_file", "cli_webui"),
     *("demo", "cli_options", "cli_chat"),
     *("server", "server.notes", "server.errors", "server.schema", "server.refusals", "server.model_names"),
     *("server.requests", "server.jobs", "server.replies", "server.metrics", "server.middleware", "server.answers"),
@@ -58,9 +64,13 @@ LIBRARIES = {
     "server.uvicorn_server": {"uvicorn"},
     "tokenizer_json": {"tokenizers"},
     "tokenizer_sentencepiece": {"sentencepiece"},
+    "webui.hooks.model_tab": {"gradio"},
 }
 # Those that start fast by importing the rest when it is needed, and the loader, which runs without a compiled core.
-IMPORT_WHEN_CALLED = {"cli", "cli_options", "cli_serve", "loader"}
+IMPORT_WHEN_CALLED = {
+    *("cli", "cli_options", "cli_serve", "cli_webui", "loader"),
+    *("webui.registration", "webui.hooks.loading", "webui.hooks.model_tab"),
+}
 # Text, files and token ids stay apart: none of these modules may import one of those, even through others.
 APART = {
     "the decoder knows no text": (["model", "layers", "backends.cpu", "loader"], ["tokenizer_base", "chat"]),

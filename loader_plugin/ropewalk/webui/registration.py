@@ -16,22 +16,18 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Attach the hooks: to what the web UI has imported already, and to the rest when it is imported."""
     if not any(isinstance(finder, WebuiFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, WebuiFinder())
+        sys.meta_path.insert(0, WebuiFinder(hooks_of, attach_to))
     modules = sys.modules.get("modules")
     if modules is None or not is_webui("modules.shared", list(modules.__path__)):
         return
-    from ropewalk.webui.hooks import HOOKS
-
-    for name in dict.fromkeys(hook.module for hook in HOOKS):
+    for name in dict.fromkeys(hook.module for hook in _all_hooks()):
         if name in sys.modules:
             attach_to(sys.modules[name])
 
 
 def hooks_of(module_name: str) -> list[Hook]:
     """The hooks for one module of the web UI."""
-    from ropewalk.webui.hooks import HOOKS
-
-    return [hook for hook in HOOKS if hook.module == module_name]
+    return [hook for hook in _all_hooks() if hook.module == module_name]
 
 
 def attach_to(module: ModuleType) -> None:
@@ -43,3 +39,9 @@ def attach_to(module: ModuleType) -> None:
             logger.warning("ropewalk: %s is not available in this version of the web UI: %s", hook.concern, error)
         except Exception:  # a host program must survive any mistake of ours
             logger.exception("ropewalk: the hook for %s failed in %s", hook.concern, module.__name__)
+
+
+def _all_hooks() -> tuple[Hook, ...]:
+    from ropewalk.webui.hooks import HOOKS  # only now: with the startup file, other programs import this module too
+
+    return HOOKS

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
-def webui_module(name: str) -> ModuleType:
+def webui_module(name: str) -> Any:
     """A module of the running web UI."""
     return importlib.import_module(f"modules.{name}")
 

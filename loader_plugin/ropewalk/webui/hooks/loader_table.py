@@ -8,6 +8,7 @@ from types import ModuleType
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.parameters import BORROWED, LOADER, PARAMETERS, name_here
 from ropewalk.webui.patching import HookError, is_patched, wrap
+from ropewalk.webui.running import webui_module
 
 # Our model samples through transformers, like these.
 LIKE_OURS = ("ExLlamav3_HF", "ExLlamav2_HF", "Transformers")
@@ -61,8 +62,7 @@ def our_names() -> list[str]:
 
 def check_elements(ui: ModuleType) -> None:
     """`extend_elements` for the module that older versions have the list in."""
-    import modules.loaders as loaders  # type: ignore[import-not-found]
-
+    loaders = webui_module("loaders")
     if not hasattr(ui, "list_model_elements") and not hasattr(loaders, "list_model_elements"):
         raise HookError("neither modules.ui nor modules.loaders has list_model_elements")
     extend_elements(ui)

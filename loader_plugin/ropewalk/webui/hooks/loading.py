@@ -129,7 +129,7 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _settings_kept(shared: ModuleType) -> Iterator[None]:
+def _settings_kept(shared: Any) -> Iterator[None]:
     """Undo what happened to arguments and settings if the block fails; no model is then loaded."""
     args, settings = dict(vars(shared.args)), dict(shared.settings)
     try:
