@@ -30,7 +30,8 @@ def _add(actions: argparse._SubParsersAction, action, text: str, user_data: bool
     parser = actions.add_parser(_name(action), help=text, description=action.__doc__)
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of text-generation-webui, with server.py")
     if user_data:
-        parser.add_argument("--user-data-dir", type=Path, metavar="U", help="as it is given to server.py, if it is")
+        for option in ("--user-data-dir", "--model-dir"):
+            parser.add_argument(option, type=Path, metavar="FOLDER", help="as it is given to server.py, if it is")
     parser.set_defaults(run=action)
     return parser
 
@@ -41,7 +42,7 @@ def _name(action) -> str:
 
 def run_install(args: argparse.Namespace) -> int:
     """Write a script of a few lines into the folder of extensions. Nothing else is changed."""
-    checkout = find_checkout(args.dir, args.user_data_dir)
+    checkout = find_checkout(args.dir, args.user_data_dir, args.model_dir)
     _say(f"wrote {install(checkout)}")
     _say("activate it with --extensions ropewalk, or in the Session tab of the page")
     _say("for --model together with --loader ropewalk, start with `ropewalk webui run`, or use `ropewalk webui enable`")
@@ -50,14 +51,14 @@ def run_install(args: argparse.Namespace) -> int:
 
 def run_uninstall(args: argparse.Namespace) -> int:
     """Remove the extension, and `loader: ropewalk` from the yaml files: without the loader the web UI fails over it."""
-    for line in uninstall(find_checkout(args.dir, args.user_data_dir)) or ["nothing was found"]:
+    for line in uninstall(find_checkout(args.dir, args.user_data_dir, args.model_dir)) or ["nothing was found"]:
         _say(line)
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
     """Say what is found: the extension, the startup file, what names the loader, hooks without what they attach to."""
-    checkout = find_checkout(args.dir, args.user_data_dir)
+    checkout = find_checkout(args.dir, args.user_data_dir, args.model_dir)
     _say(f"web UI        {checkout.folder}")
     _say(f"user data     {checkout.user_data}")
     installed = (checkout.extension / "script.py").is_file()

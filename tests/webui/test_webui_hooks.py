@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 import weakref
@@ -18,6 +19,7 @@ from ropewalk.errors import ConfigError, RopewalkError
 from ropewalk.webui import register
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.hooks import HOOKS
+from ropewalk.webui.hooks.arguments import add_flags
 from ropewalk.webui.hooks.training import REFUSAL
 from ropewalk.webui.parameters import PARAMETERS
 from ropewalk.webui.patching import is_patched
@@ -67,21 +69,26 @@ def test_flags_are_parsed_and_count_as_given(root: Path) -> None:
         assert modules.shared.original_args.loader == "ropewalk"
 
 
-def test_a_flag_of_the_web_ui_that_takes_integers_takes_fractions_if_ours_does() -> None:
-    import argparse
-
-    from ropewalk.webui.hooks.arguments import add_flags
-
+def test_flags_that_the_web_ui_has_get_our_spellings_and_take_fractions() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--loader")
     parser.add_argument("--compress_pos_emb", type=int, default=1)
+    parser.add_argument("--max_seq_len", type=int, default=2048)
+    add_flags(parser)
     add_flags(parser)
     assert parser.parse_args(["--compress_pos_emb", "2.5"]).compress_pos_emb == 2.5
+    found = parser.parse_args(["--compress-pos-emb", "3", "--ctx-size", "512"])
+    assert (found.compress_pos_emb, found.max_seq_len) == (3.0, 512)
+
+
+def test_a_context_in_the_spelling_of_another_version_counts_as_given(root: Path) -> None:
+    with running_webui(root, "--model", "demo", "--max-seq-len=320") as modules:
+        start(modules)
+        assert "ctx_size" in modules.shared.provided_arguments
+        assert modules.shared.model.ropewalk_model.max_seq_len == 320
 
 
 def test_no_flag_is_added_to_other_parsers(root: Path) -> None:
-    import argparse
-
     with running_webui(root):
         parser = argparse.ArgumentParser()
         with pytest.raises(SystemExit):
@@ -261,7 +268,7 @@ def test_settings_are_saved_and_come_back(webui: SimpleNamespace, root: Path) ->
 def test_the_page_says_what_was_decided_when_a_model_is_selected(webui: SimpleNamespace) -> None:
     webui.models_settings.update_model_parameters(webui.models_settings.get_model_metadata("demo"))
     *_, text = webui.ui_model_menu.load_model_wrapper("demo", "llama.cpp", autoload=False)  # the one before
-    assert "Max sequence length: 512" in text and "RoPE scaling: none" in text and "4-bit" in text
+    assert "Max sequence length: 512\n- llama" in text and "RoPE scaling: none" in text and "4-bit" in text
 
 
 def test_the_page_says_why_a_model_was_not_loaded_and_the_one_before_still_runs(loaded: SimpleNamespace) -> None:

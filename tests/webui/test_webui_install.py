@@ -94,6 +94,8 @@ def test_the_script_is_the_one_that_the_source_tree_has_as_an_extension_folder()
 
 def test_uninstalling_cleans_what_the_web_ui_would_fail_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     checkout = make_checkout(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config-user.yaml").write_text("model$:\n  loader: ropewalk\n  cpu: true\n")
     config = checkout / "user_data/models/config-user.yaml"
     config.write_text(
         "# mine\nfirst$:\n  loader: ropewalk\n  ctx_size: 4096\n  rope_method: yarn\n"
@@ -105,7 +107,8 @@ def test_uninstalling_cleans_what_the_web_ui_would_fail_over(tmp_path: Path, cap
     )
     (checkout / "user_data/CMD_FLAGS.txt").write_text("# --loader ropewalk\n--api --loader ropewalk\n")
     assert f"{config}:3" in run("status", checkout, capsys=capsys)
-    said = run("uninstall", checkout, capsys=capsys)
+    said = run("uninstall", checkout, "--model-dir", tmp_path / "elsewhere", capsys=capsys)
+    assert (tmp_path / "elsewhere" / "config-user.yaml").read_text() == "model$:\n  cpu: true\n"
     assert f"cleaned {config}" in said and f"cleaned {settings}" in said
     assert f"{checkout}/user_data/CMD_FLAGS.txt:2 still names ropewalk" in said
     assert config.read_text().startswith("# mine\nfirst$:\n  ctx_size: 4096\nsecond$:\n  loader: ExLlamav3\n")

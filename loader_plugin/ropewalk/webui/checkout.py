@@ -14,10 +14,11 @@ NAME = "ropewalk"
 @dataclass(frozen=True, slots=True)
 class Checkout:
     """A folder with server.py and modules/. user_data: where models and settings lie, which `--user-data-dir` can move;
-    before v3.1 the folder itself."""
+    before v3.1 the folder itself. models: where `--model-dir` has put the models."""
 
     folder: Path
     user_data: Path
+    models: Path
 
     @property
     def extension(self) -> Path:
@@ -27,9 +28,14 @@ class Checkout:
     @property
     def settings_files(self) -> tuple[Path, ...]:
         """The yaml files that may name our loader, and exist."""
-        places = (self.folder, self.user_data)
-        names = ("settings.yaml", "models/config-user.yaml")
-        return tuple(dict.fromkeys(place / name for name in names for place in places if (place / name).is_file()))
+        files = (
+            *(place / "settings.yaml" for place in (self.folder, self.user_data)),
+            *(
+                models / "config-user.yaml"
+                for models in (self.models, self.folder / "models", self.user_data / "models")
+            ),
+        )
+        return tuple(path for path in dict.fromkeys(files) if path.is_file())
 
     @property
     def flag_files(self) -> tuple[Path, ...]:
@@ -49,25 +55,30 @@ class Checkout:
         return "user_data" in source
 
 
-def find_checkout(folder: Path, user_data: Path | None = None) -> Checkout:
+def find_checkout(folder: Path, user_data: Path | None = None, models: Path | None = None) -> Checkout:
     """The web UI in this folder.
 
-    user_data: as given to the server as --user-data-dir, if it is; relative to the folder, as there.
+    user_data, models: what the server is given as --user-data-dir and --model-dir, if it is; relative to the folder.
 
     Raises:
-        ConfigError: it is none, or there is no such user_data.
+        ConfigError: it is none, or there is no such user_data or models.
     """
     folder = folder.expanduser().resolve()
     for needed in ("server.py", "modules/extensions.py", "modules/text_generation.py"):
         if not (folder / needed).is_file():
             raise ConfigError(f"{folder} is not a folder of text-generation-webui: it has no {needed}")
-    if user_data is not None:
-        chosen = folder / user_data.expanduser()
-        if not chosen.is_dir():
-            raise ConfigError(f"--user-data-dir {chosen}: there is no such folder")
-    else:
-        chosen = folder / "user_data" if (folder / "user_data").is_dir() else folder
-    return Checkout(folder, chosen)
+    default = folder / "user_data" if (folder / "user_data").is_dir() else folder
+    chosen = _given("--user-data-dir", folder, user_data) or default
+    return Checkout(folder, chosen, _given("--model-dir", folder, models) or chosen / "models")
+
+
+def _given(option: str, folder: Path, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    found = folder / path.expanduser()
+    if not found.is_dir():
+        raise ConfigError(f"{option} {found}: there is no such folder")
+    return found
 
 
 def _names_of(node: ast.stmt) -> list[str]:

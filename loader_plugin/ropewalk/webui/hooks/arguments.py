@@ -34,16 +34,20 @@ def flags_added() -> Iterator[None]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that the parser lacks, once. Where it has one of its own that takes integers only, let it take
-    fractions if ours does."""
+    """Add the flags that the parser lacks, once. Let those that it has be spelled as ours, and take fractions if ours
+    do."""
     known = {action.dest: action for action in parser._actions}
     missing = []
     for item in PARAMETERS:
         action = known.get(name_here(item, known))
         if action is None:
             missing.append(item)
-        elif action.type is int and isinstance(item.default, float):
+            continue
+        if action.type is int and isinstance(item.default, float):
             action.type = float
+        for spelling in spellings(item):
+            if spelling not in parser._option_string_actions:
+                parser._option_string_actions[spelling] = action
     if missing:
         group = parser.add_argument_group(LOADER, "GPTQ models at long context")
         for item in missing:
@@ -51,10 +55,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_flag(group: Any, item: Parameter) -> None:
-    spellings = dict.fromkeys((f"--{item.name.replace('_', '-')}", f"--{item.name}"))
     choices = item.widget.choices if isinstance(item.widget, Choice) else None
     help_text = item.info.replace("%", "%%")
-    group.add_argument(*spellings, type=type(item.default), default=item.default, choices=choices, help=help_text)
+    group.add_argument(*spellings(item), type=type(item.default), default=item.default, choices=choices, help=help_text)
+
+
+def spellings(item: Parameter) -> tuple[str, ...]:
+    """The flags that set it, by its name and by those that older versions have for it."""
+    names = (item.name, *item.former_names)
+    return tuple(dict.fromkeys(f"--{spelled}" for name in names for spelled in (name.replace("_", "-"), name)))
+
+
+def note_given(shared: ModuleType) -> None:
+    """Let what our spellings of flags have set count as given, or the defaults of a model would replace it."""
+    provided = getattr(shared, "provided_arguments", [])
+    used = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    for item in PARAMETERS:
+        name = name_here(item, vars(shared.args))
+        if name not in provided and used & set(spellings(item)):
+            provided.append(name)
 
 
 def complete_arguments(shared: ModuleType) -> None:
@@ -64,6 +83,7 @@ def complete_arguments(shared: ModuleType) -> None:
             known = vars(namespace)
             for item in PARAMETERS:
                 known.setdefault(name_here(item, known), item.default)
+    note_given(shared)
     wrap(shared, "fix_loader_name", lambda original: lambda name: LOADER if is_our_name(name) else original(name))
     if is_our_name(loader_flag(shared)):
         for namespace in (shared.args, getattr(shared, "original_args", None)):

@@ -8,6 +8,7 @@ samplers, settings and messages stay the web UI's own.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -50,6 +51,7 @@ def hook_loading(models: ModuleType) -> None:
     shared = webui_module("shared")
     if shared.model is not None and is_our_name(loader_flag(shared)) and not is_ours(shared.model):
         logger.warning("ropewalk: %s", TOO_LATE)
+    lock = threading.Lock()  # two loads at once would take each other's helper
     helper = next((name for name in HELPERS if hasattr(models, name)), None)
     if helper is None:
         raise HookError(f"{models.__name__} has none of {', '.join(HELPERS)}")
@@ -58,7 +60,8 @@ def hook_loading(models: ModuleType) -> None:
         def load_model(model_name: str, loader: str | None = None, *args: Any, **options: Any) -> Any:
             if wanted_loader(model_name, loader) != LOADER:
                 return original(model_name, loader, *args, **options)
-            return load_ours(models, helper, original, model_name, *args, **options)
+            with lock:
+                return load_ours(models, helper, original, model_name, *args, **options)
 
         return load_model
 

@@ -19,6 +19,7 @@ from ropewalk.webui.running import is_ours, model_folder, webui_module
 
 logger = logging.getLogger(__name__)
 
+NEXT_ITEM, NEW_PARAGRAPH = "\n", "\n\n"
 NO_MODEL = (None, "", "None")
 
 
@@ -32,11 +33,17 @@ def hook_load_messages(menu: ModuleType) -> None:
                 return
             ours = not autoload and chooses_ours(selected_model)  # the loader given may be that of the model before
             for text in original(selected_model, loader, autoload):
-                yield f"{text}\n\n{decision(selected_model)}" if ours else text
+                yield append(text, decision(selected_model)) if ours else text
 
         return load_model_wrapper
 
     wrap(menu, "load_model_wrapper", make)
+
+
+def append(text: str, more: str) -> str:
+    """Markdown after markdown; a list goes on where both have one."""
+    in_list = text.rstrip().rpartition("\n")[2].startswith("- ") and more.startswith("- ")
+    return f"{text.rstrip()}{NEXT_ITEM if in_list else NEW_PARAGRAPH}{more}"
 
 
 def chooses_ours(model_name: str) -> bool:
