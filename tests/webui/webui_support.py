@@ -143,3 +143,8 @@ def build_page(webui: SimpleNamespace) -> tuple[list[Any], list[Any]]:
 def registered_finders() -> list[WebuiFinder]:
     """Our import hooks in this process."""
     return [finder for finder in sys.meta_path if isinstance(finder, WebuiFinder)]
+
+
+def reply(webui: SimpleNamespace, prompt: list[int] | None = None) -> list[int]:
+    """The tokens of a reply through the web UI's generation, with those of the prompt."""
+    return list(webui.text_generation.generate_reply(prompt or [1, 5, 6, 7], {"max_new_tokens": 4}))[-1]
