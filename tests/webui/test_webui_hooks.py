@@ -45,8 +45,8 @@ def test_every_hook_attaches_to_the_stand_in(webui: SimpleNamespace) -> None:
 
 def test_the_loader_is_listed_with_the_samplers_of_one_like_it(webui: SimpleNamespace) -> None:
     assert "ropewalk" in webui.loaders.loaders_and_params
-    assert webui.loaders.loaders_samplers["ropewalk"] == webui.loaders.loaders_samplers["ExLlamav3_HF"]
-    assert webui.loaders.loaders_samplers["ropewalk"] is not webui.loaders.loaders_samplers["ExLlamav3_HF"]
+    assert webui.loaders.loaders_samplers["ropewalk"] == {"temperature", "top_p", "prompt_lookup_num_tokens"}
+    assert webui.loaders.loaders_samplers["ExLlamav3_HF"] == {"temperature", "top_p"}
 
 
 def test_the_settings_are_model_settings(webui: SimpleNamespace) -> None:

@@ -12,6 +12,7 @@ from ropewalk.webui.running import webui_module
 
 # Our model samples through transformers, like these.
 LIKE_OURS = ("ExLlamav3_HF", "ExLlamav2_HF", "Transformers")
+MORE_SAMPLERS = {"prompt_lookup_num_tokens"}  # which the exllama loaders do not have
 
 
 def settings_of_others(loaders: ModuleType) -> set[str]:
@@ -27,7 +28,8 @@ def add_loader(loaders: ModuleType) -> None:
     alike = next((name for name in LIKE_OURS if name in loaders.loaders_samplers), None)
     if alike is None:
         raise HookError(f"{loaders.__name__}.loaders_samplers has none of {', '.join(LIKE_OURS)}")
-    loaders.loaders_samplers.setdefault(LOADER, set(loaders.loaders_samplers[alike]))
+    more = MORE_SAMPLERS & loaders.loaders_samplers.get("Transformers", set())
+    loaders.loaders_samplers.setdefault(LOADER, loaders.loaders_samplers[alike] | more)
     forget_cached_lists(loaders)
 
 

@@ -7,7 +7,7 @@ loaders_and_params = {
 }
 loaders_samplers = {
     "llama.cpp": {"temperature"},
-    "Transformers": {"temperature", "top_p", "penalty_alpha"},
+    "Transformers": {"temperature", "top_p", "penalty_alpha", "prompt_lookup_num_tokens"},
     "ExLlamav3_HF": {"temperature", "top_p"},
 }
 
