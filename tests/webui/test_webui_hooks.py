@@ -206,6 +206,20 @@ def test_loras_are_applied_added_and_removed(loaded: SimpleNamespace) -> None:
     assert reply(loaded) == plain
 
 
+def test_loras_may_have_weights_and_layers(loaded: SimpleNamespace) -> None:
+    plain = reply(loaded)
+    loaded.LoRA.add_lora_to_model(["storm:0.5@1-2", "poet"])
+    assert loaded.shared.model.used_adapters == (("storm", 0.5, (1, 2)), ("poet", 1.0))
+    assert loaded.shared.lora_names == ["storm:0.5@1-2", "poet"]
+    loaded.LoRA.add_lora_to_model(["storm:0"])
+    assert reply(loaded) == plain
+    with pytest.raises(RopewalkError, match="LoRAs"):
+        loaded.LoRA.add_lora_to_model(["storm:heavy"])
+    with pytest.raises(RopewalkError, match="nowhere"):
+        loaded.LoRA.add_lora_to_model(["poet", "nowhere"])
+    assert loaded.shared.model.adapters == ("storm",)
+
+
 def test_the_api_sets_our_settings(webui: SimpleNamespace) -> None:
     arguments = {
         "ctx_size": 320,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from ropewalk.adapter_request import AdapterUse, parse_request
 from ropewalk.webui.hook import Hook
 from ropewalk.webui.parameters import LOADER
 from ropewalk.webui.patching import wrap
@@ -37,18 +38,27 @@ def hook_lora(lora: ModuleType) -> None:
 def apply(lora: ModuleType, model: Any, names: list[str]) -> None:
     """Make these the adapters of every reply. If one cannot be loaded, those in use stay.
 
+    names: folders of LoRAs, as the menu has them; flags and the API may say more, such as "storm:0.5@10-11".
+
     Raises:
-        RopewalkError: an adapter that cannot be loaded; the message names its file.
+        RopewalkError: an adapter that cannot be loaded; the message names its file. A text that spells no adapters.
     """
     chosen = [name for name in names if name not in ("None", "")]
-    for name in chosen:
-        if name not in model.adapters:
+    uses = [use for name in chosen for use in uses_of(lora, name)]
+    try:
+        for name in {use.name for use in uses} - set(model.adapters):
             model.load_adapter_folder(lora.get_lora_path(name), name)
-    model.set_adapters([(name, 1.0) for name in chosen])
-    for name in set(model.adapters) - set(chosen):
-        model.unload_adapter(name)
+        model.set_adapters(uses)
+    finally:
+        for name in set(model.adapters) - {use[0] for use in model.used_adapters}:
+            model.unload_adapter(name)
     webui_module("shared").lora_names = chosen
     logger.info("ropewalk: LoRAs in use: %s", ", ".join(chosen) or "none")
+
+
+def uses_of(lora: ModuleType, name: str) -> tuple[AdapterUse, ...]:
+    """The LoRA in the folder of that name; where there is none, those that the text spells."""
+    return (AdapterUse(name),) if lora.get_lora_path(name).is_dir() else parse_request(name, "LoRAs")
 
 
 HOOKS = (Hook("LoRAs", "modules.LoRA", ("add_lora_transformers", "get_lora_path"), hook_lora),)
