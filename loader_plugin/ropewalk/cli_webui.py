@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ropewalk.webui.checkout import Checkout, find_checkout
+from ropewalk.webui.embedded_model import copy_model, remove_model
 from ropewalk.webui.extension import install, mentions, uninstall
 from ropewalk.webui.launch import run
 from ropewalk.webui.startup_file import disable, enable, startup_file
@@ -19,6 +20,7 @@ def add_webui_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     for action, text in ((run_install, "write the extension"), (run_uninstall, "remove it and its traces")):
         _add(actions, action, text)
     _add(actions, run_status, "what is found")
+    _add(actions, run_demo, "put the embedded model among its models")
     start = _add(actions, run_run, "start the web UI with the loader", user_data=False)
     start.add_argument("flags", nargs=argparse.REMAINDER, metavar="-- FLAGS", help="flags of server.py, after --")
     for action, text in ((run_enable, "let a plain `python server.py` have the loader"), (run_disable, "undo that")):
@@ -51,7 +53,9 @@ def run_install(args: argparse.Namespace) -> int:
 
 def run_uninstall(args: argparse.Namespace) -> int:
     """Remove the extension, and `loader: ropewalk` from the yaml files: without the loader the web UI fails over it."""
-    for line in uninstall(find_checkout(args.dir, args.user_data_dir, args.model_dir)) or ["nothing was found"]:
+    checkout = find_checkout(args.dir, args.user_data_dir, args.model_dir)
+    removed = remove_model(checkout)
+    for line in [*uninstall(checkout), *([removed] if removed else [])] or ["nothing was found"]:
         _say(line)
     return 0
 
@@ -73,6 +77,16 @@ def run_status(args: argparse.Namespace) -> int:
         _say(f"missing       {line}")
     if not missing:
         _say("hooks         all find what they attach to")
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Copy the embedded model into the folder of models. It is small and writes things that look like Python."""
+    _say(f"wrote {copy_model(find_checkout(args.dir, args.user_data_dir, args.model_dir))}")
+    _say(
+        "its context is 512 tokens, which the web UI keeps for the reply alone: set ctx-size 2048 and alpha_value 4 "
+        "before Load"
+    )
     return 0
 
 

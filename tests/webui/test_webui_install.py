@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.cli import main
+from ropewalk.demo import demo_model_path
 from ropewalk.webui.checkout import find_checkout
 from ropewalk.webui.extension import SCRIPT, clean_yaml
 from ropewalk.webui.startup_file import LINE, disable, enable
@@ -120,6 +121,35 @@ def test_uninstalling_cleans_what_the_web_ui_would_fail_over(tmp_path: Path, cap
     }
 
 
+def test_the_embedded_model_is_put_among_the_models_and_removed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkout = make_checkout(tmp_path)
+    folder = checkout / "user_data/models/ropewalk-demo"
+    said = run("demo", checkout, capsys=capsys)
+    assert f"wrote {folder}" in said and "ctx-size 2048 and alpha_value 4" in said
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in demo_model_path().iterdir())
+    assert main(["webui", "demo", str(checkout)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert f"removed {folder}" in run("uninstall", checkout, capsys=capsys)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("change", ["config.json", "mine.txt"])
+def test_an_embedded_model_that_was_changed_is_left(tmp_path: Path, capsys: pytest.CaptureFixture, change: str) -> None:
+    checkout = make_checkout(tmp_path)
+    run("demo", checkout, capsys=capsys)
+    (checkout / "user_data/models/ropewalk-demo" / change).write_text("{}")
+    assert "has been changed and was left" in run("uninstall", checkout, capsys=capsys)
+
+
+def test_the_embedded_model_needs_a_folder_for_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    checkout = make_checkout(tmp_path)
+    (checkout / "user_data/models").rmdir()
+    assert main(["webui", "demo", str(checkout)]) == 2
+    assert "name the folder of models with --model-dir" in capsys.readouterr().err
+
+
 def test_a_list_of_extensions_that_gets_empty_stays_a_list() -> None:
     assert yaml.safe_load(clean_yaml("default_extensions:\n- ropewalk\nmode: chat\n")) == {
         **{"default_extensions": [], "mode": "chat"}
@@ -132,6 +162,7 @@ VALUES = st.one_of(
 LOADERS = st.sampled_from(["ropewalk", "Transformers", "llama.cpp"])
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z.*]{1,12}\$", fullmatch=True),
@@ -149,6 +180,7 @@ def test_a_cleaned_file_is_the_same_without_our_loader(config: dict[str, Any]) -
     assert clean_yaml(cleaned) == cleaned
 
 
+@settings(deadline=None)
 @given(st.text("abcropewalk: '-#\n", max_size=200))
 def test_text_without_our_loader_stays_as_it_is(text: str) -> None:
     if "ropewalk" not in text:

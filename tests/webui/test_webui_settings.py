@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.demo import demo_model_path
@@ -165,6 +165,7 @@ def test_an_absent_and_an_empty_field_mean_what_the_model_declares(tmp_path: Pat
     assert load_options(folder, dict.fromkeys(BY_NAME, "")) == options
 
 
+@settings(deadline=None)
 @given(
     value=st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.lists(st.integers())),
     index=st.integers(0, len(PARAMETERS) - 1),
