@@ -1,0 +1,124 @@
+"""Which folders the page may open: the embedded model, those named at the start, what lies under --models, uploads.
+
+Paths are compared after links are resolved, so that neither ".." nor a link leads out of the allowed roots. The files
+of a folder are checked the same way: a folder under --models may hold a link to a file elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ropewalk.demo import demo_model_path
+from ropewalk.errors import RequestError
+
+EMBEDDED = "embedded model"
+MAX_LISTED = 500
+MAX_DEPTH = 3  # --models/publisher/model/adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """models: the directory of --models. granted: further folders, given on the command line. uploads: where the page
+    keeps what people drop; anything below it came from them."""
+
+    models: Path | None = None
+    granted: tuple[Path, ...] = ()
+    uploads: Path | None = None
+    _embedded: Path = field(default_factory=demo_model_path)
+
+    def open(self, text: str) -> Path:
+        """The folder that a person means by a name of `model_names`, a path, or a path below --models.
+
+        Raises:
+            RequestError: outside of what may be read, or no folder; says what can be typed.
+        """
+        name = text.strip()
+        if name in ("", EMBEDDED):
+            return self._embedded
+        candidates = [Path(name).expanduser()]
+        if self.models is not None and not candidates[0].is_absolute():
+            candidates.insert(0, self.models / name)
+        for candidate in candidates:
+            folder = _resolved(candidate)
+            if folder is not None and self._allows(folder):
+                return self._checked(folder, name)
+        raise RequestError(f"{name}: {self._accepted()}")
+
+    def model_names(self) -> list[str]:
+        """What can be picked: the embedded model, folders of the command line, model folders under --models."""
+        found = [] if self.models is None else _folders_with(self.models, "config.json")
+        below = [str(folder.relative_to(self.models)) for folder in found]
+        return [EMBEDDED, *map(str, self.granted), *below][:MAX_LISTED]
+
+    def adapter_folders(self, model_folder: Path) -> dict[str, Path]:
+        """LoRA folders by name: those that come with the model first, then those under --models."""
+        found = _folders_with(model_folder, "adapter_config.json")
+        if self.models is not None:
+            found += [f for f in _folders_with(self.models, "adapter_config.json") if f not in found]
+        named: dict[str, Path] = {}
+        for folder in found:
+            resolved = _resolved(folder)
+            if resolved is not None and self._allows(resolved):
+                name = folder.name if folder.name not in named else f"{folder.parent.name}/{folder.name}"
+                named.setdefault(name, folder)
+        return named
+
+    def check_upload(self, path: Path) -> Path:
+        """A file or folder that was dropped on the page.
+
+        Raises:
+            RequestError: it is none.
+        """
+        resolved = _resolved(path)
+        if resolved is None or self.uploads is None or not _below(resolved, self.uploads.resolve()):
+            raise RequestError(f"{path.name}: only files that were dropped on this page can be read")
+        return resolved
+
+    def _roots(self) -> list[Path]:
+        roots = [self._embedded, *self.granted, *(root for root in (self.models, self.uploads) if root is not None)]
+        return [root.resolve() for root in roots]
+
+    def _allows(self, resolved: Path) -> bool:
+        return any(_below(resolved, root) for root in self._roots())
+
+    def _checked(self, folder: Path, name: str) -> Path:
+        if not folder.is_dir():
+            raise RequestError(f"{name} is a file: give the folder that holds config.json and the weights")
+        for entry in folder.iterdir():
+            target = _resolved(entry)
+            if entry.is_symlink() and (target is None or not self._allows(target)):
+                raise RequestError(f"{name}: {entry.name} is a link that leads out of the folders that may be read")
+        return folder
+
+    def _accepted(self) -> str:
+        if self.models is None:
+            return 'only the embedded model and dropped folders can be opened: start with "ropewalk demo --models DIR"'
+        return f"there is no such folder under {self.models}, and others may not be read: pick one of the list"
+
+
+def _resolved(path: Path) -> Path | None:
+    """Without links; None where that is impossible (missing, a loop of links, a name that no file can have)."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _below(path: Path, root: Path) -> bool:
+    return path == root or root in path.parents
+
+
+def _folders_with(root: Path, file_name: str, depth: int = MAX_DEPTH) -> list[Path]:
+    """Folders below `root` that hold that file, not looked for deeper than `depth`, in the order of their names."""
+    try:
+        entries = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    found = []
+    for entry in entries:
+        if (entry / file_name).is_file():
+            found.append(entry)
+        if depth > 1:
+            found += _folders_with(entry, file_name, depth - 1)
+    return found

@@ -1,0 +1,108 @@
+"""One request to the engine in a thread of its own, followed through snapshots.
+
+A page is served by whatever worker thread is free, and must show something while a request waits or a prompt is read.
+So the engine runs here, and the follower looks a few times a second, however fast or slow the model is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ropewalk.engine import TextStream
+from ropewalk.errors import RopewalkError
+from ropewalk.generate import Cancelled, GenerationStats, Progress, Step
+
+LOOK_S = 0.08  # a dozen looks a second read as flowing text and cost a browser little
+WAITING, READING, WRITING, DONE = "waiting", "reading", "writing", "done"
+
+StartStream = Callable[[Cancelled, Progress], TextStream]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A reply at one moment. ahead: requests before it in the queue; read: (tokens of the prompt done, all);
+    error: why there is no reply, for people."""
+
+    phase: str
+    text: str = ""
+    ahead: int = 0
+    read: tuple[int, int] = (0, 0)
+    stats: GenerationStats | None = None
+    finish_reason: str | None = None
+    steps: tuple[Step, ...] = ()
+    error: str | None = None
+
+
+class Reply:
+    """Made with what starts the stream, given `cancelled` and `progress`; runs while it is followed."""
+
+    def __init__(self, start: StartStream) -> None:
+        self._start = start
+        self._cancelled = threading.Event()
+        self._changed = threading.Event()
+        self._pieces: list[str] = []
+        self._read = (0, 0)
+        self._stream: TextStream | None = None
+        self._error: str | None = None
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="reply", daemon=True)
+
+    def cancel(self) -> None:
+        """End it soon, with what there is."""
+        self._cancelled.set()
+
+    def follow(self) -> Iterator[Snapshot]:
+        """Snapshots until the end; the last one is of the phase DONE. Leaving the iteration early cancels the reply.
+
+        Raises:
+            Exception: whatever went wrong in the engine apart from errors that are explained.
+        """
+        self._thread.start()
+        try:
+            while self._thread.is_alive():
+                self._changed.wait(LOOK_S)
+                self._changed.clear()
+                yield self._snapshot()
+                self._thread.join(LOOK_S)
+            if self._failure is not None:
+                raise self._failure
+            yield self._snapshot()
+        finally:
+            self.cancel()
+
+    def _run(self) -> None:
+        try:
+            self._stream = self._start(self._cancelled.is_set, self._progress)
+            for piece in self._stream:
+                self._pieces.append(piece)
+                self._changed.set()
+        except RopewalkError as error:
+            self._error = str(error)
+        except Exception as error:  # handed to the follower, who is asked for it
+            self._failure = error
+        finally:
+            self._changed.set()
+
+    def _progress(self, done: int, total: int) -> None:
+        self._read = (done, total)
+
+    def _snapshot(self) -> Snapshot:
+        stream = self._stream
+        if not self._thread.is_alive():
+            phase = DONE
+        elif self._pieces:
+            phase = WRITING
+        else:
+            phase = WAITING if stream is None or stream.stats is None else READING
+        return Snapshot(
+            phase,
+            "".join(self._pieces),
+            0,
+            self._read,
+            None if stream is None else stream.stats,
+            None if stream is None else stream.finish_reason,
+            () if stream is None else stream.steps,
+            self._error,
+        )

@@ -1,0 +1,267 @@
+"""The chat: conversation on the left, conversations and settings of a reply on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ropewalk.errors import RopewalkError
+from ropewalk.gradio_demo.chats import messages_of
+from ropewalk.gradio_demo.chatting import OVERFLOW_POLICIES, ChatRequest, ChatView, Meter
+from ropewalk.gradio_demo.conversations import Conversation
+from ropewalk.gradio_demo.pictures import context_meter, live_line
+from ropewalk.gradio_demo.sampler_settings import BALANCED, PRESETS, SLIDERS, sampling_params
+from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.tabs.model_bar import ModelBar
+from ropewalk.gradio_demo.tabs.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.templates import template_names
+
+PLACEHOLDER = (
+    "**Ask something.** The embedded model continues Python: try `def read_lines(path):`. "
+    "A real GPTQ model answers questions."
+)
+
+
+def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
+    """Lay it out and connect it."""
+    state = gr.State(Conversation())
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=7, min_width=320):
+            chatbot = gr.Chatbot(
+                height=460,
+                label="Conversation",
+                show_label=False,
+                buttons=["copy", "copy_all"],
+                editable="all",
+                placeholder=PLACEHOLDER,
+                render_markdown=False,
+                elem_id="chatbot",
+            )
+            line = gr.HTML(live_line("", False, False), elem_id="chat-line")
+            meter = gr.HTML(elem_id="chat-meter")
+            question = gr.Textbox(
+                show_label=False, placeholder="Write here. Enter sends, Shift+Enter starts a line.", lines=2,
+                max_lines=12, elem_id="question", container=False,
+            )
+            with gr.Row(elem_id="chat-buttons"):
+                send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
+                stop = gr.Button("Stop", variant="stop", min_width=80, elem_id="stop")
+                again = gr.Button("Regenerate", min_width=80, elem_id="again")
+                undo = gr.Button("Undo", min_width=80, elem_id="undo")
+        with gr.Column(scale=4, min_width=280):
+            conversations = _Conversations()
+            settings = _Settings(session)
+    views = [state, chatbot, line, meter, question, conversations.chosen]
+    _connect_replies(session, state, chatbot, question, settings, views, (send, stop, again, undo))
+    _connect_conversations(session, state, conversations, settings, [*views, settings.system, settings.template], page)
+    settings.connect(session, bar, chatbot, page)
+
+
+class _Conversations:
+    """The list of conversations and what can be done with the open one."""
+
+    def __init__(self) -> None:
+        with gr.Group():
+            self.chosen = gr.Dropdown(
+                [], label="Conversations", info="Kept on this computer. Pick one to go on with it.", elem_id="conversations"
+            )
+        with gr.Row():
+            self.new = gr.Button("New", size="sm", min_width=60, elem_id="new")
+            self.export = gr.DownloadButton("Export", size="sm", min_width=60, elem_id="export")
+            self.import_ = gr.UploadButton("Import", size="sm", min_width=60, file_types=[".json"], elem_id="import")
+            self.delete = gr.Button("Delete", size="sm", min_width=60, elem_id="delete")
+
+
+class _Settings:
+    """How replies are made."""
+
+    def __init__(self, session: Session) -> None:
+        with gr.Accordion("Reply", open=True):
+            self.preset = gr.Radio(
+                list(PRESETS), value=BALANCED, label="Preset", info="Sets the sliders below.", elem_id="preset"
+            )
+            self.max_new_tokens = gr.Slider(
+                8, 2048, 128, step=8, label="Longest reply", info="In tokens; a token is about four letters.",
+                elem_id="max-new-tokens",
+            )
+            self.template = gr.Dropdown(
+                [], label="Chat template", info="How turns are written for the model.", elem_id="template"
+            )
+            self.system = gr.Textbox(
+                label="System prompt", info="Said to the model before the conversation.", lines=2, elem_id="system"
+            )
+        with gr.Accordion("Sampling", open=False):
+            values = PRESETS[BALANCED]
+            self.sliders = [
+                gr.Slider(low, high, values[name], step=step, label=label, info=info, elem_id=f"sampler-{name}")
+                for name, label, low, high, step, info in SLIDERS
+            ]
+            self.seed = gr.Number(
+                None, label="Seed", precision=0, info="The same number gives the same reply again. Empty: a fresh one.",
+                elem_id="seed",
+            )
+        with gr.Accordion("Context and adapters", open=False):
+            self.overflow = gr.Radio(
+                list(OVERFLOW_POLICIES), value=OVERFLOW_POLICIES[0], label="When the context is full",
+                info="What to do with a conversation that outgrew it.", elem_id="overflow",
+            )
+            self.adapters = gr.Dropdown(
+                [], multiselect=True, allow_custom_value=True, label="Adapters",
+                info="LoRAs for these replies; storm:0.5 uses half of one.", elem_id="adapters",
+            )
+            self.markdown = gr.Checkbox(
+                False, label="Show replies as Markdown", info="For models that write it; code models do not."
+            )
+
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        """What a reply depends on, in the order of `read`."""
+        return [
+            self.system, self.template, self.overflow, self.adapters, self.max_new_tokens, self.seed, *self.sliders,
+        ]
+
+    def connect(self, session: Session, bar: ModelBar, chatbot: gr.Chatbot, page: gr.Blocks) -> None:
+        """Presets move the sliders; another model brings other templates and adapters."""
+        self.preset.input(lambda name: [PRESETS[name][slider[0]] for slider in SLIDERS], self.preset, self.sliders, **HIDDEN)
+        self.markdown.change(lambda on: gr.update(render_markdown=on), self.markdown, chatbot, **HIDDEN)
+
+        def choices(current: str | None) -> list[Any]:
+            loaded = session.workbench.loaded
+            if loaded is None:
+                return [gr.update(choices=[]), gr.update(choices=[], value=[])]
+            names = template_names(loaded.tokenizer)
+            value = current if current in names else names[0]
+            return [gr.update(choices=names, value=value), gr.update(choices=session.workbench.adapters(loaded), value=[])]
+
+        bar.changed.change(choices, self.template, [self.template, self.adapters], **HIDDEN)
+        page.load(choices, self.template, [self.template, self.adapters], **HIDDEN)
+
+
+def _read(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ChatRequest]:
+    """(system text, template, request) of `_Settings.inputs`."""
+    system, template, overflow, adapters, max_new_tokens, seed, *sliders = values
+    named = dict(zip((slider[0] for slider in SLIDERS), sliders, strict=True))
+    params = sampling_params(named, max_new_tokens, seed)
+    wanted = session.workbench.use_adapters(session.workbench.require(), adapters or [])
+    return system or "", template or "", ChatRequest(params, overflow, wanted)
+
+
+def _connect_replies(
+    session: Session,
+    state: gr.State,
+    chatbot: gr.Chatbot,
+    question: gr.Textbox,
+    settings: _Settings,
+    views: list[gr.components.Component],
+    buttons: tuple[gr.Button, gr.Button, gr.Button, gr.Button],
+) -> None:
+    chats = session.chats
+    send, stop, again, undo = buttons
+
+    def show(work: Any, conversation: Conversation, kept: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        """Views of `work(conversation, chat request)` as values of `views`; `kept` stays in the input field."""
+        try:
+            system, template, chat_request = _read(session, values)
+        except RopewalkError as error:
+            yield _shown(ChatView(conversation, str(error), Meter(), error=str(error)), kept)
+            return
+        view = None
+        for view in work(replace(conversation, system=system, template=template), chat_request):
+            yield _shown(view, kept if view.error else "")
+        if view is not None:
+            yield [*_shown(view, kept if view.error else "")[:-1], _list(session, request, view.conversation)]
+
+    def run_ask(conversation: Conversation, text: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        who = visitor(request)
+        yield from show(lambda c, r: chats.ask(who, c, text, r), conversation, text, request, *values)
+
+    def run_again(conversation: Conversation, text: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        who = visitor(request)
+        yield from show(lambda c, r: chats.again(who, c, r), conversation, text, request, *values)
+
+    def run_edit(
+        conversation: Conversation, text: str, data: gr.EditData, request: gr.Request, *values: Any
+    ) -> Iterator[list[Any]]:
+        who, edited = visitor(request), _edited_text(data.value)
+        yield from show(lambda c, r: chats.edit(who, c, data.index, edited, r), conversation, text, request, *values)
+
+    def run_undo(conversation: Conversation, request: gr.Request) -> list[Any]:
+        before, text = chats.undo(visitor(request), conversation)
+        return [before, messages_of(before), live_line("", False, False), "", text, _list(session, request, before)]
+
+    inputs = [state, question, *settings.inputs]
+    gr.on([send.click, question.submit], run_ask, inputs, views, api_name="chat", show_progress="hidden", concurrency_limit=None)
+    again.click(run_again, inputs, views, api_name="regenerate", show_progress="hidden", concurrency_limit=None)
+    chatbot.edit(run_edit, inputs, views, concurrency_limit=None, **HIDDEN)
+    undo.click(run_undo, [state], views, **HIDDEN)
+    stop.click(lambda request: session.running.stop(visitor(request).tab) and None, None, None, **HIDDEN)
+
+
+def _connect_conversations(
+    session: Session,
+    state: gr.State,
+    conversations: _Conversations,
+    settings: _Settings,
+    views: list[gr.components.Component],
+    page: gr.Blocks,
+) -> None:
+    chats = session.chats
+
+    def opened(conversation: Conversation, request: gr.Request) -> list[Any]:
+        last = next((turn.note for turn in reversed(conversation.turns)), "")
+        line = live_line(last, False, False)
+        shown = [conversation, messages_of(conversation), line, "", "", _list(session, request, conversation)]
+        return [*shown, conversation.system, conversation.template or gr.skip()]
+
+    def failed(error: RopewalkError) -> list[Any]:
+        return [gr.skip(), gr.skip(), live_line(str(error), False, True), *[gr.skip()] * (len(views) - 3)]
+
+    def run_open(conversation_id: str, request: gr.Request) -> list[Any]:
+        try:
+            return opened(chats.open(visitor(request), conversation_id), request)
+        except RopewalkError as error:
+            return failed(error)
+
+    def run_import(path: str, request: gr.Request) -> list[Any]:
+        try:
+            file = session.workbench.access.check_upload(Path(path))
+            return opened(chats.import_file(visitor(request), file), request)
+        except RopewalkError as error:
+            return failed(error)
+
+    def run_export(conversation: Conversation) -> str:
+        try:
+            return str(chats.export(conversation, session.exports))
+        except RopewalkError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    conversations.chosen.input(run_open, conversations.chosen, views, **HIDDEN)
+    conversations.new.click(lambda request: opened(chats.new(visitor(request)), request), None, views, **HIDDEN)
+    conversations.delete.click(
+        lambda conversation, request: opened(chats.delete(visitor(request), conversation), request), state, views, **HIDDEN
+    )
+    conversations.import_.upload(run_import, conversations.import_, views, **HIDDEN)
+    conversations.export.click(run_export, state, conversations.export, **HIDDEN)
+    page.load(lambda request: opened(chats.current(visitor(request)), request), None, views, **HIDDEN)
+
+
+def _shown(view: ChatView, question: str) -> list[Any]:
+    line = live_line(view.line, view.running, view.error is not None)
+    return [view.conversation, messages_of(view.conversation), line, context_meter(view.meter), question, gr.skip()]
+
+
+def _list(session: Session, request: gr.Request, conversation: Conversation) -> Any:
+    choices = session.chats.choices(visitor(request))
+    saved = any(conversation.id == value for _, value in choices)
+    return gr.update(choices=choices, value=conversation.id if saved else None)
+
+
+def _edited_text(value: Any) -> str:
+    """Chat components hand a message over as text, or as a list with one part."""
+    if isinstance(value, list):
+        return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in value)
+    return value if isinstance(value, str) else str(value.get("text", ""))
