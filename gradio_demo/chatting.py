@@ -9,7 +9,7 @@ from ropewalk.chat import ChatTemplate
 from ropewalk.errors import RequestError
 from ropewalk.generate import GenerationStats
 from ropewalk.gradio_demo.conversations import Conversation, Turn
-from ropewalk.gradio_demo.reply import DONE, READING, WAITING, Reply, Snapshot
+from ropewalk.gradio_demo.reply import DONE, READING, WAITING, Reply, Snapshot, start_reply
 from ropewalk.gradio_demo.templates import chat_template, prompt_ids
 from ropewalk.gradio_demo.workbench import Loaded
 from ropewalk.sampling import SamplingParams
@@ -74,10 +74,7 @@ def make_reply(loaded: Loaded, conversation: Conversation, request: ChatRequest)
     )
     params = replace(request.params, stop=tuple(dict.fromkeys(request.params.stop + template.stop)))
     adapters = list(request.adapters) or None
-    reply = Reply(
-        lambda cancelled, progress: loaded.engine.stream(ids, params, cancelled, progress, adapters)
-    )
-    return reply, dropped
+    return start_reply(loaded.engine, ids, params, request.adapters), dropped
 
 
 def fitting_prompt(
@@ -118,8 +115,8 @@ def describe(snapshot: Snapshot, dropped: int = 0) -> str:
         return snapshot.error
     forgotten = [f"{dropped} oldest messages left out"] if dropped else []
     if snapshot.phase == WAITING:
-        ahead = f": {snapshot.ahead} before you" if snapshot.ahead else ""
-        return " · ".join([f"waiting for the model{ahead}", *forgotten])
+        place = f": number {snapshot.place} in the queue" if snapshot.place else ""
+        return " · ".join([f"waiting for the model{place}", *forgotten])
     if snapshot.phase == READING:
         done, total = snapshot.read
         return " · ".join([f"reading the prompt: {done} of {total} tokens", *forgotten])

@@ -7,27 +7,30 @@ So the engine runs here, and the follower looks a few times a second, however fa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ropewalk.engine import TextStream
+from ropewalk.engine import Engine
 from ropewalk.errors import RopewalkError
 from ropewalk.generate import Cancelled, GenerationStats, Progress, Step
+from ropewalk.sampling import SamplingParams
+from ropewalk.text_stream import TextStream
+from ropewalk.turn_queue import Ticket
 
 LOOK_S = 0.08  # a dozen looks a second read as flowing text and cost a browser little
 WAITING, READING, WRITING, DONE = "waiting", "reading", "writing", "done"
 
-StartStream = Callable[[Cancelled, Progress], TextStream]
+StartStream = Callable[[Cancelled, Progress, Ticket], TextStream]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A reply at one moment. ahead: requests before it in the queue; read: (tokens of the prompt done, all);
+    """A reply at one moment. place: in the queue, 1 is next, 0 has its turn; read: (tokens of the prompt done, all);
     error: why there is no reply, for people."""
 
     phase: str
     text: str = ""
-    ahead: int = 0
+    place: int = 0
     read: tuple[int, int] = (0, 0)
     stats: GenerationStats | None = None
     finish_reason: str | None = None
@@ -36,10 +39,13 @@ class Snapshot:
 
 
 class Reply:
-    """Made with what starts the stream, given `cancelled` and `progress`; runs while it is followed."""
+    """Made with what starts the stream, given `cancelled`, `progress` and a place in the queue of the engine; runs
+    while it is followed."""
 
-    def __init__(self, start: StartStream) -> None:
+    def __init__(self, engine: Engine, start: StartStream) -> None:
+        self._engine = engine
         self._start = start
+        self._place = 0
         self._cancelled = threading.Event()
         self._changed = threading.Event()
         self._pieces: list[str] = []
@@ -74,10 +80,14 @@ class Reply:
 
     def _run(self) -> None:
         try:
-            self._stream = self._start(self._cancelled.is_set, self._progress)
-            for piece in self._stream:
-                self._pieces.append(piece)
-                self._changed.set()
+            with self._engine.enter() as ticket:
+                while not ticket.wait(LOOK_S) and not self._cancelled.is_set():
+                    self._place = ticket.position
+                self._place = 0
+                self._stream = self._start(self._cancelled.is_set, self._progress, ticket)
+                for piece in self._stream:
+                    self._pieces.append(piece)
+                    self._changed.set()
         except RopewalkError as error:
             self._error = str(error)
         except Exception as error:  # handed to the follower, who is asked for it
@@ -99,10 +109,22 @@ class Reply:
         return Snapshot(
             phase,
             "".join(self._pieces),
-            0,
+            self._place,
             self._read,
             None if stream is None else stream.stats,
             None if stream is None else stream.finish_reason,
             () if stream is None else stream.steps,
             self._error,
         )
+
+
+def start_reply(
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, adapters: Sequence[tuple[str, float]] = ()
+) -> Reply:
+    """The continuation of a prompt, not begun yet."""
+    wanted = list(adapters) or None
+
+    def start(cancelled: Cancelled, progress: Progress, ticket: Ticket) -> TextStream:
+        return engine.stream(prompt_ids, params, cancelled, progress, wanted, ticket)
+
+    return Reply(engine, start)

@@ -27,7 +27,7 @@ class Session:
     exports: Path
 
 
-def make_session(access: Access, data: Path, exports: Path) -> Session:
-    """A session without a model. data: where conversations are kept."""
-    workbench, running = Workbench(access), Running()
+def make_session(access: Access, data: Path, exports: Path, num_caches: int = 4) -> Session:
+    """A session without a model. data: where conversations are kept; num_caches: see `Workbench`."""
+    workbench, running = Workbench(access, num_caches), Running()
     return Session(workbench, running, Chats(workbench, ConversationStore(data), running), exports)

@@ -51,13 +51,16 @@ class Loaded:
 
 
 class Workbench:
-    """Loads, holds and unloads. Replies that run keep the model that they began with until they end."""
+    """Loads, holds and unloads. Replies that run keep the model that they began with until they end.
 
-    def __init__(self, access: Access) -> None:
+    num_caches: how many replies may run at a time, and how many conversations keep their tokens computed.
+    """
+
+    def __init__(self, access: Access, num_caches: int = 4) -> None:
         self.access = access
+        self._num_caches = num_caches
         self._loaded: Loaded | None = None
         self._loading = threading.Lock()
-        self._adapters = threading.Lock()
 
     @property
     def loaded(self) -> Loaded | None:
@@ -108,7 +111,7 @@ class Workbench:
             info = self._info(folder, arguments)
             self._check_memory(info)
             model, tokenizer = _read(folder, arguments, progress)
-            engine = Engine(model, tokenizer)
+            engine = Engine(model, tokenizer, num_caches=self._affordable_caches(model))
             self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
         finally:
             self._loading.release()
@@ -134,10 +137,12 @@ class Workbench:
         for text in chosen:
             name, weight = _name_and_weight(text, folders)
             wanted.append((name, weight))
-        with self._adapters:
-            for name, _ in wanted:
-                if name not in loaded.model.adapters:
-                    loaded.model.load_adapter(folders[name], name)
+        missing = [name for name, _ in wanted if name not in loaded.model.adapters]
+        if missing:
+            with loaded.engine.exclusive():
+                for name in missing:
+                    if name not in loaded.model.adapters:  # somebody else may have wanted it meanwhile
+                        loaded.model.load_adapter(folders[name], name)
         return wanted
 
     def _arguments(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, dict[str, Any]]:
@@ -171,6 +176,12 @@ class Workbench:
                 f"its weights take {format_bytes(info.weight_bytes)}, and {format_bytes(free)} are free beside the "
                 "model that is loaded: unload that one first",
             )
+
+    def _affordable_caches(self, model: Model) -> int:
+        """As many conversations are kept computed, and run at a time, as memory has room for; at least one."""
+        free = available_bytes()
+        each = max(1, model.cache_bytes(model.max_seq_len))
+        return self._num_caches if free is None else max(1, min(self._num_caches, free // 2 // each))
 
     def _shown_name(self, name: str) -> str:
         return name.strip() or EMBEDDED

@@ -193,12 +193,15 @@ def _connect_replies(
         before, text = chats.undo(visitor(request), conversation)
         return [before, messages_of(before), live_line("", False, False), "", text, _list(session, request, before)]
 
+    def run_stop(request: gr.Request) -> None:
+        session.running.stop(visitor(request).tab)
+
     inputs = [state, question, *settings.inputs]
     gr.on([send.click, question.submit], run_ask, inputs, views, api_name="chat", show_progress="hidden", concurrency_limit=None)
     again.click(run_again, inputs, views, api_name="regenerate", show_progress="hidden", concurrency_limit=None)
     chatbot.edit(run_edit, inputs, views, concurrency_limit=None, **HIDDEN)
     undo.click(run_undo, [state], views, **HIDDEN)
-    stop.click(lambda request: session.running.stop(visitor(request).tab) and None, None, None, **HIDDEN)
+    stop.click(run_stop, None, None, **HIDDEN)
 
 
 def _connect_conversations(
@@ -239,14 +242,21 @@ def _connect_conversations(
         except RopewalkError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    def run_new(request: gr.Request) -> list[Any]:
+        return opened(chats.new(visitor(request)), request)
+
+    def run_delete(conversation: Conversation, request: gr.Request) -> list[Any]:
+        return opened(chats.delete(visitor(request), conversation), request)
+
+    def run_reload(request: gr.Request) -> list[Any]:
+        return opened(chats.current(visitor(request)), request)
+
     conversations.chosen.input(run_open, conversations.chosen, views, **HIDDEN)
-    conversations.new.click(lambda request: opened(chats.new(visitor(request)), request), None, views, **HIDDEN)
-    conversations.delete.click(
-        lambda conversation, request: opened(chats.delete(visitor(request), conversation), request), state, views, **HIDDEN
-    )
+    conversations.new.click(run_new, None, views, **HIDDEN)
+    conversations.delete.click(run_delete, state, views, **HIDDEN)
     conversations.import_.upload(run_import, conversations.import_, views, **HIDDEN)
     conversations.export.click(run_export, state, conversations.export, **HIDDEN)
-    page.load(lambda request: opened(chats.current(visitor(request)), request), None, views, **HIDDEN)
+    page.load(run_reload, None, views, **HIDDEN)
 
 
 def _shown(view: ChatView, question: str) -> list[Any]:

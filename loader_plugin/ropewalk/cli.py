@@ -1,4 +1,4 @@
-"""The command `ropewalk`: generate, chat, serve, info, perplexity, export-layers.
+"""The command `ropewalk` and its subcommands, of which the larger ones stand in modules of their own, cli_*.py.
 
 Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
 after Ctrl-C, 141 when the reader of stdout went away.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ropewalk import __version__
+from ropewalk.cli_demo import add_demo_command
 from ropewalk.cli_options import (
     add_adapter_arguments,
     add_load_arguments,
@@ -201,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     add_order_arguments(export)
     export.set_defaults(run=run_export_layers)
     add_webui_command(commands)
+    add_demo_command(commands)
     return parser
 
 

@@ -1,0 +1,87 @@
+"""How the page is served: where, to whom, and what it may read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
+
+from ropewalk.errors import RequestError
+from ropewalk.gradio_demo.access import EMBEDDED, Access
+from ropewalk.gradio_demo.app import build_page
+from ropewalk.gradio_demo.session import make_session
+from ropewalk.gradio_demo.theme import make_theme
+from ropewalk.gradio_demo.visitors import VisitorCookie
+
+STYLE = Path(__file__).with_name("style.css")
+MAX_UPLOAD = "64gb"
+WORKERS = 64  # each running reply, measurement and load takes one while it lasts
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the page is served. port: None takes the first free one from 7860; auth: (user, password) pairs."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    root_path: str | None = None
+    auth: tuple[tuple[str, str], ...] = ()
+    in_browser: bool = False
+
+
+def serve_demo(
+    address: Address, model: Path | None, models: Path | None, data: Path, num_caches: int, note: Callable[[str], None]
+) -> None:
+    """Load a model and serve the page until interrupted.
+
+    Raises:
+        RequestError: the port is taken. FieldError: the model cannot be loaded.
+    """
+    granted = () if model is None else (model.resolve(),)
+    access = Access(None if models is None else models.resolve(), granted, Path(get_upload_folder()))
+    with tempfile.TemporaryDirectory(prefix="ropewalk-demo-") as exports:
+        session = make_session(access, data, Path(exports), num_caches)
+        name = EMBEDDED if model is None else str(granted[0])
+        session.workbench.load(name, asdict(session.workbench.suggest(name)))
+        page = build_page(session)
+        note(f"The page is at {launch(page, address)} (Ctrl-C ends it)")
+        page.block_thread()
+
+
+def launch(page: gr.Blocks, address: Address) -> str:
+    """Serve the page in the background; the address to open.
+
+    Raises:
+        RequestError: the port is taken.
+    """
+    page.queue(default_concurrency_limit=None)
+    try:
+        _, local_url, _ = page.launch(
+            server_name=address.host,
+            server_port=address.port,
+            root_path=address.root_path,
+            auth=list(address.auth) or None,
+            inbrowser=address.in_browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            footer_links=[],
+            run_history=False,
+            mcp_server=False,
+            pwa=False,
+            enable_monitoring=False,
+            max_threads=WORKERS,
+            max_file_size=MAX_UPLOAD,
+            theme=make_theme(),
+            css_paths=[STYLE],
+            app_kwargs={"middleware": [Middleware(VisitorCookie)]},
+        )
+    except OSError as error:
+        raise RequestError(f"the page cannot be served at {address.host}, port {address.port}: {error}") from error
+    return local_url
