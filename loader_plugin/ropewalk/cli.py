@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ropewalk import __version__
 from ropewalk.cli_demo import add_demo_command
+from ropewalk.cli_lab import add_lab_commands
 from ropewalk.cli_options import (
     add_adapter_arguments,
     add_load_arguments,
@@ -202,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add_order_arguments(export)
     export.set_defaults(run=run_export_layers)
     add_webui_command(commands)
+    add_lab_commands(commands)
     add_demo_command(commands)
     return parser
 
