@@ -6,7 +6,11 @@ import gradio as gr
 
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.tabs.chat import build_chat
+from ropewalk.gradio_demo.tabs.context_lab import build_context_lab
+from ropewalk.gradio_demo.tabs.documents import build_documents
+from ropewalk.gradio_demo.tabs.layers import build_layers
 from ropewalk.gradio_demo.tabs.model_bar import build_model_bar
+from ropewalk.gradio_demo.tabs.notebook import build_notebook
 
 HEAD = '<div class="rw-head"><h1>ropewalk</h1><span>GPTQ models at long context, on this machine</span></div>'
 CACHE_S = 24 * 3600  # uploads and exports are deleted after a day
@@ -21,4 +25,12 @@ def build_page(session: Session) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat", id="chat"):
                 build_chat(session, bar, page)
+            with gr.Tab("Notebook", id="notebook"):
+                build_notebook(session)
+            with gr.Tab("Ask documents", id="documents"):
+                build_documents(session, bar, page)
+            with gr.Tab("Context lab", id="lab"):
+                build_context_lab(session, bar, page)
+            with gr.Tab("Layers", id="layers"):
+                build_layers(session, bar, page)
     return page

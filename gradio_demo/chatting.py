@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ropewalk.chat import ChatTemplate
@@ -72,9 +72,12 @@ def make_reply(loaded: Loaded, conversation: Conversation, request: ChatRequest)
     ids, dropped = fitting_prompt(
         loaded.tokenizer, template, conversation, loaded.model.max_seq_len - room, request.overflow
     )
-    params = replace(request.params, stop=tuple(dict.fromkeys(request.params.stop + template.stop)))
-    adapters = list(request.adapters) or None
-    return start_reply(loaded.engine, ids, params, request.adapters), dropped
+    return start_reply(loaded.engine, ids, with_stop(request.params, template.stop), request.adapters), dropped
+
+
+def with_stop(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:
+    """With the words that end a turn of a template."""
+    return replace(params, stop=tuple(dict.fromkeys(params.stop + stop)))
 
 
 def fitting_prompt(

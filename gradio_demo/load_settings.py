@@ -75,9 +75,13 @@ FIELDS = (
     Field("cache_type", "Cache type", "fp16 halves the memory of keys and values, fp32 is exact.", CACHE_TYPES),
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
     Field("threads", "Threads", "Processor threads to use. Empty: all of them."),
-    Field("compute", "Compute mode", "int8 is fast; exact keeps activations in float32, to compare with.", COMPUTE_MODES),
+    Field(
+        "compute", "Compute mode", "int8 is fast; exact keeps activations in float32, to compare with.", COMPUTE_MODES
+    ),
     Field("layer_order", "Layer order", "Such as 0-15,8-23: repeat layers. Empty: as in the files.", None, False),
-    Field("second_folder", "Second model", "A folder of equal shapes, whose layers the order names b:0-9.", None, False),
+    Field(
+        "second_folder", "Second model", "A folder of equal shapes, whose layers the order names b:0-9.", None, False
+    ),
 )
 
 

@@ -44,7 +44,10 @@ def model_card(loaded: Loaded | None) -> str:
         ("Decided by", info.rope_decided_by),
         ("Context", f"{model.max_seq_len:,} tokens, read in chunks of {model.max_input_len:,}"),
         ("Layers run", f"{model.layer_order} ({len(model.instances)} in all)"),
-        ("Computes", f"{model.backend.compute} on {model.backend.runtime.threads} threads, {model.backend.runtime.isa}"),
+        (
+            "Computes",
+            f"{model.backend.compute} on {model.backend.runtime.threads} threads, {model.backend.runtime.isa}",
+        ),
         (
             "Memory",
             f"weights {format_bytes(model.weight_bytes)}, full {model.cache_type} cache "
@@ -92,13 +95,13 @@ def problem(text: str) -> str:
 
 
 def weights_kind(loaded: Loaded) -> str:
-    """"4-bit GPTQ", or how else the weights are stored."""
+    """ "4-bit GPTQ", or how else the weights are stored."""
     quant = loaded.model.quant
     return "dense weights" if quant is None else f"{quant.default.bits}-bit GPTQ"
 
 
 def rope_name(loaded: Loaded) -> str:
-    """"yarn ×4": the scaling in use."""
+    """ "yarn ×4": the scaling in use."""
     method = loaded.model.rope.method
     amount = getattr(method, "alpha", None) or getattr(method, "factor", None)
     if method.name == "none":

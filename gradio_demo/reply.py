@@ -26,7 +26,7 @@ StartStream = Callable[[Cancelled, Progress, Ticket], TextStream]
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A reply at one moment. place: in the queue, 1 is next, 0 has its turn; read: (tokens of the prompt done, all);
-    error: why there is no reply, for people."""
+    tokens: of the reply, each with the text that it added; error: why there is no reply, for people."""
 
     phase: str
     text: str = ""
@@ -34,7 +34,7 @@ class Snapshot:
     read: tuple[int, int] = (0, 0)
     stats: GenerationStats | None = None
     finish_reason: str | None = None
-    steps: tuple[Step, ...] = ()
+    tokens: tuple[tuple[Step, str], ...] = ()
     error: str | None = None
 
 
@@ -49,6 +49,7 @@ class Reply:
         self._cancelled = threading.Event()
         self._changed = threading.Event()
         self._pieces: list[str] = []
+        self._tokens: list[tuple[Step, str]] = []
         self._read = (0, 0)
         self._stream: TextStream | None = None
         self._error: str | None = None
@@ -86,6 +87,7 @@ class Reply:
                 self._place = 0
                 self._stream = self._start(self._cancelled.is_set, self._progress, ticket)
                 for piece in self._stream:
+                    self._tokens += self._stream.tokens(len(self._tokens))
                     self._pieces.append(piece)
                     self._changed.set()
         except RopewalkError as error:
@@ -113,7 +115,7 @@ class Reply:
             self._read,
             None if stream is None else stream.stats,
             None if stream is None else stream.finish_reason,
-            () if stream is None else stream.steps,
+            tuple(self._tokens),
             self._error,
         )
 

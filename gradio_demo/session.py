@@ -12,7 +12,11 @@ from pathlib import Path
 
 from ropewalk.gradio_demo.access import Access
 from ropewalk.gradio_demo.chats import Chats
+from ropewalk.gradio_demo.context_lab import ContextLab
 from ropewalk.gradio_demo.conversations import ConversationStore
+from ropewalk.gradio_demo.documents import Documents
+from ropewalk.gradio_demo.layer_lab import LayerLab
+from ropewalk.gradio_demo.notebook import Notebook
 from ropewalk.gradio_demo.running import Running
 from ropewalk.gradio_demo.workbench import Workbench
 
@@ -24,10 +28,23 @@ class Session:
     workbench: Workbench
     running: Running
     chats: Chats
+    notebook: Notebook
+    documents: Documents
+    lab: ContextLab
+    layers: LayerLab
     exports: Path
 
 
 def make_session(access: Access, data: Path, exports: Path, num_caches: int = 4) -> Session:
     """A session without a model. data: where conversations are kept; num_caches: see `Workbench`."""
     workbench, running = Workbench(access, num_caches), Running()
-    return Session(workbench, running, Chats(workbench, ConversationStore(data), running), exports)
+    return Session(
+        workbench=workbench,
+        running=running,
+        chats=Chats(workbench, ConversationStore(data), running),
+        notebook=Notebook(workbench, running),
+        documents=Documents(workbench, running),
+        lab=ContextLab(workbench, running, exports),
+        layers=LayerLab(workbench, running),
+        exports=exports,
+    )

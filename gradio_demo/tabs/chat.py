@@ -44,8 +44,12 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
             line = gr.HTML(live_line("", False, False), elem_id="chat-line")
             meter = gr.HTML(elem_id="chat-meter")
             question = gr.Textbox(
-                show_label=False, placeholder="Write here. Enter sends, Shift+Enter starts a line.", lines=2,
-                max_lines=12, elem_id="question", container=False,
+                show_label=False,
+                placeholder="Write here. Enter sends, Shift+Enter starts a line.",
+                lines=2,
+                max_lines=12,
+                elem_id="question",
+                container=False,
             )
             with gr.Row(elem_id="chat-buttons"):
                 send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
@@ -67,7 +71,10 @@ class _Conversations:
     def __init__(self) -> None:
         with gr.Group():
             self.chosen = gr.Dropdown(
-                [], label="Conversations", info="Kept on this computer. Pick one to go on with it.", elem_id="conversations"
+                [],
+                label="Conversations",
+                info="Kept on this computer. Pick one to go on with it.",
+                elem_id="conversations",
             )
         with gr.Row():
             self.new = gr.Button("New", size="sm", min_width=60, elem_id="new")
@@ -85,7 +92,12 @@ class _Settings:
                 list(PRESETS), value=BALANCED, label="Preset", info="Sets the sliders below.", elem_id="preset"
             )
             self.max_new_tokens = gr.Slider(
-                8, 2048, 128, step=8, label="Longest reply", info="In tokens; a token is about four letters.",
+                8,
+                2048,
+                128,
+                step=8,
+                label="Longest reply",
+                info="In tokens; a token is about four letters.",
                 elem_id="max-new-tokens",
             )
             self.template = gr.Dropdown(
@@ -101,17 +113,27 @@ class _Settings:
                 for name, label, low, high, step, info in SLIDERS
             ]
             self.seed = gr.Number(
-                None, label="Seed", precision=0, info="The same number gives the same reply again. Empty: a fresh one.",
+                None,
+                label="Seed",
+                precision=0,
+                info="The same number gives the same reply again. Empty: a fresh one.",
                 elem_id="seed",
             )
         with gr.Accordion("Context and adapters", open=False):
             self.overflow = gr.Radio(
-                list(OVERFLOW_POLICIES), value=OVERFLOW_POLICIES[0], label="When the context is full",
-                info="What to do with a conversation that outgrew it.", elem_id="overflow",
+                list(OVERFLOW_POLICIES),
+                value=OVERFLOW_POLICIES[0],
+                label="When the context is full",
+                info="What to do with a conversation that outgrew it.",
+                elem_id="overflow",
             )
             self.adapters = gr.Dropdown(
-                [], multiselect=True, allow_custom_value=True, label="Adapters",
-                info="LoRAs for these replies; storm:0.5 uses half of one.", elem_id="adapters",
+                [],
+                multiselect=True,
+                allow_custom_value=True,
+                label="Adapters",
+                info="LoRAs for these replies; storm:0.5 uses half of one.",
+                elem_id="adapters",
             )
             self.markdown = gr.Checkbox(
                 False, label="Show replies as Markdown", info="For models that write it; code models do not."
@@ -121,12 +143,20 @@ class _Settings:
     def inputs(self) -> list[gr.components.Component]:
         """What a reply depends on, in the order of `read`."""
         return [
-            self.system, self.template, self.overflow, self.adapters, self.max_new_tokens, self.seed, *self.sliders,
+            self.system,
+            self.template,
+            self.overflow,
+            self.adapters,
+            self.max_new_tokens,
+            self.seed,
+            *self.sliders,
         ]
 
     def connect(self, session: Session, bar: ModelBar, chatbot: gr.Chatbot, page: gr.Blocks) -> None:
         """Presets move the sliders; another model brings other templates and adapters."""
-        self.preset.input(lambda name: [PRESETS[name][slider[0]] for slider in SLIDERS], self.preset, self.sliders, **HIDDEN)
+        self.preset.input(
+            lambda name: [PRESETS[name][slider[0]] for slider in SLIDERS], self.preset, self.sliders, **HIDDEN
+        )
         self.markdown.change(lambda on: gr.update(render_markdown=on), self.markdown, chatbot, **HIDDEN)
 
         def choices(current: str | None) -> list[Any]:
@@ -135,7 +165,10 @@ class _Settings:
                 return [gr.update(choices=[]), gr.update(choices=[], value=[])]
             names = template_names(loaded.tokenizer)
             value = current if current in names else names[0]
-            return [gr.update(choices=names, value=value), gr.update(choices=session.workbench.adapters(loaded), value=[])]
+            return [
+                gr.update(choices=names, value=value),
+                gr.update(choices=session.workbench.adapters(loaded), value=[]),
+            ]
 
         bar.changed.change(choices, self.template, [self.template, self.adapters], **HIDDEN)
         page.load(choices, self.template, [self.template, self.adapters], **HIDDEN)
@@ -162,7 +195,9 @@ def _connect_replies(
     chats = session.chats
     send, stop, again, undo = buttons
 
-    def show(work: Any, conversation: Conversation, kept: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def show(
+        work: Any, conversation: Conversation, kept: str, request: gr.Request, *values: Any
+    ) -> Iterator[list[Any]]:
         """Views of `work(conversation, chat request)` as values of `views`; `kept` stays in the input field."""
         try:
             system, template, chat_request = _read(session, values)
@@ -197,7 +232,15 @@ def _connect_replies(
         session.running.stop(visitor(request).tab)
 
     inputs = [state, question, *settings.inputs]
-    gr.on([send.click, question.submit], run_ask, inputs, views, api_name="chat", show_progress="hidden", concurrency_limit=None)
+    gr.on(
+        [send.click, question.submit],
+        run_ask,
+        inputs,
+        views,
+        api_name="chat",
+        show_progress="hidden",
+        concurrency_limit=None,
+    )
     again.click(run_again, inputs, views, api_name="regenerate", show_progress="hidden", concurrency_limit=None)
     chatbot.edit(run_edit, inputs, views, concurrency_limit=None, **HIDDEN)
     undo.click(run_undo, [state], views, **HIDDEN)

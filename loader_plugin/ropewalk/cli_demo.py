@@ -20,8 +20,12 @@ def add_demo_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--models", type=Path, metavar="DIR", help="folders below may be opened from the page")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, metavar="N", help="port (default: the first free one from 7860)")
-    parser.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated")
-    parser.add_argument("--root-path", metavar="PATH", help="path under which a proxy shows the page, such as /ropewalk")
+    parser.add_argument(
+        "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated"
+    )
+    parser.add_argument(
+        "--root-path", metavar="PATH", help="path under which a proxy shows the page, such as /ropewalk"
+    )
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"conversations (default: {DATA})")
     parser.add_argument(
         "--caches", type=int, default=NUM_CACHES, metavar="N", help="replies that run at a time (default: 4)"

@@ -31,15 +31,22 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser("compare", help="perplexity under several scalings", description=run_compare.__doc__)
     _add_common(compare, "512,1024,2048")
     compare.add_argument(
-        "--scalings", type=_names, default="as loaded,none,linear,ntk,dynamic,yarn", metavar="NAME,NAME,...",
+        "--scalings",
+        type=_names,
+        default="none,linear,ntk,dynamic,yarn",
+        metavar="NAME,NAME,...",
         help="as loaded, none, linear, ntk, dynamic, ntk-by-parts, yarn",
     )
     compare.add_argument("--factor", type=float, metavar="X", help="of each (default: longest / original length)")
-    compare.add_argument("--lora", action="append", default=[], type=Path, metavar="FOLDER", help="a LoRA as one more line")
+    compare.add_argument(
+        "--lora", action="append", default=[], type=Path, metavar="FOLDER", help="a LoRA as one more line"
+    )
     compare.add_argument("--max-tokens", type=int, default=32768, metavar="N", help="of the text (default: 32768)")
     compare.set_defaults(run=run_compare)
 
-    retrieval = commands.add_parser("retrieval", help="pass keys by depth and length", description=run_retrieval.__doc__)
+    retrieval = commands.add_parser(
+        "retrieval", help="pass keys by depth and length", description=run_retrieval.__doc__
+    )
     _add_common(retrieval, "256,512,1024,2048")
     retrieval.add_argument("--depths", type=_depths, default="0,0.25,0.5,0.75,1", metavar="X,X,...", help="0 to 1")
     retrieval.add_argument("--trials", type=int, default=4, metavar="N", help="keys per cell (default: 4)")
@@ -80,7 +87,9 @@ def run_retrieval(args: argparse.Namespace) -> int:
 
 def _add_common(parser: argparse.ArgumentParser, lengths: str) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--text", metavar="FILE", help=f"UTF-8 text (-: standard input; default: {HELD_OUT} of the model)")
+    parser.add_argument(
+        "--text", metavar="FILE", help=f"UTF-8 text (-: standard input; default: {HELD_OUT} of the model)"
+    )
     parser.add_argument("--lengths", type=_lengths, default=lengths, metavar="N,N,...", help="context lengths")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there (default: standard output)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")

@@ -37,6 +37,8 @@ def plot_curves(curves: Sequence[Curve]) -> Figure:
     if not curves:
         raise RequestError("there is nothing to plot: no variant was measured to its end")
     figure, axes = _figure()
+    from matplotlib import ticker
+
     for number, curve in enumerate(curves):
         axes.plot(
             [row.length for row in curve.rows],
@@ -51,9 +53,9 @@ def plot_curves(curves: Sequence[Curve]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "235" else "")
-    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.minorticks_off()
     axes.set_xlabel("context length in tokens")
     axes.set_ylabel("perplexity (lower is better)")
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)
@@ -84,7 +86,7 @@ def plot_retrieval(cells: Sequence[RetrievalCell], title: str = "") -> Figure:
     axes.set_ylabel("depth of the key")
     axes.set_title(title, color=INK, fontsize=10)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("tokens of the key found", color=INK)
+    bar.set_label("tokens of the key found (in the cells: whole keys)", color=INK, fontsize=8)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
     return figure
@@ -117,7 +119,9 @@ def _figure() -> tuple[Figure, object]:
         import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise UnsupportedError('plots need matplotlib, which is not installed: pip install "ropewalk[plots]"') from error
+        raise UnsupportedError(
+            'plots need matplotlib, which is not installed: pip install "ropewalk[plots]"'
+        ) from error
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["font.family"] = "sans-serif"
     figure = Figure(figsize=SIZE, layout="constrained")

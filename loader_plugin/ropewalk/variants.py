@@ -76,9 +76,7 @@ def adapter_variant(model: Model, name: str, folder: Path) -> Variant:
     return Variant(name, resolve_rope(model.config.raw, rope_scaling=noted, source=str(folder)), folder)
 
 
-def open_variant(
-    model: Model, variant: Variant, max_seq_len: int
-) -> tuple[Model, list[tuple[str, float]] | None]:
+def open_variant(model: Model, variant: Variant, max_seq_len: int) -> tuple[Model, list[tuple[str, float]] | None]:
     """(the model of a variant for texts of that length, the adapters of its requests)."""
     made = variant_model(model, variant.rope, max_seq_len)
     if variant.adapter is None:

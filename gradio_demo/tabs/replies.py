@@ -1,0 +1,58 @@
+"""The settings of a reply that every tab with a model's words in it shares: length, preset, seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from ropewalk.gradio_demo.chatting import ChatRequest
+from ropewalk.gradio_demo.sampler_settings import BALANCED, PRESETS, sampling_params
+
+
+class ReplySettings:
+    """Three controls in a row. `name` tells the ids of one tab from those of another."""
+
+    def __init__(self, name: str, longest: int, preset: str = BALANCED) -> None:
+        with gr.Row():
+            self.preset = gr.Dropdown(
+                list(PRESETS),
+                value=preset,
+                label="Preset",
+                info="How bold the choice of tokens is.",
+                elem_id=f"{name}-preset",
+                min_width=140,
+            )
+            self.max_new_tokens = gr.Slider(
+                8,
+                1024,
+                longest,
+                step=8,
+                label="Longest reply",
+                info="In tokens.",
+                elem_id=f"{name}-length",
+                min_width=180,
+            )
+            self.seed = gr.Number(
+                None,
+                label="Seed",
+                precision=0,
+                info="Same number, same text. Empty: fresh.",
+                elem_id=f"{name}-seed",
+                min_width=120,
+            )
+
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        """In the order of `request_of`."""
+        return [self.preset, self.max_new_tokens, self.seed]
+
+
+def request_of(values: tuple[Any, ...]) -> ChatRequest:
+    """What `ReplySettings.inputs` ask for.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+    preset, max_new_tokens, seed = values
+    return ChatRequest(sampling_params(PRESETS[preset], max_new_tokens, seed))
