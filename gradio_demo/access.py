@@ -6,6 +6,9 @@ of a folder are checked the same way: a folder under --models may hold a link to
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +77,24 @@ class Access:
         if resolved is None or self.uploads is None or not _below(resolved, self.uploads.resolve()):
             raise RequestError(f"{path.name}: only files that were dropped on this page can be read")
         return resolved
+
+    def dropped_folder(self, files: Sequence[Path]) -> Path:
+        """The model folder among dropped files: the one that holds config.json. Its files are brought together, since a
+        page keeps each dropped file in a folder of its own.
+
+        Raises:
+            RequestError: nothing was dropped, or no config.json with it.
+        """
+        checked = [self.check_upload(path) for path in files]
+        config = next((path for path in checked if path.name == "config.json"), None)
+        if config is None:
+            raise RequestError("no config.json is among the dropped files: drop the folder that holds it")
+        if all(path.parent == config.parent for path in checked):
+            return config.parent
+        folder = Path(tempfile.mkdtemp(prefix="dropped-", dir=self.uploads))
+        for path in checked:
+            os.link(path, folder / path.name)
+        return folder
 
     def _roots(self) -> list[Path]:
         roots = [self._embedded, *self.granted, *(root for root in (self.models, self.uploads) if root is not None)]

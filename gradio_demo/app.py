@@ -12,7 +12,6 @@ from ropewalk.gradio_demo.tabs.layers import build_layers
 from ropewalk.gradio_demo.tabs.model_bar import build_model_bar
 from ropewalk.gradio_demo.tabs.notebook import build_notebook
 
-HEAD = '<div class="rw-head"><h1>ropewalk</h1><span>GPTQ models at long context, on this machine</span></div>'
 CACHE_S = 24 * 3600  # uploads and exports are deleted after a day
 
 
@@ -20,17 +19,16 @@ def build_page(session: Session) -> gr.Blocks:
     """All parts of the page."""
     page = gr.Blocks(title="ropewalk", analytics_enabled=False, delete_cache=(CACHE_S, CACHE_S), fill_width=True)
     with page:
-        gr.HTML(HEAD)
-        bar = build_model_bar(session)
+        bar = build_model_bar(session, page)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat", id="chat"):
                 build_chat(session, bar, page)
             with gr.Tab("Notebook", id="notebook"):
                 build_notebook(session)
             with gr.Tab("Ask documents", id="documents"):
-                build_documents(session, bar, page)
+                build_documents(session, bar)
             with gr.Tab("Context lab", id="lab"):
-                build_context_lab(session, bar, page)
+                build_context_lab(session, bar)
             with gr.Tab("Layers", id="layers"):
-                build_layers(session, bar, page)
+                build_layers(session, bar)
     return page

@@ -71,16 +71,17 @@ class ContextLab:
         text: str,
         lengths: str,
         scalings: Sequence[str],
-        factor: float | None,
+        factor: str,
         max_tokens: float,
     ) -> Iterator[LabView]:
-        """Perplexity by length, one curve per scaling. factor: of each; None: longest / original length."""
+        """Perplexity by length, one curve per scaling. factor: of each; empty: longest / original length."""
 
         def work(progress: Any, cancelled: Any) -> list[Curve]:
             loaded, wanted = self._workbench.require(), read_lengths(lengths)
             if not scalings:
                 raise RequestError("choose at least one scaling to measure")
-            variants = [self._variant(loaded, name, factor, max(wanted)) for name in scalings]
+            by = read_factor(factor)
+            variants = [self._variant(loaded, name, by, max(wanted)) for name in scalings]
             ids = loaded.tokenizer.encode(text, add_bos=False)
             return compare_perplexity(loaded.model, ids, wanted, variants, int(max_tokens), progress, cancelled)
 
@@ -91,13 +92,13 @@ class ContextLab:
         yield from self._follow(visitor, work, show, ("scaling", "length", "perplexity"), "perplexity")
 
     def retrieval(
-        self, visitor: Visitor, text: str, lengths: str, scaling: str, factor: float | None, trials: float
+        self, visitor: Visitor, text: str, lengths: str, scaling: str, factor: str, trials: float
     ) -> Iterator[LabView]:
         """Keys found again, by depth and length."""
 
         def work(progress: Any, cancelled: Any) -> list[RetrievalCell]:
             loaded, wanted = self._workbench.require(), read_lengths(lengths)
-            variant = self._variant(loaded, scaling, factor, max(wanted))
+            variant = self._variant(loaded, scaling, read_factor(factor), max(wanted))
             model, adapters = open_variant(loaded.model, variant, max(wanted))
             ids = loaded.tokenizer.encode(text, add_bos=False)
             probes = make_probes(loaded.tokenizer, int(trials))
@@ -157,3 +158,15 @@ def read_lengths(text: str) -> list[int]:
     if not 1 <= len(lengths) <= MAX_LENGTHS:
         raise RequestError(f"give from 1 to {MAX_LENGTHS} lengths, got {len(lengths)}")
     return lengths
+
+
+def read_factor(text: str) -> float | None:
+    """A number, or None for an empty text.
+
+    Raises:
+        RequestError: neither.
+    """
+    try:
+        return float(text) if text.strip() else None
+    except ValueError as error:
+        raise RequestError(f"the scaling factor is a number such as 4, or empty; got {text!r:.60}") from error

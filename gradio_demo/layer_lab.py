@@ -87,8 +87,7 @@ class LayerLab:
         try:
             loaded = self._workbench.require()
             order = _parse(loaded, text)
-            with loaded.engine.exclusive():
-                loaded.model.set_layer_order(order)
+            self._workbench.set_layer_order(order)
         except RopewalkError as error:
             return OrderView(error=str(error))
         return self.view(text)

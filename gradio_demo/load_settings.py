@@ -2,7 +2,7 @@
 
     checkpoint -> values shown -> values as changed by a person -> arguments of load_model: only what differs
 
-Every field is text or a number in the page; what is wrong with one is a FieldError that names it.
+Every field of the page is text; what is wrong with one is a FieldError that names it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class LoadSettings:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """How a setting is shown. choices: a list to pick from; None: a field to type in."""
+    """How a setting is shown. choices: a list to pick from; None: a field to type in. placeholder: what an empty one
+    means."""
 
     name: str
     label: str
     info: str
     choices: tuple[str, ...] | None = None
-    is_number: bool = True
+    placeholder: str = ""
 
 
 FIELDS = (
@@ -71,16 +72,16 @@ FIELDS = (
         "How positions are scaled, instead of the checkpoint's way.",
         (AS_CHECKPOINT, *ROPE_METHODS),
     ),
-    Field("rope_factor", "RoPE factor", "How many times the original length that method is to reach."),
+    Field("rope_factor", "RoPE factor", "How many times the original length that method is to reach.", placeholder="none"),
     Field("cache_type", "Cache type", "fp16 halves the memory of keys and values, fp32 is exact.", CACHE_TYPES),
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
-    Field("threads", "Threads", "Processor threads to use. Empty: all of them."),
+    Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
     Field(
         "compute", "Compute mode", "int8 is fast; exact keeps activations in float32, to compare with.", COMPUTE_MODES
     ),
-    Field("layer_order", "Layer order", "Such as 0-15,8-23: repeat layers. Empty: as in the files.", None, False),
+    Field("layer_order", "Layer order", "Such as 0-15,8-23, which repeats layers.", placeholder="as in the files"),
     Field(
-        "second_folder", "Second model", "A folder of equal shapes, whose layers the order names b:0-9.", None, False
+        "second_folder", "Second model", "A folder of equal shapes, whose layers the order names b:0-9.", placeholder="none",
     ),
 )
 
@@ -112,7 +113,7 @@ def suggested_settings(folder: Path, is_embedded: bool) -> LoadSettings:
 
 
 def read_settings(values: Mapping[str, Any]) -> LoadSettings:
-    """Settings from what the fields hold: numbers come as floats, empty fields as None or "".
+    """Settings from what the fields hold: text, as it was typed or picked.
 
     Raises:
         FieldError: a number that is none, is not whole where it must be, or is out of range.

@@ -10,7 +10,7 @@ from ropewalk.gradio_demo.layer_lab import Bar, OrderView
 from ropewalk.gradio_demo.measuring import Measured
 from ropewalk.gradio_demo.notebook import ShownToken
 
-HUES = 12  # layers next to each other get hues far apart
+HUES = 320  # degrees of the circle that the layers share: less than all of it, or first and last would look alike
 MAX_BARS = 400
 
 
@@ -98,7 +98,7 @@ def _visible(text: str) -> str:
 
 
 def _bar(bar: Bar, num_layers: int) -> str:
-    hue = (bar.layer % HUES) * 360 / HUES if num_layers <= HUES else 300 * bar.layer / max(1, num_layers - 1)
+    hue = HUES * bar.layer / max(1, num_layers)
     height = max(12, min(100, 100 * abs(bar.weight)))
     name = f"layer {bar.layer}{' of the second model' if bar.second else ''}, weight {bar.weight:g}"
     label = f"{'b' if bar.second else ''}{bar.layer}"

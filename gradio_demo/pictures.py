@@ -31,6 +31,17 @@ def status_line(loaded: Loaded | None) -> str:
     return f'<p class="rw-status">{" · ".join(parts)}{babble if loaded.is_embedded else ""}</p>'
 
 
+def queue_line(loaded: Loaded | None) -> str:
+    """How busy the model is with everybody's replies; nothing while it is idle."""
+    if loaded is None or not loaded.engine.queue.num_running:
+        return '<p class="rw-line rw-queue">idle</p>'
+    queue = loaded.engine.queue
+    return (
+        f'<p class="rw-line rw-queue rw-running">{queue.num_running} of {queue.num_turns} places answering, '
+        f"{queue.num_waiting} waiting</p>"
+    )
+
+
 def model_card(loaded: Loaded | None) -> str:
     """What was decided when the model was loaded."""
     if loaded is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ropewalk.errors import RequestError
 from ropewalk.sampling import SamplingParams
 
 BALANCED = "Balanced"
@@ -28,14 +29,21 @@ SLIDERS = (
 
 
 def sampling_params(
-    values: Mapping[str, Any], max_new_tokens: float, seed: float | None, **others: Any
+    values: Mapping[str, Any], max_new_tokens: float, seed: str | float | None, **others: Any
 ) -> SamplingParams:
-    """Parameters from what the fields hold; an empty or negative seed draws a fresh one.
+    """Parameters from what the fields hold; an empty seed draws a fresh one.
 
     Raises:
         RequestError: a value is out of range.
     """
     numbers = {name: float(values[name]) for name, *_ in SLIDERS}
     numbers["top_k"] = int(numbers["top_k"])
-    fresh = seed is None or seed < 0
-    return SamplingParams(**numbers, max_new_tokens=int(max_new_tokens), seed=None if fresh else int(seed), **others)
+    return SamplingParams(**numbers, max_new_tokens=int(max_new_tokens), seed=_seed(seed), **others)
+
+
+def _seed(value: str | float | None) -> int | None:
+    text = "" if value is None else str(value).strip()
+    try:
+        return int(text) if text else None
+    except ValueError as error:
+        raise RequestError(f"a seed is a whole number, or empty for a fresh one; got {text!r:.60}") from error

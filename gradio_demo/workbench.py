@@ -23,6 +23,7 @@ from ropewalk.gradio_demo.load_settings import (
     suggested_settings,
 )
 from ropewalk.info import ModelInfo, model_info
+from ropewalk.layer_order import LayerOrder
 from ropewalk.loader import load_model
 from ropewalk.memory import available_bytes, format_bytes
 from ropewalk.model import Model
@@ -60,7 +61,13 @@ class Workbench:
         self.access = access
         self._num_caches = num_caches
         self._loaded: Loaded | None = None
+        self._generation = 0
         self._loading = threading.Lock()
+
+    @property
+    def generation(self) -> int:
+        """Counts changes of the model, for pages that show something about it."""
+        return self._generation
 
     @property
     def loaded(self) -> Loaded | None:
@@ -112,6 +119,7 @@ class Workbench:
             self._check_memory(info)
             model, tokenizer = _read(folder, arguments, progress)
             engine = Engine(model, tokenizer, num_caches=self._affordable_caches(model))
+            self._generation += 1
             self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
         finally:
             self._loading.release()
@@ -121,7 +129,19 @@ class Workbench:
     def unload(self) -> None:
         """Free the model; nothing happens if there is none."""
         self._loaded = None
+        self._generation += 1
         gc.collect()
+
+    def set_layer_order(self, order: LayerOrder) -> None:
+        """Run the loaded model in that order from now on, once the replies that run have ended.
+
+        Raises:
+            RequestError: no model. ConfigError: the order does not fit it.
+        """
+        loaded = self.require()
+        with loaded.engine.exclusive():
+            loaded.model.set_layer_order(order)
+        self._generation += 1
 
     def adapters(self, loaded: Loaded) -> list[str]:
         """The LoRAs that can be used with a model."""

@@ -61,8 +61,9 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
             settings = _Settings(session)
     views = [state, chatbot, line, meter, question, conversations.chosen]
     _connect_replies(session, state, chatbot, question, settings, views, (send, stop, again, undo))
-    _connect_conversations(session, state, conversations, settings, [*views, settings.system, settings.template], page)
-    settings.connect(session, bar, chatbot, page)
+    opened = [*views, settings.system, settings.template]
+    _connect_conversations(session, state, chatbot, conversations, opened, page)
+    settings.connect(session, bar, chatbot)
 
 
 class _Conversations:
@@ -112,11 +113,10 @@ class _Settings:
                 gr.Slider(low, high, values[name], step=step, label=label, info=info, elem_id=f"sampler-{name}")
                 for name, label, low, high, step, info in SLIDERS
             ]
-            self.seed = gr.Number(
-                None,
+            self.seed = gr.Textbox(
                 label="Seed",
-                precision=0,
-                info="The same number gives the same reply again. Empty: a fresh one.",
+                placeholder="fresh",
+                info="The same number gives the same reply again.",
                 elem_id="seed",
             )
         with gr.Accordion("Context and adapters", open=False):
@@ -152,7 +152,7 @@ class _Settings:
             *self.sliders,
         ]
 
-    def connect(self, session: Session, bar: ModelBar, chatbot: gr.Chatbot, page: gr.Blocks) -> None:
+    def connect(self, session: Session, bar: ModelBar, chatbot: gr.Chatbot) -> None:
         """Presets move the sliders; another model brings other templates and adapters."""
         self.preset.input(
             lambda name: [PRESETS[name][slider[0]] for slider in SLIDERS], self.preset, self.sliders, **HIDDEN
@@ -171,7 +171,6 @@ class _Settings:
             ]
 
         bar.changed.change(choices, self.template, [self.template, self.adapters], **HIDDEN)
-        page.load(choices, self.template, [self.template, self.adapters], **HIDDEN)
 
 
 def _read(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ChatRequest]:
@@ -250,8 +249,8 @@ def _connect_replies(
 def _connect_conversations(
     session: Session,
     state: gr.State,
+    chatbot: gr.Chatbot,
     conversations: _Conversations,
-    settings: _Settings,
     views: list[gr.components.Component],
     page: gr.Blocks,
 ) -> None:
@@ -295,7 +294,7 @@ def _connect_conversations(
         return opened(chats.current(visitor(request)), request)
 
     conversations.chosen.input(run_open, conversations.chosen, views, **HIDDEN)
-    conversations.new.click(run_new, None, views, **HIDDEN)
+    gr.on([conversations.new.click, chatbot.clear], run_new, None, views, **HIDDEN)
     conversations.delete.click(run_delete, state, views, **HIDDEN)
     conversations.import_.upload(run_import, conversations.import_, views, **HIDDEN)
     conversations.export.click(run_export, state, conversations.export, **HIDDEN)

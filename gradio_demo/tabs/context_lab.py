@@ -25,18 +25,18 @@ CHOSEN = ["none", "linear", "dynamic", "yarn"]
 LENGTHS = "256, 512, 1024, 2048"
 
 
-def build_context_lab(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
+def build_context_lab(session: Session, bar: ModelBar) -> None:
     """Lay it out and connect it."""
     gr.Markdown(ABOUT)
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
+        with gr.Column(scale=1, min_width=250):
             lengths = gr.Textbox(
                 LENGTHS, label="Context lengths", info="In tokens, separated by commas.", elem_id="lab-lengths"
             )
-            factor = gr.Number(
-                None,
+            factor = gr.Textbox(
                 label="Scaling factor",
-                info="Of every method. Empty: longest length / trained length.",
+                placeholder="longest / trained length",
+                info="Of every method.",
                 elem_id="lab-factor",
             )
             with gr.Accordion("Text to read", open=False):
@@ -69,7 +69,7 @@ def build_context_lab(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                     [], label="Scaling", info="Under which keys are looked for.", elem_id="lab-scaling"
                 )
                 trials = gr.Slider(
-                    1, 16, 3, step=1, label="Keys per cell", info="More keys, finer shares.", elem_id="lab-trials"
+                    1, 16, 4, step=1, label="Keys per cell", info="More keys, finer shares.", elem_id="lab-trials"
                 )
                 cells.show()
     text = [file, pasted]
@@ -80,7 +80,6 @@ def build_context_lab(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
         return [gr.update(choices=names, value=CHOSEN), gr.update(choices=names, value=AS_LOADED)]
 
     bar.changed.change(run_choices, None, [scalings, scaling], **HIDDEN)
-    page.load(run_choices, None, [scalings, scaling], **HIDDEN)
 
 
 class _Measurement:
@@ -126,7 +125,7 @@ def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], 
 
     def run_curves(
         wanted: str,
-        by: float | None,
+        by: str,
         file: str | None,
         pasted: str | None,
         names: list[str],
@@ -143,7 +142,7 @@ def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], 
 
     def run_cells(
         wanted: str,
-        by: float | None,
+        by: str,
         file: str | None,
         pasted: str | None,
         name: str,

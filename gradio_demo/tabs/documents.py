@@ -27,7 +27,7 @@ ABOUT = (
 TEMPLATE = "airoboros"
 
 
-def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
+def build_documents(session: Session, bar: ModelBar) -> None:
     """Lay it out and connect it."""
     gr.Markdown(ABOUT)
     state = gr.State([])
@@ -76,7 +76,6 @@ def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
         return gr.update(choices=[TEMPLATE] if loaded is None else template_names(loaded.tokenizer), value=TEMPLATE)
 
     bar.changed.change(run_templates, None, template, **HIDDEN)
-    page.load(run_templates, None, template, **HIDDEN)
 
 
 def _connect_list(session: Session, state: Any, listed: Any, message: Any, buttons: Any, pasted: Any) -> None:

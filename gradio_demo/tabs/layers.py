@@ -23,7 +23,7 @@ ABOUT = (
 )
 
 
-def build_layers(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
+def build_layers(session: Session, bar: ModelBar) -> None:
     """Lay it out and connect it."""
     lab = session.layers
     gr.Markdown(ABOUT)
@@ -95,4 +95,3 @@ def build_layers(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
     compare.click(run_compare, [order, prompt, *settings.inputs], [before, after, line], **HIDDEN)
     stop.click(run_stop, None, None, **HIDDEN)
     bar.changed.change(run_current, None, [order, picture, applied], **HIDDEN)
-    page.load(run_current, None, [order, picture, applied], **HIDDEN)

@@ -11,10 +11,13 @@ import gradio as gr
 from ropewalk.errors import RopewalkError
 from ropewalk.gradio_demo.access import EMBEDDED
 from ropewalk.gradio_demo.load_settings import FIELDS, Field, FieldError, LoadSettings
-from ropewalk.gradio_demo.pictures import model_card, problem, status_line
+from ropewalk.gradio_demo.pictures import model_card, problem, queue_line, status_line
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.tabs.shared import HIDDEN
 from ropewalk.gradio_demo.workbench import FOLDER
+
+HEAD = '<div class="rw-head"><h1>ropewalk</h1><span>GPTQ models at long context, on this machine</span></div>'
+LOOK_S = 2.0  # how often a page asks what others do
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +25,20 @@ class ModelBar:
     """The components that other parts of the page listen to."""
 
     status: gr.HTML
+    queue: gr.HTML
     card: gr.HTML
     folder: gr.Dropdown
     fields: list[gr.components.Component]
-    changed: gr.State  # counts loads and unloads
+    changed: gr.State  # Workbench.generation as this page knows it
 
 
-def build_model_bar(session: Session) -> ModelBar:
+def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
     """Lay it out and connect it."""
-    status = gr.HTML(status_line(session.workbench.loaded), elem_id="status")
-    changed = gr.State(0)
+    with gr.Column(elem_classes=["rw-top"]):
+        queue = gr.HTML(queue_line(session.workbench.loaded), elem_id="queue")
+        gr.HTML(HEAD)
+        status = gr.HTML(status_line(session.workbench.loaded), elem_id="status")
+    changed = gr.State(-1)
     with gr.Accordion("Model: load another, or change how it is loaded", open=False, elem_id="model-bar"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=280):
@@ -45,8 +52,8 @@ def build_model_bar(session: Session) -> ModelBar:
             with gr.Column(scale=2, min_width=260):
                 gr.Markdown("**What was decided**")
                 card = gr.HTML(model_card(session.workbench.loaded), elem_id="card")
-    bar = ModelBar(status, card, folder, fields, changed)
-    _connect(session, bar, message, load, unload, dropped)
+    bar = ModelBar(status, queue, card, folder, fields, changed)
+    _connect(session, bar, message, load, unload, dropped, page)
     return bar
 
 
@@ -79,35 +86,48 @@ def _field(field: Field, value: Any) -> gr.components.Component:
     common = {"label": field.label, "info": field.info, "min_width": 200, "elem_id": f"field-{field.name}"}
     if field.choices is not None:
         return gr.Dropdown(list(field.choices), value=value, **common)
-    return gr.Number(value, **common) if field.is_number else gr.Textbox(value, lines=1, **common)
+    return gr.Textbox(shown_value(value), lines=1, placeholder=field.placeholder, **common)
 
 
 def _connect(
-    session: Session, bar: ModelBar, message: gr.HTML, load: gr.Button, unload: gr.Button, dropped: gr.File
+    session: Session,
+    bar: ModelBar,
+    message: gr.HTML,
+    load: gr.Button,
+    unload: gr.Button,
+    dropped: gr.File,
+    page: gr.Blocks,
 ) -> None:
     workbench = session.workbench
     outcome = [message, bar.status, bar.card, bar.changed, *bar.fields]
 
-    def run_load(name: str, changed: int, *values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def run_load(name: str, *values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         progress(0.0, desc="checking the folder")
         try:
             named = dict(zip((field.name for field in FIELDS), values, strict=True))
             workbench.load(name, named, lambda done, total: progress((done, total), desc="loading layers"))
         except RopewalkError as error:
-            return [*_problem(error), status_line(workbench.loaded), gr.skip(), changed, *_field_notes(error)]
+            return [*_problem(error), status_line(workbench.loaded), gr.skip(), gr.skip(), *_field_notes(error)]
         loaded = workbench.loaded
-        return ["", status_line(loaded), model_card(loaded), changed + 1, *_field_notes(None)]
+        return ["", status_line(loaded), model_card(loaded), workbench.generation, *_field_notes(None)]
 
-    def run_unload(changed: int) -> list[Any]:
+    def run_unload() -> list[Any]:
         workbench.unload()
-        return ["", status_line(None), model_card(None), changed + 1, *_field_notes(None)]
+        return ["", status_line(None), model_card(None), workbench.generation, *_field_notes(None)]
+
+    def run_look(known: int) -> list[Any]:
+        queue = queue_line(workbench.loaded)
+        if known == workbench.generation:
+            return [queue, gr.skip(), gr.skip(), gr.skip()]
+        return [queue, status_line(workbench.loaded), model_card(workbench.loaded), workbench.generation]
 
     def run_suggest(name: str) -> list[Any]:
         try:
             settings = workbench.suggest(name)
         except FieldError as error:
             return [*_problem(error), *[gr.skip()] * len(FIELDS)]
-        return ["", *(gr.update(value=asdict(settings)[field.name], info=field.info) for field in FIELDS)]
+        values = asdict(settings)
+        return ["", *(gr.update(value=shown_value(values[field.name]), info=field.info, elem_classes=[]) for field in FIELDS)]
 
     def run_check(name: str, *values: Any) -> list[Any]:
         try:
@@ -117,24 +137,35 @@ def _connect(
         return ["", *_field_notes(None)]
 
     def run_drop(paths: list[str] | None) -> list[Any]:
-        if not paths:
-            return [gr.skip(), gr.skip()]
-        root = Path(paths[0]).parent
         try:
-            session.workbench.access.check_upload(root)
+            folder = workbench.access.dropped_folder([Path(path) for path in paths or []])
         except RopewalkError as error:
-            return [gr.skip(), *_problem(error)]
-        return [gr.update(value=str(root)), ""]
+            return [gr.skip(), *_problem(error), *[gr.skip()] * len(FIELDS)]
+        return [str(folder), *run_suggest(str(folder))]
+
+    def run_page() -> list[Any]:
+        loaded = workbench.loaded
+        if loaded is None:
+            return [gr.skip()] * (3 + len(FIELDS)) + [workbench.generation]
+        values = [shown_value(value) for value in asdict(loaded.settings).values()]
+        return [loaded.name, status_line(loaded), model_card(loaded), *values, workbench.generation]
 
     load.click(
-        run_load, [bar.folder, bar.changed, *bar.fields], outcome, api_name="load", show_progress_on=[message, bar.card]
+        run_load, [bar.folder, *bar.fields], outcome, api_name="load", show_progress_on=[message, bar.card]
     )
-    unload.click(run_unload, [bar.changed], outcome, **HIDDEN)
-    bar.folder.change(run_suggest, [bar.folder], [message, *bar.fields], **HIDDEN)
-    dropped.upload(run_drop, [dropped], [bar.folder, message], **HIDDEN)
+    unload.click(run_unload, None, outcome, **HIDDEN)
+    gr.Timer(LOOK_S).tick(run_look, bar.changed, [bar.queue, bar.status, bar.card, bar.changed], **HIDDEN)
+    page.load(run_page, None, [bar.folder, bar.status, bar.card, *bar.fields, bar.changed], **HIDDEN)
+    bar.folder.input(run_suggest, [bar.folder], [message, *bar.fields], **HIDDEN)
+    dropped.upload(run_drop, [dropped], [bar.folder, message, *bar.fields], **HIDDEN)
     for field in bar.fields:
         event = field.input if isinstance(field, gr.Dropdown) else field.blur
         event(run_check, [bar.folder, *bar.fields], [message, *bar.fields], **HIDDEN)
+
+
+def shown_value(value: Any) -> str:
+    """A setting as the text of its field."""
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _problem(error: RopewalkError) -> list[str]:

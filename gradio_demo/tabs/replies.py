@@ -11,35 +11,28 @@ from ropewalk.gradio_demo.sampler_settings import BALANCED, PRESETS, sampling_pa
 
 
 class ReplySettings:
-    """Three controls in a row. `name` tells the ids of one tab from those of another."""
+    """Three controls. `name` tells the ids of one tab from those of another."""
 
     def __init__(self, name: str, longest: int, preset: str = BALANCED) -> None:
-        with gr.Row():
-            self.preset = gr.Dropdown(
-                list(PRESETS),
-                value=preset,
-                label="Preset",
-                info="How bold the choice of tokens is.",
-                elem_id=f"{name}-preset",
-                min_width=140,
-            )
+        with gr.Group():
+            with gr.Row():
+                self.preset = gr.Dropdown(
+                    list(PRESETS),
+                    value=preset,
+                    label="Preset",
+                    info="How bold the choice of tokens is.",
+                    elem_id=f"{name}-preset",
+                    min_width=140,
+                )
+                self.seed = gr.Textbox(
+                    label="Seed",
+                    placeholder="fresh",
+                    info="The same number gives the same text.",
+                    elem_id=f"{name}-seed",
+                    min_width=140,
+                )
             self.max_new_tokens = gr.Slider(
-                8,
-                1024,
-                longest,
-                step=8,
-                label="Longest reply",
-                info="In tokens.",
-                elem_id=f"{name}-length",
-                min_width=180,
-            )
-            self.seed = gr.Number(
-                None,
-                label="Seed",
-                precision=0,
-                info="Same number, same text. Empty: fresh.",
-                elem_id=f"{name}-seed",
-                min_width=120,
+                8, 1024, longest, step=8, label="Longest reply", info="In tokens.", elem_id=f"{name}-length"
             )
 
     @property
