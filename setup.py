@@ -10,7 +10,7 @@ import os
 import platform
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 # -ffp-contract=off: the compiler must not fuse a product and a sum on its own, or the same kernel would round
 # differently from one inlined copy to the next.
@@ -61,8 +61,13 @@ core = Pybind11Extension(
     depends=HEADERS,
 )
 
+# The demo page lies at the top of the tree, and is a part of the package once it is installed.
+PACKAGES = find_namespace_packages("loader_plugin", exclude=["ropewalk.gradio_demo*"])
+DEMO = ["ropewalk.gradio_demo", *(f"ropewalk.gradio_demo.{name}" for name in find_namespace_packages("gradio_demo"))]
+
 setup(
-    package_dir={"": "loader_plugin"},
+    package_dir={"": "loader_plugin", "ropewalk.gradio_demo": "gradio_demo"},
+    packages=[*PACKAGES, *DEMO],
     libraries=[kernel_library(isa, flags) for isa, flags in ISA_FLAGS.items()],
     ext_modules=[core],
 )

@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# Sets up everything in .venv and lets the embedded GPTQ model write.
+# Sets up everything in .venv and shows the embedded GPTQ model: as a page in the browser, or as text here.
 #
-#   scripts/demo.sh [--prompt TEXT] [--max-new-tokens N] [any option of `ropewalk generate`]
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
-exec .venv/bin/ropewalk generate "$@"
+#   scripts/demo.sh [any option of `ropewalk demo`]
+#   scripts/demo.sh --prompt TEXT [--max-new-tokens N] [any option of `ropewalk generate`]
+command=demo extras="[demo]"
+for argument in "$@"; do
+    case "$argument" in
+        --prompt | --prompt=* | --prompt-file | --prompt-file=*) command=generate extras="" ;;
+    esac
+done
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$extras"
+exec .venv/bin/ropewalk "$command" "$@"

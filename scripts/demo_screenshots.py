@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
 SIZES = {"wide": (1280, 800), "narrow": (400, 860)}
 COLOURS = 128
-PATIENCE_MS = 120_000
+PATIENCE_MS = 60_000
 DOCUMENT = """The ropewalk at Chatham is a quarter of a mile long. Rope has been made there since 1618.
 Strands of hemp are laid out along the floor, and a carriage on rails twists them together as it rolls.
 """
@@ -54,7 +54,7 @@ def opened(browser: Browser, url: str, size: str, theme: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
     page = context.new_page()
     page.goto(url)
-    page.locator("#order-picture .rw-bars").wait_for(state="attached", timeout=PATIENCE_MS)
+    page.wait_for_function("document.querySelector('#template input')?.value", timeout=PATIENCE_MS)
     page.wait_for_timeout(1500)
     yield page
     context.close()
@@ -93,14 +93,14 @@ def fill_setting(page: Page, selector: str, text: str) -> None:
 
 def picture_model(page: Page) -> None:
     """The model bar, opened."""
-    page.get_by_text("Model: load another").click()
+    page.get_by_text("Model and how it is loaded").click()
     page.wait_for_timeout(700)
 
 
 def picture_chat(page: Page) -> None:
     """Two turns, the second of which comes from the cache in part."""
     if page.locator("#field-threads").is_visible():
-        page.get_by_text("Model: load another").click()
+        page.get_by_text("Model and how it is loaded").click()
     choose(page, "Chat")
     page.get_by_text("Sampling", exact=True).first.click()
     fill_setting(page, "#seed", "7")

@@ -7,7 +7,7 @@ TORCH="torch==2.13.0"  # one known version, so that two people who run this run 
 extras="${1-}"
 
 sources_digest() {
-    find native loader_plugin setup.py pyproject.toml -type f -not -name '*.so' -not -path '*/__pycache__/*' \
+    find native loader_plugin gradio_demo setup.py pyproject.toml -type f -not -name '*.so' -not -path '*/__pycache__/*' \
         -not -path '*.egg-info/*' -print0 | LC_ALL=C sort -z | xargs -0 cat | sha256sum | cut -d ' ' -f 1
 }
 
@@ -18,10 +18,14 @@ fi
 
 stamp=".venv/ropewalk-installed$extras"
 digest="$(sources_digest) $TORCH"
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$digest" ]; then
+valid=("$stamp")
+[ -n "$extras" ] || valid=(.venv/ropewalk-installed*)  # extras only add
+if ! grep -qsxF "$digest" "${valid[@]}"; then
     echo "Installing ropewalk$extras into .venv (compiles the core; the first time this also installs torch)" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$TORCH"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check ".$extras"
-    rm -f .venv/ropewalk-installed*
+    for other in .venv/ropewalk-installed*; do  # what was installed with other extras, of these sources, is there still
+        if ! grep -qsxF "$digest" "$other"; then rm -f "$other"; fi
+    done
     echo "$digest" > "$stamp"
 fi

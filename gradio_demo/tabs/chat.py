@@ -20,10 +20,10 @@ from ropewalk.gradio_demo.tabs.model_bar import ModelBar
 from ropewalk.gradio_demo.tabs.shared import HIDDEN, visitor
 from ropewalk.gradio_demo.templates import template_names
 
-PLACEHOLDER = (
-    "**Ask something.** The embedded model continues Python: try `def read_lines(path):`. "
-    "A real GPTQ model answers questions."
-)
+PLACEHOLDER = """### Ask something
+The embedded model continues Python: try `def read_lines(path):`
+
+A GPTQ chat model of yours answers questions."""
 
 
 def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
@@ -32,7 +32,9 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=7, min_width=320):
             chatbot = gr.Chatbot(
-                height=460,
+                height="42vh",
+                min_height=260,
+                elem_classes=["rw-plain"],
                 label="Conversation",
                 show_label=False,
                 buttons=["copy", "copy_all"],
@@ -41,8 +43,8 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                 render_markdown=False,
                 elem_id="chatbot",
             )
-            line = gr.HTML(live_line("", False, False), elem_id="chat-line")
-            meter = gr.HTML(elem_id="chat-meter")
+            line = gr.HTML(live_line("", False, False), elem_id="chat-line", elem_classes=["rw-tight"])
+            meter = gr.HTML(elem_id="chat-meter", elem_classes=["rw-tight"])
             question = gr.Textbox(
                 show_label=False,
                 placeholder="Write here. Enter sends, Shift+Enter starts a line.",
@@ -52,10 +54,10 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                 container=False,
             )
             with gr.Row(elem_id="chat-buttons"):
-                send = gr.Button("Send", variant="primary", min_width=80, elem_id="send")
-                stop = gr.Button("Stop", variant="stop", min_width=80, elem_id="stop")
-                again = gr.Button("Regenerate", min_width=80, elem_id="again")
-                undo = gr.Button("Undo", min_width=80, elem_id="undo")
+                send = gr.Button("Send", variant="primary", min_width=80, size="md", elem_id="send")
+                stop = gr.Button("Stop", variant="stop", min_width=80, size="md", elem_id="stop")
+                again = gr.Button("Regenerate", min_width=80, size="md", elem_id="again")
+                undo = gr.Button("Undo", min_width=80, size="md", elem_id="undo")
         with gr.Column(scale=4, min_width=280):
             conversations = _Conversations()
             settings = _Settings(session)
@@ -90,7 +92,7 @@ class _Settings:
     def __init__(self, session: Session) -> None:
         with gr.Accordion("Reply", open=True):
             self.preset = gr.Radio(
-                list(PRESETS), value=BALANCED, label="Preset", info="Sets the sliders below.", elem_id="preset"
+                list(PRESETS), value=BALANCED, label="Preset", info="Sets the sliders under Sampling.", elem_id="preset"
             )
             self.max_new_tokens = gr.Slider(
                 8,
@@ -157,7 +159,7 @@ class _Settings:
         self.preset.input(
             lambda name: [PRESETS[name][slider[0]] for slider in SLIDERS], self.preset, self.sliders, **HIDDEN
         )
-        self.markdown.change(lambda on: gr.update(render_markdown=on), self.markdown, chatbot, **HIDDEN)
+        self.markdown.change(lambda on: gr.update(render_markdown=on, elem_classes=[] if on else ["rw-plain"]), self.markdown, chatbot, **HIDDEN)
 
         def choices(current: str | None) -> list[Any]:
             loaded = session.workbench.loaded

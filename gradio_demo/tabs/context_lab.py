@@ -92,8 +92,8 @@ class _Measurement:
     def show(self) -> None:
         """Lay it out here."""
         with gr.Row():
-            self.go = gr.Button("Measure", variant="primary", min_width=90, elem_id=f"lab-{self.name}-go")
-            self.cancel = gr.Button("Cancel", min_width=90, elem_id=f"lab-{self.name}-cancel")
+            self.go = gr.Button("Measure", variant="primary", min_width=90, size="md", elem_id=f"lab-{self.name}-go")
+            self.cancel = gr.Button("Cancel", min_width=90, size="md", elem_id=f"lab-{self.name}-cancel")
         self.progress = gr.HTML(elem_id=f"lab-{self.name}-progress")
         self.plot = gr.HTML(elem_id=f"lab-{self.name}-plot", elem_classes=["rw-plot"])
         with gr.Accordion("Table", open=False):

@@ -61,8 +61,8 @@ def build_documents(session: Session, bar: ModelBar) -> None:
             settings = ReplySettings("documents", 128, "Precise")
             count = gr.HTML(elem_id="documents-count")
             with gr.Row():
-                ask = gr.Button("Ask", variant="primary", min_width=90, elem_id="documents-ask")
-                stop = gr.Button("Stop", min_width=90)
+                ask = gr.Button("Ask", variant="primary", min_width=90, size="md", elem_id="documents-ask")
+                stop = gr.Button("Stop", min_width=90, size="md")
             answer = gr.Textbox(label="Answer", lines=6, max_lines=20, elem_id="documents-answer")
             line = gr.HTML(elem_id="documents-line")
             meter = gr.HTML()

@@ -48,8 +48,8 @@ def build_layers(session: Session, bar: ModelBar) -> None:
     prompt = gr.Textbox(EXAMPLE, label="Prompt", info="Both orders continue it.", lines=2, elem_id="order-prompt")
     settings = ReplySettings("order", 64, "Most likely")
     with gr.Row():
-        compare = gr.Button("Compare", min_width=90, elem_id="order-compare")
-        stop = gr.Button("Stop", min_width=90)
+        compare = gr.Button("Compare", min_width=90, size="md", elem_id="order-compare")
+        stop = gr.Button("Stop", min_width=90, size="md")
     line = gr.HTML(elem_id="order-line")
     with gr.Row():
         before = gr.Textbox(label="As the model runs now", lines=8, max_lines=16, min_width=280, elem_id="order-before")

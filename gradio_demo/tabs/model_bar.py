@@ -39,15 +39,12 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
         gr.HTML(HEAD)
         status = gr.HTML(status_line(session.workbench.loaded), elem_id="status")
     changed = gr.State(-1)
-    with gr.Accordion("Model: load another, or change how it is loaded", open=False, elem_id="model-bar"):
+    with gr.Accordion("Model and how it is loaded", open=False, elem_id="model-bar"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=280):
                 folder, load, unload, message = _folder_row(session)
-                dropped = gr.File(
-                    label="Or drop a model folder here (config.json, tokenizer, safetensors)",
-                    file_count="directory",
-                    height=96,
-                )
+                with gr.Accordion("Or drop a model folder", open=False):
+                    dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=140)
                 fields = _fields()
             with gr.Column(scale=2, min_width=260):
                 gr.Markdown("**What was decided**")
@@ -68,15 +65,15 @@ def _folder_row(session: Session) -> tuple[gr.Dropdown, gr.Button, gr.Button, gr
     )
     message = gr.HTML(elem_id="load-problem")
     with gr.Row():
-        load = gr.Button("Load", variant="primary", elem_id="load", min_width=100)
-        unload = gr.Button("Unload", elem_id="unload", min_width=100)
+        load = gr.Button("Load", variant="primary", elem_id="load", min_width=100, size="md")
+        unload = gr.Button("Unload", elem_id="unload", min_width=100, size="md")
     return folder, load, unload, message
 
 
 def _fields() -> list[gr.components.Component]:
     settings = LoadSettings()
     made = []
-    with gr.Row():
+    with gr.Row(elem_classes=["rw-fields"]):
         for field in FIELDS:
             made.append(_field(field, getattr(settings, field.name)))
     return made

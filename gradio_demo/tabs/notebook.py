@@ -31,8 +31,8 @@ def build_notebook(session: Session) -> None:
             )
             settings = ReplySettings("notebook", 96)
             with gr.Row():
-                go = gr.Button("Continue", variant="primary", min_width=90, elem_id="notebook-go")
-                stop = gr.Button("Stop", min_width=90, elem_id="notebook-stop")
+                go = gr.Button("Continue", variant="primary", min_width=90, size="md", elem_id="notebook-go")
+                stop = gr.Button("Stop", min_width=90, size="md", elem_id="notebook-stop")
             line = gr.HTML(live_line("", False, False), elem_id="notebook-line")
             meter = gr.HTML(elem_id="notebook-meter")
         with gr.Column(scale=1, min_width=320):
