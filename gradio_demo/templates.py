@@ -11,6 +11,7 @@ from ropewalk.tokenizer import Tokenizer
 
 FROM_CHECKPOINT = "of the checkpoint"
 PLAIN = "plain text"  # for models that were never taught to chat: the texts one after the other
+ALL_TEMPLATES = (FROM_CHECKPOINT, PLAIN, *NAMED_FORMATS)
 _PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n' }}{%- endfor -%}"
 
 

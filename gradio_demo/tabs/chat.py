@@ -18,7 +18,7 @@ from ropewalk.gradio_demo.sampler_settings import BALANCED, PRESETS, SLIDERS, sa
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.tabs.model_bar import ModelBar
 from ropewalk.gradio_demo.tabs.shared import HIDDEN, visitor
-from ropewalk.gradio_demo.templates import template_names
+from ropewalk.gradio_demo.templates import ALL_TEMPLATES, template_names
 
 PLACEHOLDER = """### Ask something
 The embedded model continues Python: try `def read_lines(path):`
@@ -104,7 +104,7 @@ class _Settings:
                 elem_id="max-new-tokens",
             )
             self.template = gr.Dropdown(
-                [], label="Chat template", info="How turns are written for the model.", elem_id="template"
+                list(ALL_TEMPLATES), label="Chat template", info="How turns are written for the model.", elem_id="template"
             )
             self.system = gr.Textbox(
                 label="System prompt", info="Said to the model before the conversation.", lines=2, elem_id="system"
@@ -164,11 +164,9 @@ class _Settings:
         def choices(current: str | None) -> list[Any]:
             loaded = session.workbench.loaded
             if loaded is None:
-                return [gr.update(choices=[]), gr.update(choices=[], value=[])]
-            names = template_names(loaded.tokenizer)
-            value = current if current in names else names[0]
+                return [gr.update(choices=[], value=None), gr.update(choices=[], value=[])]
             return [
-                gr.update(choices=names, value=value),
+                _template(session, current),
                 gr.update(choices=session.workbench.adapters(loaded), value=[]),
             ]
 
@@ -245,7 +243,7 @@ def _connect_replies(
     again.click(run_again, inputs, views, api_name="regenerate", show_progress="hidden", concurrency_limit=None)
     chatbot.edit(run_edit, inputs, views, concurrency_limit=None, **HIDDEN)
     undo.click(run_undo, [state], views, **HIDDEN)
-    stop.click(run_stop, None, None, **HIDDEN)
+    stop.click(run_stop, None, None, api_name="stop", show_progress="hidden")
 
 
 def _connect_conversations(
@@ -262,7 +260,7 @@ def _connect_conversations(
         last = next((turn.note for turn in reversed(conversation.turns)), "")
         line = live_line(last, False, False)
         shown = [conversation, messages_of(conversation), line, "", "", _list(session, request, conversation)]
-        return [*shown, conversation.system, conversation.template or gr.skip()]
+        return [*shown, conversation.system, _template(session, conversation.template)]
 
     def failed(error: RopewalkError) -> list[Any]:
         return [gr.skip(), gr.skip(), live_line(str(error), False, True), *[gr.skip()] * (len(views) - 3)]
@@ -306,6 +304,13 @@ def _connect_conversations(
 def _shown(view: ChatView, question: str) -> list[Any]:
     line = live_line(view.line, view.running, view.error is not None)
     return [view.conversation, messages_of(view.conversation), line, context_meter(view.meter), question, gr.skip()]
+
+
+def _template(session: Session, wanted: str | None) -> Any:
+    """The choices of the loaded model with `wanted` picked, if it is one of them, else the one that suits best."""
+    loaded = session.workbench.loaded
+    names = [] if loaded is None else template_names(loaded.tokenizer)
+    return gr.update(choices=names, value=wanted if wanted in names else next(iter(names), None))
 
 
 def _list(session: Session, request: gr.Request, conversation: Conversation) -> Any:

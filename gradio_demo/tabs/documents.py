@@ -18,7 +18,7 @@ from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.tabs.model_bar import ModelBar
 from ropewalk.gradio_demo.tabs.replies import ReplySettings, request_of
 from ropewalk.gradio_demo.tabs.shared import HIDDEN, visitor
-from ropewalk.gradio_demo.templates import template_names
+from ropewalk.gradio_demo.templates import ALL_TEMPLATES, template_names
 
 ABOUT = (
     "The model answers from the texts that you give it and nothing else, in the closed-context format that airoboros "
@@ -55,8 +55,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
                 label="Question", info="Asked of the ticked documents.", lines=3, elem_id="documents-question"
             )
             honest = gr.Checkbox(True, label=f"Add “{HONESTY}”", info="The advice of those models' card.")
-            template = gr.Dropdown(
-                [TEMPLATE], value=TEMPLATE, label="Chat template", info="How the question is wrapped."
+            template = gr.Dropdown(list(ALL_TEMPLATES), value=TEMPLATE, label="Chat template", info="How the question is wrapped."
             )
             settings = ReplySettings("documents", 128, "Precise")
             count = gr.HTML(elem_id="documents-count")
