@@ -24,7 +24,7 @@ def build_page(session: Session) -> gr.Blocks:
             with gr.Tab("Chat", id="chat"):
                 build_chat(session, bar, page)
             with gr.Tab("Notebook", id="notebook"):
-                build_notebook(session)
+                build_notebook(session, bar)
             with gr.Tab("Ask documents", id="documents"):
                 build_documents(session, bar)
             with gr.Tab("Context lab", id="lab"):

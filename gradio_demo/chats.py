@@ -101,7 +101,7 @@ class Chats:
         if not question.strip():
             yield self._refused(conversation, "write something first: the question is empty")
             return
-        yield from self._answer(visitor, conversation.with_turn(Turn("user", question)), request)
+        yield from self._answer(visitor, conversation, conversation.with_turn(Turn("user", question)), request)
 
     def again(self, visitor: Visitor, conversation: Conversation, request: ChatRequest) -> Iterator[ChatView]:
         """Another reply to the last question."""
@@ -109,18 +109,18 @@ class Chats:
         if not question:
             yield self._refused(conversation, "there is no question yet that could be answered again")
             return
-        yield from self._answer(visitor, before.with_turn(Turn("user", question)), request)
+        yield from self._answer(visitor, conversation, before.with_turn(Turn("user", question)), request)
 
     def edit(
         self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ChatRequest
     ) -> Iterator[ChatView]:
-        """Put another text in the place of a message. A question is asked again from there, a reply is kept as it is."""
+        """Put another text in the place of a message. A question is asked again from there, a reply is kept so."""
         if not 0 <= index < len(conversation.turns):
             yield self._refused(conversation, "that message is not there any more")
             return
         if conversation.turns[index].role == "user":
             before, _ = conversation.before(index)
-            yield from self._answer(visitor, before.with_turn(Turn("user", text)), request)
+            yield from self._answer(visitor, conversation, before.with_turn(Turn("user", text)), request)
             return
         turns = list(conversation.turns)
         turns[index] = replace(turns[index], content=text, note="edited")
@@ -135,26 +135,33 @@ class Chats:
             self._store.save(visitor.person, before)
         return before, question
 
-    def _answer(self, visitor: Visitor, asked: Conversation, request: ChatRequest) -> Iterator[ChatView]:
-        """Views of the reply. The question is saved before and the reply after it, also if nobody looks any more."""
+    def _answer(
+        self, visitor: Visitor, before: Conversation, asked: Conversation, request: ChatRequest
+    ) -> Iterator[ChatView]:
+        """Views of the reply to `asked`; of `before` where there is none.
+
+        The question is saved before and the reply after it, also if nobody looks any more; both before the last view.
+        """
+        latest, view = asked, None
         try:
             loaded = self._workbench.require()
             reply, dropped = make_reply(loaded, asked, request)
-        except RopewalkError as error:
-            yield self._refused(asked, str(error))
-            return
-        latest = asked
-        try:
             with self._running.hold(visitor.tab, reply):
                 self._store.save(visitor.person, asked)
                 for view in follow_chat(reply, dropped, asked, loaded.model.max_seq_len):
                     latest = view.conversation
-                    yield view
-        except RequestError as error:
-            yield self._refused(asked, str(error))
+                    if view.running:
+                        yield view
+        except RopewalkError as error:
+            yield self._refused(before, str(error))
+            return
         finally:
             if latest is not asked:
                 self._store.save(visitor.person, latest)
+        if view.error is not None and latest is asked:
+            self._store.save(visitor.person, before)
+            view = self._refused(before, view.error)
+        yield view
 
     def _refused(self, conversation: Conversation, message: str) -> ChatView:
         return ChatView(conversation, message, Meter(size=self._size()), error=message)

@@ -21,7 +21,7 @@ MAX_COMPARED_CONTEXT = 2048
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One layer instance: the layer of its weights, whether they are the second model's, how much of its change counts."""
+    """One layer instance. second: its weights are the second model's; weight: how much of its change counts."""
 
     layer: int
     second: bool

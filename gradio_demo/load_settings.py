@@ -72,7 +72,7 @@ FIELDS = (
         "How positions are scaled, instead of the checkpoint's way.",
         (AS_CHECKPOINT, *ROPE_METHODS),
     ),
-    Field("rope_factor", "RoPE factor", "How many times the original length that method is to reach.", placeholder="none"),
+    Field("rope_factor", "RoPE factor", "How many times the original length it is to reach.", placeholder="none"),
     Field("cache_type", "Cache type", "fp16 halves the memory of keys and values, fp32 is exact.", CACHE_TYPES),
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
     Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
@@ -81,7 +81,10 @@ FIELDS = (
     ),
     Field("layer_order", "Layer order", "Such as 0-15,8-23, which repeats layers.", placeholder="as in the files"),
     Field(
-        "second_folder", "Second model", "A folder of equal shapes, whose layers the order names b:0-9.", placeholder="none",
+        "second_folder",
+        "Second model",
+        "A folder of equal shapes; the order names b:0-9.",
+        placeholder="none",
     ),
 )
 

@@ -84,8 +84,10 @@ def _token(token: ShownToken) -> str:
         f"<tr><td>{escape(_visible(text))}</td><td>{probability:.1%}</td></tr>"
         for text, probability in token.alternatives
     )
-    detail = f'<span class="rw-alts"><b>{escape(_visible(token.text))}</b> {token.probability:.1%}<table>{rows}</table></span>'
-    return f'<span class="rw-token" tabindex="0" style="background:{_colour(token.probability)}">{escape(token.text)}{detail}</span>'
+    name = f"<b>{escape(_visible(token.text))}</b> {token.probability:.1%}"
+    detail = f'<span class="rw-alts">{name}<table>{rows}</table></span>'
+    style = f"background:{_colour(token.probability)}"
+    return f'<span class="rw-token" tabindex="0" style="{style}">{escape(token.text)}{detail}</span>'
 
 
 def _colour(probability: float) -> str:

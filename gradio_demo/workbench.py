@@ -66,7 +66,7 @@ class Workbench:
 
     @property
     def generation(self) -> int:
-        """Counts changes of the model, for pages that show something about it."""
+        """Counts loads and unloads, for pages that show something about the model."""
         return self._generation
 
     @property
@@ -141,7 +141,6 @@ class Workbench:
         loaded = self.require()
         with loaded.engine.exclusive():
             loaded.model.set_layer_order(order)
-        self._generation += 1
 
     def adapters(self, loaded: Loaded) -> list[str]:
         """The LoRAs that can be used with a model."""

@@ -3,9 +3,9 @@
     python scripts/soak_demo.py --users 10 --minutes 10
 
 Starts a page of its own on the embedded model and talks to it through gradio_client. Every user keeps one conversation
-whose questions name the user, and asks greedily with a reply length of its own; the reply that comes back must be the one
-that the same conversation gets when it is alone. One user stops each of its replies, one leaves in the middle of them
-(closes its connection). Prints a table and exits with 1 if anything was lost, mixed up or refused.
+whose questions name the user, and asks greedily with a reply length of its own; the reply that comes back must be the
+one that the same conversation gets when it is alone. One user stops each of its replies, one leaves in the middle of
+them (closes its connection). Prints a table and exits with 1 if anything was lost, mixed up or refused.
 """
 
 from __future__ import annotations

@@ -16,9 +16,28 @@ from ropewalk.gradio_demo.conversations import Conversation, ConversationStore, 
 TURNS = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), st.text(), st.text()), max_size=5)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS := [
-        "format", "turns", "messages", "role", "content", "system", "template", "id", "created", "updated", "note"
-    ]), inner, max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "format",
+                    "turns",
+                    "messages",
+                    "role",
+                    "content",
+                    "system",
+                    "template",
+                    "id",
+                    "created",
+                    "updated",
+                    "note",
+                ]
+            ),
+            inner,
+            max_size=6,
+        )
+    ),
     max_leaves=12,
 )
 

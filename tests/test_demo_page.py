@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from demo_session import copy_of_the_embedded_model, embedded_session
 
 gradio = pytest.importorskip("gradio", reason="the page needs Gradio, which is not installed")
@@ -287,7 +288,8 @@ def test_nothing_is_wider_than_a_phone(browser: playwright.Browser, url: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "{models}/broken/config.json", "{data}/conversations", "../../etc/passwd", "http://localhost"]
+    "path",
+    ["/etc/passwd", "{models}/broken/config.json", "{data}/conversations", "../../etc/passwd", "http://localhost"],
 )
 def test_the_server_hands_out_no_files(url: str, session: Session, path: str) -> None:
     import httpx

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from demo_session import GREEDY, VISITOR, copy_of_the_embedded_model, embedded_session, empty_session, values
 
+from demo_session import GREEDY, VISITOR, copy_of_the_embedded_model, embedded_session, empty_session, values
 from ropewalk.errors import RequestError
 from ropewalk.gradio_demo.access import EMBEDDED
 from ropewalk.gradio_demo.chats import Visitor
 from ropewalk.gradio_demo.chatting import DROP, STOP, ChatRequest
-from ropewalk.gradio_demo.conversations import Conversation, Turn
+from ropewalk.gradio_demo.conversations import Conversation
 from ropewalk.gradio_demo.documents import Document, sources_of
 from ropewalk.gradio_demo.load_settings import AS_CHECKPOINT, FieldError
 from ropewalk.gradio_demo.session import Session
@@ -239,6 +239,7 @@ def test_a_conversation_that_outgrows_the_context_is_cut_or_stopped_as_chosen(tm
 def test_a_question_that_never_fits_is_refused_with_what_to_do(tmp_path: Path) -> None:
     session = embedded_session(tmp_path, max_seq_len="64")
     view = list(session.chats.ask(VISITOR, Conversation(template=PLAIN), "word " * 200, GREEDY))[-1]
+    assert view.conversation.turns == ()  # the question stays in the input field, and can be sent again
     assert "shorten the question, or load the model with a longer context" in view.error
 
 
@@ -319,9 +320,9 @@ def test_a_layer_order_is_shown_with_what_it_takes(shared: Session) -> None:
 
 def test_an_order_is_applied_without_a_reload_and_taken_back(tmp_path: Path) -> None:
     session = embedded_session(tmp_path)
-    plain, generation = asked(session, "def read(path):").turns[-1].content, session.workbench.generation
+    plain, loaded = asked(session, "def read(path):").turns[-1].content, session.workbench.loaded
     assert session.layers.apply("0-4,3-4").error is None
-    assert session.layers.current() == "0-4,3-4" and session.workbench.generation > generation
+    assert session.layers.current() == "0-4,3-4" and session.workbench.loaded is loaded
     assert asked(session, "def read(path):").turns[-1].content != plain
     assert session.layers.apply("0-9").error is not None and session.layers.current() == "0-4,3-4"
     session.layers.apply("")
@@ -363,9 +364,9 @@ def test_the_lab_maps_retrieval(shared: Session) -> None:
 def test_a_cancelled_measurement_shows_what_it_has(shared: Session) -> None:
     pytest.importorskip("matplotlib")
     views = shared.lab.perplexity(VISITOR, shared.lab.text(None, ""), "64 128", ["none"] * 50, "", 8192)
-    for number, view in enumerate(views):
-        if number == 2:
-            shared.running.stop(VISITOR.tab)
+    seen = [next(views), next(views)]
+    shared.running.stop(VISITOR.tab)
+    view = [*seen, *views][-1]
     assert view.measured.cancelled and view.measured.done < view.measured.total
 
 

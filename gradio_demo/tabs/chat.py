@@ -11,14 +11,18 @@ import gradio as gr
 
 from ropewalk.errors import RopewalkError
 from ropewalk.gradio_demo.chats import messages_of
-from ropewalk.gradio_demo.chatting import OVERFLOW_POLICIES, ChatRequest, ChatView, Meter
+from ropewalk.gradio_demo.chatting import ChatView, Meter
 from ropewalk.gradio_demo.conversations import Conversation
 from ropewalk.gradio_demo.pictures import context_meter, live_line
-from ropewalk.gradio_demo.sampler_settings import BALANCED, PRESETS, SLIDERS, sampling_params
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.tabs.chat_controls import (
+    ConversationControls,
+    ReplyControls,
+    read_controls,
+    template_choices,
+)
 from ropewalk.gradio_demo.tabs.model_bar import ModelBar
 from ropewalk.gradio_demo.tabs.shared import HIDDEN, visitor
-from ropewalk.gradio_demo.templates import ALL_TEMPLATES, template_names
 
 PLACEHOLDER = """### Ask something
 The embedded model continues Python: try `def read_lines(path):`
@@ -59,135 +63,22 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                 again = gr.Button("Regenerate", min_width=80, size="md", elem_id="again")
                 undo = gr.Button("Undo", min_width=80, size="md", elem_id="undo")
         with gr.Column(scale=4, min_width=280):
-            conversations = _Conversations()
-            settings = _Settings(session)
+            conversations = ConversationControls()
+            settings = ReplyControls(session)
     views = [state, chatbot, line, meter, question, conversations.chosen]
-    _connect_replies(session, state, chatbot, question, settings, views, (send, stop, again, undo))
+    _connect_replies(session, bar, state, chatbot, question, settings, views, (send, stop, again, undo))
     opened = [*views, settings.system, settings.template]
     _connect_conversations(session, state, chatbot, conversations, opened, page)
     settings.connect(session, bar, chatbot)
 
 
-class _Conversations:
-    """The list of conversations and what can be done with the open one."""
-
-    def __init__(self) -> None:
-        with gr.Group():
-            self.chosen = gr.Dropdown(
-                [],
-                label="Conversations",
-                info="Kept on this computer. Pick one to go on with it.",
-                elem_id="conversations",
-            )
-        with gr.Row():
-            self.new = gr.Button("New", size="sm", min_width=60, elem_id="new")
-            self.export = gr.DownloadButton("Export", size="sm", min_width=60, elem_id="export")
-            self.import_ = gr.UploadButton("Import", size="sm", min_width=60, file_types=[".json"], elem_id="import")
-            self.delete = gr.Button("Delete", size="sm", min_width=60, elem_id="delete")
-
-
-class _Settings:
-    """How replies are made."""
-
-    def __init__(self, session: Session) -> None:
-        with gr.Accordion("Reply", open=True):
-            self.preset = gr.Radio(
-                list(PRESETS), value=BALANCED, label="Preset", info="Sets the sliders under Sampling.", elem_id="preset"
-            )
-            self.max_new_tokens = gr.Slider(
-                8,
-                2048,
-                128,
-                step=8,
-                label="Longest reply",
-                info="In tokens; a token is about four letters.",
-                elem_id="max-new-tokens",
-            )
-            self.template = gr.Dropdown(
-                list(ALL_TEMPLATES), label="Chat template", info="How turns are written for the model.", elem_id="template"
-            )
-            self.system = gr.Textbox(
-                label="System prompt", info="Said to the model before the conversation.", lines=2, elem_id="system"
-            )
-        with gr.Accordion("Sampling", open=False):
-            values = PRESETS[BALANCED]
-            self.sliders = [
-                gr.Slider(low, high, values[name], step=step, label=label, info=info, elem_id=f"sampler-{name}")
-                for name, label, low, high, step, info in SLIDERS
-            ]
-            self.seed = gr.Textbox(
-                label="Seed",
-                placeholder="fresh",
-                info="The same number gives the same reply again.",
-                elem_id="seed",
-            )
-        with gr.Accordion("Context and adapters", open=False):
-            self.overflow = gr.Radio(
-                list(OVERFLOW_POLICIES),
-                value=OVERFLOW_POLICIES[0],
-                label="When the context is full",
-                info="What to do with a conversation that outgrew it.",
-                elem_id="overflow",
-            )
-            self.adapters = gr.Dropdown(
-                [],
-                multiselect=True,
-                allow_custom_value=True,
-                label="Adapters",
-                info="LoRAs for these replies; storm:0.5 uses half of one.",
-                elem_id="adapters",
-            )
-            self.markdown = gr.Checkbox(
-                False, label="Show replies as Markdown", info="For models that write it; code models do not."
-            )
-
-    @property
-    def inputs(self) -> list[gr.components.Component]:
-        """What a reply depends on, in the order of `read`."""
-        return [
-            self.system,
-            self.template,
-            self.overflow,
-            self.adapters,
-            self.max_new_tokens,
-            self.seed,
-            *self.sliders,
-        ]
-
-    def connect(self, session: Session, bar: ModelBar, chatbot: gr.Chatbot) -> None:
-        """Presets move the sliders; another model brings other templates and adapters."""
-        self.preset.input(
-            lambda name: [PRESETS[name][slider[0]] for slider in SLIDERS], self.preset, self.sliders, **HIDDEN
-        )
-        self.markdown.change(lambda on: gr.update(render_markdown=on, elem_classes=[] if on else ["rw-plain"]), self.markdown, chatbot, **HIDDEN)
-
-        def choices(current: str | None) -> list[Any]:
-            loaded = session.workbench.loaded
-            if loaded is None:
-                return [gr.update(choices=[], value=None), gr.update(choices=[], value=[])]
-            return [
-                _template(session, current),
-                gr.update(choices=session.workbench.adapters(loaded), value=[]),
-            ]
-
-        bar.changed.change(choices, self.template, [self.template, self.adapters], **HIDDEN)
-
-
-def _read(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ChatRequest]:
-    """(system text, template, request) of `_Settings.inputs`."""
-    system, template, overflow, adapters, max_new_tokens, seed, *sliders = values
-    named = dict(zip((slider[0] for slider in SLIDERS), sliders, strict=True))
-    params = sampling_params(named, max_new_tokens, seed)
-    wanted = session.workbench.use_adapters(session.workbench.require(), adapters or [])
-    return system or "", template or "", ChatRequest(params, overflow, wanted)
-
-
 def _connect_replies(
     session: Session,
+    bar: ModelBar,
     state: gr.State,
     chatbot: gr.Chatbot,
     question: gr.Textbox,
-    settings: _Settings,
+    settings: ReplyControls,
     views: list[gr.components.Component],
     buttons: tuple[gr.Button, gr.Button, gr.Button, gr.Button],
 ) -> None:
@@ -199,15 +90,14 @@ def _connect_replies(
     ) -> Iterator[list[Any]]:
         """Views of `work(conversation, chat request)` as values of `views`; `kept` stays in the input field."""
         try:
-            system, template, chat_request = _read(session, values)
+            system, template, chat_request = read_controls(session, values)
         except RopewalkError as error:
             yield _shown(ChatView(conversation, str(error), Meter(), error=str(error)), kept)
             return
-        view = None
         for view in work(replace(conversation, system=system, template=template), chat_request):
-            yield _shown(view, kept if view.error else "")
-        if view is not None:
-            yield [*_shown(view, kept if view.error else "")[:-1], _list(session, request, view.conversation)]
+            shown = _shown(view, kept if view.error else "")
+            # The list is read again once the reply is saved, which is when its last view comes.
+            yield shown if view.running else [*shown[:-1], _list(session, request, view.conversation)]
 
     def run_ask(conversation: Conversation, text: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         who = visitor(request)
@@ -230,7 +120,7 @@ def _connect_replies(
     def run_stop(request: gr.Request) -> None:
         session.running.stop(visitor(request).tab)
 
-    inputs = [state, question, *settings.inputs]
+    inputs = [state, question, *settings.inputs(bar)]
     gr.on(
         [send.click, question.submit],
         run_ask,
@@ -250,7 +140,7 @@ def _connect_conversations(
     session: Session,
     state: gr.State,
     chatbot: gr.Chatbot,
-    conversations: _Conversations,
+    conversations: ConversationControls,
     views: list[gr.components.Component],
     page: gr.Blocks,
 ) -> None:
@@ -260,7 +150,7 @@ def _connect_conversations(
         last = next((turn.note for turn in reversed(conversation.turns)), "")
         line = live_line(last, False, False)
         shown = [conversation, messages_of(conversation), line, "", "", _list(session, request, conversation)]
-        return [*shown, conversation.system, _template(session, conversation.template)]
+        return [*shown, conversation.system, template_choices(session, conversation.template)]
 
     def failed(error: RopewalkError) -> list[Any]:
         return [gr.skip(), gr.skip(), live_line(str(error), False, True), *[gr.skip()] * (len(views) - 3)]
@@ -304,13 +194,6 @@ def _connect_conversations(
 def _shown(view: ChatView, question: str) -> list[Any]:
     line = live_line(view.line, view.running, view.error is not None)
     return [view.conversation, messages_of(view.conversation), line, context_meter(view.meter), question, gr.skip()]
-
-
-def _template(session: Session, wanted: str | None) -> Any:
-    """The choices of the loaded model with `wanted` picked, if it is one of them, else the one that suits best."""
-    loaded = session.workbench.loaded
-    names = [] if loaded is None else template_names(loaded.tokenizer)
-    return gr.update(choices=names, value=wanted if wanted in names else next(iter(names), None))
 
 
 def _list(session: Session, request: gr.Request, conversation: Conversation) -> Any:

@@ -55,7 +55,8 @@ def build_documents(session: Session, bar: ModelBar) -> None:
                 label="Question", info="Asked of the ticked documents.", lines=3, elem_id="documents-question"
             )
             honest = gr.Checkbox(True, label=f"Add “{HONESTY}”", info="The advice of those models' card.")
-            template = gr.Dropdown(list(ALL_TEMPLATES), value=TEMPLATE, label="Chat template", info="How the question is wrapped."
+            template = gr.Dropdown(
+                list(ALL_TEMPLATES), value=TEMPLATE, label="Chat template", info="How the question is wrapped."
             )
             settings = ReplySettings("documents", 128, "Precise")
             count = gr.HTML(elem_id="documents-count")
@@ -66,7 +67,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
             line = gr.HTML(elem_id="documents-line")
             meter = gr.HTML()
             sources = gr.HTML(elem_id="documents-sources")
-    asking = [state, listed, question, honest, template, *settings.inputs]
+    asking = [state, listed, question, honest, template, *settings.inputs(bar)]
     _connect_list(session, state, listed, message, (files, clear, add), (title, url, date, text))
     _connect_asking(session, asking, count, (answer, line, meter, sources), ask, stop)
 
@@ -117,7 +118,7 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
         if not texts:
             return ""
         try:
-            params = request_of(values).params
+            params = request_of(session, values).params
             return count_line(session.documents.count(texts, _full(question or "?", honest), template, params))
         except RopewalkError as error:
             return problem(str(error))
@@ -133,7 +134,7 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
     ) -> Iterator[list[Any]]:
         who: Visitor = visitor(request)
         try:
-            chat_request = request_of(values)
+            chat_request = request_of(session, values)
         except RopewalkError as error:
             yield ["", problem(str(error)), "", ""]
             return
@@ -146,7 +147,7 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
         session.running.stop(visitor(request).tab)
 
     state, listed, question, honest, template, *settings = asking
-    for event in (listed.change, question.blur, honest.change, template.change, settings[1].release):
+    for event in (listed.change, question.blur, honest.change, template.change, settings[2].release):
         event(run_count, asking, count, **HIDDEN)
     ask.click(run_ask, asking, list(shown), api_name="ask_documents", show_progress="hidden", concurrency_limit=None)
     stop.click(run_stop, None, None, **HIDDEN)

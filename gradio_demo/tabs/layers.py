@@ -60,7 +60,7 @@ def build_layers(session: Session, bar: ModelBar) -> None:
 
     def run_current() -> list[str]:
         text = lab.current()
-        return [text, order_picture(lab.view(text)), ""]
+        return [text, order_picture(lab.view(text))]
 
     def run_fill(count: float | None, back: float | None) -> list[Any]:
         try:
@@ -78,7 +78,7 @@ def build_layers(session: Session, bar: ModelBar) -> None:
 
     def run_compare(text: str, start: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         try:
-            params = request_of(values).params
+            params = request_of(session, values).params
         except RopewalkError as error:
             yield [gr.skip(), gr.skip(), problem(str(error))]
             return
@@ -92,6 +92,6 @@ def build_layers(session: Session, bar: ModelBar) -> None:
     fill.click(run_fill, [recompute, rewind], [order, picture], **HIDDEN)
     reset.click(lambda: ["", run_view("")], None, [order, picture], **HIDDEN)
     apply.click(run_apply, order, [order, picture, applied, bar.card], api_name="apply_order", show_progress="hidden")
-    compare.click(run_compare, [order, prompt, *settings.inputs], [before, after, line], **HIDDEN)
+    compare.click(run_compare, [order, prompt, *settings.inputs(bar)], [before, after, line], **HIDDEN)
     stop.click(run_stop, None, None, **HIDDEN)
-    bar.changed.change(run_current, None, [order, picture, applied], **HIDDEN)
+    bar.order.change(run_current, None, [order, picture], **HIDDEN)

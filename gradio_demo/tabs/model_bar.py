@@ -29,7 +29,9 @@ class ModelBar:
     card: gr.HTML
     folder: gr.Dropdown
     fields: list[gr.components.Component]
+    adapters: gr.Dropdown  # of the requests of this page
     changed: gr.State  # Workbench.generation as this page knows it
+    order: gr.State  # the layer order as this page knows it
 
 
 def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
@@ -38,18 +40,25 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
         queue = gr.HTML(queue_line(session.workbench.loaded), elem_id="queue")
         gr.HTML(HEAD)
         status = gr.HTML(status_line(session.workbench.loaded), elem_id="status")
-    changed = gr.State(-1)
-    with gr.Accordion("Model and how it is loaded", open=False, elem_id="model-bar"):
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=280):
-                folder, load, unload, message = _folder_row(session)
-                with gr.Accordion("Or drop a model folder", open=False):
-                    dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=140)
-                fields = _fields()
-            with gr.Column(scale=2, min_width=260):
-                gr.Markdown("**What was decided**")
-                card = gr.HTML(model_card(session.workbench.loaded), elem_id="card")
-    bar = ModelBar(status, queue, card, folder, fields, changed)
+    changed, order = gr.State(-1), gr.State("")
+    with gr.Accordion("Model and how it is loaded", open=False, elem_id="model-bar"), gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=280):
+            folder, load, unload, message = _folder_row(session)
+            with gr.Accordion("Or drop a model folder", open=False):
+                dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=140)
+            fields = _fields()
+            adapters = gr.Dropdown(
+                [],
+                multiselect=True,
+                allow_custom_value=True,
+                label="Adapters",
+                info="LoRAs for the replies of this page, without loading anew; storm:0.5 uses half of one.",
+                elem_id="adapters",
+            )
+        with gr.Column(scale=2, min_width=260):
+            gr.Markdown("**What was decided**")
+            card = gr.HTML(model_card(session.workbench.loaded), elem_id="card")
+    bar = ModelBar(status, queue, card, folder, fields, adapters, changed, order)
     _connect(session, bar, message, load, unload, dropped, page)
     return bar
 
@@ -112,11 +121,12 @@ def _connect(
         workbench.unload()
         return ["", status_line(None), model_card(None), workbench.generation, *_field_notes(None)]
 
-    def run_look(known: int) -> list[Any]:
+    def run_look(known: int, order: str) -> list[Any]:
+        now = [workbench.generation, session.layers.current()]
         queue = queue_line(workbench.loaded)
-        if known == workbench.generation:
-            return [queue, gr.skip(), gr.skip(), gr.skip()]
-        return [queue, status_line(workbench.loaded), model_card(workbench.loaded), workbench.generation]
+        if now == [known, order]:
+            return [queue, *[gr.skip()] * 4]
+        return [queue, status_line(workbench.loaded), model_card(workbench.loaded), *now]
 
     def run_suggest(name: str) -> list[Any]:
         try:
@@ -124,7 +134,10 @@ def _connect(
         except FieldError as error:
             return [*_problem(error), *[gr.skip()] * len(FIELDS)]
         values = asdict(settings)
-        return ["", *(gr.update(value=shown_value(values[field.name]), info=field.info, elem_classes=[]) for field in FIELDS)]
+        return [
+            "",
+            *(gr.update(value=shown_value(values[field.name]), info=field.info, elem_classes=[]) for field in FIELDS),
+        ]
 
     def run_check(name: str, *values: Any) -> list[Any]:
         try:
@@ -147,11 +160,15 @@ def _connect(
         values = [shown_value(value) for value in asdict(loaded.settings).values()]
         return [loaded.name, status_line(loaded), model_card(loaded), *values, workbench.generation]
 
-    load.click(
-        run_load, [bar.folder, *bar.fields], outcome, api_name="load", show_progress_on=[message, bar.card]
-    )
+    def run_adapters() -> Any:
+        loaded = workbench.loaded
+        return gr.update(choices=[] if loaded is None else workbench.adapters(loaded), value=[])
+
+    bar.changed.change(run_adapters, None, bar.adapters, **HIDDEN)
+    load.click(run_load, [bar.folder, *bar.fields], outcome, api_name="load", show_progress_on=[message, bar.card])
     unload.click(run_unload, None, outcome, **HIDDEN)
-    gr.Timer(LOOK_S).tick(run_look, bar.changed, [bar.queue, bar.status, bar.card, bar.changed], **HIDDEN)
+    watched = [bar.queue, bar.status, bar.card, bar.changed, bar.order]
+    gr.Timer(LOOK_S).tick(run_look, [bar.changed, bar.order], watched, **HIDDEN)
     page.load(run_page, None, [bar.folder, bar.status, bar.card, *bar.fields, bar.changed], **HIDDEN)
     bar.folder.input(run_suggest, [bar.folder], [message, *bar.fields], **HIDDEN)
     dropped.upload(run_drop, [dropped], [bar.folder, message, *bar.fields], **HIDDEN)

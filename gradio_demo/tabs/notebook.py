@@ -11,13 +11,14 @@ from ropewalk.errors import RopewalkError
 from ropewalk.gradio_demo.more_pictures import token_view
 from ropewalk.gradio_demo.pictures import context_meter, live_line
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.tabs.model_bar import ModelBar
 from ropewalk.gradio_demo.tabs.replies import ReplySettings, request_of
 from ropewalk.gradio_demo.tabs.shared import HIDDEN, visitor
 
 EXAMPLE = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 
 
-def build_notebook(session: Session) -> None:
+def build_notebook(session: Session, bar: ModelBar) -> None:
     """Lay it out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=320):
@@ -40,7 +41,7 @@ def build_notebook(session: Session) -> None:
 
     def run(prompt: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         try:
-            chat_request = request_of(values)
+            chat_request = request_of(session, values)
         except RopewalkError as error:
             yield [gr.skip(), gr.skip(), live_line(str(error), False, True), gr.skip()]
             return
@@ -53,7 +54,7 @@ def build_notebook(session: Session) -> None:
 
     go.click(
         run,
-        [text, *settings.inputs],
+        [text, *settings.inputs(bar)],
         [text, tokens, line, meter],
         api_name="complete",
         show_progress="hidden",

@@ -8,6 +8,8 @@ import gradio as gr
 
 from ropewalk.gradio_demo.chatting import ChatRequest
 from ropewalk.gradio_demo.sampler_settings import BALANCED, PRESETS, sampling_params
+from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.tabs.model_bar import ModelBar
 
 
 class ReplySettings:
@@ -35,17 +37,17 @@ class ReplySettings:
                 8, 1024, longest, step=8, label="Longest reply", info="In tokens.", elem_id=f"{name}-length"
             )
 
-    @property
-    def inputs(self) -> list[gr.components.Component]:
+    def inputs(self, bar: ModelBar) -> list[gr.components.Component]:
         """In the order of `request_of`."""
-        return [self.preset, self.max_new_tokens, self.seed]
+        return [bar.adapters, self.preset, self.max_new_tokens, self.seed]
 
 
-def request_of(values: tuple[Any, ...]) -> ChatRequest:
+def request_of(session: Session, values: tuple[Any, ...]) -> ChatRequest:
     """What `ReplySettings.inputs` ask for.
 
     Raises:
-        RequestError: a value is out of range.
+        RequestError: a value is out of range, no such adapter, or no model. Others as `Model.load_adapter`.
     """
-    preset, max_new_tokens, seed = values
-    return ChatRequest(sampling_params(PRESETS[preset], max_new_tokens, seed))
+    adapters, preset, max_new_tokens, seed = values
+    wanted = session.workbench.use_adapters(session.workbench.require(), adapters or [])
+    return ChatRequest(sampling_params(PRESETS[preset], max_new_tokens, seed), adapters=wanted)
