@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import ropewalk.gradio_demo
 from demo_session import GREEDY, VISITOR, copy_of_the_embedded_model, embedded_session, empty_session, values
 from ropewalk.errors import RequestError
 from ropewalk.gradio_demo.access import EMBEDDED
@@ -22,6 +23,18 @@ from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.templates import PLAIN, template_names
 from ropewalk.gradio_demo.workbench import FOLDER
 from ropewalk.sampling import SamplingParams
+
+ASKING = """
+import sys
+from pathlib import Path
+from demo_session import GREEDY, VISITOR, embedded_session
+from ropewalk.gradio_demo.conversations import Conversation
+session, conversation = embedded_session(Path(sys.argv[1])), Conversation(template="plain text")
+while True:
+    *_, view = session.chats.ask(VISITOR, conversation, "def f():", GREEDY)
+    conversation = view.conversation
+    print(len(conversation.turns), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +408,26 @@ def test_what_cannot_be_measured_is_explained(
 def test_the_session_needs_no_gradio() -> None:
     program = "import sys; sys.modules['gradio'] = None; import ropewalk.gradio_demo.session"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_gradio_is_known_to_the_layout_alone() -> None:
+    folder = Path(ropewalk.gradio_demo.__file__).parent
+    knowing = {path.relative_to(folder).parts[0] for path in folder.rglob("*.py") if "gradio as gr" in path.read_text()}
+    assert knowing == {"app.py", "serving.py", "theme.py", "tabs"}
+
+
+def test_a_killed_process_loses_no_finished_turn(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ASKING, str(tmp_path)], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
+    )
+    while (finished := int(process.stdout.readline())) < 4:
+        pass
+    process.kill()
+    process.wait()
+    found = empty_session(tmp_path).chats.current(VISITOR).turns
+    assert len(found) >= finished
+    assert [turn.role for turn in found[:4]] == ["user", "assistant"] * 2
+    assert all("12 written" in turn.note for turn in found[1:4:2])
 
 
 def long_request() -> ChatRequest:
