@@ -21,6 +21,9 @@ from ropewalk.gradio_demo.visitors import VisitorCookie
 STYLE = Path(__file__).with_name("style.css")
 MAX_UPLOAD = "64gb"
 WORKERS = 64  # each running reply, measurement and load takes one while it lasts
+# What Gradio remembers of a page takes half a MiB, and it cannot tell a closed page from a quiet one. The pages looked at
+# last are kept: open ones ask for news every two seconds.
+OPEN_PAGES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ def launch(page: gr.Blocks, address: Address) -> str:
             pwa=False,
             enable_monitoring=False,
             max_threads=WORKERS,
+            state_session_capacity=OPEN_PAGES,
             max_file_size=MAX_UPLOAD,
             theme=make_theme(),
             css_paths=[STYLE],

@@ -104,9 +104,14 @@ def answers_alone(url: str, users: int) -> list[list[str]]:
     """The replies of every user's conversation when nobody else asks."""
     found = []
     for user in range(users):
-        client = Client(url, verbose=False)
+        client = connect(url)
         found.append([say(client, question, length_of(user))[0] for question in questions(user)])
     return found
+
+
+def connect(url: str) -> Client:
+    """A new visitor; patient, for a machine that is busy with ten others."""
+    return Client(url, verbose=False, httpx_kwargs={"timeout": REPLY_S})
 
 
 def say(client: Client, question: str, length: int) -> tuple[str, float]:
@@ -142,7 +147,7 @@ def use(url: str, user: int, expected: list[str], tally: Tally, end: float, paus
     draw = random.Random(user)
     while time.monotonic() < end:
         try:
-            client = Client(url, verbose=False)
+            client = connect(url)
             if user == LEAVER:
                 leave(client, user, tally, draw)
             elif user == STOPPER:

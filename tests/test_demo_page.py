@@ -20,7 +20,7 @@ from ropewalk.gradio_demo.session import Session  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-PATIENCE_MS = 30_000
+PATIENCE_MS = 60_000
 TABS = ("Chat", "Notebook", "Ask documents", "Context lab", "Layers")
 
 

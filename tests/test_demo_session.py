@@ -380,7 +380,7 @@ def test_a_cancelled_measurement_shows_what_it_has(shared: Session) -> None:
     seen = [next(views), next(views)]
     shared.running.stop(VISITOR.tab)
     view = [*seen, *views][-1]
-    assert view.measured.cancelled and view.measured.done < view.measured.total
+    assert view.measured.cancelled and len(view.measured.result) < 50 and view.csv is not None
 
 
 @pytest.mark.parametrize(

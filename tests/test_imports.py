@@ -30,6 +30,7 @@ ORDER = [
     *("sampling", "generate", "evaluate", "routing"),
     *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
     *("chat_formats", "chat", "stops", "turn_queue", "cache_pool", "text_stream", "engine"),
+    *("variants", "compare", "retrieval", "plots"),
     *("hf.history", "hf.reply_clock", "hf.runner", "hf.refusals", "hf.hf_config", "hf.causal_lm", "hf"),
     *("webui.patching", "webui.hook", "webui.import_hook", "webui.parameters", "webui.model_settings", "webui.running"),
     *("webui.hooks.console", "webui.hooks.arguments", "webui.hooks.loader_table", "webui.hooks.model_defaults"),
@@ -38,12 +39,11 @@ ORDER = [
     *("webui.registration", "webui", "webui.autostart", "webui.launch"),
     "demo",
     *("webui.checkout", "webui.extension", "webui.embedded_model", "webui.startup_file", "cli_webui"),
-    *("variants", "compare", "retrieval", "plots"),
-    *("cli_options", "cli_chat"),
+    *("cli_options", "cli_chat", "cli_lab", "cli_demo"),
     *("server", "server.notes", "server.errors", "server.schema", "server.refusals", "server.model_names"),
     *("server.requests", "server.jobs", "server.replies", "server.metrics", "server.middleware", "server.answers"),
     *("server.app", "server.uvicorn_server", "server.launch"),
-    *("cli_serve", "cli_lab", "cli_demo", "cli", "__main__"),
+    *("cli_serve", "cli", "__main__"),
 ]
 PAGE = "gradio_demo"  # above all of these; test_demo_session.py looks at its own order
 

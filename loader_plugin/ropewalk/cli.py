@@ -1,4 +1,4 @@
-"""The command `ropewalk` and its subcommands, of which the larger ones stand in modules of their own, cli_*.py.
+"""The command `ropewalk`: generate, chat, serve, demo, info, perplexity, compare, retrieval, export-layers, webui.
 
 Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
 after Ctrl-C, 141 when the reader of stdout went away.
