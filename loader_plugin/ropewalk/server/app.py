@@ -61,6 +61,10 @@ class Service:
         self.draining = True
         self.jobs.refuse_waiting(_shutting_down())
 
+    async def cut_off(self) -> None:
+        """End what still runs."""
+        await self.jobs.shut_down(_shutting_down())
+
     async def answer(self, request: Request, prepare: Callable[[R], Work], body: R, shape: Shape) -> Response:
         """The reply to a completion or chat request."""
         work = await asyncio.to_thread(prepare, body)  # tokenising a long text takes a while

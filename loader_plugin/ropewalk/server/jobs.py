@@ -78,10 +78,10 @@ class Jobs:
             if not job.ticket.has_turn:
                 job.fail(error)
 
-    async def shut_down(self) -> None:
-        """Cancel what still runs and wait for the threads."""
+    async def shut_down(self, error: Exception) -> None:
+        """End what still runs with this error, and wait for the threads."""
         for job in list(self.live):
-            job.close()
+            job.fail(error)
         await asyncio.to_thread(self._threads.shutdown)
 
 
@@ -115,7 +115,7 @@ class Job:
         self._jobs.live.discard(self)
 
     def fail(self, error: Exception) -> None:
-        """End a job that has not started with an error for the client."""
+        """End it with an error for the client."""
         self._events.put_nowait(error)
         self.close()
 

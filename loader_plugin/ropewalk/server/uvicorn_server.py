@@ -27,4 +27,4 @@ class GracefulServer(uvicorn.Server):
                 "finishing %d replies; Ctrl-C once more cuts them off", self._service.engine.queue.num_running
             )
         await super().shutdown(sockets)
-        await self._service.jobs.shut_down()
+        await self._service.cut_off()
