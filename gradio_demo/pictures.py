@@ -34,7 +34,7 @@ def status_line(loaded: Loaded | None) -> str:
 def queue_line(loaded: Loaded | None) -> str:
     """How busy the model is with everybody's replies; nothing while it is idle."""
     if loaded is None or not loaded.engine.queue.num_running:
-        return '<p class="rw-line rw-queue">idle</p>'
+        return ""
     queue = loaded.engine.queue
     return (
         f'<p class="rw-line rw-queue rw-running">{queue.num_running} of {queue.num_turns} places answering, '

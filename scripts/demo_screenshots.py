@@ -62,7 +62,7 @@ def opened(browser: Browser, url: str, size: str, theme: str) -> Iterator[Page]:
 
 def save(page: Page, path: Path) -> None:
     """The whole page, reduced."""
-    page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
+    page.evaluate("document.activeElement?.matches('.rw-token') || document.activeElement?.blur(); scrollTo(0, 0)")
     page.mouse.move(0, 0)
     page.wait_for_timeout(600)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")

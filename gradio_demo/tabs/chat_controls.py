@@ -51,6 +51,7 @@ class ReplyControls:
             )
             self.template = gr.Dropdown(
                 list(ALL_TEMPLATES),
+                value=None,
                 label="Chat template",
                 info="How turns are written for the model.",
                 elem_id="template",

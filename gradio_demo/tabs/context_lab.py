@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.errors import RopewalkError
-from ropewalk.gradio_demo.context_lab import LabView
+from ropewalk.gradio_demo.context_lab import ADAPTER_MARK, LabView
 from ropewalk.gradio_demo.more_pictures import progress_bar
 from ropewalk.gradio_demo.pictures import problem
 from ropewalk.gradio_demo.session import Session
@@ -21,6 +21,7 @@ ABOUT = (
     "How far does the context reach? A model reads positions that it never saw in training badly, and RoPE scaling "
     "brings them back into the range that it knows. Both measurements run on the loaded model; conversations go on."
 )
+MAX_CHOSEN_ADAPTERS = 3
 CHOSEN = ["none", "linear", "dynamic", "yarn"]
 LENGTHS = "256, 512, 1024, 2048"
 
@@ -77,7 +78,8 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
 
     def run_choices() -> list[Any]:
         names = session.lab.scalings()
-        return [gr.update(choices=names, value=CHOSEN), gr.update(choices=names, value=AS_LOADED)]
+        chosen = CHOSEN + [name for name in names if name.startswith(ADAPTER_MARK)][:MAX_CHOSEN_ADAPTERS]
+        return [gr.update(choices=names, value=chosen), gr.update(choices=names, value=AS_LOADED)]
 
     bar.changed.change(run_choices, None, [scalings, scaling], **HIDDEN)
 
