@@ -21,8 +21,8 @@ from ropewalk.gradio_demo.visitors import VisitorCookie
 STYLE = Path(__file__).with_name("style.css")
 MAX_UPLOAD = "64gb"
 WORKERS = 64  # each running reply, measurement and load takes one while it lasts
-# What Gradio remembers of a page takes half a MiB, and it cannot tell a closed page from a quiet one. The pages looked
-# at last are kept: open ones ask for news every two seconds.
+# What Gradio remembers of a page takes half a MiB, and it cannot tell a closed page from a quiet one. The pages that
+# asked last are kept: open ones ask for news every two seconds.
 OPEN_PAGES = 128
 
 

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
 SIZES = {"wide": (1280, 800), "narrow": (400, 860)}
 COLOURS = 128
-PATIENCE_MS = 60_000
+PATIENCE_MS = 180_000
 DOCUMENT = """The ropewalk at Chatham is a quarter of a mile long. Rope has been made there since 1618.
 Strands of hemp are laid out along the floor, and a carriage on rails twists them together as it rolls.
 """
@@ -104,6 +104,8 @@ def picture_chat(page: Page) -> None:
     choose(page, "Chat")
     page.get_by_text("Sampling", exact=True).first.click()
     fill_setting(page, "#seed", "7")
+    fill_setting(page, "#max-new-tokens", "48")
+    page.keyboard.press("Enter")
     for question in ("def read_lines(path):", "class Queue:"):
         page.locator("#question textarea").fill(question)
         page.click("#send")
