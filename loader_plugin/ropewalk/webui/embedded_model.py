@@ -36,9 +36,13 @@ def remove_model(checkout: Checkout) -> str | None:
     folder = checkout.models / FOLDER
     if not folder.is_dir():
         return None
-    names = sorted(path.name for path in demo_model_path().iterdir())
-    same = sorted(path.name for path in folder.iterdir()) == names
-    if not same or filecmp.cmpfiles(demo_model_path(), folder, names, shallow=False)[0] != names:
+    files = _files(demo_model_path())
+    if _files(folder) != files or filecmp.cmpfiles(demo_model_path(), folder, files, shallow=False)[0] != files:
         return f"{folder} has been changed and was left: remove it if you do not need it"
     shutil.rmtree(folder)
     return f"removed {folder}"
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file below a folder, by its path in there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
