@@ -28,6 +28,12 @@ def test_compare_writes_a_line_per_scaling_and_length(capsys: pytest.CaptureFixt
     assert all(1 < float(row["perplexity"]) < 1000 for row in found)
 
 
+def test_an_adapter_of_the_embedded_model_is_one_more_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", "64", "--scalings", "none", "--lora", "linear-4", "--max-tokens", "64"]
+    assert main(["compare", *options]) == 0
+    assert [row["variant"] for row in rows(capsys.readouterr().out)] == ["none", "linear-4"]
+
+
 def test_retrieval_writes_table_and_plot_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     table, plot = tmp_path / "map.csv", tmp_path / "map.svg"
@@ -43,6 +49,7 @@ def test_retrieval_writes_table_and_plot_to_files(tmp_path: Path, capsys: pytest
     ("arguments", "said"),
     [
         (["compare", "--scalings", "spiral"], "scaling 'spiral' is not known"),
+        (["compare", "--lora", "nobody"], "neither a folder nor an adapter that comes with"),
         (["compare", "--lengths", "999999"], "one window of the longest length needs 999999"),
         (["retrieval", "--lengths", "8"], "a length must be from"),
         (["retrieval", "--depths", "2", "--lengths", "128"], "a depth is a number from 0"),

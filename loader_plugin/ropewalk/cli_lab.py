@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.adapter_folders import find_adapter
 from ropewalk.cli_options import (
     add_adapter_arguments,
     add_load_arguments,
@@ -39,10 +40,10 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument("--factor", type=float, metavar="X", help="of each (default: longest / original length)")
     compare.add_argument(
-        "--lora", action="append", default=[], type=Path, metavar="FOLDER", help="a LoRA as one more line"
+        "--lora", action="append", default=[], metavar="NAME", help="one more line: a LoRA, with the scaling it notes"
     )
     compare.add_argument("--max-tokens", type=int, default=32768, metavar="N", help="of the text (default: 32768)")
-    compare.set_defaults(run=run_compare)
+    compare.set_defaults(run=run_compare, adapter=[])  # the model itself is loaded without adapters
 
     retrieval = commands.add_parser(
         "retrieval", help="pass keys by depth and length", description=run_retrieval.__doc__
@@ -64,7 +65,7 @@ def run_compare(args: argparse.Namespace) -> int:
     model, tokenizer, token_ids = _model_and_text(args)
     factor = args.factor or max(1.0, max(args.lengths) / model.rope.original_length)
     variants = [scaling_variant(model, name, factor) for name in args.scalings]
-    variants += [adapter_variant(model, folder.name, folder) for folder in args.lora]
+    variants += [adapter_variant(model, name, _adapter_folder(args, name)) for name in args.lora]
     with progress_bar("perplexity", "token") as progress:
         curves = compare_perplexity(model, token_ids, args.lengths, variants, args.max_tokens, progress)
     _write(args, curves_csv(curves), lambda: plot_curves(curves))
@@ -105,6 +106,14 @@ def _model_and_text(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
         args.max_seq_len = max(args.lengths)
     model, tokenizer = load(args)
     return model, tokenizer, tokenizer.encode(text, add_bos=False)
+
+
+def _adapter_folder(args: argparse.Namespace, given: str) -> Path:
+    """A folder, or the name of an adapter that comes with the model."""
+    folder = find_adapter(model_folder(args), given)
+    if folder is None:
+        raise RequestError(f"--lora {given}: neither a folder nor an adapter that comes with {model_folder(args)}")
+    return folder
 
 
 def _write(args: argparse.Namespace, table: str, plot: Callable[[], Figure]) -> None:

@@ -189,7 +189,7 @@ def _rope_of_adapters(args: argparse.Namespace) -> Mapping[str, Any] | None:
     """The RoPE scaling that the adapters given were trained for, with a line about it on stderr."""
     from ropewalk.adapter_folders import rope_of_adapters
 
-    scaling = rope_of_adapters(_adapter_option(args, text)[0] for text in getattr(args, "adapter", ()))
+    scaling = rope_of_adapters(_adapter_option(args, text)[0] for text in args.adapter)
     if scaling is not None:
         note(f"RoPE scaling as the adapter asks: --rope-scaling '{json.dumps(scaling)}'")
     return scaling
