@@ -66,7 +66,8 @@ class Browser:
         """Choose a model and wait until the page has answered that."""
         self.tab("Model")
         self.choose("Model", name)
-        self.see(re.compile(re.escape(name)))
+        answer = self.page.locator("h3:visible, p:visible").filter(has_text=name)
+        expect(answer.first).to_be_visible(timeout=WAIT_MS)
 
     def open_more_options(self, wanted: Locator) -> None:
         """Open the part of the Model tab that some versions hide a field in, if this one does."""
