@@ -303,11 +303,11 @@ def unload_frees_the_model(browser: Browser) -> str:
 
 CHECKS: tuple[Callable[[Browser], str], ...] = (
     extension_is_activated_in_the_session_tab,
-    the_extension_is_saved_for_the_next_start,
     selecting_a_gptq_folder_fills_the_fields,
     load_shows_what_was_loaded,
     another_context_and_compress_pos_emb,
     chat_streams,
+    the_extension_is_saved_for_the_next_start,
     settings_are_saved,
     loras_are_applied,
     a_broken_folder_says_why,
