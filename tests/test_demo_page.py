@@ -324,3 +324,16 @@ def test_a_taken_port_is_explained(url: str, session: Session) -> None:
 
 def test_the_page_listens_on_this_machine_only(url: str) -> None:
     assert url.startswith("http://127.0.0.1:")
+
+
+def test_a_dropped_folder_is_loaded(page: playwright.Page, tmp_path: Path) -> None:
+    """The last one here: the page has another model from now on."""
+    folder = copy_of_the_embedded_model(tmp_path / "dropped", max_position_embeddings=768)
+    page.get_by_text("Model and how it is loaded").click()
+    page.get_by_text("Or drop a model folder").click()
+    page.locator("input[type=file][webkitdirectory]").first.set_input_files(folder)
+    page.wait_for_function("document.querySelector('#folder input, #folder textarea')?.value.includes('dropped-')")
+    page.click("#load")
+    says(page, "status", "768 tokens of context")
+    reply_settings(page, 8, 1)
+    assert ask(page, "def f():")
