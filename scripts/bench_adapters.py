@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import ropewalk
-from benchmarking import paired, print_head, spread
+from benchmarking import add_speed_arguments, paired, print_head, spread
 from ropewalk.config import ModelConfig
 from ropewalk.model import Model
 from ropewalk.tensor_table import FAMILY_TABLES, layer_prefix, sizes
@@ -34,12 +34,7 @@ MOST_OF_STACKING = 0.10  # what four of rank 16 may cost beyond one of rank 64
 def main() -> None:
     """Measure and print a table per compute mode."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--isa")
-    parser.add_argument("--compute", nargs="+", default=["int8", "exact"])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--context", type=int, default=128, help="positions cached before a token is decoded")
+    add_speed_arguments(parser)
     parser.add_argument(
         "--processor-time",
         action="store_true",

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 import ropewalk
-from benchmarking import memory_reader, paired, print_head, spread
+from benchmarking import add_speed_arguments, memory_reader, paired, print_head, spread
 from ropewalk.model import Model
 
 READ_BYTES = 1 << 30
@@ -26,12 +25,7 @@ READ_BYTES = 1 << 30
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--isa")
-    parser.add_argument("--compute", nargs="+", default=["int8", "exact"])
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--context", type=int, default=128, help="positions cached before a token is decoded")
+    add_speed_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import platform
 import statistics
@@ -14,6 +15,16 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the measurements of prefill and decode have in common."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa")
+    parser.add_argument("--compute", nargs="+", default=["int8", "exact"])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--context", type=int, default=128, help="positions cached before a token is decoded")
 
 
 def print_head(title: str) -> None:
