@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 BITS, GROUP_SIZE = 4, 32
@@ -68,12 +67,6 @@ def dequantised_state(folder: Path) -> dict[str, torch.Tensor]:
         elif name.rsplit(".", 1)[-1] not in ("qzeros", "g_idx", "scales"):
             state[name] = tensor.float()
     return state
-
-
-def tensor_dtypes(folder: Path) -> dict[str, str]:
-    """Each tensor's stored dtype, by name."""
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def _unpack(words: torch.Tensor, dim: int) -> torch.Tensor:
