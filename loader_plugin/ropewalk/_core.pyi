@@ -66,10 +66,18 @@ def dense_linear(weight: numpy.ndarray, type: str, bias: object) -> DenseLinear:
 class LowRank:
     """A low-rank change of a linear group, y += (x A) B, used where it lies."""
 
-    def __init__(self, a: numpy.ndarray, in_features: int, type: str, parts: Sequence[tuple[int, object]]) -> None:
-        """a: [ceil(R / 4), ceil(K / 16), 4, 16] float32 for type "f32", uint16 (the bits) for "f16".
+    def __init__(
+        self,
+        a: numpy.ndarray,
+        scales: numpy.ndarray | None,
+        in_features: int,
+        type: str,
+        parts: Sequence[tuple[int, numpy.ndarray | None, numpy.ndarray | None]],
+    ) -> None:
+        """a: [ceil(R / 4), ceil(K / 16), 4, 16] float32 for type "f32", int8 for "i8".
 
-        parts: N and B of each linear. B: [ceil(N / 16), rank, 16] of the same type, or None; R is the sum of the ranks.
+        parts: N, B and the scales of B of each linear. B: [ceil(N / 16), rank, 16] of the same type, or None; R is the
+        sum of the ranks. scales: float32, [R rounded up to 4] and of B [N rounded up to 16] for "i8", None for "f32".
         """
     def add(self, runtime: Runtime, x: numpy.ndarray, out: numpy.ndarray) -> None:
         """out += the change; x: [T, K] float32. out: [T, N] float32, written."""

@@ -177,9 +177,8 @@ class Arena:
 class LowRank:
     """A low-rank change of the parts of a `Linear`: y += (x A^T) B^T.
 
-    parts: (A [r, K], B [N, r]) of each part in float32; r may be 0. dtype: "f32", or "f16", which halves what is read
-    (ranks are first brought to where float16 is most exact, by powers of two between A and B; matrices that do not fit
-    into it all the same stay in f32).
+    parts: (A [r, K], B [N, r]) of each part in float32; r may be 0. dtype: "f32", or "i8", a quarter of what is read:
+    8-bit codes with a scale for each rank of A and each output of B (f32 where such a scale would not be finite).
     Products and sums are float32. arena: where the matrices go.
 
     Raises:
@@ -194,20 +193,22 @@ class LowRank:
                 raise ShapeError(f"A must be [r, K] and B [N, r], got {list(a.shape)} and {list(b.shape)}")
         if not any(a.shape[0] for a, _ in parts):
             raise ShapeError("a low-rank change needs a part of a rank above 0")
-        halves = [_balanced_halves(a, b) for a, b in parts] if dtype == "f16" else []
-        if halves and all(bool(matrix.isfinite().all()) for pair in halves for matrix in pair):
-            parts = halves
-        else:
-            dtype = "f32"
+        held = [_codes(a, b) for a, b in parts] if dtype == "i8" else []
+        if not held or not all(bool(scales.isfinite().all()) for pair in held for _, scales in pair):
+            held, dtype = [((a, None), (b, None)) for a, b in parts], "f32"
         arena = arena or Arena()
 
-        def placed(matrix: torch.Tensor) -> np.ndarray:
-            return arena.place(matrix.view(torch.int16).numpy().view(np.uint16) if dtype == "f16" else matrix.numpy())
+        def placed(matrix: torch.Tensor | None) -> np.ndarray | None:
+            return None if matrix is None else arena.place(matrix.numpy())
 
-        a = torch.cat([a for a, _ in parts])  # [R, K]
-        panels = placed(_panels(a))  # read before the tiles, so placed before them
-        tiles = [(b.shape[0], placed(_tiles(b)) if b.shape[1] else None) for _, b in parts]
-        self._core = _core.LowRank(panels, a.shape[1], dtype, tiles)
+        a = torch.cat([a for (a, _), _ in held])  # [R, K]
+        a_scales = torch.cat([scales for (_, scales), _ in held]) if dtype == "i8" else None  # [R]
+        panels = placed(_panels(a)), placed(_padded(a_scales, 4))  # read before the tiles, so placed before them
+        tiles = [
+            (b.shape[0], placed(_tiles(b)), placed(_padded(scales, 16))) if b.shape[1] else (b.shape[0], None, None)
+            for _, (b, scales) in held
+        ]
+        self._core = _core.LowRank(*panels, a.shape[1], dtype, tiles)
         self.num_bytes: int = self._core.num_bytes
 
     def add_(self, runtime: Runtime, y: Array, x: Array) -> None:
@@ -215,14 +216,35 @@ class LowRank:
         self._core.add(runtime._core, as_numpy(x), as_numpy(y))
 
 
-def _balanced_halves(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, K] and B [N, r] in float16 with the same product: each rank's largest values in A and B are made alike."""
+Scaled = tuple[torch.Tensor, torch.Tensor]
+
+
+def _codes(a: torch.Tensor, b: torch.Tensor) -> tuple[Scaled, Scaled]:
+    """(codes of A [r, K] with scales [r], codes of B [N, r] with scales [N]), with the product of A and B.
+
+    How large a rank is in B goes into its scale of A, so that a small rank keeps its digits beside a large one.
+    """
     if not a.shape[0]:
-        return a.half(), b.half()
-    tiny = torch.finfo(torch.float32).tiny
-    ratio = b.abs().amax(0).clamp_min(tiny).log2() - a.abs().amax(1).clamp_min(tiny).log2()  # [r]
-    factor = torch.exp2((ratio / 2).round())  # [r]
-    return (a * factor[:, None]).half(), (b / factor).half()
+        return (a.to(torch.int8), a.new_empty(0)), (b.to(torch.int8), b.new_zeros(b.shape[0]))
+    sizes = _largest(b, 0)  # [1, r]
+    (a_codes, a_scales), b_scaled = _rows_in_codes(a), _rows_in_codes(b / sizes)
+    return (a_codes, a_scales * sizes[0]), b_scaled
+
+
+def _rows_in_codes(matrix: torch.Tensor) -> Scaled:
+    """[n, m] float32 -> int8 [n, m] within -127..127 and the scale of each row, float32 [n]."""
+    largest = _largest(matrix, 1)  # [n, 1]
+    return (matrix / largest * 127).round().to(torch.int8), largest[:, 0] / 127
+
+
+def _largest(matrix: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest magnitude along `dim`, which stays; above 0, to divide by."""
+    return matrix.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _padded(scales: torch.Tensor | None, multiple: int) -> torch.Tensor | None:
+    """With zeros to a multiple."""
+    return None if scales is None else torch.nn.functional.pad(scales, (0, -scales.shape[0] % multiple))
 
 
 def _panels(a: torch.Tensor) -> torch.Tensor:

@@ -254,9 +254,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("dense_linear", &dense_linear, py::arg("weight"), py::arg("type"), py::arg("bias"));
 
   py::class_<LowRank>(m, "LowRank")
-      .def(py::init<const py::array&, int64_t, const std::string&,
-                    const std::vector<std::pair<int64_t, py::object>>&>(),
-           py::arg("a"), py::arg("in_features"), py::arg("type"), py::arg("parts"))
+      .def(py::init<const py::array&, const py::object&, int64_t, const std::string&,
+                    const std::vector<LowRank::Part>&>(),
+           py::arg("a"), py::arg("scales"), py::arg("in_features"), py::arg("type"), py::arg("parts"))
       .def("add", &LowRank::add, py::arg("runtime"), py::arg("x"), py::arg("out"))
       .def_property_readonly("num_bytes", &LowRank::num_bytes);
 

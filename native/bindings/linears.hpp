@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -59,22 +60,27 @@ inline std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const 
 // A low-rank change used where it lies: the arrays are kept alive.
 class LowRank {
  public:
-  // a: [ceil(R / 4)][ceil(K / 16)][4][16].  parts: (N, B in tiles [ceil(N / 16)][rank][16] or None) of each linear.
-  LowRank(const py::array& a, int64_t in_features, const std::string& type,
-          const std::vector<std::pair<int64_t, py::object>>& parts) {
-    require(type != "bf16", "a low-rank change has float type 'bf16'; accepted: 'f32', 'f16'");
+  using Part = std::tuple<int64_t, py::object, py::object>;
+
+  // a: [ceil(R / 4)][ceil(K / 16)][4][16].  parts: (N, B in tiles [ceil(N / 16)][rank][16], its scales) of each linear,
+  // B None where the linear is not changed.  type: "f32", or "i8" with scales [round_up(R, 4)] and [round_up(N, 16)].
+  LowRank(const py::array& a, const py::object& scales, int64_t in_features, const std::string& type,
+          const std::vector<Part>& parts) {
+    require(type == "f32" || type == "i8", "low-rank type is '" + type + "'; accepted: 'f32', 'i8'");
     require(!parts.empty(), "a low-rank change needs at least one part");
     require(in_features > 0 && in_features <= kMostFeatures, "in_features is out of range");
-    weights_.type = float_type_named(type);
+    weights_.type = type == "i8" ? LowRankType::i8 : LowRankType::f32;
     weights_.in_features = in_features;
-    for (const auto& [out_features, b] : parts) {
+    for (const auto& [out_features, b, b_scales] : parts) {
       require(out_features > 0 && out_features <= kMostFeatures, "the output features of a part are out of range");
-      weights_.parts.push_back({out_features, weights_.rank, 0, nullptr});
+      weights_.parts.push_back({out_features, weights_.rank, 0, nullptr, nullptr});
       out_features_ += out_features;
-      if (!b.is_none()) add_tiles(b.cast<py::array>(), weights_.parts.back());
+      if (!b.is_none()) add_tiles(b.cast<py::array>(), b_scales, weights_.parts.back());
     }
     require(weights_.rank > 0, "a low-rank change needs a part of a rank above 0");
-    weights_.a = kept(a, "a", {ceil_div(weights_.rank, kRankTile), ceil_div(in_features, kLanes), kRankTile, kLanes});
+    const int64_t panels = ceil_div(weights_.rank, kRankTile);
+    weights_.a = kept(a, "a", {panels, ceil_div(in_features, kLanes), kRankTile, kLanes});
+    weights_.scales = kept_scales(scales, "scales", panels * kRankTile);
   }
 
   // Throws where the plan is not of the linears that this changes.
@@ -104,17 +110,28 @@ class LowRank {
   }
 
  private:
-  void add_tiles(const py::array& b, LowRankWeights::Part& part) {
+  void add_tiles(const py::array& b, const py::object& scales, LowRankWeights::Part& part) {
     require(b.ndim() == 3 && b.shape(1) > 0 && b.shape(1) <= kMostFeatures, "b must be [tiles, rank, 16]");
     part.b = kept(b, "b", {ceil_div(part.out_features, kLanes), b.shape(1), kLanes});
+    part.scales = kept_scales(scales, "scales of b", round_up(part.out_features, kLanes));
     part.rank = b.shape(1);
     weights_.rank += part.rank;
   }
 
   const void* kept(const py::array& array, const char* name, const Shape& shape) {
     arrays_.push_back(array);
-    if (weights_.type == FloatType::f32) return contiguous<float>(array, name, shape);
-    return contiguous<uint16_t>(array, name, shape);
+    if (weights_.type == LowRankType::f32) return contiguous<float>(array, name, shape);
+    return contiguous<int8_t>(array, name, shape);
+  }
+
+  const float* kept_scales(const py::object& scales, const char* name, int64_t size) {
+    if (weights_.type == LowRankType::f32) {
+      require(scales.is_none(), std::string(name) + " must be None for type 'f32'");
+      return nullptr;
+    }
+    require(py::isinstance<py::array>(scales), std::string(name) + " must be an array for type 'i8'");
+    arrays_.push_back(scales.cast<py::array>());
+    return contiguous<float>(arrays_.back(), name, {size});
   }
 
   std::vector<py::array> arrays_;

@@ -95,6 +95,7 @@ void describe(Inner& inner, const float* x, int64_t x_stride, uint8_t* scratch) 
   inner.args = {
       .a = w.a,
       .type = w.type,
+      .scales = w.scales,
       .in_features = w.in_features,
       .x = x,
       .x_stride = x_stride,
@@ -139,12 +140,12 @@ LowRankArgs part_change(const Inner& inner, size_t part, float* out, int64_t out
   if (inner.change == nullptr) return {};
   const LowRankWeights::Part& p = inner.change->parts[part];
   const float* ranks = inner.args.inner + p.first_rank;
-  return {p.b, inner.change->type, p.rank, p.out_features, ranks, inner.args.inner_stride, out, out_stride};
+  return {p.b, inner.change->type, p.scales, p.rank, p.out_features, ranks, inner.args.inner_stride, out, out_stride};
 }
 
 // Ask for the tiles of B that a token's outputs will need, while the linear itself is computed.
 void prefetch_tiles(const LowRankArgs& change, int64_t tile_begin, int64_t tile_end) {
-  const int64_t tile_bytes = change.rank * kLanes * (change.type == FloatType::f16 ? 2 : 4);
+  const int64_t tile_bytes = change.rank * kLanes * (change.type == LowRankType::i8 ? 1 : 4);
   const char* b = static_cast<const char*>(change.b);
   for (int64_t i = tile_begin * tile_bytes; i < tile_end * tile_bytes; i += 64) __builtin_prefetch(b + i);
 }

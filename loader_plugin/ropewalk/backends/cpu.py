@@ -56,8 +56,8 @@ class CpuBackend:
             raise ShapeError(f"{part.name}: {error}") from error
 
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> native.LowRank:
-        """In float16 beside int8 activations, which round far more; as given in "exact"."""
-        dtype = "f16" if self.compute == "int8" else "f32"
+        """In 8 bits beside int8 activations, which round as much of far more; as given in "exact"."""
+        dtype = "i8" if self.compute == "int8" else "f32"
         return native.LowRank([(part.a, part.b) for part in parts], dtype, self._arena)
 
     def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: native.LowRank) -> None:

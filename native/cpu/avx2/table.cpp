@@ -57,6 +57,10 @@ struct Verbs {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
   static F32 load_u8(const uint8_t* p) { return {widen_u8(p), widen_u8(p + 8)}; }
+  static __m256 widen_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F32 load_i8(const int8_t* p) { return {widen_i8(p), widen_i8(p + 8)}; }
   static __m256 gather_half(const float* base, const int32_t* index) {
     const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
     const __m256i used = _mm256_cmpgt_epi32(i, _mm256_set1_epi32(-1));

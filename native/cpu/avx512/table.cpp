@@ -37,6 +37,9 @@ struct Verbs {
   static F32 load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  static F32 load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static F32 gather_or_zero(const float* base, const int32_t* index) {
     const __m512i i = _mm512_loadu_si512(index);
     const __mmask16 used = _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512());

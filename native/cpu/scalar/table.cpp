@@ -77,6 +77,7 @@ struct Verbs {
     return each([&](int i) { return bits_to_float(static_cast<uint32_t>(p[i]) << 16); });
   }
   static F32 load_u8(const uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+  static F32 load_i8(const int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
   static F32 gather_or_zero(const float* base, const int32_t* index) {
     return each([&](int i) { return index[i] < 0 ? 0.0f : base[index[i]]; });
   }

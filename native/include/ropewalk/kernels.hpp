@@ -91,10 +91,14 @@ struct DenseLinearArgs {
   int64_t out_stride;
 };
 
+// How the matrices of a low-rank change are held: i8 are multiples of a scale for each rank of A and output of B.
+enum class LowRankType { f32, i8 };
+
 // A low-rank change of a linear, in two halves: inner = x A, then out += inner B.  Layouts in native/README.md.
 struct LowRankInnerArgs {
   const void* a;              // [ceil(R / 4)][ceil(K / 16)][4][16], zero past R and K
-  FloatType type;             // f32 or f16
+  LowRankType type;
+  const float* scales;        // i8: [round_up(R, 4)]
   int64_t in_features;        // K
   const float* x;             // [T][x_stride]
   int64_t x_stride;
@@ -104,7 +108,8 @@ struct LowRankInnerArgs {
 
 struct LowRankArgs {
   const void* b;              // [ceil(N / 16)][rank][16], zero past N
-  FloatType type;             // f32 or f16
+  LowRankType type;
+  const float* scales;        // i8: [round_up(N, 16)]
   int64_t rank;
   int64_t out_features;       // N
   const float* inner;         // [T][inner_stride]

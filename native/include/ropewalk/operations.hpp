@@ -85,12 +85,14 @@ struct LowRankWeights {
     int64_t first_rank;    // of those of A
     int64_t rank;          // 0: this part is not changed
     const void* b;         // as in LowRankArgs
+    const float* scales;   // of B, as in LowRankArgs
   };
 
-  FloatType type;       // of A and B
+  LowRankType type;     // of A and B
   int64_t in_features;  // K
   int64_t rank;         // R
   const void* a;        // as in LowRankInnerArgs
+  const float* scales;  // of A, as in LowRankInnerArgs
   std::vector<Part> parts;  // as many as the plan has
 };
 
