@@ -21,6 +21,8 @@ class Runtime:
     def threads(self) -> int: ...
     @property
     def scratch_bytes(self) -> int: ...
+    def empty(self, num_rows: int, num_columns: int) -> numpy.ndarray:
+        """float32, not initialised; its memory goes back to the runtime, to be used again, when the array is freed."""
 
 class AlignedBytes:
     """Memory that starts on a cache line and, if it is large, lies in huge pages; not initialised."""

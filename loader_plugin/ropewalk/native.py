@@ -63,7 +63,10 @@ class Runtime:
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory held between calls for prepared activations and attention tiles: grows with T, never with S."""
+        """Memory held between calls: prepared activations, attention tiles, at most 128 MiB of freed large results.
+
+        It grows with T, never with S.
+        """
         return self._core.scratch_bytes
 
 
@@ -143,7 +146,7 @@ class Linear:
         largest magnitude / 127, rounded to nearest even) and sums integers within a block. Dense parts always use
         float32 activations. Returns [T, N] float32.
         """
-        out = empty_like_kind(x, (checked_shape(x, "x", 2)[0], self.out_features))
+        out = new_result(self._runtime, x, (checked_shape(x, "x", 2)[0], self.out_features))
         core = None if change is None else change._core
         self._group.run(self._runtime._core, compute, as_numpy(x), as_numpy(out), core)
         return out
@@ -261,7 +264,7 @@ def _tiles(b: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(runtime: Runtime, x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight; x: [T, C] or [T, H, C] float32, weight: [C] float32."""
-    out = empty_like_kind(x, checked_shape(x, "x", 2, 3))
+    out = new_result(runtime, x, checked_shape(x, "x", 2, 3))
     _core.rms_norm(runtime._core, as_numpy(x), as_numpy(weight), eps, as_numpy(out))
     return out
 
@@ -277,7 +280,7 @@ def rotate_(runtime: Runtime, x: Array, cos: Array, sin: Array) -> None:
 def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
     """silu(gate) * up; gate_up: [T, 2 * I] float32, gate first. Returns [T, I]."""
     num_rows, num_columns = checked_shape(gate_up, "gate_up", 2)
-    out = empty_like_kind(gate_up, (num_rows, num_columns // 2))
+    out = new_result(runtime, gate_up, (num_rows, num_columns // 2))
     _core.silu_mul(runtime._core, as_numpy(gate_up), as_numpy(out))
     return out
 
@@ -289,7 +292,7 @@ def add_(runtime: Runtime, x: Array, y: Array, weight: float = 1.0) -> None:
 
 def embed(runtime: Runtime, table: _core.DenseLinear, token_ids: Array) -> Array:
     """Rows of a table made by `dense_linear`: [V, C] -> [T, C] float32; token_ids: [T] int64."""
-    out = empty_like_kind(token_ids, (*checked_shape(token_ids, "token_ids", 1), table.in_features))
+    out = new_result(runtime, token_ids, (*checked_shape(token_ids, "token_ids", 1), table.in_features))
     _core.embed(runtime._core, table, as_numpy(token_ids), as_numpy(out))
     return out
 
@@ -322,7 +325,7 @@ class KvCache:
         self._check_range(start, num_rows)
         if window is not None and window < 1:
             raise ShapeError(f"window is {window}; accepted: None or at least 1")
-        out = empty_like_kind(q, (num_rows, num_heads * head_dim))
+        out = new_result(self._runtime, q, (num_rows, num_heads * head_dim))
         scale = 1.0 / math.sqrt(self._head_dim)
         _core.attend(self._runtime._core, as_numpy(q), self._cache, start, window or 0, scale, as_numpy(out))
         return out
@@ -365,8 +368,13 @@ def checked_shape(array: Array, name: str, *num_dims: int) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
-def empty_like_kind(array: Array, shape: tuple[int, ...]) -> Array:
-    """An uninitialised float32 result: torch for torch, numpy for numpy."""
-    if isinstance(array, torch.Tensor):
-        return torch.empty(shape, dtype=torch.float32)
-    return np.empty(shape, dtype=np.float32)
+LARGE_RESULT = 1 << 18  # floats; about where malloc begins to ask the system for every piece anew
+
+
+def new_result(runtime: Runtime, like: Array, shape: tuple[int, ...]) -> Array:
+    """An uninitialised float32 array: torch for torch, numpy for numpy. Large ones lie in reused memory."""
+    is_torch = isinstance(like, torch.Tensor)
+    if math.prod(shape) < LARGE_RESULT:
+        return torch.empty(shape, dtype=torch.float32) if is_torch else np.empty(shape, np.float32)
+    array = runtime._core.empty(shape[0], math.prod(shape[1:])).reshape(shape)
+    return torch.from_numpy(array) if is_torch else array

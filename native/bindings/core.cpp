@@ -206,6 +206,24 @@ std::shared_ptr<AlignedBytes> aligned_bytes(int64_t size) {
   return std::make_shared<AlignedBytes>(size);
 }
 
+// A result that goes back to the runtime's spare memory when Python lets go of it.
+struct Lent {
+  std::shared_ptr<SpareMemory> owner;
+  AlignedBytes memory;
+  ~Lent() { owner->give(std::move(memory)); }
+};
+
+py::array empty_result(const CpuRuntime& runtime, int64_t num_rows, int64_t num_columns) {
+  require(num_rows >= 0 && num_columns >= 0 && num_rows <= kMostFeatures && num_columns <= kMostFeatures,
+          "a result of " + describe(Shape{num_rows, num_columns}) + " is out of range");
+  const auto bytes = num_rows * num_columns * static_cast<int64_t>(sizeof(float));
+  std::unique_ptr<Lent> lent(new Lent{runtime.spare(), runtime.spare()->take(bytes)});
+  float* data = lent->memory.as<float>();
+  const py::capsule owner(lent.get(), [](void* p) { delete static_cast<Lent*>(p); });
+  lent.release();
+  return py::array(py::dtype::of<float>(), Shape{num_rows, num_columns}, data, owner);
+}
+
 void translate(std::exception_ptr pending) {
   const auto raise = [](const char* name, const std::exception& error) {
     py::set_error(py::module_::import("ropewalk.errors").attr(name), error.what());
@@ -237,6 +255,7 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("threads"))
       .def_property_readonly("isa", [](const CpuRuntime& runtime) { return runtime.table().name; })
       .def_property_readonly("threads", [](CpuRuntime& runtime) { return runtime.pool().num_threads(); })
+      .def("empty", &empty_result, py::arg("num_rows"), py::arg("num_columns"))
       .def_property_readonly("scratch_bytes", &CpuRuntime::scratch_bytes);
 
   py::class_<AlignedBytes, std::shared_ptr<AlignedBytes>>(m, "AlignedBytes")

@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 #include "ropewalk/tables.hpp"
 
@@ -75,6 +76,36 @@ AlignedBytes::AlignedBytes(int64_t size, bool zeroed) : size_(size) {
 }
 
 void AlignedBytes::Release::operator()(void* p) const { std::free(p); }
+
+// Not a block of more than twice the size: that would be missed by the next large result.
+AlignedBytes SpareMemory::take(int64_t size) {
+  const std::lock_guard lock(mutex_);
+  auto best = spare_.end();
+  for (auto block = spare_.begin(); block != spare_.end(); ++block) {
+    const bool fits = size <= block->size() && block->size() <= 2 * size;
+    if (fits && (best == spare_.end() || block->size() < best->size())) best = block;
+  }
+  if (best == spare_.end()) return AlignedBytes(size);
+  AlignedBytes taken = std::move(*best);
+  spare_.erase(best);
+  num_bytes_ -= taken.size();
+  return taken;
+}
+
+void SpareMemory::give(AlignedBytes memory) noexcept {
+  const std::lock_guard lock(mutex_);
+  num_bytes_ += memory.size();
+  spare_.push_back(std::move(memory));
+  while (num_bytes_ > kMostBytes || spare_.size() > kMostBlocks) {
+    num_bytes_ -= spare_.front().size();
+    spare_.erase(spare_.begin());
+  }
+}
+
+int64_t SpareMemory::num_bytes() {
+  const std::lock_guard lock(mutex_);
+  return num_bytes_;
+}
 
 // A job is cut into chunks.  `ticket` holds the job's number in its upper half and the next chunk in its lower half;
 // a thread owns a chunk once it has moved the ticket past it.  The caller waits for chunks, not for threads: a worker

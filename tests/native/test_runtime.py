@@ -14,7 +14,7 @@ import torch
 from kernel_support import ISAS, every_isa, gptq_case, same_bits
 
 from ropewalk import native
-from ropewalk.errors import NativeError
+from ropewalk.errors import NativeError, ShapeError
 
 
 def test_scalar_is_always_there_and_last():
@@ -136,6 +136,50 @@ def test_scratch_memory_is_kept_and_not_added_up(isa):
     linear(torch.zeros(1, 64))
     linear(torch.zeros(100, 64))
     assert runtime.scratch_bytes == held > 0
+
+
+LARGE = (1024, 2 * 512)  # of silu_mul: its result is as large as those that lie in reused memory
+
+
+@pytest.mark.parametrize("of", [torch.from_numpy, np.asarray], ids=["torch", "numpy"])
+def test_a_large_result_takes_the_memory_of_one_that_was_freed(of):
+    runtime, x = native.Runtime(threads=1), of(np.ones(LARGE, np.float32))
+    address = native.as_numpy(native.silu_mul(runtime, x)).ctypes.data
+    assert native.as_numpy(native.silu_mul(runtime, x)).ctypes.data == address
+    assert runtime.scratch_bytes == 1024 * 512 * 4
+
+
+def test_a_large_result_that_is_still_held_is_left_alone():
+    runtime, one = native.Runtime(threads=1), torch.ones(LARGE)
+    first, views = native.silu_mul(runtime, one), native.silu_mul(runtime, one)[5:7]
+    expected = first[0, 0].item()
+    for _ in range(3):
+        native.silu_mul(runtime, 2 * one)
+    assert (first == expected).all() and (views == expected).all()
+
+
+def test_large_results_outlive_the_runtime_that_made_them():
+    result = native.silu_mul(native.Runtime(threads=1), torch.ones(LARGE))
+    assert (result == result[0, 0]).all()
+
+
+def test_what_is_kept_of_freed_results_is_bounded():
+    runtime = native.Runtime(threads=1)
+    for num_rows in (*range(1024, 1024 + 40), 70_000):
+        native.silu_mul(runtime, torch.zeros(num_rows, 1024))
+    held = [native.silu_mul(runtime, torch.zeros(4096, 4096)) for _ in range(6)]  # 32 MiB each
+    del held
+    assert 0 < runtime.scratch_bytes <= 128 << 20
+
+
+def test_the_core_refuses_results_of_sizes_that_cannot_be():
+    core = native.Runtime(threads=1)._core
+    for num_rows, num_columns in ((-1, 4), (4, -1), (1 << 31, 4), (4, 1 << 31)):
+        with pytest.raises(ShapeError, match=rf"a result of \[{num_rows}, {num_columns}\] is out of range"):
+            core.empty(num_rows, num_columns)
+    with pytest.raises(MemoryError):
+        core.empty(1 << 30, 1 << 30)
+    assert core.empty(0, 4).shape == (0, 4)
 
 
 def test_results_are_of_the_kind_of_the_input():

@@ -40,6 +40,25 @@ class AlignedBytes {
   int64_t size_ = 0;
 };
 
+// Large results that are not needed any more, kept for the next ones: a prefill lets go of tens of megabytes with every
+// operation, and to be given fresh pages by the system costs more than filling them.
+class SpareMemory {
+ public:
+  SpareMemory() { spare_.reserve(kMostBlocks + 1); }
+  // At least `size` bytes, not initialised.  Throws std::bad_alloc.
+  AlignedBytes take(int64_t size);
+  void give(AlignedBytes memory) noexcept;
+  int64_t num_bytes();
+
+ private:
+  static constexpr size_t kMostBlocks = 16;
+  static constexpr int64_t kMostBytes = int64_t{128} << 20;
+
+  std::mutex mutex_;  // Python may let go of a result in any thread
+  std::vector<AlignedBytes> spare_;  // oldest first
+  int64_t num_bytes_ = 0;
+};
+
 // Runs ranges of independent items on a fixed set of threads, the caller being one of them.
 class ThreadPool {
  public:
@@ -75,7 +94,9 @@ class CpuRuntime {
   // Scratch memory grows to the largest call and is then kept; its size depends on rows and threads, not on context.
   float* attend_scratch(int64_t floats_per_thread);
   AlignedBytes& activations(int64_t size);
-  int64_t scratch_bytes() const { return attend_scratch_.size() + activations_.size(); }
+  // Results may outlive the runtime.
+  const std::shared_ptr<SpareMemory>& spare() const { return spare_; }
+  int64_t scratch_bytes() const { return attend_scratch_.size() + activations_.size() + spare_->num_bytes(); }
   // Held for the length of one operation: two Python threads may share a runtime.
   std::mutex& mutex() { return mutex_; }
 
@@ -84,6 +105,7 @@ class CpuRuntime {
   ThreadPool pool_;
   AlignedBytes attend_scratch_;
   AlignedBytes activations_;
+  std::shared_ptr<SpareMemory> spare_ = std::make_shared<SpareMemory>();
   std::mutex mutex_;
 };
 
