@@ -101,7 +101,7 @@ class Backend(Protocol):
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> PackedLowRank:
         """Lay out the change of linears that were packed together, one part for each, in their order.
 
-        parts: at least one of a rank above 0. In "int8" the matrices may be held in float16.
+        parts: at least one of a rank above 0. In "int8" the matrices may be held in 8 bits.
         """
 
     def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: PackedLowRank) -> None:
