@@ -51,7 +51,10 @@ def draw(points: Sequence[Point], path: Path) -> None:
         axes.plot(list(row), list(row.values()), label=label, color=COLOURS[scaling], **style)
     for length, text in ((CONTEXT, "trained length"), (LENGTH, "length of the LoRAs")):
         axes.axvline(length, color="#9ca3af", linewidth=0.8, linestyle=":")
-        axes.annotate(text, (length, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top")
+        axes.annotate(
+            text, (length, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2.0},
+        )  # fmt: skip
     lengths = sorted({point.length for point in points})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -71,10 +71,10 @@ class LowRank:
     def __init__(
         self,
         a: numpy.ndarray,
-        scales: numpy.ndarray | None,
+        scales: object,
         in_features: int,
         type: str,
-        parts: Sequence[tuple[int, numpy.ndarray | None, numpy.ndarray | None]],
+        parts: Sequence[tuple[int, object, object]],
     ) -> None:
         """a: [ceil(R / 4), ceil(K / 16), 4, 16] float32 for type "f32", int8 for "i8".
 

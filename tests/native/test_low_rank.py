@@ -60,7 +60,9 @@ def test_the_change_alone_is_as_accurate_as_float32(isa, dtype, num_rows, in_fea
     if dtype == "f32":
         assert_as_accurate(out, exact, y + added(parts, x, torch.float32))
     else:
-        bound = torch.cat([rounding_of_codes(x, a, b) if len(a) else torch.zeros(len(x), len(b)) for a, b in parts], dim=1)
+        bound = torch.cat(
+            [rounding_of_codes(x, a, b) if len(a) else torch.zeros(len(x), len(b)) for a, b in parts], dim=1
+        )
         assert ((out - exact).abs() <= bound + 1e-6).all()
     if 0 in ranks:
         unchanged = slice(widths[0], widths[0] + widths[1])
