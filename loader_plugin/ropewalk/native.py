@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ class LowRank:
     Products and sums are float32. arena: where the matrices go.
 
     Raises:
-        ShapeError: no parts, none of a rank above 0, or matrices that disagree about their sizes.
+        ShapeError: no parts, none of a rank above 0, matrices that disagree about their sizes, or another dtype.
     """
 
     def __init__(
@@ -196,22 +196,14 @@ class LowRank:
                 raise ShapeError(f"A must be [r, K] and B [N, r], got {list(a.shape)} and {list(b.shape)}")
         if not any(a.shape[0] for a, _ in parts):
             raise ShapeError("a low-rank change needs a part of a rank above 0")
-        held = [_codes(a, b) for a, b in parts] if dtype == "i8" else []
-        if not held or not all(bool(scales.isfinite().all()) for pair in held for _, scales in pair):
-            held, dtype = [((a, None), (b, None)) for a, b in parts], "f32"
+        held, dtype = _held(parts, dtype)
         arena = arena or Arena()
-
-        def placed(matrix: torch.Tensor | None) -> np.ndarray | None:
-            return None if matrix is None else arena.place(matrix.numpy())
-
-        a = torch.cat([a for (a, _), _ in held])  # [R, K]
-        a_scales = torch.cat([scales for (_, scales), _ in held]) if dtype == "i8" else None  # [R]
-        panels = placed(_panels(a)), placed(_padded(a_scales, 4))  # read before the tiles, so placed before them
-        tiles = [
-            (b.shape[0], placed(_tiles(b)), placed(_padded(scales, 16))) if b.shape[1] else (b.shape[0], None, None)
-            for _, (b, scales) in held
-        ]
-        self._core = _core.LowRank(*panels, a.shape[1], dtype, tiles)
+        a = torch.cat([a.values for a, _ in held])  # [R, K]
+        scales = [a.scales for a, _ in held if a.scales is not None]
+        panels = arena.place(_panels(a).numpy())  # read before the tiles, so placed before them
+        panel_scales = _placed_scales(arena, torch.cat(scales) if scales else None, 4)
+        tiles = [(b.values.shape[0], *_placed_tiles(arena, b)) for _, b in held]
+        self._core = _core.LowRank(panels, panel_scales, a.shape[1], dtype, tiles)
         self.num_bytes: int = self._core.num_bytes
 
     def add_(self, runtime: Runtime, y: Array, x: Array) -> None:
@@ -219,25 +211,38 @@ class LowRank:
         self._core.add(runtime._core, as_numpy(x), as_numpy(y))
 
 
-Scaled = tuple[torch.Tensor, torch.Tensor]
+class _Held(NamedTuple):
+    """A matrix as float32, or as int8 codes with a float32 scale for each row."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
-def _codes(a: torch.Tensor, b: torch.Tensor) -> tuple[Scaled, Scaled]:
-    """(codes of A [r, K] with scales [r], codes of B [N, r] with scales [N]), with the product of A and B.
+def _held(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: str) -> tuple[list[tuple[_Held, _Held]], str]:
+    """(A and B of each part as `dtype` has them, that dtype); in f32 where a scale of i8 would not be finite."""
+    if dtype not in ("f32", "i8"):
+        raise ShapeError(f"dtype of a low-rank change is {dtype!r}; accepted: 'f32', 'i8'")
+    codes = [_codes(a, b) for a, b in parts] if dtype == "i8" else []
+    if codes and all(bool(held.scales.isfinite().all()) for pair in codes for held in pair if held.scales is not None):
+        return codes, dtype
+    return [(_Held(a), _Held(b)) for a, b in parts], "f32"
+
+
+def _codes(a: torch.Tensor, b: torch.Tensor) -> tuple[_Held, _Held]:
+    """A [r, K] with scales [r] and B [N, r] with scales [N], with the product of A and B.
 
     How large a rank is in B goes into its scale of A, so that a small rank keeps its digits beside a large one.
     """
     if not a.shape[0]:
-        return (a.to(torch.int8), a.new_empty(0)), (b.to(torch.int8), b.new_zeros(b.shape[0]))
+        return _Held(a.to(torch.int8), a.new_empty(0)), _Held(b.to(torch.int8), b.new_zeros(b.shape[0]))
     sizes = _largest(b, 0)  # [1, r]
-    (a_codes, a_scales), b_scaled = _rows_in_codes(a), _rows_in_codes(b / sizes)
-    return (a_codes, a_scales * sizes[0]), b_scaled
+    return _rows_in_codes(a, sizes.T), _rows_in_codes(b / sizes)
 
 
-def _rows_in_codes(matrix: torch.Tensor) -> Scaled:
-    """[n, m] float32 -> int8 [n, m] within -127..127 and the scale of each row, float32 [n]."""
+def _rows_in_codes(matrix: torch.Tensor, sizes: torch.Tensor | float = 1.0) -> _Held:
+    """[n, m] float32 -> int8 within -127..127 and the scale of each row, times `sizes`: [n, 1]."""
     largest = _largest(matrix, 1)  # [n, 1]
-    return (matrix / largest * 127).round().to(torch.int8), largest[:, 0] / 127
+    return _Held((matrix / largest * 127).round().to(torch.int8), (largest / 127 * sizes)[:, 0])
 
 
 def _largest(matrix: torch.Tensor, dim: int) -> torch.Tensor:
@@ -245,9 +250,18 @@ def _largest(matrix: torch.Tensor, dim: int) -> torch.Tensor:
     return matrix.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _padded(scales: torch.Tensor | None, multiple: int) -> torch.Tensor | None:
+def _placed_scales(arena: Arena, scales: torch.Tensor | None, multiple: int) -> np.ndarray | None:
     """With zeros to a multiple."""
-    return None if scales is None else torch.nn.functional.pad(scales, (0, -scales.shape[0] % multiple))
+    if scales is None:
+        return None
+    return arena.place(torch.nn.functional.pad(scales, (0, -scales.shape[0] % multiple)).numpy())
+
+
+def _placed_tiles(arena: Arena, b: _Held) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """B and its scales as the core takes them; nothing for a rank of 0."""
+    if not b.values.shape[1]:
+        return None, None
+    return arena.place(_tiles(b.values).numpy()), _placed_scales(arena, b.scales, 16)
 
 
 def _panels(a: torch.Tensor) -> torch.Tensor:

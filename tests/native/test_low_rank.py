@@ -170,6 +170,11 @@ def test_matrices_that_do_not_fit_each_other_are_refused(parts, message):
         native.LowRank(parts)
 
 
+def test_a_dtype_that_there_is_not_is_refused():
+    with pytest.raises(ShapeError, match="is 'f16'; accepted: 'f32', 'i8'"):
+        native.LowRank(made(8, [4], [2]), "f16")
+
+
 def f32(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
