@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ropewalk
 from ropewalk.cli import main
 from ropewalk.demo import demo_model_path
 from ropewalk.webui.checkout import find_checkout
@@ -127,7 +128,9 @@ def test_the_embedded_model_is_put_among_the_models_and_removed_again(
     checkout = make_checkout(tmp_path)
     folder = checkout / "user_data/models/ropewalk-demo"
     said = run("demo", checkout, capsys=capsys)
-    assert f"wrote {folder}" in said and "ctx-size 2048 and alpha_value 4" in said
+    assert f"wrote {folder}" in said and "2,048 tokens of context" in said
+    model = ropewalk.load_model(folder)
+    assert (model.rope.covers, model.rope.original_length, model.max_seq_len) == (2048, 512, 2048)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in demo_model_path().iterdir())
     assert main(["webui", "demo", str(checkout)]) == 2
     assert "exists already" in capsys.readouterr().err
