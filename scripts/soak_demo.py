@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 from gradio_client import Client
 
 START_S = 120
@@ -127,10 +128,13 @@ def say(client: Client, question: str, length: int) -> tuple[str, float]:
 
 
 def submit(client: Client, question: str, length: int):
-    """The chat event of the page: question, system text, template, policy, adapters, length, seed, sampler."""
-    return client.submit(
-        question, "", "plain text", "drop the oldest turns", [], length, "1", *SAMPLERS.values(), api_name="/chat"
-    )
+    """Ask on the page."""
+    return client.submit(*chat_inputs(question, length), api_name="/chat")
+
+
+def chat_inputs(question: str, length: int) -> list:
+    """Of the page's chat event: question, system text, template, policy, adapters, length, seed, sampler."""
+    return [question, "", "plain text", "drop the oldest turns", [], length, "1", *SAMPLERS.values()]
 
 
 def reply_in(update: tuple) -> str:
@@ -147,13 +151,12 @@ def use(url: str, user: int, expected: list[str], tally: Tally, end: float, paus
     draw = random.Random(user)
     while time.monotonic() < end:
         try:
-            client = connect(url)
             if user == LEAVER:
-                leave(client, user, tally, draw)
+                leave(url, user, tally, draw)
             elif user == STOPPER:
-                stop(client, user, tally, draw)
+                stop(connect(url), user, tally, draw)
             else:
-                converse(client, user, expected, tally, end, pause, draw)
+                converse(connect(url), user, expected, tally, end, pause, draw)
         except Exception as error:  # everything that goes wrong is a finding
             tally.problems.append(f"user {user}: {type(error).__name__}: {error}"[:300])
             time.sleep(1)
@@ -183,11 +186,13 @@ def stop(client: Client, user: int, tally: Tally, draw: random.Random) -> None:
     tally.stopped += 1
 
 
-def leave(client: Client, user: int, tally: Tally, draw: random.Random) -> None:
-    """A long reply whose reader goes away."""
-    submit(client, questions(user)[0], 1000)
-    time.sleep(draw.uniform(0.2, 3))
-    client.close()
+def leave(url: str, user: int, tally: Tally, draw: random.Random) -> None:
+    """A long reply whose reader closes the connection; a gradio_client would go on reading in the background."""
+    chat = f"{url}gradio_api/call/chat"
+    with httpx.Client(timeout=REPLY_S) as http:
+        asked = http.post(chat, json={"data": chat_inputs(questions(user)[0], 1000)}).raise_for_status()
+        with http.stream("GET", f"{chat}/{asked.json()['event_id']}"):
+            time.sleep(draw.uniform(0.2, 3))
     tally.left += 1
     time.sleep(2)
 

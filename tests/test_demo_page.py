@@ -172,6 +172,25 @@ def test_a_reply_streams_and_can_be_stopped(page: playwright.Page) -> None:
     assert "from the cache" in says(page, "chat-meter", "of 2,048 tokens")
 
 
+@pytest.mark.usefixtures("slow_model")
+def test_a_reply_ends_when_its_reader_closes_the_page(browser: playwright.Browser, url: str, session: Session) -> None:
+    """Others wait for its place. 1,900 tokens of the slow model would take 19 seconds and more."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    opened(page, url)
+    reply_settings(page, 1900, 1)
+    field(page, "question").fill("def read_lines(path):")
+    page.click("#send")
+    longer_reply(page, 0)
+    queue = session.workbench.require().engine.queue
+    assert queue.num_running == 1
+    context.close()
+    deadline = time.monotonic() + 15
+    while queue.num_running and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert queue.num_running == 0
+
+
 def test_settings_change_the_result(page: playwright.Page) -> None:
     reply_settings(page, 16, 1)
     one = ask(page, "def read_lines(path):")
