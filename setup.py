@@ -26,7 +26,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 
 INCLUDES = ["native/include"]
-# Extra flags for every file, such as -fsanitize=address (scripts/check_asan.sh).
+# Extra flags for every file, such as -fsanitize=address (scripts/press/check_asan.sh).
 EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
 HEADERS = [

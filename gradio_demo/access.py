@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ropewalk.demo import demo_model_path
-from ropewalk.errors import RequestError
+from ropewalk.base.errors import RequestError
+from ropewalk.files.embedded import demo_model_path
 
 EMBEDDED = "embedded model"
 MAX_LISTED = 500

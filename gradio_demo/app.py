@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gradio as gr
 
+from ropewalk.gradio_demo.chat.layout import build_chat
+from ropewalk.gradio_demo.context_lab.layout import build_context_lab
+from ropewalk.gradio_demo.documents.layout import build_documents
+from ropewalk.gradio_demo.layers.layout import build_layers
+from ropewalk.gradio_demo.model_bar.layout import build_model_bar
+from ropewalk.gradio_demo.notebook.layout import build_notebook
 from ropewalk.gradio_demo.session import Session
-from ropewalk.gradio_demo.tabs.chat import build_chat
-from ropewalk.gradio_demo.tabs.context_lab import build_context_lab
-from ropewalk.gradio_demo.tabs.documents import build_documents
-from ropewalk.gradio_demo.tabs.layers import build_layers
-from ropewalk.gradio_demo.tabs.model_bar import build_model_bar
-from ropewalk.gradio_demo.tabs.notebook import build_notebook
 
 CACHE_S = 24 * 3600  # uploads and exports are deleted after a day
 

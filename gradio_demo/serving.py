@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from ropewalk.errors import RequestError
+from ropewalk.base.errors import RequestError
 from ropewalk.gradio_demo.access import EMBEDDED, Access
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.session import make_session

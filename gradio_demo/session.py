@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropewalk.gradio_demo.access import Access
-from ropewalk.gradio_demo.chats import Chats
-from ropewalk.gradio_demo.context_lab import ContextLab
-from ropewalk.gradio_demo.conversations import ConversationStore
-from ropewalk.gradio_demo.documents import Documents
-from ropewalk.gradio_demo.layer_lab import LayerLab
-from ropewalk.gradio_demo.notebook import Notebook
-from ropewalk.gradio_demo.running import Running
-from ropewalk.gradio_demo.workbench import Workbench
+from ropewalk.gradio_demo.chat.behaviour import Chats
+from ropewalk.gradio_demo.chat.conversations import ConversationStore
+from ropewalk.gradio_demo.context_lab.behaviour import ContextLab
+from ropewalk.gradio_demo.documents.behaviour import Documents
+from ropewalk.gradio_demo.layers.behaviour import LayerLab
+from ropewalk.gradio_demo.model_bar.workbench import Workbench
+from ropewalk.gradio_demo.notebook.behaviour import Notebook
+from ropewalk.gradio_demo.replies.running import Running
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ropewalk.gradio_demo.chats import Visitor
+from ropewalk.gradio_demo.chat.behaviour import Visitor
 
 COOKIE = "ropewalk_visitor"
 YEAR_S = 365 * 24 * 3600

@@ -1,4 +1,4 @@
-"""Imports point one way, few modules know other libraries, and `import ropewalk` costs next to nothing."""
+"""Imports point one way, room by room; few modules know other libraries; `import ropewalk` costs next to nothing."""
 
 from __future__ import annotations
 
@@ -15,73 +15,32 @@ import ropewalk
 
 PACKAGE = Path(ropewalk.__file__).parent
 
-# Every module, each after all that it may import: a new one gets its line here. From files to text to the user.
-ORDER = [
-    *("errors", "memory", "json_config", "text_cursor"),
-    *("config", "quant_config", "layer_order", "adapter_request"),
-    *("rope_methods", "rope_spellings", "rope_config", "rope"),
-    *("safetensors_file", "weight_files", "checkpoint", "foreign_layouts"),
-    *("gptq_bits", "gptq_groups", "gptq_zeros", "gptq_shapes", "gptq"),
-    *("tensor_table", "tensor_check", "tensors"),
-    *("_core", "native", "backends", "backends.protocol", "backends.reference", "backends.cpu"),
-    *("second_model", "load_plan", "export_config", "export_layers"),
-    *("lora_config", "adapter_folders", "lora_files", "lora", "low_rank"),
-    *("cache", "layers", "adapters", "model", "loader", "info"),
-    *("sampling", "generate", "evaluate", "routing"),
-    *("tokenizer_base", "tokenizer_settings", "tokenizer_json", "tokenizer_sentencepiece", "tokenizer"),
-    *("chat_formats", "chat", "stops", "turn_queue", "cache_pool", "text_stream", "engine"),
-    *("variants", "compare", "retrieval", "plots"),
-    *("hf.history", "hf.reply_clock", "hf.runner", "hf.refusals", "hf.hf_config", "hf.causal_lm", "hf"),
-    *("webui.patching", "webui.hook", "webui.import_hook", "webui.parameters", "webui.model_settings", "webui.running"),
-    *("webui.hooks.console", "webui.hooks.arguments", "webui.hooks.loader_table", "webui.hooks.model_defaults"),
-    *("webui.hooks.lora", "webui.hooks.loading", "webui.hooks.device", "webui.hooks.report", "webui.hooks.model_tab"),
-    *("webui.hooks.messages", "webui.hooks.training", "webui.hooks.api_load", "webui.hooks"),
-    *("webui.registration", "webui", "webui.autostart", "webui.launch"),
-    "demo",
-    *("webui.checkout", "webui.extension", "webui.embedded_model", "webui.startup_file", "cli_webui"),
-    *("cli_options", "cli_chat", "cli_lab", "cli_demo"),
-    *("server", "server.notes", "server.errors", "server.schema", "server.refusals", "server.model_names"),
-    *("server.requests", "server.jobs", "server.replies", "server.metrics", "server.middleware", "server.answers"),
-    *("server.app", "server.uvicorn_server", "server.launch"),
-    *("cli_serve", "cli", "__main__"),
-]
-PAGE = "gradio_demo"  # above all of these; test_demo_session.py looks at its own order
+# The rooms, each after all that it may import.
+ROOMS = (
+    *("base", "config", "rope", "files", "gptq", "families", "native", "backends", "adapters", "model"),
+    *("generate", "text", "engine", "measure", "faces"),
+)
+PUBLIC = {"errors", "hf", "native", "webui", "__main__"}  # paths that people import; they only point into a room
+PAGE = "gradio_demo"  # above all of these; tests/gradio_demo looks at its own order
 
 EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {
-    "chat": {"jinja2"},
-    "cli_options": {"tqdm"},
-    "cli_lab": {"matplotlib"},
-    "export_layers": {"safetensors"},
-    "hf": {"transformers"},
-    "hf.causal_lm": {"transformers"},
-    "hf.hf_config": {"transformers"},
-    "hf.history": {"transformers"},
-    "plots": {"matplotlib"},
-    "safetensors_file": {"safetensors"},
-    "server.answers": {"starlette"},
-    "server.app": {"fastapi", "prometheus_client"},
-    "server.errors": {"fastapi", "starlette"},
-    "server.launch": {"uvicorn"},
-    "server.metrics": {"prometheus_client"},
-    "server.middleware": {"starlette"},
-    "server.schema": {"pydantic"},
-    "server.uvicorn_server": {"uvicorn"},
-    "tokenizer_json": {"tokenizers"},
-    "tokenizer_sentencepiece": {"sentencepiece"},
-    "webui.hooks.model_tab": {"gradio"},
+    "base": {"tqdm"},
+    "files": {"safetensors"},
+    "model": {"safetensors"},
+    "text": {"jinja2", "sentencepiece", "tokenizers"},
+    "measure": {"matplotlib"},
+    "faces.cli": {"matplotlib", "tqdm"},
+    "faces.hf": {"transformers"},
+    "faces.server": {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+    "faces.webui": {"gradio"},
 }
-# Those that start fast by importing the rest when it is needed, and the loader, which runs without a compiled core.
-IMPORT_WHEN_CALLED = {
-    *("cli", "cli_demo", "cli_lab", "cli_options", "cli_serve", "cli_webui", "loader", "plots"),
-    *("webui.registration", "webui.hooks.loading", "webui.hooks.model_tab"),
-}
-# Text, files and token ids stay apart: none of these modules may import one of those, even through others.
+# Text, files and token ids stay apart: nothing in these rooms may reach one of those, even through others.
 APART = {
-    "the decoder knows no text": (["model", "layers", "backends.cpu", "loader"], ["tokenizer_base", "chat"]),
-    "kernels know no checkpoints": (["native"], ["checkpoint", "config"]),
-    "generation knows token ids only": (["generate", "sampling", "evaluate"], ["tokenizer_base", "chat"]),
-    "reading knows no kernels": (["tensors", "rope", "info"], ["native", "model"]),
+    "the decoder knows no text": (["model", "backends"], ["text"]),
+    "kernels know no checkpoints": (["native"], ["files", "config"]),
+    "generation knows token ids only": (["generate"], ["text"]),
+    "reading knows no kernels": (["families", "rope", "model.info"], ["native", "model.model"]),
 }
 
 
@@ -100,9 +59,8 @@ def modules() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts[0] == PAGE:
-            continue
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
+        if parts[0] != PAGE:
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
     return found
 
 
@@ -110,6 +68,7 @@ MODULES = modules()
 
 
 def imports_of(module: str) -> list[Import]:
+    """What a module imports, with whether it does so at once, only when called, or only for types."""
     found: list[Import] = []
 
     def add(full: str, when_called: bool, for_types: bool) -> None:
@@ -124,7 +83,7 @@ def imports_of(module: str) -> list[Import]:
             assert node.level == 0, f"{module}: imports are absolute here"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                add(whole if whole.removeprefix("ropewalk.") in ORDER else node.module, when_called, for_types)
+                add(whole if whole.removeprefix("ropewalk.") in MODULES else node.module, when_called, for_types)
         inner_called = when_called or isinstance(node, (ast.FunctionDef, ast.Lambda))
         inner_types = for_types or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for child in ast.iter_child_nodes(node):
@@ -134,43 +93,82 @@ def imports_of(module: str) -> list[Import]:
     return found
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert len(set(ORDER)) == len(ORDER)
-    assert set(MODULES) - {""} == set(ORDER) - {"_core"}
+def room_of(module: str) -> str:
+    """The room of a module; the faces count each for itself."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "faces" else parts[0]
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if name in MODULES])
-def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
-    ours = {found.name for found in imports_of(module) if found.ours and found.name}
-    ours = {name for name in ours if name.split(".")[0] != PAGE}
-    later = {name for name in ours if ORDER.index(name) >= ORDER.index(module)}
-    assert not later, f"{module} imports {sorted(later)}, which may import it"
+INSIDE = [name for name in MODULES if name.split(".")[0] in ROOMS]
 
 
-@pytest.mark.parametrize("module", [name for name in ORDER if name in MODULES])
-def test_other_libraries_are_known_to_few(module: str) -> None:
-    others = {found.name for found in imports_of(module) if not found.ours} - set(sys.stdlib_module_names)
-    assert others <= EVERYWHERE | LIBRARIES.get(module, set())
+def test_every_module_is_in_a_room() -> None:
+    assert {name.split(".")[0] for name in MODULES} == {"", *ROOMS, *PUBLIC}
 
 
-def test_only_named_modules_import_when_called() -> None:
-    def imports_when_called(module: str) -> bool:
-        return any(found.when_called and found.name not in sys.stdlib_module_names for found in imports_of(module))
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_the_rooms_before_it(room: str) -> None:
+    before = ROOMS[: ROOMS.index(room) + 1]
+    for module in (name for name in INSIDE if name.split(".")[0] == room):
+        for found in imports_of(module):
+            if found.ours and found.name and not found.for_types:
+                top = found.name.split(".")[0]
+                allowed = top in before or top == "_core" or (top == PAGE and module == "faces.cli.demo")
+                assert allowed, f"{module} imports {found.name}, which may import it"
 
-    assert {module for module in MODULES if imports_when_called(module)} == IMPORT_WHEN_CALLED
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    at_once = {
+        module: {found.name for found in imports_of(module) if found.ours and not found.when_called}
+        for module in MODULES
+        if module
+    }
+
+    def reached(module: str, on_the_way: tuple[str, ...]) -> None:
+        assert module not in on_the_way, f"a cycle: {' -> '.join((*on_the_way, module))}"
+        for name in at_once.get(module, set()) - done:
+            reached(name, (*on_the_way, module))
+        done.add(module)
+
+    done: set[str] = set()
+    for module in at_once:
+        if module not in done:
+            reached(module, ())
+
+
+BUILT_ON = ("faces.webui", "faces.hf")  # the web UI is given a transformers model
+
+
+def test_faces_do_not_import_each_other_unless_the_command_line_starts_them() -> None:
+    for module in (name for name in MODULES if name.startswith("faces.")):
+        for found in imports_of(module):
+            if found.name.startswith("faces.") and not found.for_types and room_of(found.name) != room_of(module):
+                started = room_of(module) == "faces.cli" or (room_of(module), room_of(found.name)) == BUILT_ON
+                assert started and found.when_called, f"{module} imports {found.name}"
+
+
+@pytest.mark.parametrize("room", sorted({room_of(name) for name in INSIDE}))
+def test_other_libraries_are_known_to_few(room: str) -> None:
+    for module in (name for name in INSIDE if room_of(name) == room):
+        others = {found.name for found in imports_of(module) if not found.ours} - set(sys.stdlib_module_names)
+        assert others <= EVERYWHERE | LIBRARIES.get(room, set()), module
 
 
 @pytest.mark.parametrize("rule", APART)
 def test_concerns_stay_apart(rule: str) -> None:
     upper, lower = APART[rule]
-    for module in upper:
-        reached, waiting = set(), [module]
-        while waiting:
-            for found in imports_of(waiting.pop()):
-                if found.ours and not found.for_types and found.name in MODULES and found.name not in reached:
-                    reached.add(found.name)
-                    waiting.append(found.name)
-        assert not reached & set(lower), f"{module}: {rule}"
+
+    def inside(module: str, places: list[str]) -> bool:
+        return any(module == place or module.startswith(f"{place}.") for place in places)
+
+    reached: set[str] = set()
+    waiting = [module for module in MODULES if inside(module, upper)]
+    while waiting:
+        for found in imports_of(waiting.pop()):
+            if found.ours and not found.for_types and found.name in MODULES and found.name not in reached:
+                reached.add(found.name)
+                waiting.append(found.name)
+    assert not {module for module in reached if inside(module, lower)}
 
 
 def loaded_by(source: str) -> set[str]:

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import ropewalk
-from conftest import LOCAL_DATA
+from fixtures import LOCAL_DATA
 from ropewalk import native
-from ropewalk.checkpoint import Checkpoint
-from ropewalk.config import load_model_config
-from ropewalk.errors import ShapeError
-from ropewalk.gptq import GptqLinear, read_gptq_linear
-from ropewalk.model import Model
-from ropewalk.quant_config import load_quant_config
+from ropewalk.base.errors import ShapeError
+from ropewalk.config.model import load_model_config
+from ropewalk.config.quantisation import load_quant_config
+from ropewalk.files.folder import Checkpoint
+from ropewalk.gptq.linear import GptqLinear, read_gptq_linear
+from ropewalk.model.model import Model
 
 FOLDER = LOCAL_DATA / "gptq" / "g4-64-qwen2-bias"  # act-order and biases
 

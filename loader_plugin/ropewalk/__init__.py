@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ropewalk import native
-    from ropewalk.engine import Engine
-    from ropewalk.errors import RopewalkError
-    from ropewalk.loader import load_model
-    from ropewalk.rope import resolve_rope
-    from ropewalk.sampling import SamplingParams
-    from ropewalk.tokenizer import load_tokenizer
+    from ropewalk.base.errors import RopewalkError
+    from ropewalk.engine.engine import Engine
+    from ropewalk.generate.sampling import SamplingParams
+    from ropewalk.model.loader import load_model
+    from ropewalk.rope.rope import resolve_rope
+    from ropewalk.text.tokenizer.load import load_tokenizer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Engine": "ropewalk.engine",
-    "RopewalkError": "ropewalk.errors",
-    "SamplingParams": "ropewalk.sampling",
-    "load_model": "ropewalk.loader",
-    "load_tokenizer": "ropewalk.tokenizer",
-    "resolve_rope": "ropewalk.rope",
+    "Engine": "ropewalk.engine.engine",
+    "RopewalkError": "ropewalk.base.errors",
+    "SamplingParams": "ropewalk.generate.sampling",
+    "load_model": "ropewalk.model.loader",
+    "load_tokenizer": "ropewalk.text.tokenizer.load",
+    "resolve_rope": "ropewalk.rope.rope",
 }
 
 __all__ = [

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ropewalk.errors import NativeError, ShapeError
+from ropewalk.base.errors import NativeError, ShapeError
 
 try:
     from ropewalk import _core
@@ -155,7 +155,7 @@ class Linear:
 class Arena:
     """Room for many small matrices that are read one after the other, side by side in huge pages.
 
-    On small pages a decoded token spends as long on looking up addresses as on reading (scripts/bench_adapters.py).
+    On small pages a decoded token spends as long on looking up addresses as on reading (scripts/bench/adapters.py).
     A block is given back to the system when no array in it is used any more.
     """
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import ropewalk
 
 REPOSITORY = Path(__file__).resolve().parents[2]

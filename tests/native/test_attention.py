@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from kernel_support import assert_as_accurate, every_isa, same_bits
 
+from kernel_support import assert_as_accurate, every_isa, same_bits
 from ropewalk import native
 
 KINDS = ("f16", "f32")

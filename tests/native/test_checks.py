@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from kernel_support import gptq_case
 
+from kernel_support import gptq_case
 from ropewalk import _core, native
-from ropewalk.errors import ShapeError
+from ropewalk.base.errors import ShapeError
 
 RUNTIME = native.Runtime(None, 1)
 CORE = RUNTIME._core

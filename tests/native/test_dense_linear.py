@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_support import assert_as_accurate, every_isa, same_bits, spread_rows
 
+from kernel_support import assert_as_accurate, every_isa, same_bits, spread_rows
 from ropewalk import native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_support import ISAS, assert_as_accurate, every_isa, gptq_case, same_bits, spread_rows
 
+from kernel_support import ISAS, assert_as_accurate, every_isa, gptq_case, same_bits, spread_rows
 from ropewalk import native
 
 # in_features, out_features, group sizes, options

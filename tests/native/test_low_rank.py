@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_support import assert_as_accurate, every_isa, gptq_case, same_bits, spread_rows
 
+from kernel_support import assert_as_accurate, every_isa, gptq_case, same_bits, spread_rows
 from ropewalk import _core, native
-from ropewalk.errors import ShapeError
+from ropewalk.base.errors import ShapeError
 
 every_dtype = pytest.mark.parametrize("dtype", ["f32", "i8"])
 Parts = list[tuple[torch.Tensor, torch.Tensor]]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernel_support import every_isa, gptq_case
 
+from kernel_support import every_isa, gptq_case
 from ropewalk import native
-from ropewalk.gptq import GptqLinear
+from ropewalk.gptq.linear import GptqLinear
 
 
 def codes_read_back(case, isa: str) -> np.ndarray:

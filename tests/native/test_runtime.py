@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from kernel_support import ISAS, every_isa, gptq_case, same_bits
 
+from kernel_support import ISAS, every_isa, gptq_case, same_bits
 from ropewalk import native
-from ropewalk.errors import NativeError, ShapeError
+from ropewalk.base.errors import NativeError, ShapeError
 
 
 def test_scalar_is_always_there_and_last():
@@ -67,7 +67,7 @@ def test_threads_that_the_system_refuses_are_an_error_and_not_the_end_of_the_pro
     script = """
         import os, resource
         from ropewalk import native
-        from ropewalk.errors import NativeError
+        from ropewalk.base.errors import NativeError
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         limit = used + (256 << 20)  # room for some thread stacks, not for a thousand

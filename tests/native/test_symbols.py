@@ -1,4 +1,4 @@
-"""Kernels of one instruction set leak nothing into the rest of the module (scripts/check_symbols.sh)."""
+"""Kernels of one instruction set leak nothing into the rest of the module (scripts/press/check_symbols.sh)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "scripts" / "check_symbols.sh"
+SCRIPT = REPOSITORY / "scripts" / "press" / "check_symbols.sh"
 
 pytestmark = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("nm", "c++filt", "g++", "bash")), reason="needs g++ and binutils"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ropewalk import native
-from ropewalk.errors import ShapeError
-from ropewalk.gptq import GptqLinear
+from ropewalk.base.errors import ShapeError
+from ropewalk.gptq.linear import GptqLinear
 
 if TYPE_CHECKING:
     from ropewalk.backends.protocol import LowRankPart
-    from ropewalk.gptq import DenseLinear
+    from ropewalk.gptq.linear import DenseLinear
 
 KV_TYPES = {torch.float16: "f16", torch.float32: "f32"}
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from ropewalk.gptq import DenseLinear, GptqLinear
+    from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
 
 class PackedLinear(Protocol):

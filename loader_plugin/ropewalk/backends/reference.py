@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.backends.protocol import LowRankPart
-from ropewalk.errors import ShapeError
-from ropewalk.gptq import DenseLinear, GptqLinear
+from ropewalk.base.errors import ShapeError
+from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
 INT8_BLOCK = 32  # input features that share one activation scale (kernels: one 256-bit register of bytes)
 SCRATCH_BYTES = 1 << 26  # bound for scores of one block of queries, and for one block of converted dense rows

@@ -1,14 +1,7 @@
-"""ropewalk as a model loader of text-generation-webui. No file of the web UI is edited: its functions are wrapped while
-it runs, and only this package knows them.
-
-    extension, launcher or .pth -> register() -> import hook -> hooks/*, each attached to one module of the web UI
-
-Importing this package imports nothing else of ropewalk: it happens at the start of every `server.py` when
-`ropewalk webui enable` was used.
-"""
+"""The loader for text-generation-webui, under the path that is written into people's web UIs; see `faces/webui`."""
 
 from __future__ import annotations
 
-from ropewalk.webui.registration import register
+from ropewalk.faces.webui.registration import register
 
 __all__ = ["register"]

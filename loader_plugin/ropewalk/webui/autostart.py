@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ropewalk.webui.registration import register
+from ropewalk.faces.webui.registration import register
 
 register()

@@ -1,0 +1,180 @@
+"""What the chat tab does: ask, ask again, edit, take back; open, save and hand out conversations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ropewalk.base.errors import RequestError, RopewalkError
+from ropewalk.gradio_demo.chat.asking import ChatRequest, ChatView, Meter, follow_chat, make_reply
+from ropewalk.gradio_demo.chat.conversations import (
+    MAX_FILE_BYTES,
+    Conversation,
+    ConversationStore,
+    Turn,
+    read_conversation,
+)
+from ropewalk.gradio_demo.model_bar.workbench import Workbench
+from ropewalk.gradio_demo.replies.running import Running
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who asks. person: keeps conversations apart, the same after a reload; tab: one open page of that person."""
+
+    person: str
+    tab: str
+
+
+class Chats:
+    """Conversations and the replies to them. Every finished turn is on disk before the next one begins."""
+
+    def __init__(self, workbench: Workbench, store: ConversationStore, running: Running) -> None:
+        self._workbench = workbench
+        self._store = store
+        self._running = running
+
+    def current(self, visitor: Visitor) -> Conversation:
+        """The conversation that this person had open last."""
+        return self._store.current(visitor.person)
+
+    def new(self, visitor: Visitor) -> Conversation:
+        """An empty conversation; it is saved with its first turn."""
+        conversation = Conversation()
+        self._store.set_current(visitor.person, conversation.id)
+        return conversation
+
+    def open(self, visitor: Visitor, conversation_id: str) -> Conversation:
+        """One of `choices`.
+
+        Raises:
+            RequestError: there is none of that id.
+        """
+        conversation = self._store.load(visitor.person, conversation_id)
+        self._store.set_current(visitor.person, conversation_id)
+        return conversation
+
+    def choices(self, visitor: Visitor) -> list[tuple[str, str]]:
+        """(what to show, id) of this person's conversations, the newest first."""
+        return [(_label(conversation), conversation.id) for conversation in self._store.list(visitor.person)]
+
+    def delete(self, visitor: Visitor, conversation: Conversation) -> Conversation:
+        """Forget a conversation; a new one."""
+        self._store.delete(visitor.person, conversation.id)
+        return self.new(visitor)
+
+    def export(self, conversation: Conversation, folder: Path) -> Path:
+        """A JSON file to download.
+
+        Raises:
+            RequestError: there is nothing in it yet.
+        """
+        if not conversation.turns:
+            raise RequestError("there is nothing to export yet: the conversation is empty")
+        path = folder / f"conversation-{conversation.id[:8]}.json"
+        path.write_text(conversation.to_json(), encoding="utf-8")
+        return path
+
+    def import_file(self, visitor: Visitor, path: Path) -> Conversation:
+        """A conversation from a JSON file, saved as a new one.
+
+        Raises:
+            RequestError: too large, not UTF-8, or as `read_conversation`.
+        """
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RequestError(f"{path.name} is larger than the {MAX_FILE_BYTES} bytes that a conversation may have")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path.name} is not UTF-8 text, and so no exported conversation") from error
+        read = read_conversation(text, path.name)
+        conversation = Conversation(turns=read.turns, system=read.system, template=read.template)
+        self._store.save(visitor.person, conversation)
+        return conversation
+
+    def ask(
+        self, visitor: Visitor, conversation: Conversation, question: str, request: ChatRequest
+    ) -> Iterator[ChatView]:
+        """The reply to a new question, view by view."""
+        if not question.strip():
+            yield self._refused(conversation, "write something first: the question is empty")
+            return
+        yield from self._answer(visitor, conversation, conversation.with_turn(Turn("user", question)), request)
+
+    def again(self, visitor: Visitor, conversation: Conversation, request: ChatRequest) -> Iterator[ChatView]:
+        """Another reply to the last question."""
+        before, question = conversation.before_last_question()
+        if not question:
+            yield self._refused(conversation, "there is no question yet that could be answered again")
+            return
+        yield from self._answer(visitor, conversation, before.with_turn(Turn("user", question)), request)
+
+    def edit(
+        self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ChatRequest
+    ) -> Iterator[ChatView]:
+        """Put another text in the place of a message. A question is asked again from there, a reply is kept so."""
+        if not 0 <= index < len(conversation.turns):
+            yield self._refused(conversation, "that message is not there any more")
+            return
+        if conversation.turns[index].role == "user":
+            before, _ = conversation.before(index)
+            yield from self._answer(visitor, conversation, before.with_turn(Turn("user", text)), request)
+            return
+        turns = list(conversation.turns)
+        turns[index] = replace(turns[index], content=text, note="edited")
+        edited = replace(conversation, turns=tuple(turns), updated=time.time())
+        self._store.save(visitor.person, edited)
+        yield ChatView(edited, "reply edited", Meter(size=self._size()))
+
+    def undo(self, visitor: Visitor, conversation: Conversation) -> tuple[Conversation, str]:
+        """(the conversation without its last question and reply, that question for the input field)."""
+        before, question = conversation.before_last_question()
+        if conversation.turns:
+            self._store.save(visitor.person, before)
+        return before, question
+
+    def _answer(
+        self, visitor: Visitor, before: Conversation, asked: Conversation, request: ChatRequest
+    ) -> Iterator[ChatView]:
+        """Views of the reply to `asked`; of `before` where there is none.
+
+        The question is saved before and the reply after it, also if nobody looks any more; both before the last view.
+        """
+        latest, view = asked, None
+        try:
+            loaded = self._workbench.require()
+            reply, dropped = make_reply(loaded, asked, request)
+            with self._running.hold(visitor.tab, reply):
+                self._store.save(visitor.person, asked)
+                for view in follow_chat(reply, dropped, asked, loaded.model.max_seq_len):
+                    latest = view.conversation
+                    if view.running:
+                        yield view
+        except RopewalkError as error:
+            yield self._refused(before, str(error))
+            return
+        finally:
+            if latest is not asked:
+                self._store.save(visitor.person, latest)
+        if view.error is not None and latest is asked:
+            self._store.save(visitor.person, before)
+            view = self._refused(before, view.error)
+        yield view
+
+    def _refused(self, conversation: Conversation, message: str) -> ChatView:
+        return ChatView(conversation, message, Meter(size=self._size()), error=message)
+
+    def _size(self) -> int:
+        loaded = self._workbench.loaded
+        return 0 if loaded is None else loaded.model.max_seq_len
+
+
+def messages_of(conversation: Conversation) -> list[dict[str, str]]:
+    """The turns as a chat component takes them."""
+    return [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+
+
+def _label(conversation: Conversation) -> str:
+    return f"{conversation.title} · {time.strftime('%d %b %H:%M', time.localtime(conversation.updated))}"

@@ -1,0 +1,172 @@
+"""The context lab: what a scaling does to perplexity by length, and to finding a key again by depth and length.
+
+The measuring is `ropewalk.measure.compare` and `ropewalk.measure.retrieval`. It runs on a variant of the loaded model
+that shares its weights, so that conversations go on meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.errors import RequestError, RopewalkError
+from ropewalk.gradio_demo.chat.behaviour import Visitor
+from ropewalk.gradio_demo.documents.behaviour import read_text_file
+from ropewalk.gradio_demo.model_bar.workbench import Loaded, Workbench
+from ropewalk.gradio_demo.replies.measuring import Measured, Measurement
+from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.measure.compare import Curve, compare_perplexity, curves_csv
+from ropewalk.measure.plots import plot_curves, plot_retrieval, svg_text
+from ropewalk.measure.retrieval import RetrievalCell, cells_csv, make_probes, retrieval_map
+from ropewalk.model.variants import AS_LOADED, SCALINGS, Variant, adapter_variant, open_variant, scaling_variant
+
+HELD_OUT = "held_out.txt"
+MAX_LENGTHS = 12
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ADAPTER_MARK = "adapter "
+
+
+@dataclass(frozen=True, slots=True)
+class LabView:
+    """What is shown at one moment. rows: the table under `columns`; csv: a file to download."""
+
+    measured: Measured
+    svg: str = ""
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Any, ...], ...] = ()
+    csv: Path | None = None
+
+
+class ContextLab:
+    """Measurements that visitors ask for; one at a time per open page."""
+
+    def __init__(self, workbench: Workbench, running: Running, exports: Path) -> None:
+        self._workbench = workbench
+        self._running = running
+        self._exports = exports
+
+    def scalings(self) -> list[str]:
+        """What can be compared: methods, and the adapters of the loaded model with their own scaling."""
+        loaded = self._workbench.loaded
+        adapters = [] if loaded is None else self._workbench.adapters(loaded)
+        return [AS_LOADED, *SCALINGS, *(ADAPTER_MARK + name for name in adapters)]
+
+    def text(self, file: Path | None, pasted: str) -> str:
+        """The text to measure on: a dropped file, else pasted text, else what comes with the embedded model.
+
+        Raises:
+            RequestError: the file is no text; there is nothing at all.
+        """
+        if file is not None:
+            return read_text_file(self._workbench.access.check_upload(file))
+        if pasted.strip():
+            return pasted
+        return (self._workbench.access.open("") / HELD_OUT).read_text(encoding="utf-8")
+
+    def perplexity(
+        self,
+        visitor: Visitor,
+        text: str,
+        lengths: str,
+        scalings: Sequence[str],
+        factor: str,
+        max_tokens: float,
+    ) -> Iterator[LabView]:
+        """Perplexity by length, one curve per scaling. factor: of each; empty: longest / original length."""
+
+        def work(progress: Any, cancelled: Any) -> list[Curve]:
+            loaded, wanted = self._workbench.require(), read_lengths(lengths)
+            if not scalings:
+                raise RequestError("choose at least one scaling to measure")
+            by = read_factor(factor)
+            variants = [self._variant(loaded, name, by, max(wanted)) for name in scalings]
+            ids = loaded.tokenizer.encode(text, add_bos=False)
+            return compare_perplexity(loaded.model, ids, wanted, variants, int(max_tokens), progress, cancelled)
+
+        def show(curves: list[Curve]) -> tuple[str, str, list[tuple[Any, ...]]]:
+            rows = [(curve.name, row.length, round(row.perplexity, 3)) for curve in curves for row in curve.rows]
+            return (svg_text(plot_curves(curves)) if rows else ""), curves_csv(curves), rows
+
+        yield from self._follow(visitor, work, show, ("scaling", "length", "perplexity"), "perplexity")
+
+    def retrieval(
+        self, visitor: Visitor, text: str, lengths: str, scaling: str, factor: str, trials: float
+    ) -> Iterator[LabView]:
+        """Keys found again, by depth and length."""
+
+        def work(progress: Any, cancelled: Any) -> list[RetrievalCell]:
+            loaded, wanted = self._workbench.require(), read_lengths(lengths)
+            variant = self._variant(loaded, scaling, read_factor(factor), max(wanted))
+            model, adapters = open_variant(loaded.model, variant, max(wanted))
+            ids = loaded.tokenizer.encode(text, add_bos=False)
+            probes = make_probes(loaded.tokenizer, int(trials))
+            return retrieval_map(model, ids, probes, wanted, DEPTHS, progress, cancelled, adapters)
+
+        def show(cells: list[RetrievalCell]) -> tuple[str, str, list[tuple[Any, ...]]]:
+            rows = [(c.length, f"{c.depth:.0%}", f"{c.found:.0%}", f"{c.tokens_found:.0%}") for c in cells]
+            return (svg_text(plot_retrieval(cells, scaling)) if rows else ""), cells_csv(cells), rows
+
+        yield from self._follow(visitor, work, show, ("length", "depth", "keys found", "tokens found"), "retrieval")
+
+    def _variant(self, loaded: Loaded, name: str, factor: float | None, longest: int) -> Variant:
+        if name.startswith(ADAPTER_MARK):
+            folders = self._workbench.access.adapter_folders(loaded.folder)
+            adapter = name.removeprefix(ADAPTER_MARK)
+            if adapter not in folders:
+                raise RequestError(f"there is no adapter {adapter!r} beside this model")
+            return adapter_variant(loaded.model, name, folders[adapter])
+        return scaling_variant(loaded.model, name, factor or max(1.0, longest / loaded.model.rope.original_length))
+
+    def _follow(
+        self,
+        visitor: Visitor,
+        work: Any,
+        show: Callable[[Any], tuple[str, str, Any]],
+        columns: tuple[str, ...],
+        name: str,
+    ) -> Iterator[LabView]:
+        """Views while it runs, then one with plot and table, also of what a cancelled one has measured."""
+        measurement = Measurement(work)
+        try:
+            with self._running.hold(visitor.tab, measurement):
+                for measured in measurement.follow():
+                    if measured.result is None:
+                        yield LabView(measured)
+                        continue
+                    svg, table, rows = show(measured.result)
+                    path = self._exports / f"{name}-{visitor.tab[:12]}.csv"
+                    path.write_text(table, encoding="utf-8")
+                    yield LabView(measured, svg, columns, tuple(rows), path)
+        except RopewalkError as error:
+            yield LabView(Measured(running=False, error=str(error)))
+
+
+def read_lengths(text: str) -> list[int]:
+    """ "256, 512, 1024" as numbers.
+
+    Raises:
+        RequestError: no numbers, or too many.
+    """
+    try:
+        lengths = sorted({int(part) for part in text.replace(",", " ").split()})
+    except ValueError as error:
+        raise RequestError(
+            f"lengths are whole numbers separated by commas, such as 256, 512, 1024; got {text!r:.60}"
+        ) from error
+    if not 1 <= len(lengths) <= MAX_LENGTHS:
+        raise RequestError(f"give from 1 to {MAX_LENGTHS} lengths, got {len(lengths)}")
+    return lengths
+
+
+def read_factor(text: str) -> float | None:
+    """A number, or None for an empty text.
+
+    Raises:
+        RequestError: neither.
+    """
+    try:
+        return float(text) if text.strip() else None
+    except ValueError as error:
+        raise RequestError(f"the scaling factor is a number such as 4, or empty; got {text!r:.60}") from error

@@ -1,0 +1,169 @@
+"""The context lab: two measurements with their plots and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ropewalk.base.errors import RopewalkError
+from ropewalk.gradio_demo.context_lab.behaviour import ADAPTER_MARK, LabView
+from ropewalk.gradio_demo.model_bar.layout import ModelBar
+from ropewalk.gradio_demo.replies.more_pictures import progress_bar
+from ropewalk.gradio_demo.replies.pictures import problem
+from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.session import Session
+from ropewalk.model.variants import AS_LOADED
+
+ABOUT = (
+    "How far does the context reach? A model reads positions that it never saw in training badly, and RoPE scaling "
+    "brings them back into the range that it knows. Both measurements run on the loaded model; conversations go on."
+)
+MAX_CHOSEN_ADAPTERS = 3
+CHOSEN = ["none", "linear", "dynamic", "yarn"]
+LENGTHS = "256, 512, 1024, 2048"
+
+
+def build_context_lab(session: Session, bar: ModelBar) -> None:
+    """Lay it out and connect it."""
+    gr.Markdown(ABOUT)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=250):
+            lengths = gr.Textbox(
+                LENGTHS, label="Context lengths", info="In tokens, separated by commas.", elem_id="lab-lengths"
+            )
+            factor = gr.Textbox(
+                label="Scaling factor",
+                placeholder="longest / trained length",
+                info="Of every method.",
+                elem_id="lab-factor",
+            )
+            with gr.Accordion("Text to read", open=False):
+                file = gr.File(label="A text file", file_types=["text"], height=90)
+                pasted = gr.Textbox(
+                    label="Or paste one", info="Empty: Python files that the embedded model has never seen.", lines=3
+                )
+        with gr.Column(scale=3, min_width=300):
+            with gr.Tab("Perplexity by length"):
+                curves = _Measurement("perplexity", "tokens")
+                scalings = gr.CheckboxGroup(
+                    [],
+                    label="Scalings",
+                    info="One line each; adapters bring their own scaling.",
+                    elem_id="lab-scalings",
+                )
+                tokens = gr.Slider(
+                    2048,
+                    65536,
+                    4096,
+                    step=2048,
+                    label="Tokens to read",
+                    info="Of the text, per line and length: more is smoother.",
+                    elem_id="lab-tokens",
+                )
+                curves.show()
+            with gr.Tab("Finding a pass key"):
+                cells = _Measurement("retrieval", "cells")
+                scaling = gr.Dropdown(
+                    [], label="Scaling", info="Under which keys are looked for.", elem_id="lab-scaling"
+                )
+                trials = gr.Slider(
+                    1, 16, 4, step=1, label="Keys per cell", info="More keys, finer shares.", elem_id="lab-trials"
+                )
+                cells.show()
+    text = [file, pasted]
+    _connect_runs(session, lengths, factor, text, (curves, scalings, tokens), (cells, scaling, trials))
+
+    def run_choices() -> list[Any]:
+        names = session.lab.scalings()
+        chosen = CHOSEN + [name for name in names if name.startswith(ADAPTER_MARK)][:MAX_CHOSEN_ADAPTERS]
+        return [gr.update(choices=names, value=chosen), gr.update(choices=names, value=AS_LOADED)]
+
+    bar.changed.change(run_choices, None, [scalings, scaling], **HIDDEN)
+
+
+class _Measurement:
+    """Buttons, progress, plot and table of one measurement."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self.name = name
+        self.unit = unit
+
+    def show(self) -> None:
+        """Lay it out here."""
+        with gr.Row():
+            self.go = gr.Button("Measure", variant="primary", min_width=90, size="md", elem_id=f"lab-{self.name}-go")
+            self.cancel = gr.Button("Cancel", min_width=90, size="md", elem_id=f"lab-{self.name}-cancel")
+        self.progress = gr.HTML(elem_id=f"lab-{self.name}-progress")
+        self.plot = gr.HTML(elem_id=f"lab-{self.name}-plot", elem_classes=["rw-plot"])
+        with gr.Accordion("Table", open=False):
+            self.table = gr.Dataframe(interactive=False, show_label=False, elem_id=f"lab-{self.name}-table")
+            self.csv = gr.DownloadButton(
+                "Download as CSV", size="sm", interactive=False, elem_id=f"lab-{self.name}-csv"
+            )
+
+    @property
+    def outputs(self) -> list[gr.components.Component]:
+        """In the order of `shown`."""
+        return [self.progress, self.plot, self.table, self.csv]
+
+    def shown(self, view: LabView) -> list[Any]:
+        """A view as values of `outputs`; plot and table stay until there are new ones."""
+        bar = progress_bar(view.measured, self.unit)
+        if view.csv is None:
+            return [bar, gr.skip(), gr.skip(), gr.skip()]
+        table = gr.update(value={"headers": list(view.columns), "data": [list(row) for row in view.rows]})
+        return [bar, view.svg, table, gr.update(value=str(view.csv), interactive=True)]
+
+
+def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], first: Any, second: Any) -> None:
+    curves, scalings, tokens = first
+    cells, scaling, trials = second
+
+    def read(file: str | None, pasted: str | None) -> str:
+        return session.lab.text(Path(file) if file else None, pasted or "")
+
+    def run_curves(
+        wanted: str,
+        by: str,
+        file: str | None,
+        pasted: str | None,
+        names: list[str],
+        most: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        try:
+            source = read(file, pasted)
+        except RopewalkError as error:
+            yield [problem(str(error)), gr.skip(), gr.skip(), gr.skip()]
+            return
+        for view in session.lab.perplexity(visitor(request), source, wanted, names or [], by, most):
+            yield curves.shown(view)
+
+    def run_cells(
+        wanted: str,
+        by: str,
+        file: str | None,
+        pasted: str | None,
+        name: str,
+        count: float,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
+        try:
+            source = read(file, pasted)
+        except RopewalkError as error:
+            yield [problem(str(error)), gr.skip(), gr.skip(), gr.skip()]
+            return
+        for view in session.lab.retrieval(visitor(request), source, wanted, name, by, count):
+            yield cells.shown(view)
+
+    def run_stop(request: gr.Request) -> None:
+        session.running.stop(visitor(request).tab)
+
+    shared = [lengths, factor, *text]
+    curves.go.click(run_curves, [*shared, scalings, tokens], curves.outputs, concurrency_limit=None, **HIDDEN)
+    cells.go.click(run_cells, [*shared, scaling, trials], cells.outputs, concurrency_limit=None, **HIDDEN)
+    curves.cancel.click(run_stop, None, None, **HIDDEN)
+    cells.cancel.click(run_stop, None, None, **HIDDEN)

@@ -1,0 +1,1 @@
+"""The model bar: which model is loaded, and how."""

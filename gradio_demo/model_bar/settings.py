@@ -1,0 +1,205 @@
+"""The settings of loading that people know from other loaders: one table of fields, and what they mean to load_model.
+
+    checkpoint -> values shown -> values as changed by a person -> arguments of load_model: only what differs
+
+Every field of the page is text; what is wrong with one is a FieldError that names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.errors import RopewalkError
+from ropewalk.config.model import MAX_POSITIONS, load_model_config
+from ropewalk.model.plan import plan_loading
+
+AS_CHECKPOINT = "as the checkpoint says"
+ROPE_METHODS = ("default", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn", "dynamic-linear", "dynamic-yarn")
+CACHE_TYPES = ("fp16", "fp32")
+COMPUTE_MODES = ("int8", "exact")
+EMBEDDED_FACTOR = 4.0  # YaRN costs the embedded model nothing up to here (its card): 2,048 positions instead of 512
+MAX_THREADS = 1024
+
+
+class FieldError(RopewalkError, ValueError):
+    """A value that a person typed is wrong; `field` is its name in `LoadSettings`."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """What stands in the fields of the model bar. None: an empty field, the default is taken."""
+
+    max_seq_len: int | None = None
+    compress_pos_emb: float | None = None
+    alpha_value: float | None = None
+    rope_method: str = AS_CHECKPOINT
+    rope_factor: float | None = None
+    cache_type: str = "fp16"
+    max_input_len: int | None = 2048
+    threads: int | None = None
+    compute: str = "int8"
+    layer_order: str = ""
+    second_folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """How a setting is shown. choices: a list to pick from; None: a field to type in. placeholder: what an empty one
+    means."""
+
+    name: str
+    label: str
+    info: str
+    choices: tuple[str, ...] | None = None
+    placeholder: str = ""
+
+
+FIELDS = (
+    Field("max_seq_len", "Context length", "Longest text in tokens, prompt and reply together."),
+    Field("compress_pos_emb", "compress_pos_emb", "Divide positions by this: 4 for a model trained with it."),
+    Field("alpha_value", "alpha_value", "Stretch an untrained model's context, roughly by this factor."),
+    Field(
+        "rope_method",
+        "RoPE method",
+        "How positions are scaled, instead of the checkpoint's way.",
+        (AS_CHECKPOINT, *ROPE_METHODS),
+    ),
+    Field("rope_factor", "RoPE factor", "How many times the original length it is to reach.", placeholder="none"),
+    Field("cache_type", "Cache type", "fp16 halves the memory of keys and values, fp32 is exact.", CACHE_TYPES),
+    Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
+    Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
+    Field(
+        "compute", "Compute mode", "int8 is fast; exact keeps activations in float32, to compare with.", COMPUTE_MODES
+    ),
+    Field("layer_order", "Layer order", "Such as 0-15,8-23, which repeats layers.", placeholder="as in the files"),
+    Field(
+        "second_folder",
+        "Second model",
+        "A folder of equal shapes; the order names b:0-9.",
+        placeholder="none",
+    ),
+)
+
+
+def checkpoint_settings(folder: Path) -> LoadSettings:
+    """What the files of a folder ask for.
+
+    Raises:
+        ConfigError, UnsupportedError: as `load_model`, of what config.json says.
+    """
+    rope = plan_loading(folder, None, {}, {}, None).rope
+    declared = load_model_config(folder).raw.get("layer_order")
+    return LoadSettings(
+        max_seq_len=rope.default_length,
+        compress_pos_emb=getattr(rope.method, "factor", 1.0) if rope.method.name in ("linear", "linear+ntk") else 1.0,
+        alpha_value=getattr(rope.method, "alpha", 1.0),
+        rope_factor=getattr(rope.method, "factor", None),
+        layer_order="" if declared is None else str(declared),
+    )
+
+
+def suggested_settings(folder: Path, is_embedded: bool) -> LoadSettings:
+    """What the page starts with: the checkpoint's settings, and for the embedded model a context worth talking in."""
+    found = checkpoint_settings(folder)
+    if not is_embedded:
+        return found
+    length = int(found.max_seq_len * EMBEDDED_FACTOR)
+    return replace(found, rope_method="yarn", rope_factor=EMBEDDED_FACTOR, max_seq_len=length)
+
+
+def read_settings(values: Mapping[str, Any]) -> LoadSettings:
+    """Settings from what the fields hold: text, as it was typed or picked.
+
+    Raises:
+        FieldError: a number that is none, is not whole where it must be, or is out of range.
+    """
+    numbers = {
+        "max_seq_len": _whole(values, "max_seq_len", 1, MAX_POSITIONS),
+        "max_input_len": _whole(values, "max_input_len", 1, MAX_POSITIONS),
+        "threads": _whole(values, "threads", 1, MAX_THREADS),
+        **{name: _number(values, name) for name in ("compress_pos_emb", "alpha_value", "rope_factor")},
+    }
+    texts = {field.name: str(values.get(field.name) or "").strip() for field in FIELDS if field.name not in numbers}
+    for field in FIELDS:
+        if field.choices is not None and texts[field.name] not in field.choices:
+            raise FieldError(field.name, f"must be one of {', '.join(field.choices)}, got {texts[field.name]!r:.60}")
+    return LoadSettings(**numbers, **texts)
+
+
+def load_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str, Any]:
+    """Arguments of `load_model`; what stands as in `original`, the checkpoint's own, is left to the checkpoint.
+
+    Raises:
+        FieldError: a factor without a method, or two scalings at once.
+    """
+    arguments: dict[str, Any] = {
+        "cache_type": settings.cache_type,
+        "compute": settings.compute,
+        "max_input_len": settings.max_input_len,
+        "threads": settings.threads,
+        **_rope_arguments(settings, original),
+    }
+    for name in ("max_seq_len", "layer_order", "second_folder"):
+        if getattr(settings, name) != getattr(original, name):
+            arguments[name] = getattr(settings, name) or None
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def field_of(message: str) -> str | None:
+    """The field that an error of loading speaks of, by the names in its message; None: of none of them."""
+    spellings = {"rope_method": ("rope_scaling", "rope_type"), "layer_order": ("layer_order", "layer order")}
+    found = [
+        (position, field.name)
+        for field in FIELDS
+        for spelling in spellings.get(field.name, (field.name,))
+        if (position := message.find(spelling)) >= 0
+    ]
+    return min(found)[1] if found else None
+
+
+def _rope_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str, Any]:
+    knobs = {
+        name: getattr(settings, name)
+        for name in ("compress_pos_emb", "alpha_value")
+        if getattr(settings, name) not in (None, getattr(original, name))
+    }
+    if settings.rope_method == AS_CHECKPOINT:
+        if settings.rope_factor not in (None, original.rope_factor):
+            raise FieldError("rope_factor", "choose a RoPE method that this factor is for, or empty the field")
+        return knobs
+    if knobs:
+        name = next(iter(knobs))
+        raise FieldError(name, f"the RoPE method {settings.rope_method} replaces it: set it back, or choose no method")
+    if settings.rope_method == "default":
+        return {"rope_scaling": {"rope_type": "default"}}
+    if settings.rope_factor is None:
+        raise FieldError("rope_factor", f"the RoPE method {settings.rope_method} needs a factor, such as 4")
+    return {"rope_scaling": {"rope_type": settings.rope_method, "factor": settings.rope_factor}}
+
+
+def _number(values: Mapping[str, Any], name: str) -> float | None:
+    value = values.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise FieldError(name, f"a number is needed, got {value!r:.60}") from error
+    if not math.isfinite(number):
+        raise FieldError(name, f"a finite number is needed, got {value!r:.60}")
+    return number
+
+
+def _whole(values: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
+    number = _number(values, name)
+    if number is not None and not (number.is_integer() and low <= number <= high):
+        raise FieldError(name, f"a whole number from {low} to {high} is needed, got {number:g}")
+    return None if number is None else int(number)

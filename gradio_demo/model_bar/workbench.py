@@ -1,0 +1,230 @@
+"""The one model that everybody on the page shares: loaded beside the old one, put in its place once it is ready."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.errors import RequestError, RopewalkError
+from ropewalk.base.memory import available_bytes, format_bytes
+from ropewalk.config.layer_order import LayerOrder
+from ropewalk.engine.engine import Engine
+from ropewalk.generate.generate import Progress
+from ropewalk.gradio_demo.access import EMBEDDED, Access
+from ropewalk.gradio_demo.model_bar.settings import (
+    FieldError,
+    LoadSettings,
+    checkpoint_settings,
+    field_of,
+    load_arguments,
+    read_settings,
+    suggested_settings,
+)
+from ropewalk.model.info import ModelInfo, model_info
+from ropewalk.model.loader import load_model
+from ropewalk.model.model import Model
+from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
+
+FOLDER = "folder"  # the field that a mistake belongs to where it is of none of the settings
+INFO_OPTIONS = ("max_seq_len", "cache_type", "rope_scaling", "compress_pos_emb", "alpha_value", "layer_order")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """A model that answers, and what was asked for and found when it was loaded."""
+
+    name: str
+    folder: Path
+    settings: LoadSettings
+    info: ModelInfo
+    model: Model
+    tokenizer: Tokenizer
+    engine: Engine
+
+    @property
+    def is_embedded(self) -> bool:
+        """True for the small model that comes with the package."""
+        return self.name == EMBEDDED
+
+
+class Workbench:
+    """Loads, holds and unloads. Replies that run keep the model that they began with until they end.
+
+    num_caches: how many replies may run at a time, and how many conversations keep their tokens computed.
+    """
+
+    def __init__(self, access: Access, num_caches: int = 4) -> None:
+        self.access = access
+        self._num_caches = num_caches
+        self._loaded: Loaded | None = None
+        self._generation = 0
+        self._loading = threading.Lock()
+
+    @property
+    def generation(self) -> int:
+        """Counts loads and unloads, for pages that show something about the model."""
+        return self._generation
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """The model that new requests get."""
+        return self._loaded
+
+    def require(self) -> Loaded:
+        """The model that new requests get.
+
+        Raises:
+            RequestError: none is loaded.
+        """
+        if self._loaded is None:
+            raise RequestError("no model is loaded: choose a folder in the model bar and press Load")
+        return self._loaded
+
+    def suggest(self, name: str) -> LoadSettings:
+        """What the fields show for a folder.
+
+        Raises:
+            FieldError: it may not be read, or holds no model.
+        """
+        try:
+            folder = self.access.open(name)
+            return suggested_settings(folder, self._shown_name(name) == EMBEDDED)
+        except RopewalkError as error:
+            raise FieldError(FOLDER, str(error)) from error
+
+    def plan(self, name: str, values: Mapping[str, Any]) -> ModelInfo:
+        """What `load` would give, without reading weights.
+
+        Raises:
+            FieldError: names the field that is wrong.
+        """
+        folder, _, arguments = self._arguments(name, values)
+        return self._info(folder, arguments)
+
+    def load(self, name: str, values: Mapping[str, Any], progress: Progress | None = None) -> Loaded:
+        """Load and put in place; the model there was stays if anything is wrong.
+
+        Raises:
+            FieldError: names the field that is wrong. RequestError: someone else is loading, too little memory.
+        """
+        if not self._loading.acquire(blocking=False):
+            raise RequestError("another model is being loaded at this moment: wait until it is there")
+        try:
+            folder, settings, arguments = self._arguments(name, values)
+            info = self._info(folder, arguments)
+            self._check_memory(info)
+            model, tokenizer = _read(folder, arguments, progress)
+            engine = Engine(model, tokenizer, num_caches=self._affordable_caches(model))
+            self._generation += 1
+            self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
+        finally:
+            self._loading.release()
+        gc.collect()  # the old model's memory goes back now, not at some later request
+        return self._loaded
+
+    def unload(self) -> None:
+        """Free the model; nothing happens if there is none."""
+        self._loaded = None
+        self._generation += 1
+        gc.collect()
+
+    def set_layer_order(self, order: LayerOrder) -> None:
+        """Run the loaded model in that order from now on, once the replies that run have ended.
+
+        Raises:
+            RequestError: no model. ConfigError: the order does not fit it.
+        """
+        loaded = self.require()
+        with loaded.engine.exclusive():
+            loaded.model.set_layer_order(order)
+
+    def adapters(self, loaded: Loaded) -> list[str]:
+        """The LoRAs that can be used with a model."""
+        return list(self.access.adapter_folders(loaded.folder))
+
+    def use_adapters(self, loaded: Loaded, chosen: Sequence[str]) -> list[tuple[str, float]]:
+        """Load what is chosen and not loaded yet; the `adapters` of a request. "storm:0.5" is storm with that weight.
+
+        Raises:
+            RequestError: an unknown adapter, a weight that is no number. Others as `Model.load_adapter`.
+        """
+        folders, wanted = self.access.adapter_folders(loaded.folder), []
+        for text in chosen:
+            name, weight = _name_and_weight(text, folders)
+            wanted.append((name, weight))
+        missing = [name for name, _ in wanted if name not in loaded.model.adapters]
+        if missing:
+            with loaded.engine.exclusive():
+                for name in missing:
+                    if name not in loaded.model.adapters:  # somebody else may have wanted it meanwhile
+                        loaded.model.load_adapter(folders[name], name)
+        return wanted
+
+    def _arguments(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, dict[str, Any]]:
+        settings = read_settings(values)
+        try:
+            folder = self.access.open(name)
+            arguments = load_arguments(settings, checkpoint_settings(folder))
+        except FieldError:
+            raise
+        except RopewalkError as error:
+            raise FieldError(FOLDER, str(error)) from error
+        if "second_folder" in arguments:
+            try:
+                arguments["second_folder"] = self.access.open(arguments["second_folder"])
+            except RequestError as error:
+                raise FieldError("second_folder", str(error)) from error
+        return folder, settings, arguments
+
+    def _info(self, folder: Path, arguments: Mapping[str, Any]) -> ModelInfo:
+        options = {name: value for name, value in arguments.items() if name in (*INFO_OPTIONS, "second_folder")}
+        try:
+            return model_info(folder, **options)
+        except RopewalkError as error:
+            raise _of_field(error) from error
+
+    def _check_memory(self, info: ModelInfo) -> None:
+        free = available_bytes()
+        if free is not None and self._loaded is not None and info.weight_bytes > free:
+            raise FieldError(
+                FOLDER,
+                f"its weights take {format_bytes(info.weight_bytes)}, and {format_bytes(free)} are free beside the "
+                "model that is loaded: unload that one first",
+            )
+
+    def _affordable_caches(self, model: Model) -> int:
+        """As many conversations are kept computed, and run at a time, as memory has room for; at least one."""
+        free = available_bytes()
+        each = max(1, model.cache_bytes(model.max_seq_len))
+        return self._num_caches if free is None else max(1, min(self._num_caches, free // 2 // each))
+
+    def _shown_name(self, name: str) -> str:
+        return name.strip() or EMBEDDED
+
+
+def _read(folder: Path, arguments: Mapping[str, Any], progress: Progress | None) -> tuple[Model, Tokenizer]:
+    try:
+        tokenizer = load_tokenizer(folder)
+        return load_model(folder, progress=progress, **arguments), tokenizer
+    except RopewalkError as error:
+        raise _of_field(error) from error
+
+
+def _of_field(error: RopewalkError) -> FieldError:
+    return FieldError(field_of(str(error)) or FOLDER, str(error))
+
+
+def _name_and_weight(text: str, folders: Mapping[str, Path]) -> tuple[str, float]:
+    if text in folders:
+        return text, 1.0
+    name, _, weight = text.rpartition(":")
+    if name not in folders:
+        raise RequestError(f"there is no adapter {text!r}; there are {', '.join(folders) or 'none'}")
+    try:
+        return name, float(weight)
+    except ValueError as error:
+        raise RequestError(f"adapter {text!r}: the weight after the colon must be a number") from error

@@ -1,0 +1,1 @@
+"""LoRAs: what a request names, the files, their matrices, and weighted sets of them."""

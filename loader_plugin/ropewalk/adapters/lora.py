@@ -1,0 +1,238 @@
+"""A PEFT folder as plain matrices, checked against the model that they are for.
+
+    W' = W + scale * B A         A: [r, K], B: [N, r]      (Hu et al. 2021, arXiv:2106.09685)
+
+For the embedding table A is [r, V] and B [C, r]. Spellings of several years of PEFT are read: names with and without
+that of the adapter (`lora_A.default.weight`, `lora_A.weight`), safetensors and pickled files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ropewalk.adapters.config import LoraConfig, read_lora_config
+from ropewalk.adapters.files import read_adapter_tensors
+from ropewalk.base.errors import CheckpointError, UnsupportedError
+from ropewalk.config.model import ModelConfig
+from ropewalk.families.tables import EMBEDDINGS, FAMILY_TABLES, HEAD, layer_prefix, sizes
+from ropewalk.files.safetensors import printable
+from ropewalk.files.weight_files import listed
+from ropewalk.gptq.linear import require_finite
+
+EMBEDDING_MODULE = EMBEDDINGS.removesuffix(".weight")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PREFIX = "base_model.model."
+MATRIX = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_A|lora_B)(?:\.[^.]+)?\.weight")
+EMBEDDING_MATRIX = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<matrix>[AB])(?:\.[^.]+)?")
+WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.weight")
+QUANTISED_BASE = re.compile(r".+\.base_layer\.(qweight|qzeros|scales|g_idx)")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """One change: scale * B A. a: [r, K], b: [N, r]; float32, float16 or bfloat16, contiguous."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What one adapter changes.
+
+    linears: by the name of the module ("model.layers.0.self_attn.q_proj", "lm_head"). embeddings: a [r, V], b [C, r].
+    whole: tables [V, C] that stand in for those of the model, by module (`modules_to_save`).
+    """
+
+    source: str
+    linears: Mapping[str, LowRank]
+    embeddings: LowRank | None
+    whole: Mapping[str, torch.Tensor]
+    rope_scaling: Mapping[str, Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all matrices."""
+        low_ranks = [*self.linears.values(), *([] if self.embeddings is None else [self.embeddings])]
+        tensors = [tensor for low_rank in low_ranks for tensor in (low_rank.a, low_rank.b)] + list(self.whole.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(slots=True)
+class _Found:
+    """The tensors of a file by what they are, with the names that they have there."""
+
+    matrices: dict[str, dict[str, tuple[str, torch.Tensor]]] = field(default_factory=dict)  # module -> "A" or "B"
+    whole: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def read_adapter(folder: Path, config: ModelConfig, embeddings: torch.Tensor) -> Adapter:
+    """The LoRA in `folder`, for the model of `config`, whose embedding table is `embeddings` ([V, C]).
+
+    Raises:
+        CheckpointError: no adapter there, a damaged file, or one for another model: the tensor is named.
+        ConfigError: adapter_config.json is wrong. UnsupportedError: a variant of LoRA that is not implemented.
+    """
+    lora = read_lora_config(folder)
+    path, tensors = read_adapter_tensors(folder)
+    found = _sorted_by_meaning(path, tensors)
+    shapes = _module_shapes(config)
+    _check_modules(path, lora, config, shapes, found)
+    low_ranks = {
+        module: _low_rank(path, lora, module, shapes[module], found.matrices[module])
+        for module in shapes
+        if module in found.matrices
+    }
+    whole = _whole_tables(path, lora, config, embeddings, found)
+    return Adapter(
+        source=str(folder),
+        linears={module: low_rank for module, low_rank in low_ranks.items() if module != EMBEDDING_MODULE},
+        embeddings=low_ranks.get(EMBEDDING_MODULE),
+        whole=whole,
+        rope_scaling=lora.rope_scaling,
+    )
+
+
+def _sorted_by_meaning(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Found:
+    found = _Found()
+    for name, tensor in tensors.items():
+        plain = _without_prefix(name)
+        matrix = MATRIX.fullmatch(plain) or EMBEDDING_MATRIX.fullmatch(plain)
+        whole = WHOLE.fullmatch(plain)
+        if ".lora_magnitude_vector" in plain:
+            raise UnsupportedError(f"{path}: {printable(name)}: DoRA (weight-decomposed LoRA) is not implemented")
+        if plain.endswith(".bias") or ".lora_bias" in plain:
+            _require_zero_bias(path, name, tensor)
+        elif matrix is not None:
+            known = found.matrices.setdefault(matrix["module"], {})
+            side = matrix["matrix"][-1]
+            if side in known:
+                raise CheckpointError(
+                    f"{path} holds two adapters ({printable(known[side][0])} and {printable(name)}): keep one"
+                )
+            known[side] = (name, tensor)
+        elif QUANTISED_BASE.fullmatch(plain):
+            continue  # the weights of the model, saved along
+        elif whole is not None and whole["module"] in (EMBEDDING_MODULE, HEAD):
+            found.whole[whole["module"]] = (name, tensor)
+        else:
+            raise UnsupportedError(
+                f"{path}: {printable(name)} is not something that an adapter can change here: low-rank matrices of "
+                "linear layers and embeddings, and whole embed_tokens and lm_head tables (modules_to_save) are"
+            )
+    return found
+
+
+def _without_prefix(name: str) -> str:
+    """The name within a causal language model; adapters of the decoder alone lack its `model.`."""
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.")) else name
+
+
+def _require_zero_bias(path: Path, name: str, tensor: torch.Tensor) -> None:
+    # SuperHOT's adapters carry biases for every linear, all zero.
+    if tensor.dtype not in FLOATS or bool(tensor.any()):
+        raise UnsupportedError(
+            f"{path}: {printable(name)} is not zero: adapters that change biases are not implemented, only those "
+            'trained with bias="none"'
+        )
+
+
+def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(K, N) of every module that an adapter can change; for the embeddings K is the vocabulary."""
+    size, table = sizes(config), FAMILY_TABLES[config.family]
+    shapes = {
+        layer_prefix(index) + entry.name: (size[entry.inputs], size[entry.outputs])
+        for index in range(config.num_layers)
+        for entry in table.linears
+    }
+    return shapes | {EMBEDDING_MODULE: (size["vocab"], size["hidden"]), HEAD: (size["hidden"], size["vocab"])}
+
+
+def _check_modules(
+    path: Path, lora: LoraConfig, config: ModelConfig, shapes: Mapping[str, tuple[int, int]], found: _Found
+) -> None:
+    """The file must hold both matrices of exactly the modules that the configuration names, all of this model."""
+    unknown = [sides for module, sides in found.matrices.items() if module not in shapes]
+    if unknown:
+        name = next(iter(unknown[0].values()))[0]
+        raise CheckpointError(
+            f"{path}: {printable(name)} is for a module that this model ({config.source}: {config.family}, "
+            f"{config.num_layers} layers) does not have: the adapter was made for another model"
+        )
+    for module, sides in found.matrices.items():
+        if set(sides) != {"A", "B"}:
+            present = printable(next(iter(sides.values()))[0])
+            raise CheckpointError(f"{path}: {present} has no counterpart: A and B are both needed for {module}")
+        if not lora.changes(module):
+            name = printable(sides["A"][0])
+            raise CheckpointError(f"{path}: {name} is for a module that {lora.source} does not name")
+    if lora.targets is not None:
+        missing = [module for module in shapes if lora.changes(module) and module not in found.matrices]
+        if missing:
+            raise CheckpointError(
+                f"{path} lacks the matrices of {len(missing)} modules that {lora.source} names "
+                f"({listed(missing, 3)}): it is incomplete, or made for another model"
+            )
+    unsaved = [name for name in (EMBEDDING_MODULE, HEAD) if lora.saves(name) and name not in found.whole]
+    if unsaved:
+        raise CheckpointError(f"{path} lacks the table of {unsaved[0]}, which modules_to_save of {lora.source} names")
+    if not found.matrices and not found.whole:
+        raise CheckpointError(f"{path} holds no matrices for any module of this model ({config.source})")
+
+
+def _low_rank(
+    path: Path,
+    lora: LoraConfig,
+    module: str,
+    shape: tuple[int, int],
+    sides: Mapping[str, tuple[str, torch.Tensor]],
+) -> LowRank:
+    rank = lora.rank_of(module)
+    in_features, out_features = shape
+    wanted = {"A": (rank, in_features), "B": (out_features, rank)}
+    matrices = {side: _checked(path, *sides[side], wanted[side], f"rank {rank} by {lora.source}") for side in "AB"}
+    return LowRank(matrices["A"], matrices["B"], lora.scale_of(module))
+
+
+def _whole_tables(
+    path: Path, lora: LoraConfig, config: ModelConfig, embeddings: torch.Tensor, found: _Found
+) -> dict[str, torch.Tensor]:
+    """Tables that differ from those of the model. PEFT also saves unchanged ones along with their matrices."""
+    shape = (config.vocab_size, config.hidden_size)
+    tables = {}
+    for module, (name, tensor) in found.whole.items():
+        table = _checked(path, name, tensor, shape, "the vocabulary and hidden size of this model")
+        own = embeddings if module == EMBEDDING_MODULE or config.tie_word_embeddings else None
+        if own is None or not torch.equal(table.float(), own.float().cpu()):
+            tables[module] = table
+    touched = found.matrices.keys() & {EMBEDDING_MODULE, HEAD}
+    if config.tie_word_embeddings and (tables or (touched and lora.ties_embeddings)):
+        name = found.whole[next(iter(tables))][0] if tables else "ensure_weight_tying"
+        raise UnsupportedError(
+            f"{path}: {printable(name)}: {config.source} ties lm_head to the embeddings, and adapters that replace one "
+            "of them, or change both together, are not implemented for such models"
+        )
+    return tables
+
+
+def _checked(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...], because: str) -> torch.Tensor:
+    """The tensor, contiguous, after its dtype, shape and values have been checked."""
+    if tensor.dtype not in FLOATS:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise CheckpointError(f"{path}: {printable(name)} is {tensor.dtype}, accepted: {accepted}")
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{path}: {printable(name)} has shape {list(tensor.shape)}, expected is {list(shape)} ({because}): "
+            "the adapter is for another model, or its configuration for another adapter"
+        )
+    require_finite(tensor, f"{path}: {printable(name)}")
+    return tensor.detach().contiguous()

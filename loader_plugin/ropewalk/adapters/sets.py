@@ -1,0 +1,200 @@
+"""The adapters of a loaded model: any number at once, a weighted set of them for each request.
+
+Weights of the model are never touched. The matrices of a set are laid out when it is first asked for, and kept for the
+sets used last, so changing between them costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ropewalk.adapters.lora import EMBEDDING_MODULE, Adapter, LowRank
+from ropewalk.adapters.low_rank import (
+    UNCHANGED,
+    EmbeddingChange,
+    HeadChange,
+    LayerChange,
+    Weighted,
+    pack_embedding_change,
+    pack_low_rank,
+)
+from ropewalk.adapters.request import AdapterUse, Request, checked_request
+from ropewalk.backends.protocol import Backend, PackedLowRank
+from ropewalk.base.errors import RequestError
+from ropewalk.config.instances import LayerInstance
+from ropewalk.config.model import ModelConfig
+from ropewalk.families.tables import FAMILY_TABLES, HEAD, layer_prefix, sizes
+from ropewalk.gptq.linear import DenseLinear
+
+# What tells sets apart: (number of the loaded adapter, weight, instances or None) of each use, in one order.
+AdapterKey = tuple[tuple[int, float, tuple[int, ...] | None], ...]
+Chosen = tuple[tuple[int, float], ...]  # (number of the loaded adapter, weight) of those that change one thing
+
+KEPT_SETS = 8  # packed sets kept for reuse: each takes the memory of its matrices once more
+GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelChange:
+    """What a weighted set of adapters changes; `key` tells sets apart. instances: by position in the layer order."""
+
+    key: AdapterKey
+    instances: tuple[LayerChange, ...]
+    embeddings: EmbeddingChange | None
+    head: HeadChange | None
+
+
+class AdapterSets:
+    """Loaded adapters by name, and their packed combinations for the layer order that runs."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, instances: Sequence[LayerInstance]) -> None:
+        self._config = config
+        self._backend = backend
+        self._loaded: dict[str, tuple[int, Adapter]] = {}
+        self._num_loads = 0
+        self._layers: OrderedDict[Chosen, dict[int, LayerChange]] = OrderedDict()  # by index of the weights
+        self.set_instances(instances)
+
+    def set_instances(self, instances: Sequence[LayerInstance]) -> None:
+        """The layer instances that run from now on. What sets change in a layer stays laid out, wherever it runs."""
+        self._instances = tuple(instances)
+        self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
+        self._unchanged = ModelChange((), (UNCHANGED,) * len(self._instances), None, None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loaded adapters, in the order of loading."""
+        return tuple(self._loaded)
+
+    def check_new_name(self, name: Any) -> None:
+        """Raises RequestError for a name that is none or that is taken."""
+        if not isinstance(name, str) or not name:
+            raise RequestError(f"the name of an adapter must be a string that is not empty, got {name!r}")
+        if name in self._loaded:
+            raise RequestError(f"an adapter named {name!r} is loaded already: unload it first, or choose another name")
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Keep an adapter under a name that `check_new_name` accepts."""
+        self._num_loads += 1
+        self._loaded[name] = (self._num_loads, adapter)
+
+    def remove(self, name: Any) -> None:
+        """Forget an adapter and the sets that it is in.
+
+        Raises:
+            RequestError: there is none of that name.
+        """
+        number, _ = self._known(name)
+        del self._loaded[name]
+        kept = ((key, change) for key, change in self._packed.items() if all(use[0] != number for use in key))
+        self._packed = OrderedDict(kept)
+        self._layers = OrderedDict(
+            (chosen, kept) for chosen, kept in self._layers.items() if number not in dict(chosen)
+        )
+
+    def key(self, request: Request | None) -> AdapterKey:
+        """The set in the order of loading, so that equal sets give equal bits; weights of 0 leave an adapter out.
+
+        Raises:
+            RequestError: as `checked_request`; an adapter that is not loaded; instances that the layer order does not
+                have, or that run layers of a second model.
+        """
+        uses = []
+        for use in checked_request(request):
+            number, _ = self._known(use.name)
+            self._check_instances(use)
+            if use.weight != 0.0:
+                uses.append((number, use.weight, use.instances))
+        return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
+
+    def change(self, key: AdapterKey) -> ModelChange:
+        """The set of that key, laid out for the backend."""
+        if not key:
+            return self._unchanged
+        if key not in self._packed:
+            self._packed[key] = self._pack(key)
+            if len(self._packed) > KEPT_SETS:
+                self._packed.popitem(last=False)
+        self._packed.move_to_end(key)
+        return self._packed[key]
+
+    def _known(self, name: str) -> tuple[int, Adapter]:
+        if not isinstance(name, str) or name not in self._loaded:
+            loaded = ", ".join(map(repr, self._loaded)) or "none"
+            raise RequestError(f"adapters: no adapter {name!r:.80} is loaded (loaded: {loaded})")
+        return self._loaded[name]
+
+    def _check_instances(self, use: AdapterUse) -> None:
+        count = len(self._instances)
+        for position in use.instances or ():
+            if position >= count:
+                raise RequestError(
+                    f"adapters: {str(use)!r:.80}: there is no layer instance {position}: the layer order that runs "
+                    f"has {count}, counted from 0 to {count - 1}"
+                )
+            if self._instances[position].weights_index >= self._config.num_layers:
+                raise RequestError(
+                    f"adapters: {str(use)!r:.80}: the layer instance {position} is of the second model, for which "
+                    "adapters are not made"
+                )
+
+    def _pack(self, key: AdapterKey) -> ModelChange:
+        everywhere = tuple((number, weight) for number, weight, instances in key if instances is None)
+        changes = []
+        for position, instance in enumerate(self._instances):
+            # Layers lent by a second model come after the model's own: adapters were not made for them.
+            own = instance.weights_index < self._config.num_layers
+            chosen = tuple(use[:2] for use in key if own and (use[2] is None or position in use[2]))
+            changes.append(self._layer(instance.weights_index, chosen) if chosen else UNCHANGED)
+        while len(self._layers) > KEPT_SETS:
+            self._layers.popitem(last=False)
+        return ModelChange(key, tuple(changes), self._pack_embeddings(everywhere), self._pack_head(everywhere))
+
+    def _layer(self, index: int, chosen: Chosen) -> LayerChange:
+        layers = self._layers.setdefault(chosen, {})
+        self._layers.move_to_end(chosen)
+        if index not in layers:
+            layers[index] = self._pack_layer(index, chosen)
+        return layers[index]
+
+    def _adapters(self, chosen: Chosen) -> list[tuple[Adapter, float]]:
+        by_number = dict(self._loaded.values())
+        return [(by_number[number], weight) for number, weight in chosen]
+
+    def _pack_layer(self, index: int, chosen: Chosen) -> LayerChange:
+        adapters, size = self._adapters(chosen), sizes(self._config)
+        entries = {entry.field: entry for entry in FAMILY_TABLES[self._config.family].linears}
+
+        def group(fields: Sequence[str]) -> PackedLowRank | None:
+            linears = [_low_ranks(adapters, layer_prefix(index) + entries[field].name) for field in fields]
+            return pack_low_rank(self._backend, linears, [size[entries[field].outputs] for field in fields])
+
+        return LayerChange(**{name: group(fields) for name, fields in GROUPS.items()})
+
+    def _pack_embeddings(self, chosen: Chosen) -> EmbeddingChange | None:
+        adapters = self._adapters(chosen)
+        low_ranks = [(adapter.embeddings, weight) for adapter, weight in adapters if adapter.embeddings is not None]
+        return pack_embedding_change(self._backend, low_ranks, _tables(adapters, EMBEDDING_MODULE))
+
+    def _pack_head(self, chosen: Chosen) -> HeadChange | None:
+        adapters = self._adapters(chosen)
+        low_rank = pack_low_rank(self._backend, [_low_ranks(adapters, HEAD)], [self._config.vocab_size])
+        tables = _tables(adapters, HEAD)
+        if low_rank is None and not tables:
+            return None
+        packed = tuple((self._backend.pack([DenseLinear(HEAD, table, None)]), weight) for table, weight in tables)
+        return HeadChange(1.0 - sum(weight for _, weight in tables), packed, low_rank)
+
+
+def _low_ranks(chosen: Sequence[tuple[Adapter, float]], module: str) -> list[Weighted]:
+    found: list[tuple[LowRank | None, float]] = [(adapter.linears.get(module), weight) for adapter, weight in chosen]
+    return [(low_rank, weight) for low_rank, weight in found if low_rank is not None]
+
+
+def _tables(chosen: Sequence[tuple[Adapter, float]], module: str) -> list[tuple[torch.Tensor, float]]:
+    return [(adapter.whole[module], weight) for adapter, weight in chosen if module in adapter.whole]

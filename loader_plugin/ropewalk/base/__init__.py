@@ -1,0 +1,1 @@
+"""What every room uses: errors, JSON with types, short notations, memory, choices."""

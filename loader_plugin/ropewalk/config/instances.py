@@ -1,0 +1,30 @@
+"""Layer instances: the uses that an order makes of the weights of layers.
+
+The same weights can be run by several instances, each with keys and values of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ropewalk.config.layer_order import LayerOrder
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInstance:
+    """One step of the decoder: which weights it runs, which keys and values are its own, and its weight in the sum."""
+
+    weights_index: int
+    cache_index: int
+    residual_weight: float = 1.0
+
+
+def instances_of(order: LayerOrder, num_layers: int) -> tuple[LayerInstance, ...]:
+    """The instances that an order asks for, each with keys and values of its own.
+
+    num_layers: of the first model; the layers of the second follow them in `ModelWeights.layers`.
+    """
+    return tuple(
+        LayerInstance(use.layer + (num_layers if use.source == "b" else 0), position, use.weight)
+        for position, use in enumerate(order.uses)
+    )

@@ -1,0 +1,281 @@
+"""From a model folder's config.json to a ModelConfig: the frozen facts of one decoder, all checked.
+
+Four families are read as transformers 5.23 reads them (its `configuration_*.py` give the defaults of absent keys):
+llama (1, 2, 3.x), mistral (sliding window), qwen2 (q/k/v biases) and qwen3 (q/k norms, explicit head size).
+Whatever can be refused is refused here, before a byte of weights is read. The RoPE keys are read in rope_config.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ropewalk.base.errors import ConfigError, UnsupportedError
+from ropewalk.base.json import Section, read_json_object, require_folder, shown
+
+logger = logging.getLogger(__name__)
+
+# Far above any model there is (the largest known have 2^14 hidden features, 126 layers, 2^18 tokens, 10^7 positions);
+# they keep absurd values from becoming absurd allocations.
+MAX_FEATURES = 2**20
+MAX_LAYERS = 4096
+MAX_HEADS = 2**14
+MAX_HEAD_DIM = 2**13
+MAX_VOCAB = 2**24
+MAX_POSITIONS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyDefaults:
+    """What transformers' configuration class of a family assumes for absent keys."""
+
+    architectures: tuple[str, ...]
+    num_kv_heads: int | None  # None: as many as query heads
+    head_dim: int | None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+FAMILIES: Mapping[str, FamilyDefaults] = MappingProxyType(
+    {
+        # LLaMAForCausalLM: the spelling of the conversions of March 2023.
+        "llama": FamilyDefaults(("LlamaForCausalLM", "LLaMAForCausalLM"), None, None, 2048, 1, 2),
+        "mistral": FamilyDefaults(("MistralForCausalLM",), 8, None, 131072, 1, 2),
+        "qwen2": FamilyDefaults(("Qwen2ForCausalLM",), 32, None, 32768, None, None),
+        "qwen3": FamilyDefaults(("Qwen3ForCausalLM",), 32, 128, 32768, None, None),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The architecture of one decoder. Key j is visible to query i of a layer with window W iff i - W < j <= i."""
+
+    source: str  # the file, for messages
+    family: str  # a key of FAMILIES
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    sliding_windows: tuple[int | None, ...]  # one per layer; None: all earlier keys are visible
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    raw: Mapping[
+        str, Any
+    ]  # the whole config.json, read-only: rope_config.py and quant_config.py read their keys from it
+
+
+def load_model_config(folder: Path) -> ModelConfig:
+    """The configuration of a model folder: config.json, with the end tokens of generation_config.json added.
+
+    Raises:
+        ConfigError: the folder or config.json is missing or damaged, or a value is not accepted.
+        UnsupportedError: the architecture is not one of the families.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    require_folder(folder, "config.json and the weights")
+    if not path.exists():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise ConfigError(
+            f"{folder} has no config.json (found: {found}): give the folder that holds it, or copy the file from the "
+            "model that this one was quantised from"
+        )
+    config = parse_model_config(read_json_object(path), str(path))
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        return config
+    added = _token_ids(Section(str(generation), read_json_object(generation)), "eos_token_id", config.vocab_size)
+    eos = tuple(dict.fromkeys(config.eos_token_ids + added))
+    return replace(config, eos_token_ids=eos)
+
+
+def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """The configuration that a parsed config.json describes; `source` names it in messages.
+
+    Raises:
+        ConfigError: a required key is missing, or a value has the wrong type, is out of range or contradicts another.
+        UnsupportedError: an architecture, activation or attention layout that is not implemented.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source} must hold a JSON object, found {shown(raw)}")
+    section = Section(source, raw)
+    family = _family(section)
+    defaults = FAMILIES[family]
+    _check_activation(section)
+    hidden_size = section.integer("hidden_size", 1, MAX_FEATURES)
+    num_layers = section.integer("num_hidden_layers", 1, MAX_LAYERS)
+    num_heads, num_kv_heads, head_dim = _heads(section, family, hidden_size)
+    vocab_size = section.integer("vocab_size", 1, MAX_VOCAB)
+    attention_bias = family in ("llama", "qwen3") and section.boolean("attention_bias", False)
+    bos_token_id, eos_token_ids = _special_tokens(section, defaults, vocab_size)
+    return ModelConfig(
+        source=source,
+        family=family,
+        hidden_size=hidden_size,
+        intermediate_size=section.integer("intermediate_size", 1, MAX_FEATURES),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        rms_norm_eps=section.optional_number("rms_norm_eps", 0.0, 1.0, 1e-6, above=True),
+        max_position_embeddings=read_max_positions(section, defaults),
+        sliding_windows=_sliding_windows(section, family, num_layers),
+        tie_word_embeddings=section.boolean("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=family == "llama" and section.boolean("mlp_bias", False),
+        qk_norm=family == "qwen3",
+        bos_token_id=bos_token_id,
+        eos_token_ids=eos_token_ids,
+        raw=MappingProxyType(dict(raw)),
+    )
+
+
+def _family(section: Section) -> str:
+    """The family by `model_type`, or by `architectures` where that is absent (as in some files of 2023)."""
+    accepted = "; accepted are " + ", ".join(f"{name} ({'/'.join(d.architectures)})" for name, d in FAMILIES.items())
+    model_type = section.text("model_type")
+    architectures = section.values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise section.error("architectures", "a list of strings")
+    if model_type is None and not architectures:
+        raise ConfigError(f"{section.source}: neither model_type nor architectures says which model this is{accepted}")
+    if model_type is not None and model_type not in FAMILIES:
+        raise UnsupportedError(f"{section.source}: model_type {shown(model_type)} is not supported{accepted}")
+    families = [model_type] if model_type is not None else list(FAMILIES)
+    known = {name: family for family in families for name in FAMILIES[family].architectures}
+    for name in architectures:
+        if name not in known:
+            of = f" with model_type {shown(model_type)}" if model_type is not None else ""
+            raise UnsupportedError(f"{section.source}: architecture {shown(name)}{of} is not supported{accepted}")
+    return model_type if model_type is not None else known[architectures[0]]
+
+
+def _check_activation(section: Section) -> None:
+    activation = section.text("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):  # two names of one function in transformers
+        raise UnsupportedError(f"{section.source}: hidden_act {shown(activation)} is not supported; accepted is silu")
+
+
+def _heads(section: Section, family: str, hidden_size: int) -> tuple[int, int, int]:
+    """(num_heads, num_kv_heads, head_dim)."""
+    defaults = FAMILIES[family]
+    num_heads = section.integer("num_attention_heads", 1, MAX_HEADS)
+    # An explicit null means "one per query head" in every family; an absent key means the family's default.
+    absent_kv = num_heads if "num_key_value_heads" in section.values else defaults.num_kv_heads or num_heads
+    num_kv_heads = section.optional_integer("num_key_value_heads", 1, MAX_HEADS, absent_kv)
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{section.source}: num_key_value_heads, {num_kv_heads}, must divide num_attention_heads, {num_heads}"
+        )
+    head_dim = section.optional_integer("head_dim", 2, MAX_HEAD_DIM, defaults.head_dim)
+    # transformers refuses a llama whose heads do not divide the hidden size even where head_dim is given.
+    if hidden_size % num_heads and (head_dim is None or family == "llama"):
+        raise ConfigError(f"{section.source}: num_attention_heads, {num_heads}, must divide hidden_size, {hidden_size}")
+    if head_dim is None:
+        head_dim = hidden_size // num_heads
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"{section.source}: the head size (head_dim, or hidden_size / num_attention_heads) must be even and at "
+            f"most {MAX_HEAD_DIM}, found {head_dim}: RoPE rotates pairs of features"
+        )
+    return num_heads, num_kv_heads, head_dim
+
+
+def read_max_positions(section: Section, defaults: FamilyDefaults) -> int:
+    # The LLaMA conversions of March 2023 said max_sequence_length.
+    old_name = section.optional_integer("max_sequence_length", 1, MAX_POSITIONS, defaults.max_position_embeddings)
+    return section.optional_integer("max_position_embeddings", 1, MAX_POSITIONS, old_name)
+
+
+def _sliding_windows(section: Section, family: str, num_layers: int) -> tuple[int | None, ...]:
+    """The window of each layer, or None where it sees everything.
+
+    mistral: every layer has `sliding_window` (absent: 4096, null: none). qwen2 and qwen3: only with
+    `use_sliding_window`, and then the layers that `layer_types` names, or those from `max_window_layers` on.
+    """
+    if family == "llama":
+        return (None,) * num_layers
+    window = None
+    if family == "mistral" or section.boolean("use_sliding_window", False):
+        absent = None if "sliding_window" in section.values else 4096
+        window = section.optional_integer("sliding_window", 1, MAX_POSITIONS, absent)
+    slides = _layer_slides(section, num_layers)
+    if family == "mistral":
+        if slides is not None and any(slide != (window is not None) for slide in slides):
+            raise UnsupportedError(
+                f"{section.source}: layer_types that differ between layers or from sliding_window are not supported "
+                "for mistral: every layer has the window of sliding_window"
+            )
+        return (window,) * num_layers
+    if slides is None:
+        first = section.optional_integer("max_window_layers", 0, MAX_LAYERS, 28)
+        slides = [window is not None and layer >= first for layer in range(num_layers)]
+    if window is None and any(slides):
+        raise ConfigError(
+            f"{section.source}: layer_types names sliding_attention layers, but no window is in force: "
+            "use_sliding_window must be true and sliding_window an integer"
+        )
+    return tuple(window if slide else None for slide in slides)
+
+
+def _layer_slides(section: Section, num_layers: int) -> list[bool] | None:
+    """Which layers `layer_types` makes sliding, or None where the key is absent."""
+    if not section.has("layer_types"):
+        return None
+    names = {"full_attention": False, "attention": False, "sliding_attention": True}
+    types = section.values["layer_types"]
+    if (
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or not all(isinstance(name, str) and name in names for name in types)
+    ):
+        raise section.error("layer_types", f"a list of {num_layers} times full_attention or sliding_attention")
+    return [names[name] for name in types]
+
+
+def _special_tokens(section: Section, defaults: FamilyDefaults, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
+    """(bos_token_id, eos_token_ids) of config.json."""
+    absent = {"bos_token_id": defaults.bos_token_id, "eos_token_id": defaults.eos_token_id}
+    known = Section(section.source, {**absent, **section.values})
+    bos, eos = (_token_ids(known, key, vocab_size) for key in absent)
+    old_spelling = "LLaMAForCausalLM" in (section.values.get("architectures") or [])
+    if old_spelling and (bos, eos) == ((0,), (1,)) and vocab_size > 2:
+        # The widespread conversions of March 2023 wrote these ids, although LLaMA's tokenizer has 1 = <s> and 2 = </s>:
+        # taken literally, generation would never end.
+        logger.warning("%s: bos_token_id 0 and eos_token_id 1 are a known mistake; using 1 and 2", section.source)
+        bos, eos = (1,), (2,)
+    return (bos[0] if bos else None), eos
+
+
+def _token_ids(section: Section, key: str, vocab_size: int) -> tuple[int, ...]:
+    """The token ids under a key: an integer, a list of them, or nothing. Ids outside the vocabulary are left out."""
+    if not section.has(key):
+        return ()
+    value = section.values[key]
+    ids = value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise section.error(key, "a token id, a list of token ids, or null")
+    outside = [token for token in ids if token >= vocab_size]
+    if outside:
+        listed = ", ".join(map(shown, outside))
+        logger.warning("%s: %s %s is not in the vocabulary of %d; ignored", section.source, key, listed, vocab_size)
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))

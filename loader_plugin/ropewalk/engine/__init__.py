@@ -1,0 +1,1 @@
+"""Text in, text out: requests, their queue, their caches, their pieces of text."""

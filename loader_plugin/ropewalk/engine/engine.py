@@ -1,0 +1,332 @@
+"""Text in, text out: a model, its tokenizer and some caches.
+
+    text -> ids -> queue -> cache -> generate.py -> ids -> text pieces, without stop strings
+
+As many requests run at a time as there are caches; the others wait in the order of coming. Those that run compute one
+step at a time in rotation (a token, or a layer of a prompt), so all of them proceed, and each gets the tokens that it
+would get alone. Caches outlive requests: a conversation that goes on computes only what is new.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ropewalk.adapters.request import AdapterUse, Request, checked_request
+from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.engine.cache_pool import CachePool, EngineModel
+from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
+from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
+from ropewalk.generate.evaluate import token_logprobs
+from ropewalk.generate.generate import CacheLike, Cancelled, Generation, GenerationStats, Progress, Step, checked_prompt
+from ropewalk.generate.routing import AUTO, route
+from ropewalk.generate.sampling import SamplingParams
+from ropewalk.text.chat import ChatTemplate, Message, load_chat_template, named_template
+from ropewalk.text.chat_formats import NAMED_FORMATS
+from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
+
+WAIT_STEP_S = 0.05  # how often a request that waits for its turn asks whether it is cancelled
+
+
+class Engine:
+    """Generates text. `last_stats` and `last_finish_reason` speak of the newest request that was started.
+
+    chat_template: a name of `chat_formats` or a template; default: the one of the model's folder.
+    num_caches: how many conversations keep their tokens computed, and how many requests run at a time; each cache
+        takes the memory of a full context once it is full.
+    queue_limit: how many requests may wait besides (None: any number).
+
+    Raises:
+        ConfigError: the tokenizer belongs to another model, or no memory for the caches. UnsupportedError: no chat
+            template of that name.
+    """
+
+    def __init__(
+        self,
+        model: EngineModel,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | str | None = None,
+        num_caches: int = 1,
+        queue_limit: int | None = None,
+    ) -> None:
+        check_tokenizer_fits(tokenizer, model.config.vocab_size)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.queue = TurnQueue(num_caches, queue_limit)
+        self._caches = CachePool(model, num_caches)
+        self._step_line = TurnQueue(1)
+        if isinstance(chat_template, str):
+            chat_template = named_template(chat_template, tokenizer.special_tokens)
+        self._chat_template = chat_template
+        self._holders: list[int] = []  # the threads of requests that run without a ticket of the caller's
+        self._last: TextRequest | None = None
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.end_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
+
+    @property
+    def context_size(self) -> int:
+        """The most tokens that a prompt and its reply can have together."""
+        return self._caches.capacity
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template of conversations.
+
+        Raises:
+            UnsupportedError: the model brings none and none was chosen. ConfigError: the one it brings is broken.
+        """
+        if self._chat_template is None:
+            folder = self.tokenizer.source.parent
+            self._chat_template = load_chat_template(folder, self.tokenizer.special_tokens)
+        if self._chat_template is None:
+            raise UnsupportedError(
+                f"{self.tokenizer.source.parent} brings no chat template: choose one by name "
+                f"({', '.join(NAMED_FORMATS)}), or use plain generation"
+            )
+        return self._chat_template
+
+    def enter(self, on_turn: Callable[[], None] | None = None) -> Ticket:
+        """A place in the queue before there is a stream: to show its position, and to give up waiting.
+
+        on_turn: called once, from any thread, when the turn has come. The caller closes the ticket.
+
+        Raises:
+            QueueFullError: `queue_limit` requests wait already.
+        """
+        return self.queue.enter(on_turn)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While active no request runs, so that adapters and the layer order can be changed.
+
+        Waits in the queue, at its place, for the requests before. A thread with an open stream must not ask for it.
+        """
+        with self.queue.enter(turns=self.queue.num_turns) as ticket:
+            ticket.wait()
+            yield
+
+    @property
+    def last_stats(self) -> GenerationStats | None:
+        """Tokens and times of the newest request; None before it has begun."""
+        generation = None if self._last is None else self._last.generation
+        return None if generation is None else generation.stats
+
+    @property
+    def last_finish_reason(self) -> str | None:
+        """How the newest request ended; None while it runs."""
+        return None if self._last is None else self._last.finish_reason
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        cancelled: Cancelled | None = None,
+        progress: Progress | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+    ) -> TextStream:
+        """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
+
+        prompt: text (the bos token is added where the tokenizer's files say so), or token ids as they are.
+        cancelled: asked between the steps of the model; True ends the reply with what there is.
+        progress: called with (tokens done, tokens to do) while the prompt is read.
+        adapters: as for `Model.forward`, such as "storm+poet:0.5@10-11"; "auto" chooses the loaded adapter, or none,
+            that finds the prompt least surprising, and reports it as `routing` of the stream.
+        ticket: a place in the queue from `enter`, which the caller closes; it serves one stream after another.
+            Default: the stream enters the queue when its first piece is asked for, and leaves at its end.
+
+        Raises:
+            RequestError: the prompt is empty, does not fit, or holds unknown ids; adapters that are not loaded.
+            QueueFullError: with the first piece, if `queue_limit` requests wait already.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self._start(ids, params, cancelled, progress, adapters, ticket)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        cancelled: Cancelled | None = None,
+        progress: Progress | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+    ) -> Completion:
+        """The whole reply at once; arguments and errors as for `stream`."""
+        return self.stream(prompt, params, cancelled, progress, adapters, ticket).complete()
+
+    def score(
+        self,
+        prompt_ids: Sequence[int],
+        count: int = 0,
+        cancelled: Cancelled | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+    ) -> list[Step] | None:
+        """The tokens of a prompt, each but the first with its log probability and the `count` most likely in its place.
+
+        None once cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
+        `stream`.
+        """
+        ids = checked_prompt(self.model, self.context_size, prompt_ids)
+        request = TextRequest(ids, SamplingParams(), cancelled or _never, None, _adapters_or_auto(adapters), ticket)
+        with self._turn(request) as has_turn, torch.inference_mode():
+            turns = StepTurns(self._step_line)
+            asks = _gives_way(request, turns)
+            if not has_turn or not self._choose_adapters(request, turns, asks):
+                return None
+            with self._caches.lend(ids, request.adapters) as cache, turns:
+                found = token_logprobs(self.model, cache, ids, count, request.adapters, asks)
+        if found is None:
+            return None
+        return [Step(ids[0])] + [Step(token_id, *values) for token_id, values in zip(ids[1:], found, strict=True)]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        cancelled: Cancelled | None = None,
+        progress: Progress | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+        **variables: Any,
+    ) -> TextStream:
+        """The assistant's next turn, as a stream. `variables` are handed to the chat template, the rest is as for
+        `stream`.
+
+        Raises:
+            RequestError: as for `stream`; messages that the template refuses. UnsupportedError: no chat template.
+        """
+        params = params or SamplingParams()
+        params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
+        return self._start(self.chat_ids(messages, **variables), params, cancelled, progress, adapters, ticket)
+
+    def chat_ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The prompt of a conversation in token ids, up to the beginning of the assistant's turn."""
+        template = self.chat_template
+        text = template.render(messages, **variables)
+        return self.tokenizer.encode(text, add_bos=False if template.writes_bos else None)
+
+    def _start(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None,
+        cancelled: Cancelled | None,
+        progress: Progress | None,
+        adapters: Request | None,
+        ticket: Ticket | None,
+    ) -> TextStream:
+        params = params if params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
+        ids = checked_prompt(self.model, self.context_size, prompt_ids)
+        self._last = TextRequest(ids, params, cancelled or _never, progress, _adapters_or_auto(adapters), ticket)
+        return TextStream(self._last, self._pieces(self._last))
+
+    def _pieces(self, request: TextRequest) -> Iterator[str]:
+        """The text of a request, piece by piece, with a turn and a cache held meanwhile."""
+        try:
+            with self._turn(request) as has_turn:
+                steps = StepTurns(self._step_line)
+                cancelled = _gives_way(request, steps)
+                if not has_turn or not self._choose_adapters(request, steps, cancelled):
+                    request.finish_reason = "cancelled"
+                    return
+                with self._caches.lend(request.prompt_ids, request.adapters) as cache:
+                    request.generation = self._generation(request, cache, cancelled)
+                    with closing(request.generation):
+                        yield from shown_text(self.tokenizer, request, _in_turns(request.generation, steps))
+        except GeneratorExit:
+            request.finish_reason = "cancelled"
+            raise
+
+    def _generation(self, request: TextRequest, cache: CacheLike, cancelled: Cancelled) -> Generation:
+        return Generation(
+            self.model,
+            cache,
+            request.prompt_ids,
+            request.params,
+            self.end_token_ids,
+            cancelled,
+            request.progress,
+            request.adapters,
+        )
+
+    def _choose_adapters(self, request: TextRequest, steps: StepTurns, cancelled: Cancelled) -> bool:
+        """Replace "auto" by the choice; False once cancelled."""
+        if request.adapters != AUTO:
+            return True
+        with steps:
+            request.routing = route(self.model, request.prompt_ids, cancelled)
+        if request.routing is not None:
+            request.adapters = request.routing.adapters
+        return request.routing is not None
+
+    @contextmanager
+    def _turn(self, request: TextRequest) -> Iterator[bool]:
+        """The request's place in the queue, with its turn; False if cancelled while waiting."""
+        ticket = request.ticket
+        if ticket is not None:
+            yield self._await(ticket, request)
+            return
+        thread = threading.get_ident()
+        if self._holders.count(thread) == self.queue.num_turns:
+            raise RequestError(
+                "this engine is still busy with a stream that this thread began: exhaust it or close() it first"
+            )
+        with self.queue.enter() as ticket:
+            has_turn = self._await(ticket, request)
+            self._holders.append(thread)
+            try:
+                yield has_turn
+            finally:
+                self._holders.remove(thread)
+
+    def _await(self, ticket: Ticket, request: TextRequest) -> bool:
+        """Wait for the turn; False if cancelled meanwhile.
+
+        Raises:
+            RequestError: the ticket is closed, so its turn will never come.
+        """
+        started = time.perf_counter()
+        while not ticket.wait(WAIT_STEP_S):
+            if ticket.closed:
+                raise RequestError("this ticket is closed: enter the queue again")
+            if request.cancelled():
+                return False
+        request.queue_s = time.perf_counter() - started
+        return True
+
+
+def _never() -> bool:
+    return False
+
+
+def _adapters_or_auto(adapters: Request | None) -> str | tuple[AdapterUse, ...]:
+    return AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
+
+
+def _gives_way(request: TextRequest, steps: StepTurns) -> Cancelled:
+    """Asks whether the request is cancelled; between the layers of its prompt, which take long, others may go on."""
+
+    def cancelled() -> bool:
+        if not request.steps:
+            steps.give_way()
+        return request.cancelled()
+
+    return cancelled
+
+
+def _in_turns(generation: Generation, steps: StepTurns) -> Iterator[Step]:
+    """The steps of a reply, each computed when it is this request's turn to compute."""
+    while True:
+        with steps:
+            step = next(generation, None)
+        if step is None:
+            return
+        yield step

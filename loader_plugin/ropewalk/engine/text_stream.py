@@ -1,0 +1,140 @@
+"""One reply as text: its request as it proceeds, and the stream of pieces that a caller iterates over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ropewalk.adapters.request import AdapterUse
+from ropewalk.engine.turn_queue import Ticket
+from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
+from ropewalk.generate.routing import Routing
+from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.stops import StopStrings
+from ropewalk.text.tokenizer.load import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole reply. finish_reason: "stop", "length", "context" or "cancelled"; steps: its tokens.
+
+    routing: which adapter was chosen, where adapters="auto" was asked for.
+    """
+
+    text: str
+    finish_reason: str
+    steps: tuple[Step, ...]
+    stats: GenerationStats
+    routing: Routing | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of the reply; where a stop string ended it, those of the stop string included."""
+        return [step.token_id for step in self.steps]
+
+
+@dataclass(slots=True)
+class TextRequest:
+    """One request as it proceeds. Apart from its stream, so that a stream that is dropped ends at once.
+
+    ticket: the caller's place in the queue, if it brought one. token_texts: what each step added to the text.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    cancelled: Cancelled
+    progress: Progress | None
+    adapters: str | tuple[AdapterUse, ...]
+    ticket: Ticket | None = None
+    queue_s: float = 0.0
+    routing: Routing | None = None
+    generation: Generation | None = None
+    finish_reason: str | None = None
+    stop_string: str | None = None
+    steps: list[Step] = field(default_factory=list)
+    token_texts: list[str] = field(default_factory=list)
+
+
+class TextStream(Iterator[str]):
+    """The pieces of one reply. Holds a turn of the engine from the first piece to the end, to `close()`, or until
+    dropped."""
+
+    def __init__(self, request: TextRequest, pieces: Iterator[str]) -> None:
+        self._request = request
+        self._pieces = pieces
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The tokens so far."""
+        return tuple(self._request.steps)
+
+    def tokens(self, start: int = 0) -> list[tuple[Step, str]]:
+        """The tokens from number `start` on, each with what it added to the text.
+
+        A token within a character adds nothing, the one that ends it adds all of it. A stop string is included.
+        """
+        return list(zip(self._request.steps[start:], self._request.token_texts[start:], strict=True))
+
+    @property
+    def stats(self) -> GenerationStats | None:
+        """Tokens and times so far; None before the request has begun."""
+        return None if self._request.generation is None else self._request.generation.stats
+
+    @property
+    def queue_s(self) -> float:
+        """How long the request has waited for its turn, since its first piece was asked for."""
+        return self._request.queue_s
+
+    @property
+    def routing(self) -> Routing | None:
+        """The adapter chosen and all scores, where adapters="auto" was asked for and the request has begun."""
+        return self._request.routing
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs; "stop", "length", "context" or "cancelled"."""
+        return self._request.finish_reason
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the reply, if one did."""
+        return self._request.stop_string
+
+    def __next__(self) -> str:
+        # Entered for each piece: held across a yield it would leak into the caller's own code.
+        with torch.inference_mode():
+            return next(self._pieces)
+
+    def close(self) -> None:
+        """End early; the turn goes to the next request."""
+        self._pieces.close()
+        self._request.finish_reason = self._request.finish_reason or "cancelled"
+
+    def complete(self) -> Completion:
+        """Run to the end."""
+        text = "".join(self)
+        return Completion(text, self.finish_reason, self.steps, self.stats, self.routing)
+
+
+def shown_text(tokenizer: Tokenizer, request: TextRequest, steps: Iterator[Step]) -> Iterator[str]:
+    """The text of the steps, piece by piece and without stop strings; notes how the reply ended."""
+    decoder = StreamDecoder(tokenizer, context_ids=request.prompt_ids)
+    stops = StopStrings(request.params.stop)
+    for step in steps:
+        text = decoder.push(step.token_id)
+        request.steps.append(step)
+        request.token_texts.append(text)
+        shown = stops.push(text)
+        if stops.found is not None:
+            break
+        if shown:
+            yield shown
+    else:
+        shown = stops.push(decoder.flush())
+    request.stop_string = stops.found
+    request.finish_reason = "stop" if stops.found is not None else request.generation.finish_reason
+    shown += stops.flush()
+    if shown:
+        yield shown

@@ -1,0 +1,134 @@
+"""`ropewalk chat`: a conversation in the terminal. Each turn computes only what the cache does not hold yet."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from ropewalk.adapters.request import Request
+from ropewalk.base.errors import RequestError
+from ropewalk.engine.engine import Engine
+from ropewalk.faces.cli.options import chosen_template, load, load_adapters, note, progress_bar, sampling_params
+from ropewalk.generate.sampling import SamplingParams
+
+HELP = "/reset forgets the conversation, /undo the last turn, /exit (or Ctrl-D) leaves; Ctrl-C stops a reply"
+REPLY_TOKENS = 512
+LONG_PREFILL = 1024
+
+
+class Conversation:
+    """The messages of a chat, cut from the front when they outgrow the context."""
+
+    def __init__(
+        self, engine: Engine, params: SamplingParams, system: str | None, adapters: Request | None = None
+    ) -> None:
+        self.engine = engine
+        self.adapters = adapters
+        self.params = params
+        self._opening = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forget everything but the system text."""
+        self.messages = []
+
+    def undo(self) -> bool:
+        """Forget the last question and its answer; False if there is none."""
+        if not self.messages:
+            return False
+        del self.messages[-2:]
+        return True
+
+    def ask(self, text: str) -> str:
+        """Stream the reply to stdout; the line about its speed."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            reply, line = self._reply()
+        except BaseException:
+            self.messages.pop()
+            raise
+        self.messages.append({"role": "assistant", "content": reply})
+        return line
+
+    def _reply(self) -> tuple[str, str]:
+        self._shorten()
+        pieces = []
+        with _interrupt_sets() as interrupted, progress_bar("reading", "token", LONG_PREFILL) as progress:
+            messages = self._opening + self.messages
+            stream = self.engine.chat(messages, self.params, interrupted.is_set, progress, self.adapters)
+            for piece in stream:
+                pieces.append(piece)
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        line = "stopped before the prompt was read" if stream.stats is None else stream.stats.describe()
+        routed = "" if stream.routing is None else f"{stream.routing.describe()}; "
+        return "".join(pieces).strip(), f"{routed}{line}; ended by {stream.finish_reason}"
+
+    def _shorten(self) -> None:
+        """Drop the oldest turns until the prompt leaves room for a reply."""
+        capacity = self.engine.context_size
+        room = min(self.params.max_new_tokens or REPLY_TOKENS, capacity // 4)
+        dropped = 0
+        while len(self.engine.chat_ids(self._opening + self.messages)) > capacity - room and len(self.messages) > 2:
+            del self.messages[:2]
+            dropped += 1
+        if dropped:
+            note(f"the context is full: forgot the {dropped} oldest turns")
+
+
+def chat_loop(args: argparse.Namespace) -> int:
+    """Read lines from stdin and answer them until the end; the exit code."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing in input(); Windows has none)
+    params = sampling_params(args, max_new_tokens=REPLY_TOKENS)
+    model, tokenizer = load(args)
+    adapters = load_adapters(args, model)
+    engine = Engine(model, tokenizer, chosen_template(args, tokenizer))
+    conversation = Conversation(engine, params, args.system, adapters)
+    _ = engine.chat_template  # a missing template is better reported before the first question
+    note(HELP)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        except UnicodeDecodeError:
+            note("that line is not UTF-8 text")
+            continue
+        if line.strip() == "/exit":
+            return 0
+        if line.strip():
+            _answer(conversation, line)
+
+
+def _answer(conversation: Conversation, line: str) -> None:
+    command = line.strip()
+    if command == "/reset":
+        conversation.reset()
+        note("forgot the conversation")
+    elif command == "/undo":
+        note("forgot the last turn" if conversation.undo() else "there is nothing to undo")
+    elif command.startswith("/"):
+        note(HELP)
+    else:
+        try:
+            note(conversation.ask(line))
+        except RequestError as error:
+            note(f"ropewalk: error: {error}")
+
+
+@contextmanager
+def _interrupt_sets() -> Iterator[threading.Event]:
+    """While active, Ctrl-C sets the flag instead of raising KeyboardInterrupt."""
+    flag = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda number, frame: flag.set())
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)

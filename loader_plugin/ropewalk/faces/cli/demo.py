@@ -1,0 +1,60 @@
+"""`ropewalk demo`: the page in the browser, on a model folder or on the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ropewalk.base.errors import RequestError
+from ropewalk.faces.cli.options import note
+
+DATA = Path("~/.ropewalk")
+NUM_CACHES = 4
+INSTALL = 'the page needs Gradio, which is not installed: pip install "ropewalk[demo]"'
+
+
+def add_demo_command(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = commands.add_parser("demo", help="the demo page in the browser", description=run_demo.__doc__)
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded one)")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folders below may be opened from the page")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--port", type=int, metavar="N", help="port (default: the first free one from 7860)")
+    parser.add_argument(
+        "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated"
+    )
+    parser.add_argument(
+        "--root-path", metavar="PATH", help="path under which a proxy shows the page, such as /ropewalk"
+    )
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"conversations (default: {DATA})")
+    parser.add_argument(
+        "--caches", type=int, default=NUM_CACHES, metavar="N", help="replies that run at a time (default: 4)"
+    )
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    parser.set_defaults(run=run_demo)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Serve the demo page until Ctrl-C."""
+    try:
+        from ropewalk.gradio_demo.serving import Address, serve_demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "gradio":
+            raise
+        raise RequestError(INSTALL) from error
+    for name, folder in (("MODEL", args.model), ("--models", args.models)):
+        if folder is not None and not folder.is_dir():
+            raise RequestError(f"{name}: {folder} is no folder")
+    if args.caches < 1:
+        raise RequestError(f"--caches must be at least 1, got {args.caches}")
+    auth = tuple(_user_and_password(text) for text in args.auth)
+    address = Address(args.host, args.port, args.root_path, auth, args.open)
+    serve_demo(address, args.model, args.models, args.data.expanduser(), args.caches, note)
+    return 0
+
+
+def _user_and_password(text: str) -> tuple[str, str]:
+    user, colon, password = text.partition(":")
+    if not user or not colon or not password:
+        raise RequestError("--auth takes USER:PASSWORD, both of them not empty")
+    return user, password

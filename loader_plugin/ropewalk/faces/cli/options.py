@@ -1,0 +1,295 @@
+"""Options that several commands share, and what they become: a loaded model, sampling settings, a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.errors import RequestError
+from ropewalk.files.embedded import demo_model_path
+
+ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
+ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
+LOAD_OPTIONS = ("max_input_len", "compute", "backend", "threads", "isa", "device", "max_attention_size")
+EMBEDDED_TEMPLATE = "vicuna"
+SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
+    ("max_new_tokens", int, "end after so many tokens"),
+    ("temperature", float, "0: always the most likely token"),
+    ("top_k", int, "choose among the k most likely (0: off)"),
+    ("top_p", float, "choose among the most likely that together have this probability (1: off)"),
+    ("min_p", float, "choose among those at least so likely, relative to the most likely (0: off)"),
+    ("typical", float, "locally typical sampling (1: off)"),
+    ("repetition_penalty", float, "above 1: avoid tokens that came before"),
+    ("repetition_range", int, "look back so many tokens for that (default: all)"),
+    ("frequency_penalty", float, "lower a token's logit by this each time it came in the reply"),
+    ("presence_penalty", float, "lower a token's logit by this once it came in the reply"),
+    ("seed", int, "make the draw repeatable"),
+)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and what decides the context: for every command."""
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded model)"
+    )
+    group = parser.add_argument_group("context")
+    group.add_argument("--max-seq-len", type=int, metavar="N", help="longest context (default: as the model declares)")
+    group.add_argument("--cache-type", choices=("fp16", "fp32"), default="fp16", help="type of cached keys and values")
+    group.add_argument(
+        "--rope-scaling", type=_json_object, metavar="JSON", help='such as \'{"type": "yarn", "factor": 4}\''
+    )
+    group.add_argument("--compress-pos-emb", type=float, metavar="X", help="linear position interpolation")
+    group.add_argument("--alpha-value", type=float, metavar="X", help="NTK-aware scaling")
+    group.add_argument("--rope-theta", type=float, metavar="X", help="base of the rotary frequencies")
+    add_order_arguments(parser)
+
+
+def add_order_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which layers are run, in which order."""
+    group = parser.add_argument_group("layers")
+    group.add_argument("--layer-order", metavar="ORDER", help='such as "0-15,8-23,16-31" or "0-9,10*4@0.25,11-31"')
+    group.add_argument("--recompute-n-layers", type=int, metavar="N", help="run N layers, rewind, run N layers, ...")
+    group.add_argument("--rewind-n-layers", type=int, metavar="N", help="how many layers to go back each time")
+    group.add_argument(
+        "--second-model",
+        type=Path,
+        dest="second_folder",
+        metavar="FOLDER",
+        help='a model of equal shapes, whose layers an order names as "b:10-29"',
+    )
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the model runs: for the commands that run it."""
+    group = parser.add_argument_group("running")
+    group.add_argument("--max-input-len", type=int, default=2048, metavar="N", help="tokens per chunk of a prompt")
+    group.add_argument("--max-attention-size", type=int, metavar="N", help="accepted for compatibility, has no effect")
+    group.add_argument("--compute", choices=("int8", "exact"), default="int8", help="arithmetic of the linear layers")
+    group.add_argument("--backend", choices=("cpu", "reference"), default="cpu", help="compiled kernels or plain torch")
+    group.add_argument("--device", help="torch device of the reference backend")
+    group.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    group.add_argument("--isa", help="instruction set (default: the best of this machine)")
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None:
+    """Which LoRAs are used; `routes`: the command has a prompt to choose by."""
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER[:WEIGHT][@INSTANCES]",
+        help="use this LoRA (a PEFT folder, or the name of one that comes with the model), on these layer instances "
+        "only (such as 10-11); may be repeated, and all are added up",
+    )
+    if routes:
+        group.add_argument(
+            "--adapters",
+            choices=("all", "auto"),
+            default="all",
+            help="auto: the one that fits the prompt best, or none",
+        )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; what is not given keeps the default of SamplingParams."""
+    group = parser.add_argument_group("sampling")
+    for name, kind, text in SAMPLING_OPTIONS:
+        group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    group.add_argument(
+        "--stop-token-id", action="append", type=int, metavar="ID", help="end at this token; may be repeated"
+    )
+    group.add_argument(
+        "--logit-bias", action="append", type=_bias, metavar="ID=X", help="added to a token's logit (-inf: never)"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    """The MODEL argument, or the embedded model."""
+    return demo_model_path() if args.model is None else args.model
+
+
+def rope_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The RoPE options, as arguments of `load_model` and `model_info`."""
+    return {name: getattr(args, name) for name in ROPE_OPTIONS}
+
+
+def order_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the layer order, as arguments of `load_model`, `model_info` and `export_layers`."""
+    return {name: getattr(args, name) for name in ORDER_OPTIONS}
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer), with a progress bar, and the RoPE decision on stderr."""
+    from ropewalk.model.loader import load_model
+    from ropewalk.text.tokenizer.load import load_tokenizer
+
+    folder = model_folder(args)
+    tokenizer = load_tokenizer(folder)
+    options = {name: getattr(args, name) for name in LOAD_OPTIONS} | order_options(args)
+    rope = rope_overrides(args)
+    if all(value is None for value in rope.values()):
+        rope["rope_scaling"] = _rope_of_adapters(args)
+    with progress_bar("loading", "layer") as progress:
+        model = load_model(folder, args.max_seq_len, cache_type=args.cache_type, progress=progress, **options, **rope)
+    note(model.rope.describe())
+    if not model.layer_order.is_plain(model.config.num_layers):
+        note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
+    return model, tokenizer
+
+
+def chosen_template(args: argparse.Namespace, tokenizer: Any) -> str | None:
+    """--chat-template; for the embedded model, which knows no chat format, any plain one will do."""
+    from ropewalk.text.chat import load_chat_template
+
+    if args.chat_template is not None or args.model is not None:
+        return args.chat_template
+    brought = load_chat_template(tokenizer.source.parent, tokenizer.special_tokens)
+    return EMBEDDED_TEMPLATE if brought is None else None
+
+
+def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:
+    """Load what --adapter names into the model; the `adapters` of its requests. A folder given twice is loaded once.
+
+    Raises:
+        RequestError: a weight or instances that are none, or given where --adapters auto chooses; a folder twice for
+            the same instances. Others as `Model.load_adapter`.
+    """
+    from ropewalk.adapters.request import checked_request
+
+    auto = getattr(args, "adapters", "all") == "auto"
+    if auto and not args.adapter:
+        raise RequestError(
+            "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
+        )
+    given = [_adapter_option(args, text) for text in args.adapter]
+    folders = list(dict.fromkeys(folder for folder, _, _ in given))
+    last_parts = [folder.name for folder in folders]
+    names = {folder: folder.name if last_parts.count(folder.name) == 1 else str(folder) for folder in folders}
+    for text, (_, weight, instances) in zip(args.adapter, given, strict=True):
+        if auto and not weight is instances is None:
+            raise RequestError(
+                f"--adapter {text}: --adapters auto runs all with weight 1, and everywhere: give folders"
+            )
+    chosen = [(names[folder], 1.0 if weight is None else weight, instances) for folder, weight, instances in given]
+    checked_request(chosen)
+    for folder, name in names.items():
+        model.load_adapter(folder, name)
+    return "auto" if auto else chosen
+
+
+def _rope_of_adapters(args: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The RoPE scaling that the adapters given were trained for, with a line about it on stderr."""
+    from ropewalk.adapters.config import rope_of_adapters
+
+    scaling = rope_of_adapters(_adapter_option(args, text)[0] for text in args.adapter)
+    if scaling is not None:
+        note(f"RoPE scaling as the adapter asks: --rope-scaling '{json.dumps(scaling)}'")
+    return scaling
+
+
+def _adapter_option(args: argparse.Namespace, text: str) -> tuple[Path, float | None, tuple[int, ...] | None]:
+    """FOLDER[:WEIGHT][@INSTANCES]. The signs may be part of a folder's name: the longest folder that exists counts."""
+    from ropewalk.adapters.config import find_adapter
+    from ropewalk.adapters.request import parse_suffix
+
+    ends = [*(i for i in range(text.rfind("/") + 1, len(text)) if text[i] in ":@"), len(text)]
+    found = ((find_adapter(model_folder(args), text[:end]), end) for end in reversed(ends))
+    missing = (Path(text[: ends[0]]), ends[0])
+    folder, end = next(((folder, end) for folder, end in found if folder is not None), missing)
+    return folder, *parse_suffix(text, end, "--adapter")
+
+
+def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:
+    """SamplingParams of the options given, over `defaults` of the command."""
+    from ropewalk.generate.sampling import SamplingParams
+
+    given = {name: getattr(args, name) for name, _, _ in SAMPLING_OPTIONS if getattr(args, name) is not None}
+    return SamplingParams(
+        **{**defaults, **given},
+        stop=args.stop or (),
+        stop_token_ids=args.stop_token_id or (),
+        logit_bias=dict(args.logit_bias or ()),
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file; "-" is standard input.
+
+    Raises:
+        RequestError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise RequestError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def note(text: str) -> None:
+    """One line for people, apart from the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bar(what: str, unit: str, at_least: int = 0) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (done, total) that draws a bar on stderr; None where stderr is no terminal.
+
+    at_least: nothing is drawn for totals below.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    bar = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total >= at_least:
+            bar = tqdm(desc=what, unit=f" {unit}", total=total, file=sys.stderr, leave=False)
+        if bar is not None:
+            bar.update(done - bar.n)
+            if done >= total:
+                bar.close()
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'a JSON object such as {{"type": "linear", "factor": 4}} is needed, got {text}'
+        )
+    return value
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, value = text.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"ID=X is needed, a token id and a number, got {text!r}") from error

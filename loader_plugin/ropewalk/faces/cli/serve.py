@@ -1,0 +1,114 @@
+"""`ropewalk serve`: its options. What they start is in `server/launch.py`, which needs the extra `server`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.base.memory import available_bytes
+from ropewalk.faces.cli.options import (
+    add_load_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    chosen_template,
+    load,
+    load_adapters,
+    model_folder,
+    note,
+    sampling_params,
+)
+
+if TYPE_CHECKING:
+    from ropewalk.engine.engine import Engine
+
+QUEUE_LIMIT = 64
+MOST_CACHES = 4  # taken where memory allows: enough for a few people, or for one with several tools
+
+
+def add_serve_command(commands: Any) -> None:
+    """Register the subcommand."""
+    serve = commands.add_parser("serve", help="an OpenAI-compatible server", description=run_serve.__doc__)
+    add_model_arguments(serve)
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    group.add_argument("--port", type=int, default=8080, metavar="N", help="port (0: any free one; default: 8080)")
+    group.add_argument("--name", metavar="NAME", help="what clients call the model (default: its folder's name)")
+    group.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept only requests with it")
+    group.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="the same, a key per line: other users see command lines"
+    )
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="URL", help='a web page that may use it ("*": any)'
+    )
+    group.add_argument(
+        "--caches",
+        type=int,
+        metavar="N",
+        help="conversations kept computed, and replies written at a time (default: a few, in half of the free memory)",
+    )
+    group.add_argument(
+        "--queue-limit", type=int, default=QUEUE_LIMIT, metavar="N", help=f"requests that may wait ({QUEUE_LIMIT})"
+    )
+    group.add_argument(
+        "--chat-template", metavar="NAME", help="vicuna, llama-2, alpaca or airoboros (default: model's)"
+    )
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="load this LoRA (a PEFT folder) for requests that name it: NAME+FOLDER:WEIGHT; may be repeated",
+    )
+    add_sampling_arguments(serve)
+    add_load_arguments(serve)
+    serve.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve a model to other programs, through the interface that they know from OpenAI. The sampling options are for
+    what a request leaves out."""
+    try:
+        from ropewalk.faces.server.app import AppOptions
+        from ropewalk.faces.server.launch import serve
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"serving needs the package {error.name}: pip install 'ropewalk[server]'") from error
+    name = args.name or model_folder(args).resolve().name
+    keys, defaults = _api_keys(args), sampling_params(args)
+    options = AppOptions(name, (), defaults, keys, tuple(args.cors_origin))
+    return serve(args.host, args.port, lambda: _engine(args), options, note)
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    from ropewalk.engine.engine import Engine
+
+    if args.queue_limit < 0:
+        raise RequestError(f"--queue-limit must be at least 0, got {args.queue_limit}")
+    model, tokenizer = load(args)
+    used = load_adapters(args, model)
+    if any(weight != 1.0 or instances is not None for _, weight, instances in used):
+        raise RequestError("--adapter: serve takes folders alone; clients give weight and instances in a model's name")
+    num_caches = _num_caches(model) if args.caches is None else args.caches
+    return Engine(model, tokenizer, chosen_template(args, tokenizer), num_caches, args.queue_limit)
+
+
+def _num_caches(model: Any) -> int:
+    """As many as fit into half of the memory that is free now, up to `MOST_CACHES`."""
+    free = available_bytes()
+    fitting = MOST_CACHES if free is None else free // 2 // model.cache_bytes(model.max_seq_len)
+    return max(1, min(MOST_CACHES, fitting))
+
+
+def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = list(args.api_key)
+    if args.api_key_file is not None:
+        try:
+            keys += args.api_key_file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--api-key-file {args.api_key_file} cannot be read: {error}") from error
+        if not keys:
+            raise RequestError(f"--api-key-file {args.api_key_file} holds no key: write one per line")
+    if not all(key and key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise RequestError("--api-key: a key must be printable ASCII without spaces, and not empty")
+    return tuple(keys)

@@ -1,0 +1,147 @@
+"""`ropewalk webui`: our loader in text-generation-webui, put there, started, and taken away again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ropewalk.faces.webui.checkout import Checkout
+
+
+def add_webui_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`ropewalk webui ...`, to be called by the command line."""
+    webui = commands.add_parser("webui", help="the loader in text-generation-webui", description=__doc__)
+    actions = webui.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for action, text in ((run_install, "write the extension"), (run_uninstall, "remove it and its traces")):
+        _add(actions, action, text)
+    _add(actions, run_status, "what is found")
+    _add(actions, run_demo, "put the embedded model among its models")
+    start = _add(actions, run_run, "start the web UI with the loader", user_data=False)
+    start.add_argument("flags", nargs=argparse.REMAINDER, metavar="-- FLAGS", help="flags of server.py, after --")
+    for action, text in ((run_enable, "let a plain `python server.py` have the loader"), (run_disable, "undo that")):
+        parser = actions.add_parser(_name(action), help=text, description=action.__doc__)
+        parser.set_defaults(run=action)
+
+
+def _add(actions: argparse._SubParsersAction, action, text: str, user_data: bool = True) -> argparse.ArgumentParser:
+    parser = actions.add_parser(_name(action), help=text, description=action.__doc__)
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of text-generation-webui, with server.py")
+    if user_data:
+        for option in ("--user-data-dir", "--model-dir"):
+            parser.add_argument(option, type=Path, metavar="FOLDER", help="as it is given to server.py, if it is")
+    parser.set_defaults(run=action)
+    return parser
+
+
+def _name(action) -> str:
+    return action.__name__.removeprefix("run_")
+
+
+def run_install(args: argparse.Namespace) -> int:
+    """Write a script of a few lines into the folder of extensions. Nothing else is changed."""
+    from ropewalk.faces.webui.extension import install
+
+    checkout = _checkout(args)
+    _say(f"wrote {install(checkout)}")
+    _say("activate it with --extensions ropewalk, or in the Session tab of the page")
+    _say("for --model together with --loader ropewalk, start with `ropewalk webui run`, or use `ropewalk webui enable`")
+    return 0
+
+
+def run_uninstall(args: argparse.Namespace) -> int:
+    """Remove the extension, and `loader: ropewalk` from the yaml files: without the loader the web UI fails over it."""
+    from ropewalk.faces.webui.embedded_model import remove_model
+    from ropewalk.faces.webui.extension import uninstall
+
+    checkout = _checkout(args)
+    removed = remove_model(checkout)
+    for line in [*uninstall(checkout), *([removed] if removed else [])] or ["nothing was found"]:
+        _say(line)
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Say what is found: the extension, the startup file, what names the loader, hooks without what they attach to."""
+    from ropewalk.faces.webui.extension import mentions
+    from ropewalk.faces.webui.startup_file import startup_file
+
+    checkout = _checkout(args)
+    _say(f"web UI        {checkout.folder}")
+    _say(f"user data     {checkout.user_data}")
+    installed = (checkout.extension / "script.py").is_file()
+    _say(f"extension     {'installed' if installed else 'not installed'}: {checkout.extension}")
+    path = startup_file()
+    _say(f"startup file  {'enabled' if path.is_file() else 'not enabled'}: {path}")
+    _say(f"this Python   {sys.executable}")
+    for place in mentions(checkout):
+        _say(f"named in      {place}")
+    missing = missing_names(checkout)
+    for line in missing:
+        _say(f"missing       {line}")
+    if not missing:
+        _say("hooks         all find what they attach to")
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Copy the embedded model into the folder of models. It is small and writes things that look like Python."""
+    from ropewalk.faces.webui.embedded_model import copy_model
+
+    _say(f"wrote {copy_model(_checkout(args))}")
+    _say("its config.json asks for YaRN scaling: 2,048 tokens of context, four times what it was trained on")
+    return 0
+
+
+def missing_names(checkout: Checkout) -> list[str]:
+    """What hooks attach to and this version lacks, one line per hook; a concern is fine if any of its hooks is."""
+    from ropewalk.faces.webui.hooks import HOOKS
+
+    complaints: dict[str, list[str]] = {}
+    satisfied = set()
+    for hook in HOOKS:
+        defined = checkout.defined_names(hook.module)
+        missing = [f"no module {hook.module}"] if defined is None else [n for n in hook.names if n not in defined]
+        if missing:
+            complaints.setdefault(hook.concern, []).append(f"{hook.module}: {', '.join(missing)}")
+        else:
+            satisfied.add(hook.concern)
+    return [f"{concern}: {'; '.join(lines)}" for concern, lines in complaints.items() if concern not in satisfied]
+
+
+def run_run(args: argparse.Namespace) -> int:
+    """Start server.py with the loader registered, so that `--model X --loader ropewalk` and its own flags work."""
+    from ropewalk.faces.webui.launch import run
+
+    flags = args.flags[1:] if args.flags[:1] == ["--"] else args.flags
+    run(args.dir, flags)
+    return 0
+
+
+def run_enable(args: argparse.Namespace) -> int:
+    """Write a .pth file into site-packages of this Python: any `python server.py` of the web UI then has the loader."""
+    from ropewalk.faces.webui.startup_file import enable, startup_file
+
+    enable(startup_file())
+    _say(f"wrote {startup_file()}")
+    return 0
+
+
+def run_disable(args: argparse.Namespace) -> int:
+    """Remove that file."""
+    from ropewalk.faces.webui.startup_file import disable, startup_file
+
+    _say(f"removed {startup_file()}" if disable(startup_file()) else "it was not enabled")
+    return 0
+
+
+def _checkout(args: argparse.Namespace) -> Checkout:
+    from ropewalk.faces.webui.checkout import find_checkout
+
+    return find_checkout(args.dir, args.user_data_dir, args.model_dir)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,122 @@
+"""Errors as clients of OpenAI expect them: {"error": {"message", "type", "param", "code"}} with a status."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from ropewalk.base.errors import QueueFullError, RequestError, RopewalkError, UnsupportedError
+from ropewalk.faces.server.notes import NOTES
+
+logger = logging.getLogger(__name__)
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+SHOWN_PROBLEMS = 3  # of a request with many wrong fields
+SHOWN_CHARACTERS = 200  # of a message, in the log
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer that is an error. param: the field that is to blame; code: a word for programs."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the client gets."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The same as a response. Plain ASCII: what a client sent may hold what has no UTF-8 form."""
+        return Response(json.dumps(self.body), self.status, dict(self.headers), "application/json")
+
+
+def api_error(error: Exception, retry_after_s: int = 1) -> ApiError:
+    """What a client is told about an error of the engine."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(retry_after_s)})
+    if isinstance(error, (RequestError, UnsupportedError)):
+        return ApiError(400, str(error))
+    if isinstance(error, RopewalkError):
+        logger.error("%s", error)
+        return ApiError(500, str(error))
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says how", code="internal_error")
+
+
+def note_error(scope: Scope, error: ApiError) -> None:
+    """Leave the message for the line in the log."""
+    scope[NOTES].details.append(error.message.encode("ascii", "backslashreplace").decode()[:SHOWN_CHARACTERS])
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error of the application that shape, those of FastAPI itself included."""
+
+    def answer(request: Request, error: ApiError) -> Response:
+        note_error(request.scope, error)
+        return error.response()
+
+    async def of_ours(request: Request, error: Exception) -> Response:
+        return answer(request, api_error(error))
+
+    async def of_validation(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, validation_error(error.errors()))
+
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        return answer(request, http_error(request, error))
+
+    app.add_exception_handler(ApiError, of_ours)
+    app.add_exception_handler(RopewalkError, of_ours)
+    app.add_exception_handler(RequestValidationError, of_validation)
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(Exception, of_ours)
+
+
+def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """A request whose JSON is none, or whose fields have the wrong types."""
+    if any(problem["type"] == "json_invalid" for problem in problems):
+        return ApiError(400, f"the body is not valid JSON: {problems[0].get('ctx', {}).get('error', 'unreadable')}")
+    named: dict[str, dict[str, None]] = {}  # a field that may have several types has a complaint from each
+    for problem in problems:
+        named.setdefault(_field(problem["loc"]), {})[str(problem["msg"])] = None
+    field_name = next(iter(named))
+    if not field_name:
+        reason = next(iter(named[""]))
+        return ApiError(400, f"a JSON object and the header Content-Type: application/json are needed ({reason})")
+    texts = [f"{name}: {' or '.join(messages)}" for name, messages in named.items()]
+    more = f" (and {len(texts) - SHOWN_PROBLEMS} more)" if len(texts) > SHOWN_PROBLEMS else ""
+    return ApiError(400, "; ".join(texts[:SHOWN_PROBLEMS]) + more, param=field_name)
+
+
+def http_error(request: Request, error: HTTPException) -> ApiError:
+    """An unknown path, a wrong method, a body that FastAPI could not read."""
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return ApiError(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
+    if error.status_code == 405:
+        allowed = headers.get("Allow", headers.get("allow", "another method"))
+        message = f"{request.url.path} does not take {request.method}, but {allowed}"
+        return ApiError(405, message, code="method_not_allowed", headers=headers)
+    return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+def _field(location: Sequence[Any]) -> str:
+    """("body", "messages", 0, "role") -> "messages.0.role"; the types of a union are left out."""
+    parts = [str(part) for part in location if part not in ("body", "str", "int")]
+    return ".".join(part for part in parts if part.isidentifier() or part.isdigit())

@@ -1,0 +1,222 @@
+"""A request's way through the engine, seen from the event loop.
+
+    enter the queue -> (its turn) -> a worker thread runs the replies, one after another -> events -> the loop
+
+A job that waits takes no thread. `Job.close` frees its place at once: in the queue, within a prompt, between tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+from ropewalk.engine.engine import Engine
+from ropewalk.engine.text_stream import TextStream
+from ropewalk.faces.server.requests import Choice, Work
+from ropewalk.generate.generate import GenerationStats, Step
+from ropewalk.text.tokenizer.load import StreamDecoder
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text of the reply to choice `index`, with the tokens that came since the last piece, each with its text."""
+
+    index: int
+    text: str
+    tokens: list[tuple[Step, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The reply to choice `index` is complete. tokens: those since the last piece; num_tokens: those of the reply.
+
+    routing: which adapter was chosen and why, where the model's name left that open.
+    """
+
+    index: int
+    reason: str
+    tokens: list[tuple[Step, str]]
+    num_tokens: int
+    stats: GenerationStats
+    routing: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Nothing new for a while. position: in the queue; 0 while the prompt is read."""
+
+    position: int
+
+
+Event = Piece | Finished | Waiting
+
+
+class Jobs:
+    """Starts jobs on an engine, and knows those that are not over. Only for the event loop's thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.live: set[Job] = set()
+        self._threads = ThreadPoolExecutor(engine.queue.num_turns, "ropewalk-reply")
+
+    def start(self, work: Work) -> Job:
+        """Put the work into the queue.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        return Job(self, self._threads, work)
+
+    def refuse_waiting(self, error: Exception) -> None:
+        """End the jobs that have no turn yet with this error."""
+        for job in list(self.live):
+            if not job.ticket.has_turn:
+                job.fail(error)
+
+    async def shut_down(self, error: Exception) -> None:
+        """End what still runs with this error, and wait for the threads."""
+        for job in list(self.live):
+            job.fail(error)
+        await asyncio.to_thread(self._threads.shutdown)
+
+
+class Job:
+    """One request. Iterate over `events`; used in a `with` block, it is closed at the end."""
+
+    def __init__(self, jobs: Jobs, threads: ThreadPoolExecutor, work: Work) -> None:
+        self._jobs, self._threads, self._work = jobs, threads, work
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Piece | Finished | Exception | None] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self._started = False
+        self._entered_s = self._loop.time()
+        self.queue_s: float | None = None
+        self.ticket = jobs.engine.enter(self._on_turn)
+        jobs.live.add(self)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop, if it is not over. The ticket of a running job is closed by its thread, which still uses a cache."""
+        self._cancelled.set()
+        if not self._started:
+            self.ticket.close()
+        self._jobs.live.discard(self)
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error for the client."""
+        self._events.put_nowait(error)
+        self.close()
+
+    async def events(self, patience_s: float) -> AsyncIterator[Event]:
+        """What happens, until all replies are complete; `Waiting` after `patience_s` without anything.
+
+        Raises:
+            Exception: what went wrong in the engine.
+        """
+        while True:
+            try:
+                event = await asyncio.wait_for(self._events.get(), patience_s)
+            except asyncio.TimeoutError:
+                yield Waiting(self.ticket.position)
+                continue
+            if event is None:
+                return
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def _on_turn(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._start)
+
+    def _start(self) -> None:
+        if self._cancelled.is_set():
+            return
+        self._started = True
+        self.queue_s = self._loop.time() - self._entered_s
+        self._threads.submit(self._run)
+
+    def _run(self) -> None:
+        """In a thread: all replies, then the end or what went wrong."""
+        outcome = None
+        try:
+            for index, choice in enumerate(self._work.choices):
+                if not self._cancelled.is_set():
+                    self._reply(index, choice)
+        except Exception as error:  # whatever it is, the client must hear of it
+            outcome = error
+        finally:
+            self.ticket.close()
+            self._post(outcome)
+
+    def _reply(self, index: int, choice: Choice) -> None:
+        engine, adapters = self._jobs.engine, self._work.adapters
+        stream = engine.stream(
+            choice.prompt_ids, choice.params, self._cancelled.is_set, adapters=adapters, ticket=self.ticket
+        )
+        tokens = _ShownTokens(stream)
+        if choice.echo:
+            self._echo(index, choice)
+        for text in stream:
+            self._post(Piece(index, text, tokens.shown_with(text)))
+        if stream.stats is None or stream.finish_reason == "cancelled":
+            return
+        routing = None if stream.routing is None else stream.routing.describe()
+        rest = tokens.rest() if stream.stop_string is None else []
+        self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, routing))
+
+    def _echo(self, index: int, choice: Choice) -> None:
+        """The prompt as the first piece; with its tokens, where log probabilities are asked for."""
+        engine, count = self._jobs.engine, choice.params.logprobs
+        if count is None:
+            self._post(Piece(index, choice.echo, []))
+            return
+        ids, adapters = choice.prompt_ids, self._work.adapters
+        steps = engine.score(ids, count, self._cancelled.is_set, adapters, self.ticket)
+        if steps is not None:
+            decoder = StreamDecoder(engine.tokenizer)
+            tokens = [(step, decoder.push(step.token_id)) for step in steps]
+            self._post(Piece(index, "".join(text for _, text in tokens), tokens))
+
+    def _post(self, event: Piece | Finished | Exception | None) -> None:
+        with suppress(RuntimeError):  # as above
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+class _ShownTokens:
+    """Tokens in step with the text that is shown: a token belongs to it if it begins before its end."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+        self._shown = self._start = 0  # characters shown; where the next token's text starts
+        self.num_told = 0
+
+    def shown_with(self, text: str) -> list[tuple[Step, str]]:
+        """The tokens of the next piece. Those of a stop string, which is not shown, never come."""
+        self._shown += len(text)
+        told = []
+        for token in self._stream.tokens(self.num_told):
+            if self._start >= self._shown:
+                break
+            told.append(token)
+            self._start += len(token[1])
+        self.num_told += len(told)
+        return told
+
+    def rest(self) -> list[tuple[Step, str]]:
+        """All tokens that are left: they have no text."""
+        told = self._stream.tokens(self.num_told)
+        self.num_told += len(told)
+        return told

@@ -1,0 +1,89 @@
+"""A server from its start to its end: listen, load, say where it is, serve until told to end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+import uvicorn
+
+from ropewalk.base.errors import ConfigError
+from ropewalk.base.memory import format_bytes
+from ropewalk.engine.engine import Engine
+from ropewalk.faces.server.app import AppOptions, create_app
+from ropewalk.faces.server.middleware import access_log
+from ropewalk.faces.server.uvicorn_server import GracefulServer
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+MAX_PORT = 65535
+KEEP_ALIVE_S = 30  # for connections without a request
+
+
+def serve(
+    host: str, port: int, make_engine: Callable[[], Engine], options: AppOptions, say: Callable[[str], None]
+) -> int:
+    """Run the server until it is told to end; the exit code. The address is taken before the model is loaded.
+
+    options: its adapters are those of the engine. say: shows the lines that tell where the server is.
+
+    Raises:
+        ConfigError: the address is wrong or taken. Errors of `make_engine`.
+    """
+    with _listen(host, port) as listener:
+        engine = make_engine()
+        app = create_app(engine, replace(options, adapters=engine.model.adapters))
+        service = app.state.service
+        _show_requests()
+        at, port = listener.getsockname()[:2]
+        is_open = host not in LOCAL and not options.api_keys
+        say(_banner(options, engine, service.names.listed, f"http://{_url_host(at)}:{port}/v1", is_open))
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
+        GracefulServer(config, service).run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket, before the model is loaded: a port that is taken is told at once."""
+    if not 0 <= port <= MAX_PORT:
+        raise ConfigError(f"--port must be from 0 to {MAX_PORT}, got {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error.strerror or error}") from error
+    return listener
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _show_requests() -> None:
+    """One line per request on stderr, without a level in front."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    access_log.addHandler(handler)
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
+
+
+def _banner(options: AppOptions, engine: Engine, names: list[str], url: str, is_open: bool) -> str:
+    model, queue = engine.model, engine.queue
+    memory = format_bytes(queue.num_turns * model.cache_bytes(engine.context_size))
+    lines = {
+        "URL": url,
+        "model": names[0],
+        "adapters": ", ".join(names[1:]),
+        "context": f"{engine.context_size} tokens",
+        "caches": f"{queue.num_turns} (at most {memory}); {queue.limit} requests may wait",
+        "API key": "needed" if options.api_keys else "none",
+        "web pages": ", ".join(options.cors_origins),
+    }
+    rows = [f"  {name:<9} {value}" for name, value in lines.items() if value]
+    if is_open:
+        rows.append("  warning: anyone who reaches this address can use the model: give --api-key KEY")
+    return "\n".join(["", "ropewalk serve", *rows, "  Ctrl-C ends it after the replies that run (twice: at once)", ""])

@@ -1,0 +1,57 @@
+"""What Prometheus is told, in a registry of our own: several servers in one process do not mix."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from ropewalk.engine.turn_queue import TurnQueue
+from ropewalk.faces.server.jobs import Finished
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counts, times and the state of the queue."""
+
+    def __init__(self, queue: TurnQueue) -> None:
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "ropewalk_requests", "HTTP requests by endpoint and status", ("endpoint", "status"), registry=registry
+        )
+        self.disconnects = Counter("ropewalk_disconnects", "Clients that went away too early", registry=registry)
+        self.queue_seconds = self._histogram("queue", "waiting for a turn")
+        self.first_text_seconds = self._histogram("first_text", "from the request to the first text of its reply")
+        self.request_seconds = self._histogram("request", "from the request to the end of its reply")
+        self._tokens = Counter(
+            "ropewalk_tokens",
+            "Tokens: of prompts that were computed, of prompts that were in a cache, of replies",
+            ("kind",),
+            registry=registry,
+        )
+        gauges = {
+            "running": ("requests that have their turn", lambda: queue.num_running),
+            "waiting": ("requests in the queue", lambda: queue.num_waiting),
+            "caches": ("requests that can run at a time", lambda: queue.num_turns),
+            "queue_limit": ("requests that may wait", lambda: -1 if queue.limit is None else queue.limit),
+        }
+        for name, (text, value) in gauges.items():
+            Gauge(f"ropewalk_{name}", text[0].upper() + text[1:], registry=registry).set_function(value)
+
+    def count_reply(self, done: Finished) -> None:
+        """The tokens of a reply."""
+        self._tokens.labels("prompt").inc(done.stats.prompt_tokens - done.stats.reused_tokens)
+        self._tokens.labels("cached").inc(done.stats.reused_tokens)
+        self._tokens.labels("reply").inc(done.num_tokens)
+
+    def request_totals(self) -> tuple[float, float]:
+        """(seconds, number) of the requests that were answered to the end."""
+        samples = {sample.name: sample.value for metric in self.request_seconds.collect() for sample in metric.samples}
+        return samples["ropewalk_request_seconds_sum"], samples["ropewalk_request_seconds_count"]
+
+    def text(self) -> bytes:
+        """In Prometheus' own format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"ropewalk_{name}_seconds", f"Seconds {text}", buckets=SECONDS, registry=self._registry)

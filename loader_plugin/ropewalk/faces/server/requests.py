@@ -1,0 +1,188 @@
+"""From a checked request to what the engine is asked for: prompts in token ids, settings, adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ropewalk.adapters.request import Request
+from ropewalk.base.errors import RequestError
+from ropewalk.engine.engine import Engine
+from ropewalk.faces.server.errors import ApiError
+from ropewalk.faces.server.model_names import ModelNames
+from ropewalk.faces.server.refusals import check_chat_fields, check_completion_fields
+from ropewalk.faces.server.schema import ChatRequest, CompletionRequest, Message, SamplingFields
+from ropewalk.generate.generate import checked_prompt
+from ropewalk.generate.sampling import SamplingParams
+
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+BANNED = -100.0
+MAX_REPLIES = 64  # of one request, which holds a turn until all are written
+RENAMED = {"typical_p": "typical"}
+SAME_NAME = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "repetition_range"),
+    *("frequency_penalty", "presence_penalty", "seed", "stop", "stop_token_ids", "ignore_eos"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One reply that is asked for. echo: text that it begins with, the prompt's."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    echo: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one HTTP request asks for. ignored: fields that meant nothing here. streams, usage: how it is answered."""
+
+    model: str
+    choices: tuple[Choice, ...]
+    adapters: Request | None
+    streams: bool
+    wants_usage: bool
+    ignored: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Turns requests into work. defaults: the settings of what a request leaves out."""
+
+    engine: Engine
+    names: ModelNames
+    defaults: SamplingParams
+
+    def completion(self, request: CompletionRequest) -> Work:
+        """Raises ApiError or RequestError for what cannot be done; so do all here."""
+        ignored = check_completion_fields(request.model_extra or {})
+        tokens = request.max_tokens
+        if tokens is None:
+            tokens = self.defaults.max_new_tokens or COMPLETION_TOKENS
+        params = self._params(request, tokens, request.logprobs)
+        prompts = _prompts(request.prompt)
+        if len(prompts) * (request.n or 1) > MAX_REPLIES:
+            raise ApiError(400, f"{len(prompts)} prompts with n={request.n} are more than {MAX_REPLIES} replies", "n")
+        choices = []
+        for prompt in prompts:
+            ids = self._fitting(self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+            echo = ""
+            if request.echo:
+                echo = prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(ids)
+            choices += [Choice(ids, each, echo) for each in _with_seeds(params, request.n or 1)]
+        return self._work(request, choices, ignored)
+
+    def chat(self, request: ChatRequest) -> Work:
+        """The next turn of a conversation."""
+        ignored = check_chat_fields(request.model_extra or {})
+        if request.top_logprobs is not None and not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        params = self._params(request, self.defaults.max_new_tokens if tokens is None else tokens, logprobs)
+        template = self.engine.chat_template
+        params = replace(params, stop=tuple(dict.fromkeys(params.stop + template.stop)))
+        ids = self._fitting(self.engine.chat_ids(_messages(request.messages), **_variables(request)))
+        return self._work(request, [Choice(ids, each) for each in _with_seeds(params, request.n or 1)], ignored)
+
+    def _work(self, request: SamplingFields, choices: Sequence[Choice], ignored: Sequence[str]) -> Work:
+        options = request.stream_options
+        if options is not None and not request.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
+        return Work(
+            model=self.names.base if request.model is None else request.model,
+            choices=tuple(choices),
+            adapters=self.names.adapters_of(request.model),
+            streams=bool(request.stream),
+            wants_usage=bool(options and options.include_usage),
+            ignored=ignored,
+        )
+
+    def _params(self, request: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        given = {name: getattr(request, name) for name in (*SAME_NAME, *RENAMED) if getattr(request, name) is not None}
+        given = {RENAMED.get(name, name): value for name, value in given.items()}
+        if "seed" in given:
+            given["seed"] %= 2**63  # a negative seed is one of the seeds too
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        if given.get("top_p") == 0:
+            given["top_p"] = 1e-9  # the most likely token alone
+        if request.logit_bias:
+            given["logit_bias"] = self._biases(request.logit_bias)
+        return replace(self.defaults, **given, max_new_tokens=max_tokens, logprobs=logprobs)
+
+    def _biases(self, given: dict[str, float]) -> dict[int, float]:
+        """By token id; as in OpenAI's interface -100 bans a token."""
+        size = self.engine.model.config.vocab_size
+        biases = {}
+        for key, value in given.items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < size):
+                message = f"logit_bias: {key[:40]!r} is no token id: the model knows 0 to {size - 1}"
+                raise ApiError(400, message, "logit_bias")
+            biases[int(key)] = float("-inf") if value == BANNED else value
+        return biases
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        try:
+            return checked_prompt(self.engine.model, self.engine.context_size, ids)
+        except RequestError as error:
+            code = "context_length_exceeded" if len(ids) > self.engine.context_size else None
+            raise ApiError(400, str(error), code=code) from error
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """A text, token ids, or several of either."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _with_seeds(params: SamplingParams, n: int) -> list[SamplingParams]:
+    """n replies differ by their seeds."""
+    if params.seed is None:
+        return [params] * n
+    return [replace(params, seed=(params.seed + number) % 2**63) for number in range(n)]
+
+
+def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [_message(message) for message in messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """As chat templates know it: text in one piece, "system" for OpenAI's newer "developer", arguments as objects."""
+    plain = message.model_dump(exclude_none=True)
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    if isinstance(message.content, list):
+        plain["content"] = "\n".join(part.text for part in message.content)
+    for call in plain.get("tool_calls", ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = _object_or_text(function["arguments"])
+    return plain
+
+
+def _object_or_text(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _variables(request: ChatRequest) -> dict[str, Any]:
+    """What else the chat template sees.
+
+    Raises:
+        ApiError: a name that the server gives itself.
+    """
+    variables = dict(request.chat_template_kwargs or {})
+    for name in ("messages", "add_generation_prompt", "tools", "reasoning_effort"):
+        if name in variables:
+            raise ApiError(400, f"chat_template_kwargs: {name} is not set here", "chat_template_kwargs")
+    if request.tools and (request.model_extra or {}).get("tool_choice") != "none":
+        variables["tools"] = request.tools
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+    return variables

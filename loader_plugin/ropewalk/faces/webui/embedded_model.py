@@ -1,0 +1,69 @@
+"""The embedded model as a folder among the models of the web UI, for who has no model at hand."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from pathlib import Path
+
+from ropewalk.base.errors import ConfigError
+from ropewalk.faces.webui.checkout import Checkout
+from ropewalk.files.embedded import demo_model_path
+
+FOLDER = "ropewalk-demo"
+CONFIG = "config.json"
+FACTOR = 4.0  # the web UI keeps 512 tokens for the reply alone, which is all that the model was trained on
+
+
+def copy_model(checkout: Checkout) -> Path:
+    """Copy it, with a config.json that asks for four times its context; the folder.
+
+    Raises:
+        ConfigError: the folder exists, there is no folder for models, or it cannot be written.
+    """
+    folder = checkout.models / FOLDER
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already: nothing was copied")
+    if not checkout.models.is_dir():
+        raise ConfigError(f"{checkout.models} does not exist: name the folder of models with --model-dir")
+    try:
+        shutil.copytree(demo_model_path(), folder)
+        (folder / CONFIG).write_bytes(_extended_config())
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def remove_model(checkout: Checkout) -> str | None:
+    """Remove the copy if it is as it was made. What was done, or None if there is none."""
+    folder = checkout.models / FOLDER
+    if not folder.is_dir():
+        return None
+    if not _is_as_made(folder):
+        return f"{folder} has been changed and was left: remove it if you do not need it"
+    shutil.rmtree(folder)
+    return f"removed {folder}"
+
+
+def _extended_config() -> bytes:
+    """config.json of the copy."""
+    config = json.loads((demo_model_path() / CONFIG).read_text(encoding="utf-8"))
+    length = config["max_position_embeddings"]
+    scaling = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": length}
+    changes = {"max_position_embeddings": int(FACTOR * length), "rope_parameters": config["rope_parameters"] | scaling}
+    return (json.dumps(config | changes, indent=2) + "\n").encode("utf-8")
+
+
+def _is_as_made(folder: Path) -> bool:
+    """True if the copy has every file, and nothing else."""
+    files = _files(demo_model_path())
+    if _files(folder) != files or (folder / CONFIG).read_bytes() != _extended_config():
+        return False
+    copied = [file for file in files if file != CONFIG]
+    return filecmp.cmpfiles(demo_model_path(), folder, copied, shallow=False)[0] == copied
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file below a folder, by its path in there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

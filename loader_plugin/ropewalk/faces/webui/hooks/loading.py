@@ -1,0 +1,175 @@
+"""Loading and unloading our model.
+
+Which loaders there are is a local variable of the web UI's `load_model`, in every version. So for our loader that
+function runs as if for "Transformers", with the helper that would load the model replaced for the call: tokenizer,
+samplers, settings and messages stay the web UI's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from ropewalk.base.errors import RopewalkError
+from ropewalk.faces.webui.hook import Hook
+from ropewalk.faces.webui.hooks.arguments import is_our_name, loader_flag
+from ropewalk.faces.webui.hooks.loader_table import settings_of_others
+from ropewalk.faces.webui.hooks.lora import apply
+from ropewalk.faces.webui.model_settings import describe, load_options
+from ropewalk.faces.webui.parameters import LOADER, PARAMETERS, name_here
+from ropewalk.faces.webui.patching import HookError, swap
+from ropewalk.faces.webui.running import is_ours, model_folder, webui_module
+
+logger = logging.getLogger(__name__)
+
+# What the web UI loads a model of transformers with: since v3.0, and before.
+HELPERS = ("transformers_loader", "huggingface_loader")
+
+TOO_LATE = (
+    "an extension comes too late for --model with --loader ropewalk, and another loader took the model: start with "
+    "`ropewalk webui run`, or use `ropewalk webui enable`"
+)
+# Set in modules.models by an unloading that is to be undone, for want of use.
+RESTING = "ropewalk_resting"
+
+
+def context_name() -> str:
+    """What this version calls the context length."""
+    return name_here(PARAMETERS[0], settings_of_others(webui_module("loaders")))
+
+
+def check_loadable(model_name: str) -> None:
+    """Raises RopewalkError for what would make loading with the settings as they are fail, short of reading weights."""
+    describe(model_folder(model_name), vars(webui_module("shared").args))
+
+
+def hook_loading(models: ModuleType) -> None:
+    shared = webui_module("shared")
+    if shared.model is not None and is_our_name(loader_flag(shared)) and not is_ours(shared.model):
+        logger.warning("ropewalk: %s", TOO_LATE)
+    lock = threading.Lock()  # two loads at once would take each other's helper
+    helper = next((name for name in HELPERS if hasattr(models, name)), None)
+    if helper is None:
+        raise HookError(f"{models.__name__} has none of {', '.join(HELPERS)}")
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load_model(model_name: str, loader: str | None = None, *args: Any, **options: Any) -> Any:
+            if wanted_loader(model_name, loader) != LOADER:
+                return original(model_name, loader, *args, **options)
+            with lock:
+                return load_ours(models, helper, original, model_name, *args, **options)
+
+        return load_model
+
+    swap(models, "load_model", make)
+
+
+def wanted_loader(model_name: str, loader: str | None) -> str | None:
+    """The loader that the web UI would use."""
+    chosen = loader or webui_module("shared").args.loader
+    return chosen or webui_module("models_settings").get_model_metadata(model_name).get("loader")
+
+
+def load_ours(
+    models: ModuleType, helper: str, original: Callable[..., Any], model_name: str, *args: Any, **options: Any
+) -> Any:
+    """(model, tokenizer). A failure leaves the settings as they were. It is raised for the page and the API to show;
+    at the start of the server, which it would end, it is logged and (None, None) is returned."""
+    shared = webui_module("shared")
+    starting = shared.generation_lock is None
+    try:
+        with _settings_kept(shared):
+            load = _prepare(model_name)
+            with _replaced(models, helper, load):
+                model, tokenizer = original(model_name, "Transformers", *args, **options)
+            shared.args.loader = LOADER
+    except Exception as error:
+        if not starting:
+            raise
+        log_failure(model_name, error)
+        return None, None
+    context = model.ropewalk_model.max_seq_len
+    shared.settings["truncation_length"] = context
+    logger.info('ropewalk: "%s" is loaded by %s, context length %d', model_name, LOADER, context)
+    _wake_loras(models, model_name, model)
+    return model, tokenizer
+
+
+def log_failure(model_name: str, error: Exception) -> None:
+    """The reason; for what nobody expected, with where it came from."""
+    unexpected = not isinstance(error, RopewalkError)
+    logger.error('ropewalk: "%s" was not loaded: %s', model_name, error, exc_info=unexpected)
+
+
+def _prepare(model_name: str) -> Callable[..., Any]:
+    """What loads the model, its options decided; a context of 0 becomes the one that is used (v4.7 would take 8192)."""
+    from ropewalk.faces.hf import from_pretrained
+
+    folder, args = model_folder(model_name), webui_module("shared").args
+    options = load_options(folder, vars(args))
+    setattr(args, context_name(), options["max_seq_len"])
+
+    def load(_: str) -> Any:
+        model = from_pretrained(folder, **options)
+        model.logits_by_default = 1  # the web UI reads the last row only, here and in the token tabs
+        return model
+
+    return load
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    saved = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, saved)
+
+
+@contextmanager
+def _settings_kept(shared: Any) -> Iterator[None]:
+    """Undo what happened to arguments and settings if the block fails; no model is then loaded."""
+    args, settings = dict(vars(shared.args)), dict(shared.settings)
+    try:
+        yield
+    except BaseException:
+        vars(shared.args).update(args)
+        shared.settings.update(settings)
+        shared.model_name = "None"
+        raise
+
+
+def hook_unloading(models: ModuleType) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def unload_model(keep_model_name: bool = False) -> Any:
+            shared = webui_module("shared")
+            if is_ours(shared.model):
+                setattr(models, RESTING, (shared.model_name, list(shared.lora_names)) if keep_model_name else None)
+                shared.model.unload()
+            return original(keep_model_name)
+
+        return unload_model
+
+    swap(models, "unload_model", make)
+
+
+def _wake_loras(models: ModuleType, model_name: str, model: Any) -> None:
+    """Put back the LoRAs that were in use when this model was unloaded because nobody needed it."""
+    resting, names = getattr(models, RESTING, None) or (None, [])
+    if resting != model_name or not names:
+        return
+    try:
+        apply(webui_module("LoRA"), model, names)
+    except RopewalkError as error:
+        logger.error("ropewalk: the LoRAs were not applied again: %s", error)
+
+
+HOOKS = (
+    Hook("loading", "modules.models", ("load_model",), hook_loading),
+    Hook("unloading", "modules.models", ("unload_model",), hook_unloading),
+)

@@ -1,0 +1,162 @@
+"""From a model folder to the values of the fields, and from values back to the arguments that load the model.
+
+    config.json -> declared_settings -> fields -> (a person, a flag, the API) -> load_options -> from_pretrained
+
+What config.json declares is only shown in the fields. A field that was not changed overrides nothing: a scaling may
+have more parameters than the fields can show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.errors import ConfigError, RopewalkError, UnsupportedError
+from ropewalk.base.json import read_json_object
+from ropewalk.config.quantisation import load_quant_config
+from ropewalk.faces.webui.parameters import FROM_CONFIG, PARAMETERS, read_all
+from ropewalk.files.folder import Checkpoint
+from ropewalk.model.info import ModelInfo, model_info
+from ropewalk.model.plan import LoadPlan, plan_loading
+from ropewalk.rope.methods import LinearNtkScaling, LinearScaling, NoScaling, NtkScaling
+from ropewalk.rope.rope import Rope
+from ropewalk.rope.spellings import METHODS
+
+Settings = dict[str, int | float | str]
+
+# What fills the context field by itself. Some models declare 131072 positions, for which few machines have the memory.
+MAX_FILLED_CONTEXT = 32768
+# The arguments of loading that `model_info` has too.
+INFO_OPTIONS = (
+    *("max_seq_len", "cache_type", "layer_order"),
+    *("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta"),
+)
+# Fields round what they show: to two decimals, and the base to an integer.
+ROUNDING = 0.005 + 1e-9
+
+
+def declared_settings(folder: Path) -> Settings:
+    """The value of every field for this model, as its files declare it.
+
+    Raises:
+        RopewalkError: what `load_model` would refuse before it reads tensors.
+    """
+    plan = _plan(folder)
+    settings: Settings = {item.name: item.default for item in PARAMETERS}
+    settings["ctx_size"] = min(plan.max_seq_len, MAX_FILLED_CONTEXT)
+    settings["layer_order"] = "" if plan.order.is_plain(plan.config.num_layers) else str(plan.order)
+    return settings | _rope_fields(plan.rope)
+
+
+def load_options(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `ropewalk.hf.from_pretrained`, beside the folder, for these values of the fields.
+
+    What is absent or empty is as the model declares it.
+
+    Raises:
+        ConfigError: a value is of the wrong type, or contradicts another. Others as `declared_settings`.
+    """
+    plan, declared = _plan(folder), declared_settings(folder)
+    chosen = declared | read_all(values)
+    options = {
+        item.option: chosen[item.name]
+        for item in PARAMETERS
+        if item.option is not None and chosen[item.name] != item.unset
+    }
+    if chosen["layer_order"] == declared["layer_order"]:
+        options.pop("layer_order", None)  # config.json has it, or it is each layer once
+    options["max_seq_len"] = chosen["ctx_size"] or declared["ctx_size"]
+    return options | _rope_options(chosen, declared, plan)
+
+
+def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
+    """Facts of the model as it would be loaded with these values: everything is checked that can be without weights.
+
+    Raises:
+        RopewalkError: what loading would refuse before it reads weights.
+    """
+    options = load_options(folder, values)
+    return model_info(folder, **{name: value for name, value in options.items() if name in INFO_OPTIONS})
+
+
+def is_gptq_folder(folder: Path) -> bool:
+    """True for a folder with GPTQ weights that this package reads, or would read if it were not damaged.
+
+    False for other formats and for architectures that another loader may know.
+    """
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        raw = read_json_object(folder / "config.json")
+        if load_quant_config(folder, raw) is not None:
+            return not _is_foreign(folder)
+        with Checkpoint(folder, None) as checkpoint:
+            return any(name.endswith(".qweight") for name in checkpoint.names()) and not _is_foreign(folder)
+    except UnsupportedError:
+        return False
+    except ConfigError:  # damaged declarations of GPTQ: ours to refuse, with the reason
+        return (folder / "quantize_config.json").exists()
+    except RopewalkError:
+        return False
+
+
+def _is_foreign(folder: Path) -> bool:
+    try:
+        _plan(folder)
+    except UnsupportedError:
+        return True
+    except RopewalkError:
+        return False
+    return False
+
+
+def _plan(folder: Path) -> LoadPlan:
+    return plan_loading(folder, None, {}, {}, None)
+
+
+def _rope_fields(rope: Rope) -> Settings:
+    method = rope.method
+    fields: Settings = {"rope_freq_base": round(rope.theta)}
+    if isinstance(method, NoScaling):
+        return fields
+    if isinstance(method, LinearScaling):
+        return fields | {"compress_pos_emb": method.factor}
+    if isinstance(method, NtkScaling):
+        return fields | {"alpha_value": method.alpha}
+    if isinstance(method, LinearNtkScaling):
+        return fields | {"compress_pos_emb": method.factor, "alpha_value": method.alpha}
+    if method.name in METHODS:
+        fields["rope_method"] = method.name
+    factor = getattr(method, "factor", None)  # the dynamic ones of jquesnelle have none: it follows the length
+    return fields if factor is None else fields | {"rope_factor": factor}
+
+
+def _rope_options(chosen: Settings, declared: Settings, plan: LoadPlan) -> dict[str, Any]:
+    """Arguments for the fields that differ from what config.json declares; both knobs as soon as one of them does."""
+    options: dict[str, Any] = {}
+    if chosen["rope_freq_base"] and not _same(chosen, declared, "rope_freq_base", 0.5):
+        options["rope_theta"] = float(chosen["rope_freq_base"])
+    knobs = ("compress_pos_emb", "alpha_value")
+    if not all(_same(chosen, declared, name) for name in knobs):
+        options |= {name: chosen[name] for name in knobs}
+    method = declared["rope_method"] if chosen["rope_method"] == FROM_CONFIG else chosen["rope_method"]
+    if method == declared["rope_method"] and _same(chosen, declared, "rope_factor"):
+        return options
+    if method == FROM_CONFIG:
+        raise ConfigError(f"rope_factor={chosen['rope_factor']:g} needs rope_method to say which scaling it is of")
+    own = _declared_scaling(plan) if method == declared["rope_method"] else {"rope_type": method}
+    factor = {} if method == "default" else {"factor": chosen["rope_factor"]}
+    return options | {"rope_scaling": {**own, **factor}}
+
+
+def _declared_scaling(plan: LoadPlan) -> dict[str, Any]:
+    """The scaling object of config.json, or one for the method that its other keys imply."""
+    raw = plan.config.raw
+    own = raw.get("rope_scaling") or raw.get("rope_parameters")
+    return dict(own) if own else {"rope_type": plan.rope.method.name}
+
+
+def _same(chosen: Settings, declared: Settings, name: str, tolerance: float = ROUNDING) -> bool:
+    return math.isclose(float(chosen[name]), float(declared[name]), rel_tol=0.0, abs_tol=tolerance)

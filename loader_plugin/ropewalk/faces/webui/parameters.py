@@ -1,0 +1,175 @@
+"""The settings of our loader in the web UI, a line each; flags, fields, API arguments and yaml keys follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ropewalk.base.errors import ConfigError
+from ropewalk.rope.spellings import METHODS
+
+LOADER = "ropewalk"
+MAX_CONTEXT = 1 << 20
+FROM_CONFIG = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class Slider:
+    """A number between two ends."""
+
+    low: float
+    high: float
+    step: float
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A whole number, too large to be pulled on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of some words."""
+
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One line of text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One setting.
+
+    name: of the flag, the API argument, the yaml key and the field. former_names: what older versions of the web UI
+    call the same setting of their own, which is then used. option: the argument of `ropewalk.hf.from_pretrained` that
+    takes the value as it is; None where several settings become one (RoPE). unset: the value that leaves the choice to
+    ropewalk.
+    """
+
+    name: str
+    default: int | float | str
+    widget: Slider | Number | Choice | Text
+    info: str
+    option: str | None = None
+    unset: int | float | str | None = None
+    former_names: tuple[str, ...] = ()
+
+    def read(self, value: Any) -> int | float | str:
+        """A value as flags, fields, the API and yaml files give it.
+
+        Raises:
+            ConfigError: not a number where one is needed, or not one of the choices.
+        """
+        kind = type(self.default)
+        try:
+            if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
+                raise ValueError
+            read = kind(float(value)) if kind is not str else str(value).strip()
+        except (TypeError, ValueError, OverflowError) as error:
+            needed = {int: "a whole number", float: "a number", str: "text"}[kind]
+            raise ConfigError(f"{self.name} must be {needed}, got {value!r:.80}") from error
+        if isinstance(self.widget, Choice) and read not in self.widget.choices:
+            raise ConfigError(f"{self.name} must be one of {', '.join(self.widget.choices)}, got {value!r:.80}")
+        return read
+
+
+PARAMETERS = (
+    Parameter(
+        "ctx_size",
+        0,
+        Slider(0, MAX_CONTEXT, 256),
+        "Context length in tokens. 0: what config.json declares.",
+        option="max_seq_len",
+        unset=0,
+        former_names=("max_seq_len",),
+    ),
+    Parameter(
+        "cache_type",
+        "fp16",
+        Choice(("fp16", "fp32")),
+        "Type of cached keys and values, fp16 or fp32.",
+        option="cache_type",
+    ),
+    Parameter(
+        "compress_pos_emb",
+        1.0,
+        Slider(1, 64, 0.05),
+        "Linear RoPE scaling: context / original context (SuperHOT). 1: none.",
+    ),
+    Parameter(
+        "alpha_value",
+        1.0,
+        Slider(1, 64, 0.05),
+        "NTK-aware RoPE scaling: about 1.75 for 1.5 times the context, 2.5 for twice. 1: none.",
+    ),
+    Parameter(
+        "rope_freq_base",
+        0,
+        Number(),
+        "Base (theta) of the rotary frequencies. 0: from config.json.",
+    ),
+    Parameter(
+        "rope_method",
+        FROM_CONFIG,
+        Choice((FROM_CONFIG, *METHODS)),
+        f"RoPE scaling by name, in place of compress_pos_emb and alpha_value. {FROM_CONFIG}: as config.json says.",
+    ),
+    Parameter(
+        "rope_factor",
+        1.0,
+        Slider(1, 64, 0.05),
+        "Factor of that RoPE scaling: context / original context.",
+    ),
+    Parameter(
+        "chunk_size",
+        2048,
+        Slider(64, 16384, 64),
+        "Tokens of a long prompt that are computed at once. Bounds memory, never changes results.",
+        option="max_input_len",
+    ),
+    Parameter(
+        "compute_mode",
+        "int8",
+        Choice(("int8", "exact")),
+        "int8: fast. exact: float32 arithmetic, two to three times slower.",
+        option="compute",
+    ),
+    Parameter(
+        "threads",
+        0,
+        Slider(0, 256, 1),
+        "0: all cores.",
+        option="threads",
+        unset=0,
+    ),
+    Parameter(
+        "layer_order",
+        "",
+        Text(),
+        "Layers to run, such as 0-15,8-23,16-31 or 0-9,10*4@0.25,11-31. Empty: each once.",
+        option="layer_order",
+        unset="",
+    ),
+)
+# Settings of the web UI that matter to our loader as well, shown where a version has them: for the tokenizer.
+BORROWED = ("no_use_fast",)
+
+
+def name_here(parameter: Parameter, known: Iterable[str]) -> str:
+    """What a version of the web UI that knows these settings calls this one."""
+    known = set(known)
+    return next((name for name in (parameter.name, *parameter.former_names) if name in known), parameter.name)
+
+
+def read_all(values: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """The settings that a mapping by the names of any version has, by their names here; without what is empty.
+
+    Raises:
+        ConfigError: a value is of the wrong type or not one of the choices.
+    """
+    given = {item: values.get(name_here(item, values)) for item in PARAMETERS}
+    return {item.name: item.read(value) for item, value in given.items() if value not in (None, "")}

@@ -1,0 +1,1 @@
+"""What each architecture needs: its tensors as a table, checked, then read."""

@@ -1,0 +1,139 @@
+"""Compares the names, shapes and dtypes in a checkpoint with what its model needs, before any weight is read.
+
+All problems are collected into one error. Whether a linear is quantised is what the file says (`.qweight` or
+`.weight`), not the configuration: `dynamic` rules, skipped modules and lm_head vary between writers.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ropewalk.base.errors import CheckpointError
+from ropewalk.config.model import ModelConfig
+from ropewalk.config.quantisation import QuantConfig, QuantSettings
+from ropewalk.families.tables import EMBEDDINGS, FAMILY_TABLES, FINAL_NORM, HEAD, layer_prefix, sizes
+from ropewalk.files.folder import Checkpoint
+from ropewalk.files.foreign import awq_error, is_awq_shape, refuse_foreign_layouts
+from ropewalk.files.safetensors import printable
+from ropewalk.gptq.shapes import FLOATS, infer_settings, shape_problems, tensor_problem
+
+MAX_LISTED = 20
+
+# Buffers that tools saved along with the weights. All can be computed, or belong to a loader (TGI's scalars).
+IGNORED = re.compile(
+    r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias|.*\.wf(_unsqueeze_.*)?|"
+    r"gptq_(bits|groupsize|sym|desc_act)"
+)
+PARTS = ("qweight", "qzeros", "zeros", "scales", "g_idx", "weight", "bias")
+
+
+def check_tensors(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint) -> None:
+    """Checks every tensor of the model by its header.
+
+    Raises:
+        UnsupportedError: the tensors belong to another quantisation's layout.
+        CheckpointError: tensors are missing, unexpected, or have the wrong shape or dtype: all of them listed.
+    """
+    refuse_foreign_layouts(checkpoint.names(), checkpoint.folder)
+    check = _Check(config, quant, checkpoint)
+    check.run()
+    if check.problems:
+        listed = check.problems[:MAX_LISTED]
+        more = len(check.problems) - len(listed)
+        lines = [f"{checkpoint.folder}: the tensors do not fit {config.source}:", *listed]
+        lines += [f"and {more} more"] if more else []
+        raise CheckpointError("\n  ".join(lines) + check.likely_cause())
+
+
+def settings_of(quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in_features: int) -> QuantSettings:
+    """How quantised module `name` is stored: as declared, or inferred from its shapes where nothing is declared for it.
+
+    Raises:
+        CheckpointError: the shapes allow no inference.
+    """
+    if quant is None or not quant.declared:
+        return infer_settings(checkpoint, name, in_features)
+    settings = quant.for_module(name)
+    # A module that the rules leave dense, yet stored quantised (lm_head without its flag): format as everywhere else.
+    return settings or infer_settings(checkpoint, name, in_features, quant.default)
+
+
+class _Check:
+    """Collects the problems of one checkpoint."""
+
+    def __init__(self, config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint) -> None:
+        self.config, self.quant, self.checkpoint = config, quant, checkpoint
+        self.problems: list[str] = []
+        self.known: set[str] = set()
+
+    def run(self) -> None:
+        size = sizes(self.config)
+        table = FAMILY_TABLES[self.config.family]
+        self._embeddings_and_head(size)
+        self._floats(FINAL_NORM, (size["hidden"],))
+        for index in range(self.config.num_layers):
+            prefix = layer_prefix(index)
+            for norm in table.norms:
+                self._floats(f"{prefix}{norm.name}.weight", (size[norm.size],))
+            for linear in table.linears:
+                has_bias = getattr(self.config, linear.bias)
+                self._linear(prefix + linear.name, size[linear.inputs], size[linear.outputs], has_bias)
+        unexpected = [
+            name for name in self.checkpoint.names() if name not in self.known and not IGNORED.fullmatch(name)
+        ]
+        self.problems += [f"{printable(name)} is unexpected" for name in unexpected]
+
+    def likely_cause(self) -> str:
+        """What the names suggest, as the end of the message."""
+        layers = [re.match(r"(.*?)layers\.(\d+)\.", name) for name in self.checkpoint.names()]
+        prefixes = sorted({match[1] for match in layers if match})
+        if prefixes and "model." not in prefixes:
+            return f"\nThe names begin with {printable(prefixes[0])!r} instead of 'model.': not a plain language model"
+        found = max((int(match[2]) + 1 for match in layers if match and match[1] == "model."), default=0)
+        if found != self.config.num_layers:
+            return f"\nThe files hold {found} layers, num_hidden_layers is {self.config.num_layers}"
+        return "\nLikely an incomplete download, or a config.json of another model"
+
+    def _embeddings_and_head(self, size: dict[str, int]) -> None:
+        table = (size["vocab"], size["hidden"])
+        tied = self.config.tie_word_embeddings
+        head_stored = any(f"{HEAD}.{part}" in self.checkpoint for part in ("weight", "qweight"))
+        if not (tied and EMBEDDINGS not in self.checkpoint and f"{HEAD}.weight" in self.checkpoint):
+            self._floats(EMBEDDINGS, table)
+        if head_stored or not tied:
+            self._linear(HEAD, size["hidden"], size["vocab"], has_bias=False)
+
+    def _linear(self, name: str, in_features: int, out_features: int, has_bias: bool) -> None:
+        checkpoint = self.checkpoint
+        self.known.update(f"{name}.{part}" for part in PARTS)
+        quantised, dense = f"{name}.qweight" in checkpoint, f"{name}.weight" in checkpoint
+        if quantised and dense:
+            self.problems.append(f"{name} is there twice, quantised (.qweight) and dense (.weight)")
+        elif quantised:
+            self._quantised(name, in_features, out_features)
+        elif dense:
+            self._floats(f"{name}.weight", (out_features, in_features))
+            if f"{name}.bias" in checkpoint:
+                self._floats(f"{name}.bias", (out_features,))
+        else:
+            self.problems.append(f"{name}: both .qweight and .weight are missing")
+        if has_bias and (quantised or dense) and f"{name}.bias" not in checkpoint:
+            self.problems.append(f"{name}.bias is missing: the configuration declares one")
+
+    def _quantised(self, name: str, in_features: int, out_features: int) -> None:
+        if is_awq_shape(self.checkpoint.info(f"{name}.qweight").shape, in_features, out_features):
+            raise awq_error(name, self.checkpoint.folder)
+        try:
+            settings = settings_of(self.quant, self.checkpoint, name, in_features)
+        except CheckpointError as error:
+            self.problems.append(str(error))
+            return
+        self.problems += shape_problems(self.checkpoint, name, in_features, out_features, settings)
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> None:
+        self.known.add(name)
+        problem = f"{name} is missing"
+        if name in self.checkpoint:
+            problem = tensor_problem(self.checkpoint, name, shape, FLOATS)
+        if problem:
+            self.problems.append(problem)

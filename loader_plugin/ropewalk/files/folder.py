@@ -1,0 +1,124 @@
+"""A model folder's weights: names to lazy memory-mapped tensors. Knows files and shards, not models."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ropewalk.base.errors import CheckpointError
+from ropewalk.files.safetensors import SafetensorsFile, TensorInfo, printable
+from ropewalk.files.weight_files import choose_files, listed
+
+logger = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096  # no system has smaller pages
+
+
+class Checkpoint:
+    """The tensors of a folder, by name. Use as a context manager, or call `release()` when done."""
+
+    def __init__(self, folder: Path, base_name: str | None = None) -> None:
+        """Chooses the files and reads their headers; no tensor is read.
+
+        base_name: `model_file_base_name` of the quantisation config (a name without extension), used if it exists.
+
+        Raises:
+            CheckpointError: no file, an ambiguous choice, a missing shard, a damaged header.
+            UnsupportedError: only weight files of other kinds (.pt, .bin, .gguf).
+        """
+        self.folder = Path(folder)
+        self.files, shard_of = choose_files(self.folder, base_name)
+        self._opened = {path.name: SafetensorsFile(path) for path in self.files}
+        self._file_of = _locate(self._opened, shard_of)
+        self._warned: set[str] = set()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ropewalk-read-ahead")
+        self.total_bytes = sum(file.num_bytes for file in self._opened.values())
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names."""
+        return tuple(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and file of a tensor, from the header alone.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        return self._file(name).tensors[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as stored, on the CPU: a read-only view of the file, valid also after `release()`.
+
+        Raises:
+            CheckpointError: no such tensor, a dtype that is not read, or a file that has changed.
+        """
+        return self._file(name).tensor(name)
+
+    def read_ahead(self, prefix: str) -> None:
+        """Starts to bring the tensors whose names begin with `prefix` from the disk into memory, in the background.
+
+        A hint: whoever packs one layer while the next is being read waits for the slower of the two, not for both.
+        """
+        names = [name for name in self._file_of if name.startswith(prefix)]
+        self._reader.submit(self._touch, names)
+
+    def _touch(self, names: list[str]) -> None:
+        for name in names:
+            touch_pages(self.tensor(name))
+
+    def release(self) -> None:
+        """Drops the mappings, so that pages already read stop counting as our memory; reopened on demand."""
+        for file in self._opened.values():
+            file.release()
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """Logs a warning, once per kind: a quirk of the writer shows in every one of hundreds of modules."""
+        level = logging.DEBUG if kind in self._warned else logging.WARNING
+        self._warned.add(kind)
+        logger.log(level, "%s", message)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self.release()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder}: there is no tensor {printable(name)} in {listed(self.files)}")
+        return self._file_of[name]
+
+
+def touch_pages(tensor: torch.Tensor) -> None:
+    """Reads one byte of every page of a contiguous tensor: a view of a file is in memory afterwards."""
+    tensor.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
+
+
+def _locate(opened: dict[str, SafetensorsFile], shard_of: dict[str, str]) -> dict[str, SafetensorsFile]:
+    """Which file holds each tensor. Tensors that the index does not mention count as well."""
+    absent = [name for name, file in shard_of.items() if name not in opened[file].tensors]
+    if absent:
+        raise CheckpointError(
+            f"{opened[shard_of[absent[0]]].path} is not as the index says; missing there or in other shards: "
+            f"{listed(absent)}. Index and shards belong to different models or downloads"
+        )
+    located: dict[str, SafetensorsFile] = {}
+    for file in opened.values():
+        for name in file.tensors:
+            if name in located and name not in shard_of:
+                raise CheckpointError(
+                    f"tensor {printable(name)} is in both {located[name].path} and {file.path}: keep one of the files"
+                )
+            located[name] = file
+    located.update({name: opened[file] for name, file in shard_of.items()})
+    return located

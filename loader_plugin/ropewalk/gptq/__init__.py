@@ -1,0 +1,1 @@
+"""The GPTQ format on disk ends here: codes, zero points, groups, shapes, one plain linear."""

@@ -1,0 +1,207 @@
+"""What loading a folder would give, found from configuration files and tensor headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.memory import format_bytes
+from ropewalk.config.layer_order import LayerOrder
+from ropewalk.config.model import ModelConfig
+from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
+from ropewalk.families.check import check_tensors, settings_of
+from ropewalk.families.tables import FAMILY_TABLES, HEAD, layer_prefix, sizes
+from ropewalk.files.folder import Checkpoint
+from ropewalk.model.cache import cache_bytes
+from ropewalk.model.plan import LoadPlan, plan_loading
+
+CACHE_LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a model folder. Sizes in bytes; `linears` counts them by storage, "4-bit, groups of 128" or "dense".
+
+    act_order is what the files declare (desc_act); whether rows are out of order shows only in the weights.
+    """
+
+    folder: str
+    family: str
+    num_layers: int
+    layer_order: str
+    num_instances: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    sliding_window: int | None
+    linears: Mapping[str, int]
+    format: str | None
+    act_order: bool | None
+    symmetric: bool | None
+    quant_source: str | None
+    rope: str
+    rope_decided_by: str
+    rope_covers: int | None
+    max_seq_len: int
+    files: Mapping[str, int]
+    weight_bytes: int
+    cache_type: str
+    cache_bytes: Mapping[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; cache lengths become text keys as JSON has no others."""
+        return {**asdict(self), "cache_bytes": {str(length): size for length, size in self.cache_bytes.items()}}
+
+    def describe(self) -> str:
+        """Several lines for people."""
+        window = "" if self.sliding_window is None else f", sliding window {self.sliding_window}"
+        files = ", ".join(f"{name} ({format_bytes(size)})" for name, size in self.files.items())
+        caches = "\n".join(
+            f"  {length:>9,} positions  {format_bytes(size):>10}  with weights "
+            f"{format_bytes(size + self.weight_bytes):>10}"
+            for length, size in self.cache_bytes.items()
+        )
+        return "\n".join(
+            [
+                f"model      {self.folder}",
+                f"family     {self.family}: {self.num_layers} layers, hidden {self.hidden_size}, inner "
+                f"{self.intermediate_size}, vocabulary {self.vocab_size}",
+                f"order      {self._order_line()}",
+                f"attention  {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for keys and values"
+                + window,
+                f"weights    {self._weights_line()}",
+                f"files      {files}",
+                f"context    {self.max_seq_len} positions",
+                f"rope       {self.rope}",
+                f"memory     weights {format_bytes(self.weight_bytes)}; {self.cache_type} cache of keys and values:",
+                caches,
+            ]
+        )
+
+    def _order_line(self) -> str:
+        if self.num_instances == self.num_layers:
+            return f"{self.layer_order}: {self.num_instances} layer instances"
+        return (
+            f"{self.layer_order}: {self.num_instances} layer instances; the weights stay as they are, the cache is "
+            f"{self.num_instances / self.num_layers:.2f} times that of {self.num_layers} layers"
+        )
+
+    def _weights_line(self) -> str:
+        linears = ", ".join(f"{count} linears {kind}" for kind, count in self.linears.items())
+        if self.format is None:
+            return linears
+        order = "act-order" if self.act_order else "rows in order"
+        zeros = "symmetric" if self.symmetric else "asymmetric"
+        return f"{linears}; format {self.format}, {order}, {zeros} ({self.quant_source})"
+
+
+def model_info(
+    folder: str | Path,
+    max_seq_len: int | None = None,
+    cache_type: str = "fp16",
+    *,
+    rope_scaling: Mapping[str, Any] | None = None,
+    compress_pos_emb: float | None = None,
+    alpha_value: float | None = None,
+    rope_theta: float | None = None,
+    layer_order: str | Sequence[int] | LayerOrder | None = None,
+    recompute_n_layers: int | None = None,
+    rewind_n_layers: int | None = None,
+    second_folder: str | Path | None = None,
+) -> ModelInfo:
+    """What `load_model` with these arguments would load.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedError: as `load_model`, for everything that is found before weights
+            are read.
+    """
+    folder = Path(folder)
+    rope_options = {
+        "rope_scaling": rope_scaling,
+        "compress_pos_emb": compress_pos_emb,
+        "alpha_value": alpha_value,
+        "rope_theta": rope_theta,
+    }
+    order_options = {
+        "layer_order": layer_order,
+        "recompute_n_layers": recompute_n_layers,
+        "rewind_n_layers": rewind_n_layers,
+    }
+    plan = plan_loading(folder, max_seq_len, rope_options, order_options, second_folder)
+    quant = plan.quant
+    lent_bytes = 0 if plan.second is None else _layer_bytes(Path(second_folder), plan.second)
+    with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+        check_tensors(plan.config, quant, checkpoint)
+        info = _info(folder, plan, checkpoint, cache_type)
+    return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
+
+
+def _layer_bytes(folder: Path, config: ModelConfig) -> int:
+    """Size of the decoder layers of the second model, its tensors checked."""
+    quant = load_quant_config(folder, config.raw)
+    with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+        check_tensors(config, quant, checkpoint)
+        prefixes = tuple(layer_prefix(index) for index in range(config.num_layers))
+        return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
+
+
+def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_type: str) -> ModelInfo:
+    config, quant, rope, order, context = plan.config, plan.quant, plan.rope, plan.order, plan.max_seq_len
+    lengths = sorted({*(length for length in CACHE_LENGTHS if length < context), context})
+    windows = [window for window in config.sliding_windows if window is not None]
+    kinds, settings = _linears(config, quant, checkpoint)
+    return ModelInfo(
+        folder=str(folder),
+        family=config.family,
+        num_layers=config.num_layers,
+        layer_order=str(order),
+        num_instances=len(order),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        sliding_window=windows[0] if windows else None,
+        linears=kinds,
+        format=None if settings is None else settings.format,
+        act_order=None if settings is None else settings.desc_act,
+        symmetric=None if settings is None else settings.sym,
+        quant_source=None if settings is None else (quant.source if quant else "inferred from shapes"),
+        rope=rope.describe(),
+        rope_decided_by=rope.decided_by,
+        rope_covers=rope.covers,
+        max_seq_len=context,
+        files={path.name: path.stat().st_size for path in checkpoint.files},
+        weight_bytes=checkpoint.total_bytes,
+        cache_type=cache_type,
+        cache_bytes={n: cache_bytes(config, len(order), n, cache_type) for n in lengths},
+    )
+
+
+def _linears(
+    config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint
+) -> tuple[dict[str, int], QuantSettings | None]:
+    """How many linears are stored in which way, and the settings of the first quantised one."""
+    size = sizes(config)
+    entries = FAMILY_TABLES[config.family].linears
+    modules = [
+        (layer_prefix(i) + entry.name, size[entry.inputs]) for i in range(config.num_layers) for entry in entries
+    ]
+    counts: Counter[str] = Counter()
+    first = None
+    for name, in_features in [*modules, (HEAD, size["hidden"])]:
+        if f"{name}.qweight" in checkpoint:
+            settings = settings_of(quant, checkpoint, name, in_features)
+            groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
+            counts[f"{settings.bits}-bit, {groups}"] += 1
+            first = first or settings
+        elif f"{name}.weight" in checkpoint:
+            counts[f"dense {checkpoint.info(f'{name}.weight').dtype}"] += 1
+    return dict(counts), first

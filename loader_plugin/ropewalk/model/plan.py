@@ -1,0 +1,87 @@
+"""What loading a folder with these options would do, decided before a weight is read, for `load_model` and `info`.
+
+A second model lends its layers to an order such as a:0-19,b:10-29; the first gives everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropewalk.base.errors import ConfigError
+from ropewalk.config.layer_order import LayerOrder, choose_layer_order
+from ropewalk.config.model import ModelConfig, load_model_config
+from ropewalk.config.quantisation import QuantConfig, load_quant_config
+from ropewalk.rope.rope import Rope, resolve_rope
+
+logger = logging.getLogger(__name__)
+
+# What a layer takes for granted. The vocabulary may differ: embeddings and head are the first model's.
+SAME = (
+    *("family", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps"),
+    *("qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """The declarations of a folder, read together with the options in their place."""
+
+    config: ModelConfig
+    quant: QuantConfig | None
+    rope: Rope
+    second: ModelConfig | None  # the model that lends layers
+    order: LayerOrder
+    max_seq_len: int
+
+
+def plan_loading(
+    folder: Path,
+    max_seq_len: int | None,
+    rope_options: Mapping[str, Any],
+    order_options: Mapping[str, Any],
+    second_folder: str | Path | None,
+) -> LoadPlan:
+    """Read the JSON files of `folder` and decide.
+
+    rope_options: keyword arguments of `rope.resolve_rope`. order_options: those of `layer_order.choose_layer_order`.
+
+    Raises:
+        ConfigError: an option or a key of a JSON file is wrong. UnsupportedError: an architecture, format or RoPE type
+            that is not implemented.
+    """
+    config = load_model_config(folder)
+    quant = load_quant_config(folder, config.raw)
+    rope = resolve_rope(config.raw, max_seq_len, source=config.source, **rope_options)
+    second = None if second_folder is None else load_second_config(second_folder, config)
+    order = choose_layer_order(config, **order_options, second_layers=None if second is None else second.num_layers)
+    return LoadPlan(config, quant, rope, second, order, max_seq_len or rope.default_length)
+
+
+def load_second_config(folder: Any, config: ModelConfig) -> ModelConfig:
+    """The configuration of the second model, checked against the first model's.
+
+    A RoPE that differs is only warned about: the first model's rotates all queries and keys.
+
+    Raises:
+        ConfigError: its layers have other shapes, or as `load_model_config`. UnsupportedError: likewise.
+    """
+    if not isinstance(folder, (str, Path)):
+        raise ConfigError(f"second_folder must be a path, got {type(folder).__name__}")
+    second = load_model_config(Path(folder))
+    differing = [name for name in SAME if getattr(second, name) != getattr(config, name)]
+    if differing:
+        listed = ", ".join(f"{name} {getattr(second, name)!r}, not {getattr(config, name)!r}" for name in differing)
+        raise ConfigError(
+            f"second_folder: the layers of {second.source} do not fit those of {config.source}: it has {listed}. "
+            "Layers can be mixed only between models of equal shapes"
+        )
+    ours, theirs = (resolve_rope(c.raw, source=c.source) for c in (config, second))
+    if (ours.theta, ours.method) != (theirs.theta, theirs.method):
+        logger.warning(
+            "%s was made for another RoPE than %s: its layers run under the first model's", second.source, config.source
+        )
+    return second

@@ -1,0 +1,1 @@
+"""RoPE scaling: how it is spelled, what was decided, and its mathematics as tables."""

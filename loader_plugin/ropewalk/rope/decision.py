@@ -1,0 +1,255 @@
+"""Which RoPE scaling a config.json, or an argument in its place, asks for: every spelling in use.
+
+Precedence, as in transformers 5.23 (modeling_rope_utils.py):
+- a non-empty `rope_scaling` replaces `rope_parameters`;
+- theta: inside that object, else top-level `rope_theta`, else 10000; `partial_rotary_factor` likewise;
+- the original length: top-level `original_max_position_embeddings`, else inside the object, else
+  `max_position_embeddings`.
+Beyond transformers, for llama models without any scaling: a top-level `original_max_position_embeddings` means
+NTK-by-parts with factor max // original (bhenrym14's Airophin models), and an `auto_map` to `modelling_llama` with more
+than 2048 positions means linear scaling by max / 2048 (SuperHOT models).
+What other readers ignore in silence, or read differently from each other, is refused or gives a warning, by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ropewalk.base.errors import ConfigError, UnsupportedError
+from ropewalk.base.json import Section
+from ropewalk.config.model import FAMILIES, MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS, read_max_positions
+from ropewalk.rope.methods import (
+    DynamicNtkScaling,
+    LinearNtkScaling,
+    LinearScaling,
+    NoScaling,
+    NtkByPartsScaling,
+    NtkScaling,
+    RopeMethod,
+)
+from ropewalk.rope.spellings import ORIGINAL, RopeObject
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_THETA = 10000.0
+LLAMA1_POSITIONS = 2048  # what the models that SuperHOT extended were trained with
+# Far outside of what is in use (theta up to 1e11, alpha up to 1000), and free of overflow in float64.
+MAX_THETA = 1e15
+
+
+@dataclass(frozen=True, slots=True)
+class RopeDecision:
+    """What was read."""
+
+    method: RopeMethod
+    theta: float
+    head_dim: int
+    rotary_dim: int
+    original_length: int  # positions before the context was extended
+    covers: int | None  # positions that the method was made for; None: any number
+    decided_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class RopeFacts:
+    """config.json around its scaling object, or around the argument in its place."""
+
+    top: Section
+    own: Section  # rope_scaling or rope_parameters of config.json; empty where there is neither
+    argument: Section | None  # the argument rope_scaling
+    head_dim: int
+    max_positions: int
+    is_llama: bool
+
+    @property
+    def scaling(self) -> Section:
+        """The object in force."""
+        return self.argument or self.own
+
+    def holder(self, key: str) -> Section:
+        """Where a key that may stand inside an object or at the top level is read from."""
+        order = (self.argument, self.own) if self.argument else (self.own,)
+        return next((section for section in order if section.has(key)), self.top)
+
+    def theta(self) -> float:
+        return self.holder("rope_theta").optional_number("rope_theta", 1.0, MAX_THETA, DEFAULT_THETA, above=True)
+
+    def original(self) -> int | None:
+        """The declared original length. In config.json the top level comes first; an argument comes before that."""
+        order = (self.argument, self.top, self.own) if self.argument else (self.top, self.own)
+        found = [(section, section.integer(ORIGINAL, 2, MAX_POSITIONS)) for section in order if section.has(ORIGINAL)]
+        if len(found) > 1 and not self.argument and found[0][1] != found[1][1]:
+            logger.warning(
+                "%s: %s is %d, but %s is %d; the first is used, as in transformers 5 (4.x used the second)",
+                self.top.source,
+                ORIGINAL,
+                found[0][1],
+                self.own.name(ORIGINAL),
+                found[1][1],
+            )
+        return found[0][1] if found else None
+
+    def rotary_dim(self) -> int:
+        """R: the part of the head that partial_rotary_factor leaves to be rotated."""
+        section = self.holder("partial_rotary_factor")
+        part = section.optional_number("partial_rotary_factor", 0.0, 1.0, 1.0, above=True)
+        rotary_dim = int(self.head_dim * part)
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise section.error("partial_rotary_factor", f"a part of head_dim, {self.head_dim}, that is an even number")
+        return rotary_dim
+
+
+def read_facts(config: Mapping[str, Any], source: str, argument: Mapping[str, Any] | None) -> RopeFacts:
+    """Find the scaling object of config.json and the facts around it; `argument` replaces the object.
+
+    Raises:
+        ConfigError: the head size, the number of positions or an object has the wrong type or is out of range.
+    """
+    top = Section(source, config)
+    own, parameters = top.section("rope_scaling"), top.section("rope_parameters")
+    if own is None or not own.values:
+        own = parameters or Section(source, {}, "rope_scaling")
+    elif parameters is not None and parameters.values and parameters.values != own.values:
+        logger.warning("%s: rope_parameters and rope_scaling differ; rope_scaling is used", source)
+    for key in ("compress_pos_emb", "alpha_value", "rotary_emb_base", "rotary_pct"):
+        if top.has(key):
+            logger.warning(
+                "%s: %s is ignored, as everywhere; the arguments are rope_theta, compress_pos_emb, alpha_value and "
+                "rope_scaling",
+                source,
+                key,
+            )
+    model_type, architectures = top.text("model_type"), top.values.get("architectures")
+    if not isinstance(architectures, (list, tuple)) or not architectures:
+        architectures = FAMILIES["llama"].architectures
+    is_llama = (model_type or "llama") == "llama" and architectures[0] in FAMILIES["llama"].architectures
+    defaults = FAMILIES.get(model_type or "llama", FAMILIES["llama"])
+    given = Section("arguments", {"rope_scaling": argument}).section("rope_scaling") if argument is not None else None
+    return RopeFacts(top, own, given, _head_dim(top, defaults.head_dim), read_max_positions(top, defaults), is_llama)
+
+
+def decide(facts: RopeFacts) -> RopeDecision:
+    """The scaling that the object in force names, or that config.json implies where there is none.
+
+    Raises:
+        ConfigError: a key has the wrong type, is out of range, missing, or contradicts another.
+        UnsupportedError: a rope type, or an option of one, that is not implemented.
+    """
+    rope = RopeObject(facts.scaling, facts.original(), facts.max_positions)
+    key, name = rope.rope_type()
+    if name == "default" and not facts.argument:
+        implied = _airophin(facts) or _superhot(facts)
+        if implied is not None:
+            return implied
+    rotary_dim = facts.head_dim if name == "proportional" else facts.rotary_dim()
+    if (
+        name == "default"
+        and rotary_dim != facts.head_dim
+        and facts.holder("partial_rotary_factor") is not facts.argument
+    ):
+        raise UnsupportedError(
+            f"{facts.top.source}: partial_rotary_factor without a scaling is read in two ways (transformers 4 rotates "
+            "that part of the head, transformers 5 the whole head): give the argument rope_scaling={'rope_type': "
+            "'default', 'partial_rotary_factor': ...} with the value meant, or 1.0"
+        )
+    method = rope.method(rotary_dim)
+    if facts.argument:
+        decided_by = "argument rope_scaling"
+    elif facts.own.has(key):
+        decided_by = f"{facts.own.name(key)} of {facts.top.source}"
+    else:
+        decided_by = f"no scaling key in {facts.top.source}"
+    return _decision(facts, method, rotary_dim, rope.length, _covers(method, rope, not facts.argument), decided_by)
+
+
+def decide_by_knobs(facts: RopeFacts, compress_pos_emb: float | None, alpha_value: float | None) -> RopeDecision:
+    """The scaling that the knobs of the exllama loaders ask for, in place of whatever config.json asks for."""
+    names = [n for n, v in (("compress_pos_emb", compress_pos_emb), ("alpha_value", alpha_value)) if v is not None]
+    factor, alpha = compress_pos_emb or 1.0, alpha_value or 1.0
+    if factor != 1 and alpha != 1:
+        method: RopeMethod = LinearNtkScaling(factor, alpha)
+    elif factor != 1:
+        method = LinearScaling(factor)
+    elif alpha != 1:
+        method = NtkScaling(alpha)
+    else:
+        method = NoScaling()
+    length = facts.original() or (LLAMA1_POSITIONS if _is_superhot(facts) else facts.max_positions)
+    decided_by = f"argument{'s' if len(names) > 1 else ''} {' and '.join(names)}"
+    return _decision(facts, method, facts.rotary_dim(), length, _positions(length * factor * alpha), decided_by)
+
+
+def _decision(
+    facts: RopeFacts, method: RopeMethod, rotary_dim: int, length: int, covers: int | None, decided_by: str
+) -> RopeDecision:
+    # These raise theta to the power R / (R - 2).
+    if rotary_dim < 4 and ("ntk" in method.name or isinstance(method, DynamicNtkScaling)):
+        raise ConfigError(
+            f"{facts.top.source}: {method.name} scaling needs at least 4 rotated features, found {rotary_dim}"
+        )
+    return RopeDecision(method, facts.theta(), facts.head_dim, rotary_dim, length, covers, decided_by)
+
+
+def _covers(method: RopeMethod, rope: RopeObject, by_config: bool) -> int | None:
+    """How many positions a method named by an object was made for.
+
+    Where config.json declares an original length, its max_position_embeddings is the extended one, and the larger of
+    that and factor * original counts; llama3 and longrope models are trained at just max_position_embeddings.
+    """
+    if method.name.startswith("dynamic"):
+        return None
+    if isinstance(method, NoScaling) or (by_config and rope.section.has("alpha")):
+        return rope.max_positions  # a config.json with alpha is of a model trained with it (Hunyuan)
+    scaled = _positions(rope.length * (method.alpha if isinstance(method, NtkScaling) else method.factor))
+    if not by_config or rope.original is None:
+        return scaled
+    if method.name in ("llama3", "longrope") and rope.max_positions > rope.original:
+        return rope.max_positions
+    return max(scaled, rope.max_positions)
+
+
+def _positions(length: float) -> int:
+    """Whole positions of a scaled length, at least one; 1.15 * 2000 must count as 2300."""
+    return max(1, int(length + 1e-6))
+
+
+def _airophin(facts: RopeFacts) -> RopeDecision | None:
+    """The rule of bhenrym14's NTK-by-parts models: a top-level original length and no scaling object."""
+    original = facts.original() if facts.top.has(ORIGINAL) else None
+    if not facts.is_llama or original is None or original >= facts.max_positions:
+        return None
+    method = NtkByPartsScaling(float(facts.max_positions // original), original)  # an integer division there, too
+    decided_by = f"{ORIGINAL} of {facts.top.source}"
+    return _decision(facts, method, facts.rotary_dim(), original, facts.max_positions, decided_by)
+
+
+def _superhot(facts: RopeFacts) -> RopeDecision | None:
+    if not _is_superhot(facts):
+        return None
+    method = LinearScaling(facts.max_positions / LLAMA1_POSITIONS)
+    decided_by = f"auto_map to modelling_llama and max_position_embeddings of {facts.top.source}"
+    return _decision(facts, method, facts.rotary_dim(), LLAMA1_POSITIONS, facts.max_positions, decided_by)
+
+
+def _is_superhot(facts: RopeFacts) -> bool:
+    """True for folders that came with modelling_llama.py, which divides positions by max_position_embeddings / 2048."""
+    auto_map = facts.top.values.get("auto_map")
+    classes = auto_map.values() if isinstance(auto_map, Mapping) else ()
+    named = any(isinstance(name, str) and name.split(".")[0] == "modelling_llama" for name in classes)
+    return named and facts.is_llama and facts.max_positions > LLAMA1_POSITIONS
+
+
+def _head_dim(top: Section, default: int | None) -> int:
+    head_dim = top.optional_integer("head_dim", 2, MAX_HEAD_DIM, default)
+    if head_dim is None:
+        hidden_size = top.integer("hidden_size", 1, MAX_FEATURES)
+        head_dim = hidden_size // top.integer("num_attention_heads", 1, MAX_HEADS)
+    if head_dim < 2 or head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"{top.source}: the head size (head_dim, or hidden_size / num_attention_heads) must be even and at most "
+            f"{MAX_HEAD_DIM}, found {head_dim}: RoPE rotates pairs of features"
+        )
+    return head_dim

@@ -1,0 +1,1 @@
+"""A folder's tokenizer, whichever of its files hold it."""

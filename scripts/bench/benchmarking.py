@@ -1,0 +1,93 @@
+"""What the benchmark scripts share: the head of a report, paired timing, and the limits of the hardware."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the measurements of prefill and decode have in common."""
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa")
+    parser.add_argument("--compute", nargs="+", default=["int8", "exact"])
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--context", type=int, default=128, help="positions cached before a token is decoded")
+
+
+def print_head(title: str) -> None:
+    """Date, machine, commit and command: what a reader needs to run the same thing again."""
+    print(f"# {title}")
+    print(f"# date: {datetime.date.today().isoformat()}; commit: {commit()}; command: {' '.join(sys.argv)}")
+    print(f"# machine: {cpu_name()}, {torch.get_num_threads()} threads of torch, torch {torch.__version__}")
+
+
+def commit() -> str:
+    """The commit checked out, with a plus where the tree differs from it."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it, with the number of its cores that we may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} x {len(names)}"
+
+
+def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that one call takes."""
+    start = clock()
+    work()
+    return clock() - start
+
+
+def paired(
+    works: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each work in each of `rounds` rounds, after one warm-up round.
+
+    The works take turns, so that whatever else the machine is doing touches all of them; compare within a round.
+    clock: `time.thread_time` counts what the calling thread was given, where a machine is too busy to wait for.
+    """
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(timed(work, clock))
+    return times
+
+
+def spread(values: list[float]) -> str:
+    """Median and the range of the middle half."""
+    if len(values) < 4:
+        return f"{statistics.median(values):9.3f}  ({min(values):.3f} to {max(values):.3f})"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:9.3f}  ({low:.3f} to {high:.3f})"
+
+
+def memory_reader(num_bytes: int = 1 << 30) -> Callable[[], object]:
+    """A work that reads `num_bytes` from memory once: the yardstick of decoding."""
+    data = torch.ones(num_bytes // 8, dtype=torch.int64)
+    return data.sum

@@ -1,0 +1,158 @@
+"""Write a GPTQ checkpoint of a real model's shape with random packed weights: arithmetic and memory, no language.
+
+    python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b [--group-size 128] [--act-order]
+
+Codes are uniform random words and scales are sized so that activations keep a natural magnitude through the layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+SHAPES = {
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+LAYERS_PER_SHARD = 4
+
+
+def main() -> None:
+    """Write the checkpoint named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--act-order", action="store_true")
+    parser.add_argument("--layers", type=int, help="fewer layers than the real model")
+    args = parser.parse_args()
+    write_random_checkpoint(args.folder, args.shape, args.group_size, args.act_order, args.layers)
+
+
+def write_random_checkpoint(
+    folder: Path, shape: str, group_size: int = 128, act_order: bool = False, num_layers: int | None = None
+) -> None:
+    """Write config.json, the shards and their index to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model_config(shape, group_size, act_order, num_layers)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    generator = torch.Generator().manual_seed(0)
+    num_layers = config["num_hidden_layers"]
+    starts = range(0, num_layers, LAYERS_PER_SHARD)
+    weight_map, total = {}, 0
+    for shard, first in enumerate(tqdm(starts, desc="writing", unit="shard"), start=1):
+        tensors = outer_tensors(config, generator) if first == 0 else {}
+        for layer in range(first, min(first + LAYERS_PER_SHARD, num_layers)):
+            tensors |= layer_tensors(config, layer, group_size, act_order, generator)
+        name = f"model-{shard:05d}-of-{len(starts):05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def model_config(shape: str, group_size: int, act_order: bool, num_layers: int | None) -> dict:
+    """The config.json of a Llama of this shape."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **SHAPES[shape],
+        "quantization_config": {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": group_size,
+            "desc_act": act_order,
+            "sym": True,
+            "checkpoint_format": "gptq",
+        },
+    }
+    return config if num_layers is None else {**config, "num_hidden_layers": num_layers}
+
+
+def outer_tensors(config: dict, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Embeddings, head and final norm."""
+    size = (config["vocab_size"], config["hidden_size"])
+    return {
+        "model.embed_tokens.weight": torch.randn(size, generator=generator).half(),
+        "lm_head.weight": (torch.randn(size, generator=generator) * config["hidden_size"] ** -0.5).half(),
+        "model.norm.weight": torch.ones(config["hidden_size"], dtype=torch.float16),
+    }
+
+
+def layer_tensors(
+    config: dict, layer: int, group_size: int, act_order: bool, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """One decoder layer."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    linears = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    groups = {rows: group_index(rows, group_size, act_order, generator) for rows in {hidden, inner}}
+    prefix = f"model.layers.{layer}."
+    tensors = {
+        f"{prefix}{norm}_layernorm.weight": torch.ones(hidden, dtype=torch.float16)
+        for norm in ("input", "post_attention")
+    }
+    for name, (rows, columns) in linears.items():
+        tensors |= gptq_tensors(prefix + name, rows, columns, groups[rows], group_size, generator)
+    return tensors
+
+
+def group_index(rows: int, group_size: int, act_order: bool, generator: torch.Generator) -> torch.Tensor:
+    """g_idx: sequential, or shuffled as act-order leaves it."""
+    index = (torch.arange(rows) // group_size).int()
+    return index[torch.randperm(rows, generator=generator)] if act_order else index
+
+
+def gptq_tensors(
+    name: str, rows: int, columns: int, index: torch.Tensor, group_size: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """One symmetric 4-bit linear: uniform codes have a standard deviation of 4.6, which the scales undo."""
+    groups = -(-rows // group_size)
+    word = torch.iinfo(torch.int32)
+    spread = 0.5 + torch.rand((groups, columns), generator=generator)
+    return {
+        f"{name}.qweight": torch.randint(
+            word.min, word.max, (rows // 8, columns), dtype=torch.int32, generator=generator
+        ),
+        f"{name}.qzeros": torch.full((groups, columns // 8), 0x77777777, dtype=torch.int32),
+        f"{name}.scales": (spread * rows**-0.5 / 4.6).half(),
+        f"{name}.g_idx": index.clone(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The SuperHOT experiment on the embedded model: does a LoRA trained under scaled positions read a longer context?
+
+Three LoRAs are trained at four times the trained length (superhot_training.py): under linear scaling, under
+NTK-by-parts, and without scaling. Then the perplexity of held_out.txt is measured by context length, through the
+engine, with and without them. Stages, each of which reads what the earlier ones left:
+
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
+    python scripts/demo_model/make.py --stage corpus
+    python scripts/demo_model/superhot_experiment.py                    # train, evaluate, report
+    python scripts/demo_model/superhot_experiment.py --stage evaluate,report
+
+`train` goes on from a checkpoint where there is one, `evaluate` after the last curve. For weights or LoRAs made anew,
+first remove superhot/ of the work folder and docs/context-extension.csv. `train` needs peft and transformers (the extra
+`test`), `report` matplotlib (the extra `plots`). The MALLOC settings are those of make.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from corpus import Document, split_documents
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = REPOSITORY / "loader_plugin" / "ropewalk" / "demo_model"
+DOCS = REPOSITORY / "docs"
+STAGES = ("train", "evaluate", "report")
+
+
+def main() -> None:
+    options = parse_options()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for stage in options.stage:
+        logging.info("stage %s", stage)
+        {"train": stage_train, "evaluate": stage_evaluate, "report": stage_report}[stage](options)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", default=",".join(STAGES), type=_stages, help="comma-separated, of: %(default)s")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "demo_model", help="work folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="the GPTQ model; LoRAs go to its folder adapters")
+    parser.add_argument("--only", metavar="NAME", help="train this LoRA alone, such as linear-4")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the table and the plot go")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each LoRA")
+    parser.add_argument("--minutes", type=float, default=60.0, help="a training ends earlier after this time")
+    parser.add_argument("--batch", type=int, default=2, help="windows of 2,048 tokens per step")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+def stage_train(options: argparse.Namespace) -> None:
+    """adapters/NAME/ of every variant in the model folder, and training_NAME.json in the work folder."""
+    import sentencepiece
+
+    import superhot_training as superhot
+    import training
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(options.model / "tokenizer.model"))
+    learned, held_out = split_documents(_documents(options.work))
+    windows = superhot.long_windows(tokenizer, learned, superhot.LENGTH, options.seed)
+    held_out_ids = training.encode_documents(tokenizer, held_out)
+    plan = training.TrainingPlan(
+        total_tokens=options.tokens,
+        minutes=options.minutes,
+        seed=options.seed,
+        batch=options.batch,
+        threads=options.threads,
+        compiled=False,
+        vector_lr=options.lr,
+        warmup=0.05,
+        checkpoint_every=50,
+        log_every=25,
+        length=superhot.LENGTH,
+    )
+    work = options.work / "superhot"
+    work.mkdir(parents=True, exist_ok=True)
+    chosen = [variant for variant in superhot.VARIANTS if options.only in (None, variant.name)]
+    if not chosen:
+        raise SystemExit(f"--only {options.only}: accepted are {', '.join(v.name for v in superhot.VARIANTS)}")
+    for variant in chosen:
+        logging.info("LoRA %s", variant.name)
+        model, numbers = superhot.train_adapter(options.model, variant, windows, held_out_ids, plan, work)
+        superhot.save_adapter(model, variant, options.model / "adapters" / variant.name)
+        facts = numbers | {"windows": len(windows), "batch": options.batch, "lr": options.lr, "seed": options.seed}
+        _write_json(work / f"training_{variant.name}.json", facts)
+
+
+def stage_evaluate(options: argparse.Namespace) -> None:
+    """context-extension.csv: perplexity by context length, of every curve that it lacks, through the engine."""
+    import superhot_curves
+
+    superhot_curves.measure(options.model, options.docs / "context-extension.csv")
+
+
+def stage_report(options: argparse.Namespace) -> None:
+    """The plot, and the table in context-extension.md, from context-extension.csv."""
+    import superhot_curves
+    import superhot_report
+
+    points = superhot_curves.read_csv(options.docs / "context-extension.csv")
+    superhot_report.draw(points, options.docs / "images" / "context-extension.png")
+    superhot_report.write_table(points, options.docs / "context-extension.md")
+
+
+def _documents(work: Path) -> list[Document]:
+    path = work / "documents.json"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: python scripts/demo_model/make.py --stage corpus writes it")
+    return [Document(name, text) for name, text in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _stages(text: str) -> list[str]:
+    chosen = text.split(",")
+    for stage in chosen:
+        if stage not in STAGES:
+            raise argparse.ArgumentTypeError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
+    return [stage for stage in STAGES if stage in chosen]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

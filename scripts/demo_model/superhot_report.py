@@ -1,0 +1,81 @@
+"""The curves of superhot_curves.py as a Markdown table in the guide, and as a plot beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from superhot_curves import CURVES, Point
+from superhot_training import LENGTH
+from training import CONTEXT
+
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+COLOURS = {"as trained": "#6b7280", "linear 4": "#d9480f", "NTK-by-parts 4": "#1864ab"}
+
+
+def table(points: Sequence[Point]) -> str:
+    """A row per curve, a column per length."""
+    rows = _by_curve(points)
+    lengths = sorted({point.length for point in points})
+    lines = ["| RoPE scaling | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
+    lines.append("|---" + "|--:" * len(lengths) + "|")
+    for label, row in rows.items():
+        lines.append(f"| {label} | " + " | ".join(f"{row[length]:.2f}" for length in lengths) + " |")
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """The commands behind the rows, in their order."""
+    return "\n".join(["```sh", *(curve.command for curve in CURVES), "```"])
+
+
+def write_table(points: Sequence[Point], path: Path) -> None:
+    """Replace what stands between the marks of the guide."""
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path} lacks the line {BEGIN} or {END}, between which the table goes")
+    path.write_text(f"{before}{BEGIN}\n{table(points)}\n\n{commands()}\n{END}{after}", encoding="utf-8")
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Both axes logarithmic; one colour per scaling, full lines with a LoRA and dashed ones without."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, row in _by_curve(points).items():
+        scaling, _, with_adapter = label.partition(" + ")
+        style = {"linestyle": "-", "marker": "o"} if with_adapter else {"linestyle": "--", "marker": "."}
+        axes.plot(list(row), list(row.values()), label=label, color=COLOURS[scaling], **style)
+    for length, text in ((CONTEXT, "trained length"), (LENGTH, "length of the LoRAs")):
+        axes.axvline(length, color="#9ca3af", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            text, (length, 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2.0},
+        )  # fmt: skip
+    lengths = sorted({point.length for point in points})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ticks = [tick for tick in (8, 10, 12, 15, 20, 30, 40, 50, 70, 100, 150, 200) if _in_range(tick, points)]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("context length (tokens)")
+    axes.set_ylabel("held-out perplexity")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _in_range(tick: float, points: Sequence[Point]) -> bool:
+    values = [point.perplexity for point in points]
+    return min(values) <= tick <= max(values)
+
+
+def _by_curve(points: Sequence[Point]) -> dict[str, dict[int, float]]:
+    rows: dict[str, dict[int, float]] = {}
+    for point in points:
+        rows.setdefault(point.curve, {})[point.length] = point.perplexity
+    return rows

@@ -1,0 +1,243 @@
+"""The executable specification against formulas written out here in float64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gptq_writer import Kind, quantised_linear
+from ropewalk.backends import reference
+from ropewalk.backends.reference import ReferenceBackend
+from ropewalk.base.errors import ShapeError
+from ropewalk.config.quantisation import QuantSettings
+from ropewalk.files.folder import Checkpoint
+from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_gptq_linear
+
+EXACT, INT8 = ReferenceBackend("exact"), ReferenceBackend("int8")
+K = 96
+
+
+def quantised(folder: Path, kind: Kind, in_features: int = K, out_features: int = 32, bias: bool = False) -> GptqLinear:
+    """A linear written to disk and read back."""
+    rng = np.random.default_rng(3)
+    bias_tensor = torch.from_numpy(rng.standard_normal(out_features)).half() if bias else None
+    tensors, _ = quantised_linear("m", in_features, out_features, kind, rng, bias_tensor)
+    save_file(tensors, folder / "model.safetensors")
+    settings = QuantSettings(kind.bits, kind.group_size, kind.desc_act, kind.sym, kind.format, kind.word_borrow)
+    with Checkpoint(folder) as checkpoint:
+        return read_gptq_linear(checkpoint, "m", in_features, out_features, settings)
+
+
+def dense(out_features: int, dtype: torch.dtype = torch.float32, bias: bool = False) -> DenseLinear:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(out_features, K, generator=generator).to(dtype)
+    return DenseLinear("dense", weight, torch.randn(out_features, generator=generator) if bias else None)
+
+
+def rows(num_rows: int, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(num_rows, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int8_by_hand(x: torch.Tensor, linear: GptqLinear) -> np.ndarray:
+    """The formula of the protocol in float64 loops, on blocks of 32 rows in sorted order."""
+    order = np.arange(linear.in_features) if linear.order is None else linear.order.numpy()
+    codes, scales, zeros = linear.codes().numpy().astype(int), linear.scales.double().numpy(), linear.zeros.numpy()
+    y = np.zeros((len(x), linear.out_features))
+    for group in range(len(scales)):
+        sorted_rows = order[int(linear.group_starts[group]) : int(linear.group_starts[group + 1])]
+        for first in range(0, len(sorted_rows), 32):
+            block = sorted_rows[first : first + 32]
+            values = x.numpy()[:, block]
+            step = np.abs(values).max(1, keepdims=True) / np.float32(127)
+            q = np.rint(np.divide(values, step, out=np.zeros_like(values), where=step > 0)).astype(int)
+            sums = q @ codes[block] - zeros[group].astype(int) * q.sum(1, keepdims=True)
+            y += step.astype(float) * scales[group] * sums
+    return y
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kind(bits=4, group_size=32, desc_act=True, sym=False, format="gptq_v2"),
+        Kind(bits=8, group_size=48),
+        Kind(bits=3, group_size=-1, desc_act=True),
+        Kind(bits=2, group_size=40, sym=False),
+        Kind(bits=5, group_size=32, format="gptq_p"),
+    ],
+    ids=lambda kind: f"{kind.bits}bit-{kind.group_size}",
+)
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_quantised_products_follow_their_formulas(tmp_path: Path, kind: Kind, num_rows: int) -> None:
+    linear = quantised(tmp_path, kind, bias=True)
+    x = rows(num_rows, K)
+    x[0, :40] = 0.0  # whole blocks of zeros have no scale
+    exact = x.double() @ linear.dequantise().double() + linear.bias.double()
+    torch.testing.assert_close(EXACT.linear(x, EXACT.pack([linear])).double(), exact, rtol=0, atol=2e-5)
+    by_hand = torch.from_numpy(int8_by_hand(x, linear)) + linear.bias.double()
+    torch.testing.assert_close(INT8.linear(x, INT8.pack([linear])).double(), by_hand, rtol=0, atol=2e-5)
+    assert 0 < (by_hand - exact).abs().max() < 0.1  # int8 is another number, and a near one
+
+
+def test_int8_rows_do_not_depend_on_the_rows_beside_them(tmp_path: Path) -> None:
+    packed = INT8.pack([quantised(tmp_path, Kind(desc_act=True))])
+    x = rows(9, K)
+    assert torch.equal(INT8.linear(x, packed)[4:5], INT8.linear(x[4:5], packed))
+
+
+def test_no_operation_assumes_the_default_device(tmp_path: Path) -> None:
+    packed = [
+        (backend, backend.pack([quantised(tmp_path, kind, bias=True)]))
+        for backend in (EXACT, INT8)
+        for kind in (Kind(), Kind(desc_act=True), Kind(bits=3, format="gptq_p"))
+    ]
+    x, dense_packed = rows(2, K), EXACT.pack([dense(8)])
+    k, q, table = rows(2, 2, 8), rows(2, 4, 8), rows(4, 8)
+    with torch.device("meta"):  # what does not follow its inputs ends up there, and mixing devices is an error
+        results = [backend.linear(x, weight) for backend, weight in packed]
+        results += [EXACT.linear(x, dense_packed), EXACT.embed(table, torch.tensor([3], device="cpu"))]
+        results += [EXACT.rms_norm(x, x[0], 1e-5), EXACT.silu_mul(x)]
+        EXACT.rotate_(k, k[:, 0, :4].contiguous(), k[:, 1, :4].contiguous())
+        kv = EXACT.new_kv(2, 8, 4, torch.float16)
+        EXACT.append_(kv, k, k, 0)
+        results.append(EXACT.attend(q, kv, 0, 3))
+    assert all(result.device.type == "cpu" for result in results)
+
+
+def test_blocks_of_zeros_and_of_denormals_give_no_nan(tmp_path: Path) -> None:
+    packed = INT8.pack([quantised(tmp_path, Kind())])
+    for value in (0.0, 1e-45, 1e-40):
+        assert torch.isfinite(INT8.linear(torch.full((1, K), value), packed)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", [EXACT, INT8], ids=["exact", "int8"])
+def test_dense_weights_use_float32_activations_in_both_modes(
+    backend: ReferenceBackend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", 4 * K * 7)  # seven output rows at a time, 20 in all
+    linear, x = dense(20, dtype, bias=True), rows(3, K)
+    expected = x.double() @ linear.weight.double().T + linear.bias.double()
+    torch.testing.assert_close(backend.linear(x, backend.pack([linear])).double(), expected, rtol=0, atol=5e-5)
+
+
+def test_parts_are_concatenated_whether_quantised_or_dense(tmp_path: Path) -> None:
+    parts = [dense(8), quantised(tmp_path, Kind(desc_act=True)), dense(4, bias=True)]
+    packed, x = EXACT.pack(parts), rows(2, K)
+    assert (packed.in_features, packed.out_features) == (K, 8 + 32 + 4)
+    alone = torch.cat([EXACT.linear(x, EXACT.pack([part])) for part in parts], dim=1)
+    assert torch.equal(EXACT.linear(x, packed), alone)
+
+
+def test_packed_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
+    linear = quantised(tmp_path, Kind(bits=4, group_size=32, desc_act=True))
+    quantised_bytes = K * 32 // 2 + 3 * 32 * (2 + 1) + 8 * 4 + 4 * K  # codes, scales and zeros, starts, order
+    assert EXACT.pack([linear, dense(8, torch.float16)]).num_bytes == quantised_bytes + 2 * 8 * K
+
+
+def test_packing_nothing_or_different_inputs_is_refused() -> None:
+    with pytest.raises(ShapeError, match="at least one"):
+        EXACT.pack([])
+    with pytest.raises(ShapeError, match="'dense': 96, 'narrow': 64"):
+        EXACT.pack([dense(8), DenseLinear("narrow", torch.zeros(8, 64), None)])
+    with pytest.raises(ShapeError, match=r"\[T, 96\], got \[2, 64\]"):
+        EXACT.linear(torch.zeros(2, 64), EXACT.pack([dense(8)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_embeddings_are_widened_rows(dtype: torch.dtype) -> None:
+    table = rows(10, 6).to(dtype)
+    assert torch.equal(EXACT.embed(table, torch.tensor([9, 0, 9])), table[[9, 0, 9]].float())
+
+
+def test_rms_norm_of_a_strided_view() -> None:
+    x, weight = rows(4, 5, 24)[:, 1:3, :16], rows(1, 16)[0]  # [4, 2, 16]
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    got = EXACT.rms_norm(x, weight, 1e-5)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 6])
+def test_rotation_multiplies_complex_pairs_and_leaves_the_rest(rotary_dim: int) -> None:
+    fused = rows(3, 5, 16)  # [T, H, D], two of five heads are rotated
+    before, half = fused.double().clone(), rotary_dim // 2
+    angles = torch.tensor([0.0, 1.0, 131071.0], dtype=torch.float64)[:, None] * 10000.0 ** -(torch.arange(half) / half)
+    EXACT.rotate_(fused[:, 1:3], angles.cos().float(), angles.sin().float())
+    pairs = torch.complex(before[:, 1:3, :half], before[:, 1:3, half:rotary_dim])
+    turned = pairs * torch.exp(1j * angles)[:, None]
+    torch.testing.assert_close(fused[:, 1:3, :half].double(), turned.real, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fused[:, 1:3, half:rotary_dim].double(), turned.imag, rtol=0, atol=1e-6)
+    before[:, 1:3, :rotary_dim] = fused[:, 1:3, :rotary_dim].double()
+    assert torch.equal(fused.double(), before)
+
+
+def test_rotation_tables_of_another_size_are_refused() -> None:
+    with pytest.raises(ShapeError, match="rotate"):
+        EXACT.rotate_(rows(3, 1, 16), rows(2, 8), rows(2, 8))
+    with pytest.raises(ShapeError, match="rotate"):
+        EXACT.rotate_(rows(3, 1, 16), rows(3, 9), rows(3, 9))
+
+
+def attention_by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None
+) -> torch.Tensor:
+    """q: [T, Hq, D], k, v: [S, Hkv, D], float64, one query and one head at a time."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for t in range(q.shape[0]):
+        i = start + t
+        low = 0 if window is None else max(0, i - window + 1)
+        for head in range(q.shape[1]):
+            kv_head = head // (q.shape[1] // k.shape[1])
+            scores = k[low : i + 1, kv_head].double() @ q[t, head].double() / math.sqrt(q.shape[2])
+            out[t, head] = scores.softmax(0) @ v[low : i + 1, kv_head].double()
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("start, num_rows", [(0, 1), (0, 13), (9, 1), (9, 7)])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("scratch", [1, 1 << 26], ids=["row-by-row", "one-block"])
+def test_attention_is_causal_windowed_and_grouped(
+    start: int, num_rows: int, window: int | None, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", scratch)
+    end = start + num_rows
+    kv = EXACT.new_kv(2, 8, 32, torch.float32)
+    k, v, q = rows(end, 2, 8), rows(end, 2, 8, seed=2), rows(num_rows, 7, 8, seed=3)[:, 1:]
+    EXACT.append_(kv, k[:start], v[:start], 0)
+    EXACT.append_(kv, k[start:], v[start:], start)
+    got = EXACT.attend(q, kv, start, window)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.double(), attention_by_hand(q, k, v, start, window), rtol=0, atol=1e-6)
+
+
+def test_keys_and_values_are_rounded_to_the_dtype_of_the_store() -> None:
+    kv = EXACT.new_kv(2, 8, 4, torch.float16)
+    k, v, q = rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
+    EXACT.append_(kv, k, v, 0)
+    expected = attention_by_hand(q, k.half(), v.half(), 0, None)
+    torch.testing.assert_close(EXACT.attend(q, kv, 0, None).double(), expected, rtol=0, atol=1e-6)
+    assert kv.num_bytes == 2 * 2 * 8 * 4 * 2
+
+
+def test_stores_refuse_what_does_not_fit() -> None:
+    kv = EXACT.new_kv(2, 8, 4, torch.float32)
+    with pytest.raises(ShapeError, match="append"):
+        EXACT.append_(kv, rows(2, 2, 8), rows(2, 2, 8), 3)
+    with pytest.raises(ShapeError, match="append"):
+        EXACT.append_(kv, rows(2, 3, 8), rows(2, 3, 8), 0)
+    with pytest.raises(ShapeError, match="attend"):
+        EXACT.attend(rows(2, 4, 8), kv, 3, None)
+    with pytest.raises(ShapeError, match="attend"):
+        EXACT.attend(rows(2, 3, 8), kv, 0, None)
+
+
+def test_silu_mul_uses_the_first_half_as_the_gate() -> None:
+    x = rows(3, 10)
+    gate, up = x[:, :5].double(), x[:, 5:].double()
+    torch.testing.assert_close(EXACT.silu_mul(x).double(), gate / (1 + (-gate).exp()) * up, rtol=0, atol=1e-6)

@@ -1,0 +1,153 @@
+"""turn_queue.py: turns in the order of asking."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ropewalk.base.errors import QueueFullError
+from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
+
+
+def test_a_free_turn_is_had_at_once_and_the_others_wait_in_order() -> None:
+    queue = TurnQueue(num_turns=2)
+    tickets = [queue.enter() for _ in range(5)]
+    assert [ticket.position for ticket in tickets] == [0, 0, 1, 2, 3]
+    assert [ticket.has_turn for ticket in tickets] == [True, True, False, False, False]
+    assert (queue.num_running, queue.num_waiting) == (2, 3)
+
+
+def test_closing_hands_the_turn_to_the_first_in_the_queue() -> None:
+    queue = TurnQueue()
+    first, second, third = queue.enter(), queue.enter(), queue.enter()
+    first.close()
+    first.close()
+    assert second.wait(0) and not third.wait(0)
+    assert (second.position, third.position) == (0, 1)
+
+
+def test_a_waiting_ticket_leaves_the_queue_when_closed_and_never_gets_a_turn() -> None:
+    queue = TurnQueue()
+    first, second, third = queue.enter(), queue.enter(), queue.enter()
+    second.close()
+    assert third.position == 1
+    first.close()
+    assert third.has_turn and not second.has_turn and second.closed
+    third.close()
+    assert (queue.num_running, queue.num_waiting) == (0, 0)
+
+
+def test_closing_wakes_a_thread_that_waits_on_the_ticket() -> None:
+    queue = TurnQueue()
+    queue.enter()
+    waiting = queue.enter()
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(waiting.wait(10)), daemon=True)
+    thread.start()
+    waiting.close()
+    thread.join(timeout=10)
+    assert answers == [False]
+
+
+def test_past_the_limit_a_ticket_is_refused_and_the_message_says_how_many_there_are() -> None:
+    queue = TurnQueue(num_turns=1, limit=2)
+    running, waiting, _ = queue.enter(), queue.enter(), queue.enter()
+    with pytest.raises(QueueFullError, match="the queue is full: 1 running and 2 waiting, which is the limit"):
+        queue.enter()
+    waiting.close()
+    assert queue.enter().position == 2
+    running.close()
+
+
+def test_with_a_limit_of_none_waiting_a_free_turn_is_still_had() -> None:
+    queue = TurnQueue(num_turns=1, limit=0)
+    with queue.enter() as ticket:
+        assert ticket.has_turn
+        with pytest.raises(QueueFullError):
+            queue.enter()
+    assert queue.enter().has_turn
+
+
+def test_the_callback_comes_once_with_the_turn() -> None:
+    queue = TurnQueue()
+    calls: list[str] = []
+    first = queue.enter(lambda: calls.append("first"))
+    second = queue.enter(lambda: calls.append("second"))
+    assert calls == ["first"]
+    first.close()
+    second.close()
+    assert calls == ["first", "second"]
+
+
+def test_whoever_needs_all_turns_waits_for_all_and_is_not_overtaken() -> None:
+    queue = TurnQueue(num_turns=2)
+    first, second = queue.enter(), queue.enter()
+    everything, later = queue.enter(turns=2), queue.enter()
+    first.close()
+    assert not everything.has_turn and not later.has_turn
+    second.close()
+    assert everything.has_turn and not later.has_turn
+    everything.close()
+    assert later.has_turn
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.lists(st.integers(0, 9), max_size=60))
+def test_turns_are_never_lost_nor_given_twice_nor_out_of_order(num_turns: int, actions: list[int]) -> None:
+    queue, tickets, called = TurnQueue(num_turns), [], []
+    for action in actions:
+        if action < 6 or not tickets:
+            number = len(tickets)
+            tickets.append(queue.enter(lambda number=number: called.append(number)))
+        else:
+            tickets[(action * 7919) % len(tickets)].close()
+        open_tickets = [ticket for ticket in tickets if not ticket.closed]
+        running = [ticket for ticket in open_tickets if ticket.has_turn]
+        waiting = [ticket for ticket in open_tickets if not ticket.has_turn]
+        assert len(running) == min(num_turns, len(open_tickets)) == queue.num_running
+        assert [ticket.position for ticket in waiting] == list(range(1, queue.num_waiting + 1))
+        assert called == sorted(set(called))
+
+
+def test_steps_of_several_threads_rotate() -> None:
+    line = TurnQueue(1)
+    order: list[int] = []
+    entered = [threading.Event() for _ in range(3)]
+
+    def run(number: int) -> None:
+        turns = StepTurns(line)
+        for _ in range(4):
+            with turns:
+                order.append(number)
+                for event in entered[:1] if number == 0 and len(order) == 1 else ():
+                    event.wait(10)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(3)]
+    threads[0].start()
+    while not order:
+        pass
+    for number in (1, 2):
+        threads[number].start()
+        while line.num_waiting < number:
+            pass
+    entered[0].set()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert order == [0, 1, 2] * 4
+
+
+def test_giving_way_lets_a_waiting_step_go_first() -> None:
+    line = TurnQueue(1)
+    turns = StepTurns(line)
+    order: list[str] = []
+    with turns:
+        other: Ticket = line.enter(lambda: (order.append("other"), other_done.start()))
+        other_done = threading.Timer(0.01, lambda: other.close())
+        turns.give_way()
+        order.append("mine again")
+        assert line.num_running == 1
+    assert order == ["other", "mine again"]
+    assert line.num_running == 0

@@ -1,0 +1,129 @@
+"""server/requests.py, server/model_names.py: what a request means, without a network."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fake_model import FakeModel
+from ropewalk.adapters.request import AdapterUse, format_request
+from ropewalk.engine.engine import Engine
+from ropewalk.faces.server.errors import ApiError
+from ropewalk.faces.server.model_names import ModelNames
+from ropewalk.faces.server.requests import Desk, Work
+from ropewalk.faces.server.schema import ChatRequest, CompletionRequest
+from ropewalk.generate.sampling import SamplingParams
+from ropewalk.text.chat import ChatTemplate
+from ropewalk.text.tokenizer.load import load_tokenizer
+from tokenizer_writer import write_byte_level_json
+
+TEMPLATE = "{{ tools }}|{{ reasoning_effort }}|{{ mood }}|{% for m in messages %}{{ m }}{% endfor %}"
+NAMES = ModelNames("base", ("storm", "my+poet"))
+TALK = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    tokenizer = load_tokenizer(write_byte_level_json(tmp_path_factory.mktemp("tokenizer")))
+    template = ChatTemplate(TEMPLATE, "test", stop=("END",))
+    engine = Engine(FakeModel(tokenizer.vocab_size, capacity=1024), tokenizer, template)
+    return Desk(engine, NAMES, SamplingParams(temperature=0.3, stop=("Q:",)))
+
+
+def completion(desk: Desk, **fields) -> Work:
+    return desk.completion(CompletionRequest.model_validate({"prompt": "x"} | fields))
+
+
+def chat(desk: Desk, **fields) -> Work:
+    return desk.chat(ChatRequest.model_validate({"messages": TALK} | fields))
+
+
+def prompt_of(desk: Desk, work: Work) -> str:
+    return desk.engine.tokenizer.decode(work.choices[0].prompt_ids)
+
+
+def test_what_is_left_out_or_null_takes_the_defaults(desk: Desk) -> None:
+    params = completion(desk, top_p=None).choices[0].params
+    assert params == SamplingParams(temperature=0.3, stop=("Q:",), max_new_tokens=16)
+    assert chat(desk).choices[0].params.max_new_tokens is None
+    assert chat(desk, max_tokens=5, max_completion_tokens=7).choices[0].params.max_new_tokens == 7
+
+
+def test_stops_of_the_chat_template_come_besides_those_of_the_request(desk: Desk) -> None:
+    assert chat(desk).choices[0].params.stop == ("Q:", "END")
+    assert chat(desk, stop="A:").choices[0].params.stop == ("A:", "END")
+    assert chat(desk, stop=["A:", "END"]).choices[0].params.stop == ("A:", "END")
+
+
+def test_off_is_spelled_in_several_ways(desk: Desk) -> None:
+    assert completion(desk, top_k=-1).choices[0].params.top_k == 0
+    assert completion(desk, top_p=0).choices[0].params.top_p < 1e-6
+    assert completion(desk, logit_bias={}).choices[0].params.logit_bias == {}
+    biased = completion(desk, logit_bias={"7": -100, "8": 2}).choices[0].params.logit_bias
+    assert biased == {7: float("-inf"), 8: 2.0}
+
+
+def test_tools_effort_and_other_variables_are_handed_to_the_template(desk: Desk) -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    work = chat(desk, tools=[tool], reasoning_effort="low", chat_template_kwargs={"mood": "calm"})
+    assert prompt_of(desk, work).startswith(f"{[tool]}|low|calm|")
+    assert prompt_of(desk, chat(desk, tools=[tool], tool_choice="none")).startswith("None|||")
+
+
+def test_messages_reach_the_template_as_templates_know_them(desk: Desk) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    odd = {"id": "2", "type": "function", "function": {"name": "add", "arguments": "not json"}}
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call, odd]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    text = prompt_of(desk, chat(desk, messages=messages)).split("|", 3)[3]
+    assert text.startswith("{'role': 'system', 'content': 'a\\nb'}")
+    assert "'arguments': {'a': 1}" in text and "'arguments': 'not json'" in text
+    assert "'tool_call_id': '1'" in text and "'content': None" not in text
+
+
+def test_so_many_replies_that_the_turn_would_never_end_are_refused(desk: Desk) -> None:
+    assert len(completion(desk, prompt=["x"] * 8, n=8).choices) == 64
+    with pytest.raises(ApiError) as refused:
+        completion(desk, prompt=["x"] * 8, n=9)
+    assert refused.value.message == "8 prompts with n=9 are more than 64 replies"
+
+
+def test_fields_that_mean_nothing_here_are_named(desk: Desk) -> None:
+    assert completion(desk, metadata={}, zeal=1).ignored == ["metadata", "zeal"]
+    assert chat(desk, response_format={"type": "text"}, store=True).ignored == ["store"]
+
+
+def test_seeds_of_several_replies_count_up_and_stay_in_range(desk: Desk) -> None:
+    seeds = [choice.params.seed for choice in completion(desk, n=3, seed=2**63 - 2).choices]
+    assert seeds == [2**63 - 2, 2**63 - 1, 0]
+    assert [choice.params.seed for choice in completion(desk, n=2).choices] == [None, None]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(NAMES.adapters), st.floats(-4, 4, width=16)), max_size=2, unique_by=lambda x: x[0]
+    )
+)
+def test_every_sum_of_loaded_adapters_is_a_model(chosen: list[tuple[str, float]]) -> None:
+    uses = tuple(AdapterUse(name, weight) for name, weight in chosen)
+    model = "+".join(["base", *([format_request(uses)] if uses else [])])
+    assert (NAMES.adapters_of(model) or ()) == uses
+
+
+def test_the_list_of_models_holds_what_can_be_asked_for() -> None:
+    assert NAMES.listed == ["base", "base+storm", 'base+"my+poet"', "base+auto"]
+    assert all(NAMES.adapters_of(name) is not None for name in NAMES.listed[1:])
+    assert ModelNames("base").listed == ["base"]
+    with pytest.raises(ApiError):
+        ModelNames("base").adapters_of("base+auto")
+
+
+def test_a_base_with_a_plus_sign_is_no_trap() -> None:
+    names = ModelNames("l+storm", ("storm",))
+    assert names.adapters_of("l+storm") is None
+    assert names.adapters_of("l+storm+storm") == (AdapterUse("storm"),)

@@ -1,0 +1,246 @@
+"""sampling.py: each definition against transformers, the order of the steps, seeds, and refused settings."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ropewalk.base.errors import CheckpointError, RequestError
+from ropewalk.generate.sampling import (
+    NEVER,
+    Sampler,
+    SamplingParams,
+    apply_bias,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+    penalise_counts,
+    penalise_repetition,
+    top_logprobs,
+)
+
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def random_logits(seed: int, size: int = 300, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def frequencies(params: dict, logits: torch.Tensor, draws: int = 4000) -> np.ndarray:
+    """How often each token is drawn by one seeded sampler."""
+    sampler = Sampler(SamplingParams(seed=5, **params), [])
+    return np.bincount([sampler.choose(logits) for _ in range(draws)], minlength=logits.numel()) / draws
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("value", [0.05, 0.5, 0.9, 0.999])
+def test_filters_by_probability_keep_what_transformers_keeps(seed: int, value: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(seed)
+    pairs = [
+        (keep_top_p, transformers.TopPLogitsWarper(value)),
+        (keep_min_p, transformers.MinPLogitsWarper(value)),
+        (keep_typical, transformers.TypicalLogitsWarper(value)),
+    ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours(logits, value), theirs(None, logits[None])[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 299, 300, 1000])
+def test_top_k_keeps_what_transformers_keeps_and_equals_of_the_last(k: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(1).round()  # full of equals
+    torch.testing.assert_close(keep_top_k(logits, k), transformers.TopKLogitsWarper(k)(None, logits[None])[0])
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    logits, ids = random_logits(2), [3, 7, 7, 299, 0]
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits[None])[0]
+    torch.testing.assert_close(penalise_repetition(logits, ids, penalty), theirs)
+
+
+def test_count_penalties_follow_the_formula_of_the_openai_api() -> None:
+    logits = random_logits(3)
+    expected = logits.clone()
+    expected[4] -= 3 * 0.5 + 0.25
+    expected[9] -= 1 * 0.5 + 0.25
+    torch.testing.assert_close(penalise_counts(logits, {4: 3, 9: 1}, 0.5, 0.25), expected)
+
+
+def test_bias_is_added_to_the_logits_it_names_alone() -> None:
+    logits = random_logits(4)
+    biased = apply_bias(logits, {2: 1.5, 5: NEVER})
+    assert biased[2] == logits[2] + 1.5
+    assert biased[5] == NEVER
+    assert torch.equal(biased[6:], logits[6:])
+
+
+@pytest.mark.parametrize(
+    ("options", "filters"),
+    [
+        ({"top_k": 20, "top_p": 0.8}, lambda s: keep_top_p(keep_top_k(s, 20), 0.8)),
+        ({"top_p": 0.9, "min_p": 0.1}, lambda s: keep_min_p(keep_top_p(s, 0.9), 0.1)),
+        ({"top_k": 30, "typical": 0.5}, lambda s: keep_typical(keep_top_k(s, 30), 0.5)),
+    ],
+)
+def test_tokens_are_drawn_by_their_probability_after_the_filters_in_the_documented_order(options, filters) -> None:
+    logits = random_logits(6, size=50)
+    wanted = torch.softmax(filters(logits / 0.8), dim=-1).numpy()
+    found = frequencies({**PLAIN, "temperature": 0.8, **options}, logits)
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(wanted))
+    # 5 standard deviations of a share of 4000 draws
+    assert np.all(np.abs(found - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / 4000) + 1e-9)
+
+
+def test_temperature_zero_takes_the_lowest_id_among_equals() -> None:
+    logits = torch.tensor([1.0, 7.0, 7.0, -2.0])
+    assert Sampler(SamplingParams(temperature=0), []).choose(logits) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e-5, 1e-4])
+def test_tiny_temperatures_choose_the_most_likely_token(temperature: float) -> None:
+    logits = random_logits(7)
+    params = SamplingParams(temperature=temperature, top_k=0, top_p=1.0, seed=1)
+    assert Sampler(params, []).choose(logits) == int(logits.argmax())
+
+
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(SamplingParams(**PLAIN, seed=seed), [])
+        return [sampler.choose(random_logits(i)) for i in range(40)]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_without_a_seed_two_samplers_differ() -> None:
+    samplers = [Sampler(SamplingParams(**PLAIN), []) for _ in range(2)]
+    one, two = ([sampler.choose(torch.zeros(1000)) for _ in range(20)] for sampler in samplers)
+    assert one != two
+
+
+def test_drawing_leaves_the_state_of_torch_and_the_logits_alone() -> None:
+    logits = random_logits(8)
+    before, state = logits.clone(), torch.random.get_rng_state()
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=1.0, logit_bias={0: 1.0}, seed=2)
+    Sampler(params, [1, 2]).choose(logits)
+    assert torch.equal(logits, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_penalties_see_the_prompt_within_the_range_and_counts_only_the_reply() -> None:
+    logits = torch.tensor([2.0, 1.9, 0.0, 0.0])
+    greedy = {"temperature": 0}
+    assert Sampler(SamplingParams(**greedy, repetition_penalty=2.0), [0, 3]).choose(logits) == 1
+    assert Sampler(SamplingParams(**greedy, repetition_penalty=2.0, repetition_range=1), [0, 3]).choose(logits) == 0
+    sampler = Sampler(SamplingParams(**greedy, presence_penalty=1.0), [0, 3])
+    assert [sampler.choose(logits), sampler.choose(logits)] == [0, 1]
+
+
+def test_frequency_penalty_grows_with_each_occurrence() -> None:
+    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=0.6), [])
+    assert [sampler.choose(torch.tensor([2.0, 1.0])) for _ in range(5)] == [0, 0, 1, 0, 1]
+
+
+def test_a_banned_token_is_never_drawn() -> None:
+    found = frequencies({**PLAIN, "logit_bias": {0: NEVER}}, torch.tensor([9.0, 0.0, 0.0]), draws=200)
+    assert found[0] == 0
+
+
+def test_banning_every_token_is_refused() -> None:
+    with pytest.raises(RequestError, match="bans every token"):
+        Sampler(SamplingParams(logit_bias={0: NEVER, 1: NEVER}), []).choose(torch.zeros(2))
+
+
+def test_a_bias_for_an_unknown_token_is_refused() -> None:
+    with pytest.raises(RequestError, match="token id 7 is out of range: the model knows 0 to 1"):
+        Sampler(SamplingParams(logit_bias={7: 1.0}), []).choose(torch.zeros(2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(CheckpointError, match="not finite"):
+        Sampler(SamplingParams(temperature=0), []).choose(torch.tensor([0.0, bad]))
+
+
+def test_log_probabilities_are_those_of_the_model() -> None:
+    logits = random_logits(9)
+    logprob, top = top_logprobs(logits, 5, 3)
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    assert logprob == pytest.approx(float(exact[5]), abs=1e-5)
+    assert [token_id for token_id, _ in top] == exact.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("typical", 0),
+        ("repetition_penalty", 0.0),
+        ("repetition_range", 0),
+        ("frequency_penalty", math.inf),
+        ("presence_penalty", None),
+        ("logit_bias", [1, 2]),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: math.inf}),
+        ("logit_bias", {"a": 1.0}),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("max_new_tokens", -1),
+        ("stop", [""]),
+        ("stop", 5),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", "ab"),
+        ("ignore_eos", 1),
+        ("logprobs", 101),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"^{name} must be .*got"):
+        SamplingParams(**{name: value})
+
+
+def test_settings_are_frozen_and_normalised() -> None:
+    params = SamplingParams(stop="END", stop_token_ids=[3], logit_bias={np.int64(2): 1}, top_p=1)
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("END",), (3,), {2: 1.0})
+    with pytest.raises(AttributeError):
+        params.top_k = 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.floats(0.01, 5),
+    top_k=st.integers(0, 60),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+    typical=st.floats(0.01, 1),
+    penalty=st.floats(0.5, 3),
+)
+def test_any_combination_draws_a_token_that_the_model_gives_some_probability(
+    seed, temperature, top_k, top_p, min_p, typical, penalty
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical=typical,
+        repetition_penalty=penalty, seed=seed,
+    )  # fmt: skip
+    sampler = Sampler(params, [0, 1, 2])
+    for step in range(3):
+        assert 0 <= sampler.choose(random_logits(seed + step, size=50)) < 50

@@ -1,0 +1,106 @@
+"""gradio_demo/access.py: what may be opened, and that nothing leads out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ropewalk.base.errors import RequestError
+from ropewalk.files.embedded import demo_model_path
+from ropewalk.gradio_demo.access import EMBEDDED, Access
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """models/publisher/llama beside a secret folder."""
+    for folder in ("models/publisher/llama", "models/storm", "secret", "uploads/1", "uploads/2"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("models/publisher/llama", "secret"):
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "models/storm/adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+def access(tree: Path) -> Access:
+    return Access(tree / "models", (), tree / "uploads")
+
+
+@pytest.mark.parametrize("name", ["", EMBEDDED, f"  {EMBEDDED} "])
+def test_the_embedded_model_can_always_be_opened(name: str) -> None:
+    assert Access().open(name) == demo_model_path()
+
+
+def test_models_are_listed_and_opened_by_their_path_below_the_models_directory(tree: Path) -> None:
+    assert access(tree).model_names() == [EMBEDDED, "publisher/llama"]
+    assert access(tree).open("publisher/llama") == tree / "models/publisher/llama"
+    assert access(tree).open(str(tree / "models/publisher/llama")) == tree / "models/publisher/llama"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "publisher/../../secret", "{tree}/secret", "/", "/etc", "~", "models", "\0", "x" * 5000]
+)
+def test_nothing_outside_of_the_models_directory_is_opened(tree: Path, name: str) -> None:
+    with pytest.raises(RequestError, match="no such folder under .*models, and others may not be read"):
+        access(tree).open(name.format(tree=tree))
+
+
+def test_without_a_models_directory_the_message_says_how_to_give_one(tree: Path) -> None:
+    with pytest.raises(RequestError, match="--models DIR"):
+        Access().open(str(tree / "models/publisher/llama"))
+
+
+def test_a_link_to_a_folder_outside_is_refused(tree: Path) -> None:
+    (tree / "models/link").symlink_to(tree / "secret")
+    with pytest.raises(RequestError, match="may not be read"):
+        access(tree).open("link")
+
+
+def test_a_link_within_a_folder_that_leads_outside_is_refused_by_name(tree: Path) -> None:
+    (tree / "secret/weights").write_text("secret")
+    (tree / "models/publisher/llama/model.safetensors").symlink_to(tree / "secret/weights")
+    with pytest.raises(RequestError, match="model.safetensors is a link that leads out"):
+        access(tree).open("publisher/llama")
+
+
+def test_links_that_stay_inside_are_followed(tree: Path) -> None:
+    (tree / "models/blob").write_text("weights")
+    (tree / "models/publisher/llama/model.safetensors").symlink_to(tree / "models/blob")
+    (tree / "models/alias").symlink_to(tree / "models/publisher/llama")
+    assert access(tree).open("alias") == tree / "models/publisher/llama"
+
+
+def test_a_file_is_no_folder(tree: Path) -> None:
+    with pytest.raises(RequestError, match="is a file"):
+        access(tree).open("publisher/llama/config.json")
+
+
+def test_adapters_are_found_beside_the_model_and_under_the_models_directory(tree: Path) -> None:
+    (tree / "models/publisher/llama/adapters/poet").mkdir(parents=True)
+    (tree / "models/publisher/llama/adapters/poet/adapter_config.json").write_text("{}")
+    found = access(tree).adapter_folders(tree / "models/publisher/llama")
+    assert list(found) == ["poet", "storm"]
+
+
+def test_only_files_in_the_folder_of_uploads_count_as_dropped(tree: Path) -> None:
+    (tree / "uploads/1/a.txt").write_text("a")
+    (tree / "uploads/2/b.txt").symlink_to(tree / "secret/config.json")
+    assert access(tree).check_upload(tree / "uploads/1/a.txt").name == "a.txt"
+    for path in (tree / "secret/config.json", tree / "uploads/2/b.txt", tree / "uploads/../secret/config.json"):
+        with pytest.raises(RequestError, match="only files that were dropped"):
+            access(tree).check_upload(path)
+
+
+def test_the_files_of_a_dropped_folder_are_brought_together(tree: Path) -> None:
+    (tree / "uploads/1/config.json").write_text("{}")
+    (tree / "uploads/2/model.safetensors").write_text("weights")
+    paths = [tree / "uploads/1/config.json", tree / "uploads/2/model.safetensors"]
+    folder = access(tree).dropped_folder(paths)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert access(tree).open(str(folder)) == folder
+
+
+def test_dropped_files_without_a_config_are_refused(tree: Path) -> None:
+    (tree / "uploads/1/a.txt").write_text("a")
+    with pytest.raises(RequestError, match="no config.json is among the dropped files"):
+        access(tree).dropped_folder([tree / "uploads/1/a.txt"])

@@ -1,0 +1,46 @@
+"""A session of the demo page on the embedded model, and folders to load in its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ropewalk.files.embedded import demo_model_path
+from ropewalk.generate.sampling import SamplingParams
+from ropewalk.gradio_demo.access import EMBEDDED, Access
+from ropewalk.gradio_demo.chat.asking import ChatRequest
+from ropewalk.gradio_demo.chat.behaviour import Visitor
+from ropewalk.gradio_demo.session import Session, make_session
+
+VISITOR = Visitor("somebody", "tab 1")
+GREEDY = ChatRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
+
+
+def embedded_session(root: Path, **changes: Any) -> Session:
+    """The page as it starts, with its folders below `root`; `changes` to the settings of loading."""
+    session = empty_session(root)
+    session.workbench.load(EMBEDDED, values(session, **changes))
+    return session
+
+
+def empty_session(root: Path) -> Session:
+    """Without a model. Folders below root/models may be opened, files in root/uploads count as dropped."""
+    for name in ("models", "uploads", "exports"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    return make_session(Access(root / "models", (), root / "uploads"), root / "data", root / "exports", num_caches=2)
+
+
+def values(session: Session, name: str = EMBEDDED, **changes: Any) -> dict[str, Any]:
+    """What stands in the fields of the model bar."""
+    return {**asdict(session.workbench.suggest(name)), **changes}
+
+
+def copy_of_the_embedded_model(folder: Path, **config: Any) -> Path:
+    """The same model under another name, with keys of config.json changed."""
+    shutil.copytree(demo_model_path(), folder, ignore=shutil.ignore_patterns("adapters"))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
