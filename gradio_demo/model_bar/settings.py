@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
 from ropewalk.base.errors import RopewalkError
 from ropewalk.config.model import MAX_POSITIONS, load_model_config
 from ropewalk.model.plan import plan_loading
+from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
 AS_CHECKPOINT = "as the checkpoint says"
-ROPE_METHODS = ("default", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn", "dynamic-linear", "dynamic-yarn")
-CACHE_TYPES = ("fp16", "fp32")
-COMPUTE_MODES = ("int8", "exact")
+ROPE_METHODS = ("default", *BY_FACTOR, *FOLLOWING_THE_LENGTH)
 EMBEDDED_FACTOR = 4.0  # YaRN costs the embedded model nothing up to here (its card): 2,048 positions instead of 512
 MAX_THREADS = 1024
 
@@ -42,10 +42,10 @@ class LoadSettings:
     alpha_value: float | None = None
     rope_method: str = AS_CHECKPOINT
     rope_factor: float | None = None
-    cache_type: str = "fp16"
-    max_input_len: int | None = 2048
+    cache_type: str = CACHE_TYPE.default
+    max_input_len: int | None = MAX_INPUT_LEN
     threads: int | None = None
-    compute: str = "int8"
+    compute: str = COMPUTE.default
     layer_order: str = ""
     second_folder: str = ""
 
@@ -73,12 +73,10 @@ FIELDS = (
         (AS_CHECKPOINT, *ROPE_METHODS),
     ),
     Field("rope_factor", "RoPE factor", "How many times the original length it is to reach.", placeholder="none"),
-    Field("cache_type", "Cache type", "fp16 halves the memory of keys and values, fp32 is exact.", CACHE_TYPES),
+    Field("cache_type", "Cache type", "Of keys and values: " + CACHE_TYPE.help + ".", CACHE_TYPE.values),
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
     Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
-    Field(
-        "compute", "Compute mode", "int8 is fast; exact keeps activations in float32, to compare with.", COMPUTE_MODES
-    ),
+    Field("compute", "Compute mode", "Of the linear layers: " + COMPUTE.help + ".", COMPUTE.values),
     Field("layer_order", "Layer order", "Such as 0-15,8-23, which repeats layers.", placeholder="as in the files"),
     Field(
         "second_folder",
@@ -95,7 +93,7 @@ def checkpoint_settings(folder: Path) -> LoadSettings:
     Raises:
         ConfigError, UnsupportedError: as `load_model`, of what config.json says.
     """
-    rope = plan_loading(folder, None, {}, {}, None).rope
+    rope = plan_loading(folder).rope
     declared = load_model_config(folder).raw.get("layer_order")
     return LoadSettings(
         max_seq_len=rope.default_length,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
     from ropewalk.generate.sampling import SamplingParams
     from ropewalk.model.loader import load_model
+    from ropewalk.model.options import LoadOptions
     from ropewalk.rope.rope import resolve_rope
     from ropewalk.text.tokenizer.load import load_tokenizer
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Engine": "ropewalk.engine.engine",
+    "LoadOptions": "ropewalk.model.options",
     "RopewalkError": "ropewalk.base.errors",
     "SamplingParams": "ropewalk.generate.sampling",
     "load_model": "ropewalk.model.loader",
@@ -36,6 +38,7 @@ _HOME = {
 
 __all__ = [
     "Engine",
+    "LoadOptions",
     "RopewalkError",
     "SamplingParams",
     "load_model",

@@ -31,7 +31,7 @@ def test_the_facts_are_those_of_the_files(tmp_path: Path) -> None:
 def test_memory_of_the_cache_is_what_the_model_allocates(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     for cache_type in ("fp16", "fp32"):
-        info = model_info(tmp_path, 100, cache_type)
+        info = model_info(tmp_path, 100, cache_type=cache_type)
         model = load_model(tmp_path, 100, backend="reference", cache_type=cache_type)
         assert info.cache_bytes[100] == model.cache_bytes(100)
 

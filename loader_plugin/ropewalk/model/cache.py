@@ -22,7 +22,7 @@ from ropewalk.config.model import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of base/choices.CACHE_TYPE
 
 
 @dataclass(frozen=True, slots=True)

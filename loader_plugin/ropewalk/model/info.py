@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ropewalk.base.memory import format_bytes
-from ropewalk.config.layer_order import LayerOrder
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.families.check import check_tensors, settings_of
 from ropewalk.families.tables import FAMILY_TABLES, HEAD, layer_prefix, sizes
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.cache import cache_bytes
+from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.plan import LoadPlan, plan_loading
 
 CACHE_LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -102,43 +102,24 @@ class ModelInfo:
 
 
 def model_info(
-    folder: str | Path,
-    max_seq_len: int | None = None,
-    cache_type: str = "fp16",
-    *,
-    rope_scaling: Mapping[str, Any] | None = None,
-    compress_pos_emb: float | None = None,
-    alpha_value: float | None = None,
-    rope_theta: float | None = None,
-    layer_order: str | Sequence[int] | LayerOrder | None = None,
-    recompute_n_layers: int | None = None,
-    rewind_n_layers: int | None = None,
-    second_folder: str | Path | None = None,
+    folder: str | Path, max_seq_len: int | None = None, *, options: LoadOptions | None = None, **keywords: Any
 ) -> ModelInfo:
     """What `load_model` with these arguments would load.
 
     Raises:
-        ConfigError, CheckpointError, UnsupportedError: as `load_model`, for everything that is found before weights
-            are read.
+        ConfigError, CheckpointError, UnsupportedError, TypeError: as `load_model`, for everything that is found before
+            weights are read.
     """
+    if max_seq_len is not None:
+        keywords["max_seq_len"] = max_seq_len
+    options = options_with(options, keywords)
     folder = Path(folder)
-    rope_options = {
-        "rope_scaling": rope_scaling,
-        "compress_pos_emb": compress_pos_emb,
-        "alpha_value": alpha_value,
-        "rope_theta": rope_theta,
-    }
-    order_options = {
-        "layer_order": layer_order,
-        "recompute_n_layers": recompute_n_layers,
-        "rewind_n_layers": rewind_n_layers,
-    }
-    plan = plan_loading(folder, max_seq_len, rope_options, order_options, second_folder)
+    plan = plan_loading(folder, options)
     quant = plan.quant
-    lent_bytes = 0 if plan.second is None else _layer_bytes(Path(second_folder), plan.second)
+    lent_bytes = 0 if plan.second is None else _layer_bytes(Path(options.second_folder), plan.second)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
-        info = _info(folder, plan, checkpoint, cache_type)
+        info = _info(folder, plan, checkpoint, options.cache_type)
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
 
 

@@ -6,7 +6,6 @@ A second model lends its layers to an order such as a:0-19,b:10-29; the first gi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ropewalk.base.errors import ConfigError
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.config.model import ModelConfig, load_model_config
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
+from ropewalk.model.options import ROPE_NAMES, LoadOptions
 from ropewalk.rope.rope import Rope, resolve_rope
 
 logger = logging.getLogger(__name__)
@@ -38,27 +38,27 @@ class LoadPlan:
     max_seq_len: int
 
 
-def plan_loading(
-    folder: Path,
-    max_seq_len: int | None,
-    rope_options: Mapping[str, Any],
-    order_options: Mapping[str, Any],
-    second_folder: str | Path | None,
-) -> LoadPlan:
-    """Read the JSON files of `folder` and decide.
-
-    rope_options: keyword arguments of `rope.resolve_rope`. order_options: those of `layer_order.choose_layer_order`.
+def plan_loading(folder: Path, options: LoadOptions | None = None) -> LoadPlan:
+    """Read the JSON files of `folder` and decide; `options` default to none.
 
     Raises:
         ConfigError: an option or a key of a JSON file is wrong. UnsupportedError: an architecture, format or RoPE type
             that is not implemented.
     """
+    options = options or LoadOptions()
     config = load_model_config(folder)
     quant = load_quant_config(folder, config.raw)
-    rope = resolve_rope(config.raw, max_seq_len, source=config.source, **rope_options)
-    second = None if second_folder is None else load_second_config(second_folder, config)
-    order = choose_layer_order(config, **order_options, second_layers=None if second is None else second.num_layers)
-    return LoadPlan(config, quant, rope, second, order, max_seq_len or rope.default_length)
+    overrides = {name: getattr(options, name) for name in ROPE_NAMES}
+    rope = resolve_rope(config.raw, options.max_seq_len, source=config.source, **overrides)
+    second = None if options.second_folder is None else load_second_config(options.second_folder, config)
+    order = choose_layer_order(
+        config,
+        options.layer_order,
+        options.recompute_n_layers,
+        options.rewind_n_layers,
+        None if second is None else second.num_layers,
+    )
+    return LoadPlan(config, quant, rope, second, order, options.max_seq_len or rope.default_length)
 
 
 def load_second_config(folder: Any, config: ModelConfig) -> ModelConfig:

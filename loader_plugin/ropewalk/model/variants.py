@@ -15,9 +15,10 @@ from ropewalk.base.errors import RequestError
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.model.model import Model, ModelLimits
 from ropewalk.rope.rope import Rope, resolve_rope
+from ropewalk.rope.spellings import BY_FACTOR
 
 AS_LOADED = "as loaded"
-SCALINGS = ("none", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn")
+SCALINGS = ("none", *BY_FACTOR)
 # Each chunk of a prompt gives way to other users of the threads only between its operations, so it is kept short.
 MAX_CHUNK = 512
 

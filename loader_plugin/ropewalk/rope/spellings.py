@@ -273,3 +273,6 @@ METHODS: Mapping[str, tuple[Callable[[RopeObject, int], RopeMethod], tuple[str, 
         "proportional": (_proportional, ("factor",)),
     }
 )
+# Those that a factor alone completes, for lists to choose from; the second kind also follows the length of the text.
+BY_FACTOR = ("linear", "ntk", "dynamic", "ntk-by-parts", "yarn")
+FOLLOWING_THE_LENGTH = ("dynamic-linear", "dynamic-ntk-by-parts", "dynamic-yarn")

@@ -14,6 +14,7 @@ from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.faces.webui.model_settings import declared_settings, describe, is_gptq_folder, load_options
 from ropewalk.faces.webui.parameters import PARAMETERS, Choice, name_here, read_all
 from ropewalk.files.embedded import demo_model_path
+from ropewalk.model.options import LoadOptions
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.rope import Rope
 
@@ -49,7 +50,7 @@ def write_config(folder: Path, changes: dict[str, Any]) -> Path:
 def rope_of(folder: Path, values: dict[str, Any]) -> Rope:
     """What is decided with these values in the fields."""
     options = {name: value for name, value in load_options(folder, values).items() if name in ROPE_OPTIONS}
-    return plan_loading(folder, None, options, {}, None).rope
+    return plan_loading(folder, LoadOptions(**options)).rope
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -27,12 +27,12 @@ from ropewalk.faces.cli.options import (
     add_sampling_arguments,
     load,
     load_adapters,
+    load_options,
     model_folder,
     note,
     order_options,
     progress_bar,
     read_text,
-    rope_overrides,
     sampling_params,
 )
 from ropewalk.faces.cli.serve import add_serve_command
@@ -103,9 +103,7 @@ def run_info(args: argparse.Namespace) -> int:
     """Say what would be loaded."""
     from ropewalk.model.info import model_info
 
-    info = model_info(
-        model_folder(args), args.max_seq_len, args.cache_type, **rope_overrides(args), **order_options(args)
-    )
+    info = model_info(model_folder(args), options=load_options(args))
     _show(json.dumps(info.to_json(), indent=2) if args.json else info.describe())
     _show("\n")
     return 0

@@ -7,15 +7,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, Choice
 from ropewalk.base.errors import RequestError
 from ropewalk.files.embedded import demo_model_path
 
-ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
+if TYPE_CHECKING:
+    from ropewalk.model.options import LoadOptions
+
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
-LOAD_OPTIONS = ("max_input_len", "compute", "backend", "threads", "isa", "device", "max_attention_size")
 EMBEDDED_TEMPLATE = "vicuna"
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_new_tokens", int, "end after so many tokens"),
@@ -39,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("context")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="longest context (default: as the model declares)")
-    group.add_argument("--cache-type", choices=("fp16", "fp32"), default="fp16", help="type of cached keys and values")
+    _add_choice(group, CACHE_TYPE, "type of cached keys and values")
     group.add_argument(
         "--rope-scaling", type=_json_object, metavar="JSON", help='such as \'{"type": "yarn", "factor": 4}\''
     )
@@ -67,10 +70,12 @@ def add_order_arguments(parser: argparse.ArgumentParser) -> None:
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """How the model runs: for the commands that run it."""
     group = parser.add_argument_group("running")
-    group.add_argument("--max-input-len", type=int, default=2048, metavar="N", help="tokens per chunk of a prompt")
+    group.add_argument(
+        "--max-input-len", type=int, default=MAX_INPUT_LEN, metavar="N", help="tokens per chunk of a prompt"
+    )
     group.add_argument("--max-attention-size", type=int, metavar="N", help="accepted for compatibility, has no effect")
-    group.add_argument("--compute", choices=("int8", "exact"), default="int8", help="arithmetic of the linear layers")
-    group.add_argument("--backend", choices=("cpu", "reference"), default="cpu", help="compiled kernels or plain torch")
+    _add_choice(group, COMPUTE, "arithmetic of the linear layers")
+    _add_choice(group, BACKEND, "what computes")
     group.add_argument("--device", help="torch device of the reference backend")
     group.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
     group.add_argument("--isa", help="instruction set (default: the best of this machine)")
@@ -116,13 +121,15 @@ def model_folder(args: argparse.Namespace) -> Path:
     return demo_model_path() if args.model is None else args.model
 
 
-def rope_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The RoPE options, as arguments of `load_model` and `model_info`."""
-    return {name: getattr(args, name) for name in ROPE_OPTIONS}
+def load_options(args: argparse.Namespace) -> LoadOptions:
+    """The options of loading among those of a command; the rest are at their defaults."""
+    from ropewalk.model.options import OPTION_NAMES, LoadOptions
+
+    return LoadOptions(**{name: value for name, value in vars(args).items() if name in OPTION_NAMES})
 
 
 def order_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the layer order, as arguments of `load_model`, `model_info` and `export_layers`."""
+    """The options of the layer order, as arguments of `export_layers`."""
     return {name: getattr(args, name) for name in ORDER_OPTIONS}
 
 
@@ -133,12 +140,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
-    options = {name: getattr(args, name) for name in LOAD_OPTIONS} | order_options(args)
-    rope = rope_overrides(args)
-    if all(value is None for value in rope.values()):
-        rope["rope_scaling"] = _rope_of_adapters(args)
+    options = load_options(args)
+    if not options.has_rope:
+        options = replace(options, rope_scaling=_rope_of_adapters(args))
     with progress_bar("loading", "layer") as progress:
-        model = load_model(folder, args.max_seq_len, cache_type=args.cache_type, progress=progress, **options, **rope)
+        model = load_model(folder, options=options, progress=progress)
     note(model.rope.describe())
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
@@ -269,6 +275,11 @@ def progress_bar(what: str, unit: str, at_least: int = 0) -> Iterator[Callable[[
     finally:
         if bar is not None:
             bar.close()
+
+
+def _add_choice(group: argparse._ArgumentGroup, choice: Choice, what: str) -> None:
+    text = f"{what} ({choice.help}; default: {choice.default})"
+    group.add_argument(_flag(choice.name), choices=choice.values, default=choice.default, help=text)
 
 
 def _flag(name: str) -> str:

@@ -113,7 +113,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _plan(folder: Path) -> LoadPlan:
-    return plan_loading(folder, None, {}, {}, None)
+    return plan_loading(folder)
 
 
 def _rope_fields(rope: Rope) -> Settings:

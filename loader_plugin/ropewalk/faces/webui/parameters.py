@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
 from ropewalk.base.errors import ConfigError
 from ropewalk.rope.spellings import METHODS
 
@@ -89,9 +90,9 @@ PARAMETERS = (
     ),
     Parameter(
         "cache_type",
-        "fp16",
-        Choice(("fp16", "fp32")),
-        "Type of cached keys and values, fp16 or fp32.",
+        CACHE_TYPE.default,
+        Choice(CACHE_TYPE.values),
+        f"Type of cached keys and values. {CACHE_TYPE.help}.",
         option="cache_type",
     ),
     Parameter(
@@ -126,16 +127,16 @@ PARAMETERS = (
     ),
     Parameter(
         "chunk_size",
-        2048,
+        MAX_INPUT_LEN,
         Slider(64, 16384, 64),
         "Tokens of a long prompt that are computed at once. Bounds memory, never changes results.",
         option="max_input_len",
     ),
     Parameter(
         "compute_mode",
-        "int8",
-        Choice(("int8", "exact")),
-        "int8: fast. exact: float32 arithmetic, two to three times slower.",
+        COMPUTE.default,
+        Choice(COMPUTE.values),
+        f"Arithmetic of the linear layers. {COMPUTE.help}.",
         option="compute",
     ),
     Parameter(

@@ -1,0 +1,60 @@
+"""Every option with a closed list of values, and its default: spelled here once, for library and all front ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ropewalk.base.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An option of `load_model`: its name, each value with a few words for people, and the value taken by default."""
+
+    name: str
+    meanings: Mapping[str, str]
+    default: str
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What is accepted, in the order in which it is shown."""
+        return tuple(self.meanings)
+
+    @property
+    def help(self) -> str:
+        """All values with their meanings, in one line."""
+        return "; ".join(f"{value}: {meaning}" for value, meaning in self.meanings.items())
+
+    def check(self, value: Any) -> None:
+        """Raises:
+        ConfigError: not one of the values.
+        """
+        if value not in self.values:
+            accepted = ", ".join(map(repr, self.values))
+            raise ConfigError(f"{self.name} must be one of {accepted}, got {value!r}")
+
+
+COMPUTE = Choice(
+    "compute",
+    MappingProxyType(
+        {
+            "int8": "fast, activations in 8 bits by blocks of 32",
+            "exact": "float32 activations, two to three times slower",
+        }
+    ),
+    "int8",
+)
+CACHE_TYPE = Choice(
+    "cache_type",
+    MappingProxyType({"fp16": "half the memory", "fp32": "as computed"}),
+    "fp16",
+)
+BACKEND = Choice(
+    "backend",
+    MappingProxyType({"cpu": "compiled kernels", "reference": "plain torch on any device, slow"}),
+    "cpu",
+)
+MAX_INPUT_LEN = 2048  # tokens of a prompt that are computed at once, where nobody says otherwise

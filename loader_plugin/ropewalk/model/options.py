@@ -1,0 +1,118 @@
+"""How a model is to be loaded: the options of `load_model` and of every front end, in one frozen record."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
+from ropewalk.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ropewalk.config.layer_order import LayerOrder
+
+MAX_SEQ_LEN = 1 << 24  # far above any model; keeps arithmetic on positions exact in float32 and float64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What can be asked of loading; each is a keyword of `load_model`, too. None: as the folder declares.
+
+    max_seq_len: longest sequence to be run (default: what config.json declares, or what an option below
+        makes the RoPE cover). More than the method covers logs a warning with the remedy.
+    max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
+    compute: "int8" (activations quantised in blocks of 32, integer products) or "exact" (float32 activations).
+    backend: "cpu" (compiled kernels) or "reference" (plain torch, slow, any `device`).
+    threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
+    rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `resolve_rope`.
+    cache_type: "fp16" or "fp32", the dtype of cached keys and values.
+    max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
+        tiled and never forms that matrix, so it has no effect.
+    layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
+        Default: the key `layer_order` of config.json, else each layer once. Weights are shared, every use has its own
+        cache.
+    recompute_n_layers, rewind_n_layers: instead of an order: run so many layers, go back by so many, and so on.
+    second_folder: a model of equal shapes whose layers an order names as "b:"; embeddings and head are the first's.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range or not one of the choices.
+    """
+
+    max_seq_len: int | None = None
+    max_input_len: int = MAX_INPUT_LEN
+    compute: str = COMPUTE.default
+    backend: str = BACKEND.default
+    threads: int | None = None
+    isa: str | None = None
+    rope_scaling: Mapping[str, Any] | None = None
+    compress_pos_emb: float | None = None
+    alpha_value: float | None = None
+    rope_theta: float | None = None
+    cache_type: str = CACHE_TYPE.default
+    device: str | torch.device | None = None
+    max_attention_size: int | None = None
+    layer_order: str | Sequence[int] | LayerOrder | None = None
+    recompute_n_layers: int | None = None
+    rewind_n_layers: int | None = None
+    second_folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads"):
+            value = getattr(self, name)
+            optional = name != "max_input_len"
+            if not (optional and value is None or _is_positive(value)):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.max_seq_len is not None and self.max_seq_len > MAX_SEQ_LEN:
+            raise ConfigError(f"max_seq_len must be at most {MAX_SEQ_LEN}, got {self.max_seq_len}")
+        for choice in (COMPUTE, BACKEND, CACHE_TYPE):
+            choice.check(getattr(self, choice.name))
+        if self.second_folder is not None and not isinstance(self.second_folder, (str, Path)):
+            raise ConfigError(f"second_folder must be a path, got {type(self.second_folder).__name__}")
+
+    @property
+    def has_rope(self) -> bool:
+        """True if an option overrides the RoPE that config.json declares."""
+        return any(getattr(self, name) is not None for name in ROPE_NAMES)
+
+
+ROPE_NAMES = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
+OPTION_NAMES = tuple(field.name for field in fields(LoadOptions))
+
+
+def options_with(options: LoadOptions | None, keywords: Mapping[str, Any]) -> LoadOptions:
+    """`options`, or the defaults, with the fields that `keywords` name.
+
+    Raises:
+        TypeError: a keyword that is no option; says which one may be meant. ConfigError: as `LoadOptions`.
+    """
+    for name in keywords:
+        if name not in OPTION_NAMES:
+            close = get_close_matches(name, OPTION_NAMES, 1)
+            hint = f": is {close[0]} meant?" if close else ""
+            raise TypeError(f"{name!r} is not an option of loading{hint or '.'} There are {', '.join(OPTION_NAMES)}")
+    if options is not None and not isinstance(options, LoadOptions):
+        raise ConfigError(f"options must be LoadOptions, got {type(options).__name__}")
+    return replace(options or LoadOptions(), **keywords)
+
+
+def with_options(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function that takes options as `**keywords`, with every option in their place."""
+    given = inspect.signature(function).parameters
+    singly = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(LoadOptions)
+        if field.name not in given
+    ]
+    shown = [item for item in given.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    named = [item for item in shown if item.kind is inspect.Parameter.KEYWORD_ONLY]
+    return inspect.Signature([*(item for item in shown if item not in named), *singly, *named])
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

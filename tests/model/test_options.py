@@ -1,0 +1,79 @@
+"""model/options.py: options as one record or as keywords, with the same names, defaults and refusals everywhere."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ropewalk
+from gptq_writer import write_checkpoint
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, Choice
+from ropewalk.base.errors import ConfigError
+from ropewalk.faces.cli.main import main
+from ropewalk.faces.webui.parameters import PARAMETERS
+from ropewalk.gradio_demo.model_bar.settings import FIELDS, LoadSettings
+from ropewalk.model.cache import CACHE_DTYPES
+from ropewalk.model.info import model_info
+from ropewalk.model.options import LoadOptions, options_with
+
+
+def test_keywords_change_single_fields_of_given_options() -> None:
+    options = options_with(LoadOptions(max_seq_len=64, compute="exact"), {"threads": 2, "max_seq_len": 128})
+    assert options == LoadOptions(max_seq_len=128, compute="exact", threads=2)
+
+
+def test_a_model_is_loaded_alike_by_options_and_by_keywords(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    keywords = {"max_seq_len": 48, "backend": "reference", "compute": "exact", "cache_type": "fp32"}
+    by_options = ropewalk.load_model(tmp_path, options=ropewalk.LoadOptions(**keywords))
+    by_keywords = ropewalk.load_model(tmp_path, **keywords)
+    for model in (by_options, by_keywords, ropewalk.load_model(tmp_path, 48, options=LoadOptions(backend="reference"))):
+        assert model.max_seq_len == 48 and model.backend.name == "reference"
+    assert by_options.cache_type == by_keywords.cache_type == "fp32"
+
+
+@pytest.mark.parametrize("call", [ropewalk.load_model, model_info])
+def test_a_misspelt_option_is_refused_with_the_one_that_may_be_meant(tmp_path: Path, call: Any) -> None:
+    with pytest.raises(TypeError, match="'compres_pos_emb' is not an option of loading: is compress_pos_emb meant"):
+        call(tmp_path, compres_pos_emb=4)
+
+
+def test_the_signature_shows_every_option_with_its_default() -> None:
+    parameters = inspect.signature(ropewalk.load_model).parameters
+    assert {field.name: field.default for field in fields(LoadOptions)}.items() <= {
+        name: parameter.default for name, parameter in parameters.items()
+    }.items()
+
+
+@pytest.mark.parametrize("choice", [COMPUTE, BACKEND, CACHE_TYPE], ids=lambda choice: choice.name)
+def test_a_choice_is_checked_by_its_values(choice: Choice) -> None:
+    assert choice.default in choice.values
+    for value in choice.values:
+        assert getattr(LoadOptions(**{choice.name: value}), choice.name) == value
+    with pytest.raises(ConfigError, match=f"{choice.name} must be one of .*{choice.default!r}.*, got 'fp12'"):
+        LoadOptions(**{choice.name: "fp12"})
+
+
+@pytest.mark.parametrize("name", ["max_seq_len", "max_input_len", "threads", "max_attention_size"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, "8"])
+def test_a_count_must_be_a_positive_integer(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a positive integer, got {value!r}"):
+        LoadOptions(**{name: value})
+
+
+def test_every_front_end_offers_the_same_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(CACHE_DTYPES) == CACHE_TYPE.values
+    page, shown = {field.name: field for field in FIELDS}, LoadSettings()
+    web_ui = {item.option: item for item in PARAMETERS if item.option is not None}
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = capsys.readouterr().out
+    for choice in (COMPUTE, CACHE_TYPE):
+        assert page[choice.name].choices == web_ui[choice.name].widget.choices == choice.values
+        assert getattr(shown, choice.name) == web_ui[choice.name].default == choice.default
+        assert f"--{choice.name.replace('_', '-')} {{{','.join(choice.values)}}}" in text
+    assert shown.max_input_len == web_ui["max_input_len"].default == LoadOptions().max_input_len
