@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import ropewalk
+from ropewalk.families import FAMILIES
 
 PACKAGE = Path(ropewalk.__file__).parent
 
 # The rooms, each after all that it may import.
 ROOMS = (
-    *("base", "config", "rope", "files", "gptq", "families", "native", "backends", "adapters", "model"),
+    *("base", "families", "config", "rope", "files", "gptq", "weights", "native", "backends", "adapters", "model"),
     *("generate", "text", "engine", "measure", "faces"),
 )
 PUBLIC = {"errors", "hf", "native", "webui", "__main__"}  # paths that people import; they only point into a room
@@ -40,7 +41,7 @@ APART = {
     "the decoder knows no text": (["model", "backends"], ["text"]),
     "kernels know no checkpoints": (["native"], ["files", "config"]),
     "generation knows token ids only": (["generate"], ["text"]),
-    "reading knows no kernels": (["families", "rope", "model.info"], ["native", "model.model"]),
+    "reading knows no kernels": (["weights", "rope", "model.info"], ["native", "model.model"]),
 }
 
 
@@ -137,6 +138,15 @@ def test_no_module_imports_one_that_imports_it() -> None:
 
 
 BUILT_ON = ("faces.webui", "faces.hf")  # the web UI is given a transformers model
+
+
+def test_a_family_is_known_by_name_to_its_own_file_alone() -> None:
+    names = set(FAMILIES)
+    for module, tree in MODULES.items():
+        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in names}
+        assert strings == ({module.split(".")[1]} if module in {f"families.{name}" for name in names} else set()), (
+            module
+        )
 
 
 def test_faces_do_not_import_each_other_unless_the_command_line_starts_them() -> None:

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 import ropewalk
 from benchmarking import add_speed_arguments, paired, print_head, spread
 from ropewalk.config.model import ModelConfig
-from ropewalk.families.tables import FAMILY_TABLES, layer_prefix, sizes
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import layer_prefix
 from ropewalk.model.model import Model
 
 RANKS = {"a": 16, "b": 16, "c": 16, "d": 16, "wide": 64}
@@ -57,8 +58,8 @@ def main() -> None:
 
 def write_adapter(folder: Path, config: ModelConfig, rank: int, seed: int) -> Path:
     """A PEFT folder with random float16 matrices for every linear of every layer."""
-    generator, size = torch.Generator().manual_seed(seed), sizes(config)
-    entries = FAMILY_TABLES[config.family].linears
+    generator, size = torch.Generator().manual_seed(seed), config.sizes
+    entries = FAMILIES[config.family].linears
     tensors = {}
     for index in range(config.num_layers):
         for entry in entries:

@@ -20,7 +20,8 @@ from ropewalk.adapters.config import LoraConfig, read_lora_config
 from ropewalk.adapters.files import read_adapter_tensors
 from ropewalk.base.errors import CheckpointError, UnsupportedError
 from ropewalk.config.model import ModelConfig
-from ropewalk.families.tables import EMBEDDINGS, FAMILY_TABLES, HEAD, layer_prefix, sizes
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import EMBEDDINGS, HEAD, layer_prefix
 from ropewalk.files.safetensors import printable
 from ropewalk.files.weight_files import listed
 from ropewalk.gptq.linear import require_finite
@@ -148,7 +149,7 @@ def _require_zero_bias(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(K, N) of every module that an adapter can change; for the embeddings K is the vocabulary."""
-    size, table = sizes(config), FAMILY_TABLES[config.family]
+    size, table = config.sizes, FAMILIES[config.family]
     shapes = {
         layer_prefix(index) + entry.name: (size[entry.inputs], size[entry.outputs])
         for index in range(config.num_layers)

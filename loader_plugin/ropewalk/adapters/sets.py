@@ -28,7 +28,8 @@ from ropewalk.backends.protocol import Backend, PackedLowRank
 from ropewalk.base.errors import RequestError
 from ropewalk.config.instances import LayerInstance
 from ropewalk.config.model import ModelConfig
-from ropewalk.families.tables import FAMILY_TABLES, HEAD, layer_prefix, sizes
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.gptq.linear import DenseLinear
 
 # What tells sets apart: (number of the loaded adapter, weight, instances or None) of each use, in one order.
@@ -167,8 +168,8 @@ class AdapterSets:
         return [(by_number[number], weight) for number, weight in chosen]
 
     def _pack_layer(self, index: int, chosen: Chosen) -> LayerChange:
-        adapters, size = self._adapters(chosen), sizes(self._config)
-        entries = {entry.field: entry for entry in FAMILY_TABLES[self._config.family].linears}
+        adapters, size = self._adapters(chosen), self._config.sizes
+        entries = {entry.field: entry for entry in FAMILIES[self._config.family].linears}
 
         def group(fields: Sequence[str]) -> PackedLowRank | None:
             linears = [_low_ranks(adapters, layer_prefix(index) + entries[field].name) for field in fields]

@@ -1,8 +1,7 @@
 """From a model folder's config.json to a ModelConfig: the frozen facts of one decoder, all checked.
 
-Four families are read as transformers 5.23 reads them (its `configuration_*.py` give the defaults of absent keys):
-llama (1, 2, 3.x), mistral (sliding window), qwen2 (q/k/v biases) and qwen3 (q/k norms, explicit head size).
-Whatever can be refused is refused here, before a byte of weights is read. The RoPE keys are read in rope_config.py.
+What differs between architectures is data in `families/`, a file for each. Whatever can be refused is refused here,
+before a byte of weights is read. The RoPE keys are read in rope/decision.py.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Any
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section, read_json_object, require_folder, shown
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import Family, Windows
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +28,6 @@ MAX_HEADS = 2**14
 MAX_HEAD_DIM = 2**13
 MAX_VOCAB = 2**24
 MAX_POSITIONS = 2**31
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyDefaults:
-    """What transformers' configuration class of a family assumes for absent keys."""
-
-    architectures: tuple[str, ...]
-    num_kv_heads: int | None  # None: as many as query heads
-    head_dim: int | None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-
-FAMILIES: Mapping[str, FamilyDefaults] = MappingProxyType(
-    {
-        # LLaMAForCausalLM: the spelling of the conversions of March 2023.
-        "llama": FamilyDefaults(("LlamaForCausalLM", "LLaMAForCausalLM"), None, None, 2048, 1, 2),
-        "mistral": FamilyDefaults(("MistralForCausalLM",), 8, None, 131072, 1, 2),
-        "qwen2": FamilyDefaults(("Qwen2ForCausalLM",), 32, None, 32768, None, None),
-        "qwen3": FamilyDefaults(("Qwen3ForCausalLM",), 32, 128, 32768, None, None),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +53,19 @@ class ModelConfig:
     qk_norm: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    raw: Mapping[
-        str, Any
-    ]  # the whole config.json, read-only: rope_config.py and quant_config.py read their keys from it
+    raw: Mapping[str, Any]  # the whole config.json, read-only: others read their keys from it
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that the tensors of a family are named by (families/family.py)."""
+        return {
+            "hidden": self.hidden_size,
+            "inner": self.intermediate_size,
+            "queries": self.num_heads * self.head_dim,
+            "keys": self.num_kv_heads * self.head_dim,
+            "head": self.head_dim,
+            "vocab": self.vocab_size,
+        }
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -116,17 +104,16 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         raise ConfigError(f"{source} must hold a JSON object, found {shown(raw)}")
     section = Section(source, raw)
     family = _family(section)
-    defaults = FAMILIES[family]
     _check_activation(section)
     hidden_size = section.integer("hidden_size", 1, MAX_FEATURES)
     num_layers = section.integer("num_hidden_layers", 1, MAX_LAYERS)
     num_heads, num_kv_heads, head_dim = _heads(section, family, hidden_size)
     vocab_size = section.integer("vocab_size", 1, MAX_VOCAB)
-    attention_bias = family in ("llama", "qwen3") and section.boolean("attention_bias", False)
-    bos_token_id, eos_token_ids = _special_tokens(section, defaults, vocab_size)
+    attention_bias = family.reads_attention_bias and section.boolean("attention_bias", False)
+    bos_token_id, eos_token_ids = _special_tokens(section, family, vocab_size)
     return ModelConfig(
         source=source,
-        family=family,
+        family=family.name,
         hidden_size=hidden_size,
         intermediate_size=section.integer("intermediate_size", 1, MAX_FEATURES),
         num_layers=num_layers,
@@ -135,22 +122,22 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=vocab_size,
         rms_norm_eps=section.optional_number("rms_norm_eps", 0.0, 1.0, 1e-6, above=True),
-        max_position_embeddings=read_max_positions(section, defaults),
+        max_position_embeddings=read_max_positions(section, family),
         sliding_windows=_sliding_windows(section, family, num_layers),
         tie_word_embeddings=section.boolean("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2" or attention_bias,
+        qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=family == "llama" and section.boolean("mlp_bias", False),
-        qk_norm=family == "qwen3",
+        mlp_bias=family.reads_mlp_bias and section.boolean("mlp_bias", False),
+        qk_norm=family.qk_norm,
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
         raw=MappingProxyType(dict(raw)),
     )
 
 
-def _family(section: Section) -> str:
+def _family(section: Section) -> Family:
     """The family by `model_type`, or by `architectures` where that is absent (as in some files of 2023)."""
-    accepted = "; accepted are " + ", ".join(f"{name} ({'/'.join(d.architectures)})" for name, d in FAMILIES.items())
+    accepted = "; accepted are " + ", ".join(f"{f.name} ({'/'.join(f.architectures)})" for f in FAMILIES.values())
     model_type = section.text("model_type")
     architectures = section.values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -165,7 +152,7 @@ def _family(section: Section) -> str:
         if name not in known:
             of = f" with model_type {shown(model_type)}" if model_type is not None else ""
             raise UnsupportedError(f"{section.source}: architecture {shown(name)}{of} is not supported{accepted}")
-    return model_type if model_type is not None else known[architectures[0]]
+    return FAMILIES[model_type if model_type is not None else known[architectures[0]]]
 
 
 def _check_activation(section: Section) -> None:
@@ -174,20 +161,19 @@ def _check_activation(section: Section) -> None:
         raise UnsupportedError(f"{section.source}: hidden_act {shown(activation)} is not supported; accepted is silu")
 
 
-def _heads(section: Section, family: str, hidden_size: int) -> tuple[int, int, int]:
+def _heads(section: Section, family: Family, hidden_size: int) -> tuple[int, int, int]:
     """(num_heads, num_kv_heads, head_dim)."""
-    defaults = FAMILIES[family]
     num_heads = section.integer("num_attention_heads", 1, MAX_HEADS)
     # An explicit null means "one per query head" in every family; an absent key means the family's default.
-    absent_kv = num_heads if "num_key_value_heads" in section.values else defaults.num_kv_heads or num_heads
+    absent_kv = num_heads if "num_key_value_heads" in section.values else family.num_kv_heads or num_heads
     num_kv_heads = section.optional_integer("num_key_value_heads", 1, MAX_HEADS, absent_kv)
     if num_heads % num_kv_heads:
         raise ConfigError(
             f"{section.source}: num_key_value_heads, {num_kv_heads}, must divide num_attention_heads, {num_heads}"
         )
-    head_dim = section.optional_integer("head_dim", 2, MAX_HEAD_DIM, defaults.head_dim)
+    head_dim = section.optional_integer("head_dim", 2, MAX_HEAD_DIM, family.head_dim)
     # transformers refuses a llama whose heads do not divide the hidden size even where head_dim is given.
-    if hidden_size % num_heads and (head_dim is None or family == "llama"):
+    if hidden_size % num_heads and (head_dim is None or family.heads_divide_hidden):
         raise ConfigError(f"{section.source}: num_attention_heads, {num_heads}, must divide hidden_size, {hidden_size}")
     if head_dim is None:
         head_dim = hidden_size // num_heads
@@ -199,30 +185,31 @@ def _heads(section: Section, family: str, hidden_size: int) -> tuple[int, int, i
     return num_heads, num_kv_heads, head_dim
 
 
-def read_max_positions(section: Section, defaults: FamilyDefaults) -> int:
+def read_max_positions(section: Section, family: Family) -> int:
+    """`max_position_embeddings`, or the family's default."""
     # The LLaMA conversions of March 2023 said max_sequence_length.
-    old_name = section.optional_integer("max_sequence_length", 1, MAX_POSITIONS, defaults.max_position_embeddings)
+    old_name = section.optional_integer("max_sequence_length", 1, MAX_POSITIONS, family.max_position_embeddings)
     return section.optional_integer("max_position_embeddings", 1, MAX_POSITIONS, old_name)
 
 
-def _sliding_windows(section: Section, family: str, num_layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(section: Section, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer, or None where it sees everything.
 
-    mistral: every layer has `sliding_window` (absent: 4096, null: none). qwen2 and qwen3: only with
-    `use_sliding_window`, and then the layers that `layer_types` names, or those from `max_window_layers` on.
+    ALL: every layer has `sliding_window` (absent: 4096, null: none). SOME: only with `use_sliding_window`, and then the
+    layers that `layer_types` names, or those from `max_window_layers` on.
     """
-    if family == "llama":
+    if family.windows is Windows.NONE:
         return (None,) * num_layers
     window = None
-    if family == "mistral" or section.boolean("use_sliding_window", False):
+    if family.windows is Windows.ALL or section.boolean("use_sliding_window", False):
         absent = None if "sliding_window" in section.values else 4096
         window = section.optional_integer("sliding_window", 1, MAX_POSITIONS, absent)
     slides = _layer_slides(section, num_layers)
-    if family == "mistral":
+    if family.windows is Windows.ALL:
         if slides is not None and any(slide != (window is not None) for slide in slides):
             raise UnsupportedError(
                 f"{section.source}: layer_types that differ between layers or from sliding_window are not supported "
-                "for mistral: every layer has the window of sliding_window"
+                f"for {family.name}: every layer has the window of sliding_window"
             )
         return (window,) * num_layers
     if slides is None:
@@ -251,9 +238,9 @@ def _layer_slides(section: Section, num_layers: int) -> list[bool] | None:
     return [names[name] for name in types]
 
 
-def _special_tokens(section: Section, defaults: FamilyDefaults, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
+def _special_tokens(section: Section, family: Family, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
     """(bos_token_id, eos_token_ids) of config.json."""
-    absent = {"bos_token_id": defaults.bos_token_id, "eos_token_id": defaults.eos_token_id}
+    absent = {"bos_token_id": family.bos_token_id, "eos_token_id": family.eos_token_id}
     known = Section(section.source, {**absent, **section.values})
     bos, eos = (_token_ids(known, key, vocab_size) for key in absent)
     old_spelling = "LLaMAForCausalLM" in (section.values.get("architectures") or [])

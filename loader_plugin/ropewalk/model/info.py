@@ -11,12 +11,13 @@ from typing import Any
 from ropewalk.base.memory import format_bytes
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
-from ropewalk.families.check import check_tensors, settings_of
-from ropewalk.families.tables import FAMILY_TABLES, HEAD, layer_prefix, sizes
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.cache import cache_bytes
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.plan import LoadPlan, plan_loading
+from ropewalk.weights.check import check_tensors, settings_of
 
 CACHE_LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -170,8 +171,8 @@ def _linears(
     config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint
 ) -> tuple[dict[str, int], QuantSettings | None]:
     """How many linears are stored in which way, and the settings of the first quantised one."""
-    size = sizes(config)
-    entries = FAMILY_TABLES[config.family].linears
+    size = config.sizes
+    entries = FAMILIES[config.family].linears
     modules = [
         (layer_prefix(i) + entry.name, size[entry.inputs]) for i in range(config.num_layers) for entry in entries
     ]

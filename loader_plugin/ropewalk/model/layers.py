@@ -15,7 +15,7 @@ import torch
 from ropewalk.adapters.low_rank import UNCHANGED, LayerChange
 from ropewalk.backends.protocol import Backend, KvStore, PackedLinear
 from ropewalk.config.model import ModelConfig
-from ropewalk.families.weights import LayerWeights
+from ropewalk.weights.read import LayerWeights
 
 # Rows of a chunk that go through a layer together. Fresh memory costs as much as it takes to compute its contents, and
 # the inner activations are wide (2 * I floats a row: 90 MB for 2048 rows of a 1.1B model): a block of this size stays

@@ -25,14 +25,14 @@ from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
-from ropewalk.families.tables import layer_prefix
-from ropewalk.families.weights import check_tensors, read_embeddings, read_head, read_layer
+from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint, touch_pages
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.layers import PackedLayer, pack_layer
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.model.options import LoadOptions, options_with, with_options
 from ropewalk.model.plan import plan_loading
+from ropewalk.weights.read import check_tensors, read_embeddings, read_head, read_layer
 
 logger = logging.getLogger(__name__)
 

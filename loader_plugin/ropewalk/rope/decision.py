@@ -20,7 +20,8 @@ from typing import Any
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section
-from ropewalk.config.model import FAMILIES, MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS, read_max_positions
+from ropewalk.config.model import MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS, read_max_positions
+from ropewalk.families import FAMILIES, UNNAMED
 from ropewalk.rope.methods import (
     DynamicNtkScaling,
     LinearNtkScaling,
@@ -62,7 +63,7 @@ class RopeFacts:
     argument: Section | None  # the argument rope_scaling
     head_dim: int
     max_positions: int
-    is_llama: bool
+    may_be_extended: bool
 
     @property
     def scaling(self) -> Section:
@@ -122,13 +123,14 @@ def read_facts(config: Mapping[str, Any], source: str, argument: Mapping[str, An
                 source,
                 key,
             )
-    model_type, architectures = top.text("model_type"), top.values.get("architectures")
+    named = FAMILIES.get(top.text("model_type") or UNNAMED.name)
+    family = named or UNNAMED
+    architectures = top.values.get("architectures")
     if not isinstance(architectures, (list, tuple)) or not architectures:
-        architectures = FAMILIES["llama"].architectures
-    is_llama = (model_type or "llama") == "llama" and architectures[0] in FAMILIES["llama"].architectures
-    defaults = FAMILIES.get(model_type or "llama", FAMILIES["llama"])
+        architectures = family.architectures
+    may_be_extended = named is not None and named.extended_in_the_wild and architectures[0] in named.architectures
     given = Section("arguments", {"rope_scaling": argument}).section("rope_scaling") if argument is not None else None
-    return RopeFacts(top, own, given, _head_dim(top, defaults.head_dim), read_max_positions(top, defaults), is_llama)
+    return RopeFacts(top, own, given, _head_dim(top, family.head_dim), read_max_positions(top, family), may_be_extended)
 
 
 def decide(facts: RopeFacts) -> RopeDecision:
@@ -219,7 +221,7 @@ def _positions(length: float) -> int:
 def _airophin(facts: RopeFacts) -> RopeDecision | None:
     """The rule of bhenrym14's NTK-by-parts models: a top-level original length and no scaling object."""
     original = facts.original() if facts.top.has(ORIGINAL) else None
-    if not facts.is_llama or original is None or original >= facts.max_positions:
+    if not facts.may_be_extended or original is None or original >= facts.max_positions:
         return None
     method = NtkByPartsScaling(float(facts.max_positions // original), original)  # an integer division there, too
     decided_by = f"{ORIGINAL} of {facts.top.source}"
@@ -239,7 +241,7 @@ def _is_superhot(facts: RopeFacts) -> bool:
     auto_map = facts.top.values.get("auto_map")
     classes = auto_map.values() if isinstance(auto_map, Mapping) else ()
     named = any(isinstance(name, str) and name.split(".")[0] == "modelling_llama" for name in classes)
-    return named and facts.is_llama and facts.max_positions > LLAMA1_POSITIONS
+    return named and facts.may_be_extended and facts.max_positions > LLAMA1_POSITIONS
 
 
 def _head_dim(top: Section, default: int | None) -> int:

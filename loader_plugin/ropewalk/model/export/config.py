@@ -18,7 +18,8 @@ from ropewalk.base.json import read_json_object
 from ropewalk.config.layer_order import LayerOrder
 from ropewalk.config.model import ModelConfig, parse_model_config
 from ropewalk.config.quantisation import QuantConfig, QuantSettings
-from ropewalk.families.tables import FAMILY_TABLES, layer_prefix
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import Windows, layer_prefix
 
 CONFIG = "config.json"
 NESTED = "quantization_config"
@@ -47,7 +48,7 @@ def moved_linears(sources: Mapping[str, SourceModel], order: LayerOrder) -> Iter
     """Every linear of every layer, in the new order."""
     for position, use in enumerate(order.uses):
         source = sources[use.source]
-        for entry in FAMILY_TABLES[source.config.family].linears:
+        for entry in FAMILIES[source.config.family].linears:
             old_name = layer_prefix(use.layer) + entry.name
             settings = None if source.quant is None else source.quant.for_module(old_name)
             yield MovedLinear(layer_prefix(position) + entry.name, old_name, settings)
@@ -99,7 +100,7 @@ def _config(sources: Mapping[str, SourceModel], order: LayerOrder) -> dict[str, 
     source = f"{config.source} with the layers {order}"
     if parse_model_config(raw, source).sliding_windows != windows:
         raw["layer_types"] = types  # max_window_layers alone no longer says which layers have the window
-        if config.family == "mistral" or parse_model_config(raw, source).sliding_windows != windows:
+        if FAMILIES[config.family].windows is Windows.ALL or parse_model_config(raw, source).sliding_windows != windows:
             raise UnsupportedError(
                 f"{config.source}: a {config.family} model cannot have sliding windows in some of its layers only"
             )

@@ -26,11 +26,11 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.config.model import load_model_config
 from ropewalk.config.quantisation import load_quant_config
-from ropewalk.families.check import check_tensors
-from ropewalk.families.tables import layer_prefix
+from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.export.config import SourceModel, exported_files, moved_linears
 from ropewalk.model.plan import load_second_config
+from ropewalk.weights.check import check_tensors
 
 MAX_SHARD_BYTES = 2 * 2**30  # held in memory while it is written
 FOLDED = ("self_attn.o_proj.", "mlp.down_proj.")

@@ -18,9 +18,9 @@ from gptq_writer import write_checkpoint
 from ropewalk.base.errors import CheckpointError, RopewalkError, UnsupportedError
 from ropewalk.config.model import ModelConfig, load_model_config
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
-from ropewalk.families.weights import LayerWeights, check_tensors, read_embeddings, read_head, read_layer
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.weights.read import LayerWeights, check_tensors, read_embeddings, read_head, read_layer
 
 FIELDS = {
     "q": "self_attn.q_proj",

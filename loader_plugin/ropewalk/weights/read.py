@@ -11,10 +11,11 @@ import torch
 
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.families.check import check_tensors, settings_of
-from ropewalk.families.tables import EMBEDDINGS, FAMILY_TABLES, FINAL_NORM, HEAD, layer_prefix, sizes
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import EMBEDDINGS, FINAL_NORM, HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, read_gptq_linear, require_finite
+from ropewalk.weights.check import check_tensors, settings_of
 
 __all__ = ["LayerWeights", "check_tensors", "read_embeddings", "read_head", "read_layer"]
 
@@ -51,7 +52,7 @@ def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Check
     Raises:
         CheckpointError: a norm, scale or bias that is not finite, a g_idx out of range.
     """
-    size, table, prefix = sizes(config), FAMILY_TABLES[config.family], layer_prefix(index)
+    size, table, prefix = config.sizes, FAMILIES[config.family], layer_prefix(index)
     norms = {norm.field: _read_norm(checkpoint, f"{prefix}{norm.name}.weight") for norm in table.norms}
     linears = {}
     for entry in table.linears:

@@ -11,7 +11,8 @@ import re
 from ropewalk.base.errors import CheckpointError
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings
-from ropewalk.families.tables import EMBEDDINGS, FAMILY_TABLES, FINAL_NORM, HEAD, layer_prefix, sizes
+from ropewalk.families import FAMILIES
+from ropewalk.families.family import EMBEDDINGS, FINAL_NORM, HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.foreign import awq_error, is_awq_shape, refuse_foreign_layouts
 from ropewalk.files.safetensors import printable
@@ -67,8 +68,8 @@ class _Check:
         self.known: set[str] = set()
 
     def run(self) -> None:
-        size = sizes(self.config)
-        table = FAMILY_TABLES[self.config.family]
+        size = self.config.sizes
+        table = FAMILIES[self.config.family]
         self._embeddings_and_head(size)
         self._floats(FINAL_NORM, (size["hidden"],))
         for index in range(self.config.num_layers):

@@ -1,0 +1,18 @@
+"""Llama 1, 2 and 3.x, and the many models of its architecture."""
+
+from __future__ import annotations
+
+from ropewalk.families.family import Family
+
+LLAMA = Family(
+    name="llama",
+    # LLaMAForCausalLM: the spelling of the conversions of March 2023.
+    architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    max_position_embeddings=2048,
+    bos_token_id=1,
+    eos_token_id=2,
+    heads_divide_hidden=True,
+    reads_attention_bias=True,
+    reads_mlp_bias=True,
+    extended_in_the_wild=True,
+)
