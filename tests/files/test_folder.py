@@ -1,4 +1,4 @@
-"""checkpoint.py, weight_files.py, safetensors_file.py: which files are read, what a damaged one says, and memory."""
+"""files/folder.py, weight_files.py, safetensors.py: which files are read, what a damaged one says, and memory."""
 
 from __future__ import annotations
 

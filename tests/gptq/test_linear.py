@@ -53,7 +53,7 @@ def warn_never(kind: str, message: str) -> None:
 # Bits
 
 
-# Codes v[i] = (5 i + 3) mod 2^bits for i = 0..31; the words are computed by hand in the format sheet, B.1.
+# Codes v[i] = (5 i + 3) mod 2^bits for i = 0..31; the words are those of docs/formats.md, "Bit order".
 @pytest.mark.parametrize(
     ("bits", "words"),
     [
@@ -370,7 +370,7 @@ def test_shapes_that_allow_no_inference_say_so(tmp_path, replaced, message):
 
 
 def test_the_writer_packs_planes_as_documented():
-    """The planar writer and reader share no code, but one sheet; this pins the writer to its words."""
+    """The planar writer and reader share no code; this pins the writer to the words of docs/formats.md."""
     codes = np.zeros((32, 1), np.int64)
     codes[16] = 0b1100101
     words = gptq_writer.pack_rows(codes, 7, planar=True)[:, 0].tolist()

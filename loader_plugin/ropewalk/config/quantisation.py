@@ -41,7 +41,7 @@ ALIASES = {
 }
 KOBOLD_KEYS = ("gptq_bits", "gptq_groupsize")
 
-# 3-bit codes have a stream and a planar layout; 5, 6 and 7 bits exist only as planes (gptqmodel, docs/gptq_planar.md).
+# 3-bit codes have a stream and a planar layout; 5, 6 and 7 bits exist only as planes (docs/formats.md, "Planar codes").
 BITS_BY_FORMAT = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": (2, 3, 4, 5, 6, 7, 8)}
 REQUANTISE = "quantise the original model with gptqmodel (format gptq), or take a GPTQ copy of it"
 REMEDIES = {

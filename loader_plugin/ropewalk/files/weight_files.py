@@ -1,4 +1,4 @@
-"""Which of a folder's files hold the model (gptq-format sheet, B.7).
+"""Which of a folder's files hold the model (docs/formats.md, "Weight files").
 
 The index, else the base name that the quantisation config gives, else the usual names, else a complete set of shards,
 else the only file there is; anything else is an error that lists the candidates. Only names and the index are read.

@@ -10,8 +10,8 @@ holds w bits of every code, 32/w codes to a word:
 
     5 bits: words 0-3: low 4 bits of c0..c7, c8..c15, c16..c23, c24..c31     word 4: bit 4 of c0..c31
 
-qweight is packed down its rows (K), qzeros along its columns (N). Sources: AutoGPTQ's packing loops and GPTQModel's
-docs/gptq_planar.md, both stated in these words in the format sheet (B.1).
+qweight is packed down its rows (K), qzeros along its columns (N). Sources: AutoGPTQ's packing loops and GPTQModel's page
+on its planar format; docs/formats.md ("Bit order", "Planar codes") has pictures and test vectors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Zero points: from what the writers stored to the true values, 0 to 2^bits - 1.
 
-v2 files (`gptq_v2`, planar) store the zero point, v1 files one less, in three dialects (format sheet, B.2):
+v2 files (`gptq_v2`, planar) store the zero point, v1 files one less, in three dialects (docs/formats.md, "Zero points"):
 
     GPTQModel, 2/4/8 bits   one subtraction of 0x..11 on the whole word, so a zero point 0 borrows from its neighbour:
                             the same constant is added back to the word before unpacking
