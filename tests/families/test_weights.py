@@ -1,4 +1,4 @@
-"""families/weights.py, families/check.py, files/foreign.py: whole checkpoints of every kind, and what a wrong one says."""
+"""families/weights.py, check.py and files/foreign.py: whole checkpoints of every kind, and what a wrong one says."""
 
 from __future__ import annotations
 

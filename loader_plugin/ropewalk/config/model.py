@@ -2,7 +2,7 @@
 
 Four families are read as transformers 5.23 reads them (its `configuration_*.py` give the defaults of absent keys):
 llama (1, 2, 3.x), mistral (sliding window), qwen2 (q/k/v biases) and qwen3 (q/k norms, explicit head size).
-Whatever can be refused is refused here, before a byte of weights is read. The RoPE keys are read in rope_config.py.
+Whatever can be refused is refused here, before a byte of weights is read. rope/decision.py reads the RoPE keys.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ropewalk.base.json import Section, read_json_object, require_folder, shown
 
 logger = logging.getLogger(__name__)
 
-# Far above any model there is (the largest known have 2^14 hidden features, 126 layers, 2^18 tokens, 10^7 positions);
-# they keep absurd values from becoming absurd allocations.
+# Far above every known model (the largest have 2^14 hidden features, 126 layers, 2^18 tokens, 10^7 positions): these
+# limits keep absurd values from becoming absurd allocations.
 MAX_FEATURES = 2**20
 MAX_LAYERS = 4096
 MAX_HEADS = 2**14
@@ -75,9 +75,8 @@ class ModelConfig:
     qk_norm: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    raw: Mapping[
-        str, Any
-    ]  # the whole config.json, read-only: rope_config.py and quant_config.py read their keys from it
+    # The whole config.json, read-only: rope/decision.py and config/quantisation.py read their keys from it.
+    raw: Mapping[str, Any]
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -149,7 +148,7 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def _family(section: Section) -> str:
-    """The family by `model_type`, or by `architectures` where that is absent (as in some files of 2023)."""
+    """The family by `model_type`, or by `architectures` if that key is absent (as in some files of 2023)."""
     accepted = "; accepted are " + ", ".join(f"{name} ({'/'.join(d.architectures)})" for name, d in FAMILIES.items())
     model_type = section.text("model_type")
     architectures = section.values.get("architectures") or []
@@ -206,7 +205,7 @@ def read_max_positions(section: Section, defaults: FamilyDefaults) -> int:
 
 
 def _sliding_windows(section: Section, family: str, num_layers: int) -> tuple[int | None, ...]:
-    """The window of each layer, or None where it sees everything.
+    """The window of each layer; None for a layer that sees every earlier key.
 
     mistral: every layer has `sliding_window` (absent: 4096, null: none). qwen2 and qwen3: only with
     `use_sliding_window`, and then the layers that `layer_types` names, or those from `max_window_layers` on.
@@ -237,7 +236,7 @@ def _sliding_windows(section: Section, family: str, num_layers: int) -> tuple[in
 
 
 def _layer_slides(section: Section, num_layers: int) -> list[bool] | None:
-    """Which layers `layer_types` makes sliding, or None where the key is absent."""
+    """Which layers have a sliding window by `layer_types`; None if the key is absent."""
     if not section.has("layer_types"):
         return None
     names = {"full_attention": False, "attention": False, "sliding_attention": True}

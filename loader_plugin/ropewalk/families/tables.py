@@ -1,7 +1,7 @@
 """What a model family needs, as data: the names and sizes of its tensors.
 
-All four families are Llama's decoder under the same names; qwen3 adds a norm per head to queries and keys. Which
-biases there are depends on the configuration, not on the family alone (ModelConfig.qkv_bias and the like).
+All four families are Llama's decoder under the same names; qwen3 adds a norm per head to queries and keys. Biases
+depend on the configuration, not on the family alone (ModelConfig.qkv_bias and the like).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class NormEntry:
-    """A norm's weight: the field of LayerWeights, the name within the layer, which size it has."""
+    """A norm's weight: the field of LayerWeights, the name within the layer, the name of its size."""
 
     field: str
     name: str
@@ -72,7 +72,7 @@ FAMILY_TABLES: Mapping[str, FamilyTable] = MappingProxyType(
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """The sizes that the tables name."""
+    """The sizes by the names that the tables use."""
     return {
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,
@@ -84,5 +84,5 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def layer_prefix(index: int) -> str:
-    """What the names of layer `index` begin with."""
+    """The beginning of the names of layer `index`."""
     return f"model.layers.{index}."
