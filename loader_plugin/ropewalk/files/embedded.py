@@ -1,4 +1,4 @@
-"""Where the embedded model is."""
+"""Where the embedded model lies."""
 
 from __future__ import annotations
 

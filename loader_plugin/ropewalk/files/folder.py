@@ -1,4 +1,4 @@
-"""A model folder's weights: lazy, memory-mapped tensors by name. Knows files and shards, not models."""
+"""A model folder's weights: names to lazy memory-mapped tensors. Knows files and shards, not models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Checkpoint:
     def __init__(self, folder: Path, base_name: str | None = None) -> None:
         """Chooses the files and reads their headers; no tensor is read.
 
-        base_name: `model_file_base_name` of the quantisation config (without extension); used if that file exists.
+        base_name: `model_file_base_name` of the quantisation config (a name without extension), used if it exists.
 
         Raises:
             CheckpointError: no file, an ambiguous choice, a missing shard, a damaged header.
@@ -64,7 +64,7 @@ class Checkpoint:
     def read_ahead(self, prefix: str) -> None:
         """Starts to bring the tensors whose names begin with `prefix` from the disk into memory, in the background.
 
-        A hint: packing one layer while the next is being read takes the longer of the two times, not their sum.
+        A hint: whoever packs one layer while the next is being read waits for the slower of the two, not for both.
         """
         names = [name for name in self._file_of if name.startswith(prefix)]
         self._reader.submit(self._touch, names)
@@ -74,12 +74,12 @@ class Checkpoint:
             touch_pages(self.tensor(name))
 
     def release(self) -> None:
-        """Drops the mappings, so that pages already read stop counting as our memory. Files are reopened on demand."""
+        """Drops the mappings, so that pages already read stop counting as our memory; reopened on demand."""
         for file in self._opened.values():
             file.release()
 
     def warn_once(self, kind: str, message: str) -> None:
-        """Logs a warning once per kind: a writer's quirk shows in each of its hundreds of modules."""
+        """Logs a warning, once per kind: a quirk of the writer shows in every one of hundreds of modules."""
         level = logging.DEBUG if kind in self._warned else logging.WARNING
         self._warned.add(kind)
         logger.log(level, "%s", message)

@@ -1,7 +1,7 @@
 """One safetensors file, through the safetensors library: names, shapes, and tensors as views of a memory mapping.
 
-This module adds errors that name the file, and handles that can be dropped between layers: pages of a mapping count as
-memory of this process for as long as the mapping exists.
+What is added here: an error that names the file, and handles that can be dropped between layers. Pages of a mapping
+count as memory of this process for as long as the mapping lives.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """The tensors of one file, which is opened when a tensor is asked for, and again after `release()`."""
+    """The tensors of one file. It is opened when a tensor is asked for, and again after `release()`."""
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the header of `path`.
@@ -51,7 +51,7 @@ class SafetensorsFile:
         self.tensors = self._read_header()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored: a read-only view of the mapping, which holds its pages for as long as it exists.
+        """The tensor as stored, a view of the mapping: valid (and its pages held) for as long as it lives. Read only.
 
         Raises:
             CheckpointError: a dtype that torch does not have, or a file that has changed since it was opened.
@@ -59,7 +59,7 @@ class SafetensorsFile:
         try:
             return self._open().get_tensor(name)
         except (SafetensorError, RuntimeError, KeyError, AttributeError, ValueError, OSError) as error:
-            # An unknown dtype, or a file that was replaced, raises any of these.
+            # An unknown dtype, or a file that was replaced, comes as any of these.
             raise CheckpointError(f"{self.path}: tensor {printable(name)} cannot be read: {error}") from error
 
     def release(self) -> None:

@@ -4,8 +4,8 @@
 
 Reading copies nothing large: qweight stays the mapped view of the file, zero points and groups are small.
 
-g_idx says which group each input row belongs to. Act-order files assign rows in any way; kernels walk them in a stable
-sort by group. If g_idx is absent, all -1 (never set), or all zero with several groups (old GPTQ-for-LLaMa), row k
+g_idx says which group each input row belongs to. Act-order files have any assignment; kernels walk the rows in a stable
+sort by group. Where it is absent, all -1 (never set), or all zero with several groups (old GPTQ-for-LLaMa), row k
 belongs to group k // group_size (docs/formats.md, "g_idx").
 """
 
