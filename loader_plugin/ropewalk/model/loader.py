@@ -75,8 +75,9 @@ def load_model(
     cache_type: "fp16" or "fp32", the dtype of cached keys and values.
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
-    layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `layer_order.py`. Default:
-        the key `layer_order` of config.json, else each layer once. Weights are shared, every use has its own cache.
+    layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see config/layer_order.py.
+        Default: the key `layer_order` of config.json, else each layer once. Uses share weights, and each has its own
+        cache.
     recompute_n_layers, rewind_n_layers: instead of an order: run so many layers, go back by so many, and so on.
     second_folder: a model of equal shapes whose layers an order names as "b:"; embeddings and head are the first's.
     progress: called with (steps done, steps in all) after every layer.

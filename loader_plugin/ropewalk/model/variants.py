@@ -1,7 +1,7 @@
-"""One set of weights, computed in several ways at a time: with another RoPE scaling, layer order or context.
+"""One set of weights, run in several ways at once: with another RoPE scaling, layer order or context length.
 
-A variant is a model of its own, with its own adapters and caches; weights and threads are shared. It can run while the
-other one runs: each operation takes the threads for itself.
+A variant is a model of its own, with its own adapters and caches; weights and threads are shared. Variants can run at
+the same time: each operation takes the threads for itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ropewalk.rope.rope import Rope, resolve_rope
 
 AS_LOADED = "as loaded"
 SCALINGS = ("none", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn")
-# Each chunk of a prompt gives way to other users of the threads only between its operations, so it is kept short.
+# A chunk of a prompt gives way to other users of the threads only between its operations, so chunks are kept short.
 MAX_CHUNK = 512
 
 
@@ -37,10 +37,10 @@ def variant_model(
     max_seq_len: int | None = None,
     layer_order: str | Sequence[int] | LayerOrder | None = None,
 ) -> Model:
-    """The weights of `model` under another RoPE, context length or layer order; what is not given stays.
+    """The weights of `model` under another RoPE, context length or layer order; whatever is not given stays.
 
     Raises:
-        ConfigError: as `layer_order.choose_layer_order`.
+        ConfigError: as `choose_layer_order`.
     """
     order = model.layer_order
     if layer_order is not None:
@@ -65,7 +65,7 @@ def scaling_variant(model: Model, name: str, factor: float) -> Variant:
 
 
 def adapter_variant(model: Model, name: str, folder: Path) -> Variant:
-    """A LoRA with the RoPE scaling that it notes; without a note, with that of the model.
+    """A LoRA under the RoPE scaling that it declares; if it declares none, under that of the model.
 
     Raises:
         Errors of `Model.load_adapter`.
