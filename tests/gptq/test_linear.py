@@ -1,4 +1,4 @@
-"""gptq*.py: every layout, era and quirk against the float weights that the writer computed, bit for bit."""
+"""The room gptq/: every layout, era and quirk against the float weights that the writer computed, bit for bit."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_zero_points_lost_by_autogptq_are_warned_about(tmp_path, caplog):
     assert "m.qzeros holds words of all ones" in caplog.text
 
 
-# Eras
+# Eras (docs/formats.md, "Files of 2023")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
