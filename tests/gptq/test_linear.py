@@ -360,7 +360,7 @@ def test_bits_and_groups_are_inferred_from_the_shapes(tmp_path, bits, group_size
         ({"qweight": torch.tensor(1, dtype=torch.int32)}, "0 bits per weight"),
         ({"scales": torch.ones(97, N)}, "97 groups for 96 inputs"),
         ({"scales": torch.ones(0, N)}, "0 groups for 96 inputs"),
-        ({"scales": torch.ones(7, N)}, r"group size cannot be told.*quantize_config\.json"),
+        ({"scales": torch.ones(7, N)}, r"fits several group sizes or none.*quantize_config\.json"),
     ],
 )
 def test_shapes_that_allow_no_inference_say_so(tmp_path, replaced, message):

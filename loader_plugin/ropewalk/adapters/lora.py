@@ -231,7 +231,7 @@ def _checked(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]
         raise CheckpointError(f"{path}: {printable(name)} is {tensor.dtype}, accepted: {accepted}")
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
-            f"{path}: {printable(name)} has shape {list(tensor.shape)}, expected is {list(shape)} ({because}): "
+            f"{path}: {printable(name)} has shape {list(tensor.shape)}, expected {list(shape)} ({because}): "
             "the adapter is for another model, or its configuration for another adapter"
         )
     require_finite(tensor, f"{path}: {printable(name)}")

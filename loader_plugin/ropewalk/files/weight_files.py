@@ -95,7 +95,7 @@ def _read_index(index: Path, entries: list[Path]) -> tuple[tuple[Path, ...], dic
         others = [path for path in entries if path.name.endswith(SUFFIX) and path.name not in files]
         advice = f"if the model is in {listed(others)}, delete the index" if others else "finish the download"
         raise CheckpointError(
-            f"{index}: missing are {len(missing)} of {len(files)} files ({listed(missing)}): {advice}"
+            f"{index}: {len(missing)} of {len(files)} files are missing ({listed(missing)}): {advice}"
         )
     return tuple(index.parent / file for file in files), weight_map
 

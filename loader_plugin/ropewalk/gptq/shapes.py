@@ -31,7 +31,7 @@ def infer_settings(
     """Bits and group size of module `name` from its shapes; format and dialect from the template (default: v1).
 
     Raises:
-        CheckpointError: the shapes fit no bit width, or a group size cannot be told.
+        CheckpointError: the shapes fit no bit width, or not one group size.
     """
     qweight = checkpoint.info(f"{name}.qweight").shape
     words = qweight[0] if qweight else 0
@@ -65,7 +65,7 @@ def _infer_group_size(name: str, in_features: int, num_groups: int) -> int:
         if powers or exact or len(eights) == 1:
             return (powers or exact or eights)[0]
     raise CheckpointError(
-        f"{name}.scales has {num_groups} groups for {in_features} inputs, from which the group size cannot be told: "
+        f"{name}.scales has {num_groups} groups for {in_features} inputs, which fits several group sizes or none: "
         "give bits and group_size in a quantize_config.json"
     )
 
