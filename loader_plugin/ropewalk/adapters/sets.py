@@ -61,7 +61,7 @@ class AdapterSets:
         self.set_instances(instances)
 
     def set_instances(self, instances: Sequence[LayerInstance]) -> None:
-        """Run these layer instances from now on. What is packed for a layer is kept, whatever its place."""
+        """The layer instances that run from now on. What sets change in a layer stays laid out, wherever it runs."""
         self._instances = tuple(instances)
         self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
         self._unchanged = ModelChange((), (UNCHANGED,) * len(self._instances), None, None)
@@ -113,7 +113,7 @@ class AdapterSets:
         return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
 
     def change(self, key: AdapterKey) -> ModelChange:
-        """The set with that key, packed for the backend."""
+        """The set of that key, laid out for the backend."""
         if not key:
             return self._unchanged
         if key not in self._packed:

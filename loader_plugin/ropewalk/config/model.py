@@ -19,8 +19,8 @@ from ropewalk.base.json import Section, read_json_object, require_folder, shown
 
 logger = logging.getLogger(__name__)
 
-# Far above every known model (the largest have 2^14 hidden features, 126 layers, 2^18 tokens, 10^7 positions): these
-# limits keep absurd values from becoming absurd allocations.
+# Far above any model there is (the largest known have 2^14 hidden features, 126 layers, 2^18 tokens, 10^7 positions);
+# they keep absurd values from becoming absurd allocations.
 MAX_FEATURES = 2**20
 MAX_LAYERS = 4096
 MAX_HEADS = 2**14

@@ -1,7 +1,7 @@
-"""One set of weights, run in several ways at once: with another RoPE scaling, layer order or context length.
+"""One set of weights, computed in several ways at a time: with another RoPE scaling, layer order or context.
 
-A variant is a model of its own, with its own adapters and caches; weights and threads are shared. Variants can run at
-the same time: each operation takes the threads for itself.
+A variant is a model of its own, with its own adapters and caches; weights and threads are shared. It can run while the
+other one runs: each operation takes the threads for itself.
 """
 
 from __future__ import annotations
