@@ -386,7 +386,7 @@ LARGE_RESULT = 1 << 18  # floats; about where malloc begins to ask the system fo
 
 
 def new_result(runtime: Runtime, like: Array, shape: tuple[int, ...]) -> Array:
-    """An uninitialised float32 array: torch for torch, numpy for numpy. Large ones lie in reused memory."""
+    """An uninitialised float32 array: torch for torch, numpy for numpy. Large ones use recycled memory."""
     is_torch = isinstance(like, torch.Tensor)
     if math.prod(shape) < LARGE_RESULT:
         return torch.empty(shape, dtype=torch.float32) if is_torch else np.empty(shape, np.float32)

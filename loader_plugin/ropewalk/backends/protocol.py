@@ -172,7 +172,7 @@ class Backend(Protocol):
     def attend(self, q: torch.Tensor, kv: KvStore, start: int, window: int | None) -> torch.Tensor:
         """Causal attention of T queries at positions start..start+T over the keys 0..start+T, which the store holds.
 
-            out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window where there is one
+            out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window if there is one
 
         q: [T, Hq, D] float32, rotated; a head is contiguous, heads follow each other, the stride of a row is free.
         Query head h reads key/value head h // (Hq / Hkv). Returns [T, Hq * D] float32, contiguous.

@@ -127,7 +127,7 @@ def checked_layer_order(
     """An order however it was given: as text, as a list of layer numbers, or as a LayerOrder.
 
     Raises:
-        ConfigError: of another type, empty, too long, or a layer that does not exist.
+        ConfigError: a value of another type, an empty or too long order, or a layer that does not exist.
     """
     if isinstance(value, str):
         return parse_layer_order(value, num_layers, second_layers, name)

@@ -139,7 +139,7 @@ def sequence_perplexity(
 
 
 def _exp(mean_nll: float) -> float:
-    """exp(mean_nll); infinity where that is beyond float64."""
+    """exp(mean_nll), or infinity if that is beyond float64."""
     return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 

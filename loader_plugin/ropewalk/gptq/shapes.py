@@ -54,7 +54,7 @@ def infer_settings(
 
 
 def _infer_group_size(name: str, in_features: int, num_groups: int) -> int:
-    """The group size that makes ceil(K / size) = G: a power of two where one does, else K / G, else a multiple of 8."""
+    """The group size that makes ceil(K / size) = G: a power of two if one does, else K / G, else a multiple of 8."""
     if num_groups == 1:
         return -1
     if 0 < num_groups <= in_features:

@@ -212,7 +212,7 @@ class Model:
         the result, then call `forward` with the remaining ids.
 
         Raises:
-            RequestError: as `forward`, except that too many ids are no error.
+            RequestError: as `forward`, except that any number of ids is accepted.
         """
         self._check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)

@@ -59,7 +59,7 @@ class RopeFacts:
     """The scaling object of config.json, or the argument in its place, with the facts around it."""
 
     top: Section
-    own: Section  # rope_scaling or rope_parameters of config.json; empty where there is neither
+    own: Section  # rope_scaling or rope_parameters of config.json; empty if there is neither
     argument: Section | None  # the argument rope_scaling
     head_dim: int
     max_positions: int
