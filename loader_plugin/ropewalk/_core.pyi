@@ -38,7 +38,7 @@ class PackedGptq:
     def num_bytes(self) -> int: ...
 
 class DenseLinear:
-    """A dense weight where it lies, made by `dense_linear`."""
+    """A dense weight, used in place, made by `dense_linear`."""
 
     @property
     def in_features(self) -> int: ...

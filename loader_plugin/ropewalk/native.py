@@ -2,7 +2,7 @@
 
 Letters: T rows, K input features, N output features, G groups, Hq and Hkv query and key/value heads, D head size, R
 rotated dims. Arrays live on the CPU and are never converted: a wrong dtype, shape or layout raises ShapeError. Results
-are of the kind of the first array given (torch in, torch out).
+are of the same kind as the first array (torch in, torch out).
 
     runtime = native.Runtime(threads=2)
     weight = native.Linear(runtime, [native.pack_gptq(runtime, qweight, bits=4, in_features=K, scales=..., zeros=...)])
@@ -113,7 +113,7 @@ def pack_gptq(
 
 
 def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
-    """A dense weight, used where it lies (the array is kept alive, not copied).
+    """A dense weight, used in place (the array is kept alive, not copied).
 
     weight: [N, K] float32, float16 or (torch) bfloat16, contiguous. bias: [N] float32.
     """
@@ -129,7 +129,7 @@ def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
 
 
 class Linear:
-    """Linears that read the same input, their outputs side by side: q, k and v, or gate and up."""
+    """Linears that read the same input, with their outputs side by side: q, k and v, or gate and up."""
 
     def __init__(self, runtime: Runtime, parts: Sequence[_core.PackedGptq | _core.DenseLinear]) -> None:
         self._runtime = runtime
@@ -386,7 +386,7 @@ LARGE_RESULT = 1 << 18  # floats; about where malloc begins to ask the system fo
 
 
 def new_result(runtime: Runtime, like: Array, shape: tuple[int, ...]) -> Array:
-    """An uninitialised float32 array: torch for torch, numpy for numpy. Large ones lie in reused memory."""
+    """An uninitialised float32 array: torch for torch, numpy for numpy. Large ones use recycled memory."""
     is_torch = isinstance(like, torch.Tensor)
     if math.prod(shape) < LARGE_RESULT:
         return torch.empty(shape, dtype=torch.float32) if is_torch else np.empty(shape, np.float32)

@@ -127,7 +127,7 @@ void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight
   add(runtime, args, num_rows);
 }
 
-// `table` is taken as a dense weight, so that one that is also the head is described once.
+// `table` is taken as a dense weight, so that a table that is also the head is described once.
 void run_embed(CpuRuntime& runtime, const DenseLinear& table, const py::array& token_ids, py::array& out) {
   require(token_ids.ndim() == 1, "token_ids must have one dimension");
   const int64_t num_rows = token_ids.shape(0);
@@ -206,7 +206,7 @@ std::shared_ptr<AlignedBytes> aligned_bytes(int64_t size) {
   return std::make_shared<AlignedBytes>(size);
 }
 
-// A result that goes back to the runtime's spare memory when Python lets go of it.
+// A result that goes back to the runtime's spare memory when Python frees it.
 struct Lent {
   std::shared_ptr<SpareMemory> owner;
   AlignedBytes memory;

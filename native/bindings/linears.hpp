@@ -32,7 +32,7 @@ inline FloatType float_type_named(const std::string& name) {
   throw ShapeFailure("float type is '" + name + "'; accepted: 'f32', 'f16', 'bf16'");
 }
 
-// A dense weight used where it lies: the array is kept alive.
+// A dense weight, used in place: the array is kept alive.
 struct DenseLinear {
   py::array weight, bias;
   DenseWeights view{};
@@ -57,7 +57,7 @@ inline std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const 
   return dense;
 }
 
-// A low-rank change used where it lies: the arrays are kept alive.
+// A low-rank change, used in place: the arrays are kept alive.
 class LowRank {
  public:
   using Part = std::tuple<int64_t, py::object, py::object>;
@@ -83,7 +83,7 @@ class LowRank {
     weights_.scales = kept_scales(scales, "scales", panels * kRankTile);
   }
 
-  // Throws where the plan is not of the linears that this changes.
+  // Throws if the plan holds other linears than those that this changes.
   const LowRankWeights& weights_for(const LinearPlan& plan, int64_t in_features) const {
     bool fits = weights_.in_features == in_features && weights_.parts.size() == plan.parts().size();
     for (size_t i = 0; fits && i < weights_.parts.size(); ++i) {

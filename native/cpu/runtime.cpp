@@ -77,7 +77,7 @@ AlignedBytes::AlignedBytes(int64_t size, bool zeroed) : size_(size) {
 
 void AlignedBytes::Release::operator()(void* p) const { std::free(p); }
 
-// Not a block of more than twice the size: that would be missed by the next large result.
+// Not a block of more than twice the size: the next large result would miss it.
 AlignedBytes SpareMemory::take(int64_t size) {
   const std::lock_guard lock(mutex_);
   auto best = spare_.end();
@@ -109,9 +109,9 @@ int64_t SpareMemory::num_bytes() {
 
 // A job is cut into chunks.  `ticket` holds the job's number in its upper half and the next chunk in its lower half;
 // a thread owns a chunk once it has moved the ticket past it.  The caller waits for chunks, not for threads: a worker
-// that the system has not woken yet, or has put aside, delays nobody, and finds the ticket changed when it comes.
+// that the system has not woken yet, or has suspended, delays nobody and finds the ticket changed when it arrives.
 struct ThreadPool::Shared {
-  static constexpr uint64_t kClosed = 0xffffffff;  // no chunk to be had
+  static constexpr uint64_t kClosed = 0xffffffff;  // no chunk available
 
   std::atomic<uint64_t> ticket{kClosed};
   std::atomic<int64_t> done{0};  // chunks finished
@@ -127,7 +127,7 @@ struct ThreadPool::Shared {
 };
 
 uint64_t ThreadPool::Shared::wait_for_job(uint64_t seen) {
-  // Between the operations of one token lie some ten microseconds: spin about that long before going to sleep.
+  // The operations of one token are about ten microseconds apart: spin that long before going to sleep.
   constexpr int kSpins = 2000;
   uint64_t now = ticket.load();
   for (int i = 0; now == seen && i < kSpins; ++i) {
@@ -207,7 +207,7 @@ void ThreadPool::run(int64_t num_items, int64_t chunk, const Job& job) {
   s.ticket.store(number << 32);
   s.ticket.notify_all();
   take_chunks(0);
-  // The chunks still open are being worked on: spin, but leave the processor to a worker that lost it.
+  // The chunks still open are being worked on: spin, but yield to a worker that has lost its processor.
   constexpr int kSpins = 1000;
   for (int i = 0; s.done.load() != num_chunks; ++i) {
     if (i < kSpins) {

@@ -320,7 +320,7 @@ CHECKS: tuple[Callable[[Browser], str], ...] = (
 
 
 def page_scene(table: Any, copy: WebuiCopy, shots: Path) -> None:
-    """The page: everything that a person does there. table: as in e2e_webui.py."""
+    """The page: everything that a person does there. table: as in e2e.py."""
     scene = "page"
     _add_sample_text(copy)
     table.check(scene, "ropewalk webui install", lambda: copy.ropewalk("webui", "install", copy.webui).splitlines()[0])

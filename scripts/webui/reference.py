@@ -1,8 +1,8 @@
 """What the web UI's text is compared with, run by its own Python: replies of transformers' `generate` on our HF class,
 and LoRAs made by PEFT. Prints JSON.
 
-    python webui_reference.py reply FOLDER '{"max_seq_len": 512}' '[{"ids": [1, 2], "max_new_tokens": 8, "seed": 3}]'
-    python webui_reference.py lora FOLDER NEW_FOLDER SEED
+    python scripts/webui/reference.py reply FOLDER '{"max_seq_len": 512}' '[{"ids": [1, 2], "max_new_tokens": 8}]'
+    python scripts/webui/reference.py lora FOLDER NEW_FOLDER SEED
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_unloading_forgets_the_sets_of_an_adapter(folder: Path) -> None:
 
 def test_layers_of_a_second_model_take_no_adapter_and_say_so(folder: Path) -> None:
     model = loaded(folder, second_folder=folder, layer_order="a:0-2,b:1")
-    with pytest.raises(RequestError, match="instance 3 is of the second model"):
+    with pytest.raises(RequestError, match="instance 3 belongs to the second model"):
         run(model, "storm@2-3")
     assert torch.equal(run(model, "storm@0-2"), run(model, "storm"))
 

@@ -240,7 +240,7 @@ def test_a_wrong_choice_of_adapters_is_refused_and_changes_nothing(model: Model,
 
 @pytest.mark.parametrize("name", ["", None, 7])
 def test_an_adapter_needs_a_name(base: Base, model: Model, name: Any) -> None:
-    with pytest.raises(RequestError, match="must be a string that is not empty"):
+    with pytest.raises(RequestError, match="must be a non-empty string"):
         model.load_adapter(base.adapters["all"], name)
 
 

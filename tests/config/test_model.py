@@ -1,4 +1,4 @@
-"""config.py: what a config.json says, checked against transformers' own configuration classes."""
+"""config/model.py: what a config.json says, checked against transformers' own configuration classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""quant_config.py: what the files of a folder declare about quantisation, in every spelling."""
+"""config/quantisation.py: what the files of a folder declare about quantisation, in every spelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cache_pool.py: which cache a request gets."""
+"""engine/cache_pool.py: which cache a request gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""engine.py: text in, text out, on a fake model with real tokenizers."""
+"""engine/engine.py: text in, text out, on a fake model with real tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""turn_queue.py: turns in the order of asking."""
+"""engine/turn_queue.py: turns in the order of asking."""
 
 from __future__ import annotations
 

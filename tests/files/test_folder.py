@@ -1,4 +1,4 @@
-"""checkpoint.py, weight_files.py, safetensors_file.py: which files are read, what a damaged one says, and memory."""
+"""files/folder.py, weight_files.py, safetensors.py: which files are read, what a damaged one says, and memory."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_an_index_may_only_name_safetensors_of_its_folder(tmp_path, file):
 def test_missing_shards_and_tensors_of_an_index_are_named(tmp_path):
     write(tmp_path / "one.safetensors", a=TENSOR)
     write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
-    with pytest.raises(CheckpointError, match=r"missing are 1 of 2 files \(two\.safetensors\): finish the download"):
+    with pytest.raises(CheckpointError, match=r"1 of 2 files are missing \(two\.safetensors\): finish the download"):
         Checkpoint(tmp_path)
     write_index(tmp_path, {"a": "gone.safetensors"})
     with pytest.raises(CheckpointError, match=r"if the model is in one\.safetensors, delete the index"):

@@ -1,4 +1,4 @@
-"""evaluate.py: perplexity against its definition, and against transformers' own loss."""
+"""generate/evaluate.py: perplexity against its definition, and against transformers' own loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generate.py on a fake model: prefix reuse, ends, cancellation, statistics; and on the real one."""
+"""generate/generate.py on a fake model: prefix reuse, ends, cancellation, statistics; and on the real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sampling.py: each definition against transformers, the order of the steps, seeds, and refused settings."""
+"""generate/sampling.py: each definition against transformers, the order of the steps, seeds, and refused settings."""
 
 from __future__ import annotations
 

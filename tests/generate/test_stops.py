@@ -1,4 +1,4 @@
-"""stops.py: a stop string is never shown, and nothing is held back that could not become one."""
+"""generate/stops.py: a stop string is never shown, and nothing is held back that could not become one."""
 
 from __future__ import annotations
 

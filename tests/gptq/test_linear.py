@@ -1,4 +1,4 @@
-"""gptq*.py: every layout, era and quirk against the float weights that the writer computed, bit for bit."""
+"""The room gptq/: every layout, era and quirk against the float weights that the writer computed, bit for bit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def warn_never(kind: str, message: str) -> None:
 # Bits
 
 
-# Codes v[i] = (5 i + 3) mod 2^bits for i = 0..31; the words are computed by hand in the format sheet, B.1.
+# Codes v[i] = (5 i + 3) mod 2^bits for i = 0..31; the words are those of docs/formats.md, "Bit order".
 @pytest.mark.parametrize(
     ("bits", "words"),
     [
@@ -202,7 +202,7 @@ def test_zero_points_lost_by_autogptq_are_warned_about(tmp_path, caplog):
     assert "m.qzeros holds words of all ones" in caplog.text
 
 
-# Eras
+# Eras (docs/formats.md, "Files of 2023")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -360,7 +360,7 @@ def test_bits_and_groups_are_inferred_from_the_shapes(tmp_path, bits, group_size
         ({"qweight": torch.tensor(1, dtype=torch.int32)}, "0 bits per weight"),
         ({"scales": torch.ones(97, N)}, "97 groups for 96 inputs"),
         ({"scales": torch.ones(0, N)}, "0 groups for 96 inputs"),
-        ({"scales": torch.ones(7, N)}, r"group size cannot be told.*quantize_config\.json"),
+        ({"scales": torch.ones(7, N)}, r"fits several group sizes or none.*quantize_config\.json"),
     ],
 )
 def test_shapes_that_allow_no_inference_say_so(tmp_path, replaced, message):
@@ -370,7 +370,7 @@ def test_shapes_that_allow_no_inference_say_so(tmp_path, replaced, message):
 
 
 def test_the_writer_packs_planes_as_documented():
-    """The planar writer and reader share no code, but one sheet; this pins the writer to its words."""
+    """The planar writer and reader share no code; this pins the writer to the words of docs/formats.md."""
     codes = np.zeros((32, 1), np.int64)
     codes[16] = 0b1100101
     words = gptq_writer.pack_rows(codes, 7, planar=True)[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""gradio_demo/conversations.py: what is saved comes back, files of any form are read or refused, nothing gets lost."""
+"""gradio_demo/chat/conversations.py: what is saved comes back, any file is read or refused, nothing gets lost."""
 
 from __future__ import annotations
 

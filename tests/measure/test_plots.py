@@ -1,4 +1,4 @@
-"""plots.py: what stands in a plot, as text of an SVG, and what is refused."""
+"""measure/plots.py: what stands in a plot, as text of an SVG, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""retrieval.py: keys hidden where they should be, found by a model that finds them and by no other."""
+"""measure/retrieval.py: keys hidden where they should be, found by a model that finds them and by no other."""
 
 from __future__ import annotations
 

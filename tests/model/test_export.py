@@ -282,7 +282,7 @@ def test_a_dense_weight_that_overflows_is_refused(tmp_path: Path) -> None:
     tensors = load_file(model)
     tensors["model.layers.0.self_attn.o_proj.weight"][3, 4] = 6e4
     save_file(tensors, model)
-    with pytest.raises(UnsupportedError, match=r"o_proj\.weight: times 2 some of its values are no float16 numbers"):
+    with pytest.raises(UnsupportedError, match=r"o_proj\.weight: times 2 some of its values do not fit float16"):
         export_layers(tmp_path / "in", tmp_path / "out", "0@2")
 
 

@@ -1,4 +1,4 @@
-"""info.py: the facts that `ropewalk info` shows, without reading a weight."""
+"""model/info.py: the facts that `ropewalk info` shows, without reading a weight."""
 
 from __future__ import annotations
 

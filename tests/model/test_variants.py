@@ -1,4 +1,4 @@
-"""variants.py and compare.py: one set of weights computed in several ways, each as if it had been loaded so."""
+"""model/variants.py and measure/compare.py: one set of weights, computed in several ways, each as if loaded so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rope.py and its parts: tables against float64 references and transformers, spellings, overrides, errors."""
+"""The room rope/: tables against float64 references and transformers, spellings, overrides, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""chat.py and chat_formats.py: templates against transformers, the named formats, hostile templates."""
+"""text/chat.py and text/chat_formats.py: templates against transformers, the named formats, hostile templates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tensors.py, tensor_check.py, foreign_layouts.py: whole checkpoints of every kind, and what a wrong one says."""
+"""weights/read.py, check.py and files/foreign.py: whole checkpoints of every kind, and what a wrong one says."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def weight_of(linear: GptqLinear | DenseLinear) -> torch.Tensor:
 
 
 def read_state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """All that tensors.py reads, under transformers' names, in float32. A shared head is left out."""
+    """All that weights/read.py reads, under transformers' names, in float32. A shared head is left out."""
     config, quant, checkpoint = opened(folder)
     with checkpoint:
         check_tensors(config, quant, checkpoint)

@@ -2,8 +2,8 @@
 
     scale = alpha / r        rank-stabilised: alpha / sqrt(r)  (Kalajdzievski 2023, arXiv:2312.03732)
 
-Whatever changes the arithmetic and is not implemented is refused by its name: an adapter never runs in part.
-`fan_in_fan_out` is not read: it speaks of the layout of base weights that are merged into, never of A and B.
+Whatever changes the arithmetic and is not implemented is refused by name: an adapter never runs in part.
+`fan_in_fan_out` is not read: it describes base weights that an adapter is merged into, never A and B.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CONFIG_NAME = "adapter_config.json"
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1e9
 ALL_LINEAR = "all-linear"
-# Ways to begin training that leave the weights of the base model as they are; the others (pissa, olora, loftq, ...)
-# subtract something from them, so that the adapter alone does not say what the model computes.
+# Ways to start training that leave the weights of the base model as they are. The others (pissa, olora, loftq, ...)
+# subtract something from them, so the adapter alone does not say what the model computes.
 HARMLESS_STARTS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
 NOT_IMPLEMENTED = {
     "use_dora": "DoRA (weight-decomposed LoRA)",
@@ -44,13 +44,13 @@ NOT_IMPLEMENTED = {
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Which module names an adapter speaks of: names or their last parts, one expression for the whole name, or any."""
+    """The modules that an adapter names: by full names or their last parts, or by one expression for the full name."""
 
     names: tuple[str, ...] = ()
     expression: re.Pattern[str] | None = None
 
     def match(self, module: str) -> bool:
-        """True if the module is named, or is matched as a whole."""
+        """True if the module is named, or its full name matches."""
         if self.expression is not None:
             return self.expression.fullmatch(module) is not None
         return any(module == name or module.endswith(f".{name}") for name in self.names)
@@ -58,7 +58,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The settings of one adapter. targets None: whatever the file of tensors holds."""
+    """The settings of one adapter. targets None: the modules are those in the file of tensors."""
 
     source: str
     rank: int
@@ -90,15 +90,15 @@ class LoraConfig:
         return index in self.layers
 
     def saves(self, module: str) -> bool:
-        """True if the adapter has a table of its own in place of this module's."""
+        """True if the adapter replaces the whole table of this module."""
         return any(module == name or module.endswith(f".{name}") for name in self.saved_modules)
 
     def rank_of(self, module: str) -> int:
-        """r of this module, by `rank_pattern` or `r`."""
+        """r of this module: by `rank_pattern`, else `r`."""
         return int(_by_pattern(self.ranks, module, self.rank))
 
     def scale_of(self, module: str) -> float:
-        """What the product of the two matrices is multiplied with."""
+        """The factor of the product of the two matrices."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
@@ -108,8 +108,8 @@ def read_lora_config(folder: Path) -> LoraConfig:
     """The settings in `folder`.
 
     Raises:
-        CheckpointError: there is none. ConfigError: a key of a wrong type or out of range.
-        UnsupportedError: another kind of adapter than LoRA, or a variant of LoRA that is not implemented.
+        CheckpointError: there is no adapter_config.json. ConfigError: a key of a wrong type or out of range.
+        UnsupportedError: not a LoRA, or a variant of LoRA that is not implemented.
     """
     require_folder(folder, "a PEFT adapter (adapter_config.json and its weights)")
     path = folder / CONFIG_NAME
@@ -157,7 +157,7 @@ def _refuse_other_kinds(section: Section) -> None:
 
 
 def _targets(section: Section, key: str) -> Targets | None:
-    """None: absent, "all-linear", or an expression that could take long on a name: then the tensors alone decide."""
+    """None if absent, "all-linear", or an expression that could take long on a name: then the tensors alone decide."""
     value = section.values.get(key)
     if value is None or value == ALL_LINEAR:
         return None
@@ -201,7 +201,7 @@ def _layer_patterns(section: Section, names: tuple[str, ...]) -> tuple[re.Patter
 
 
 def _patterns(section: Section, key: str, low: float, high: float) -> tuple[tuple[re.Pattern[str], float], ...]:
-    """Expressions for the end of a name, with the number that each stands for; the first that matches counts."""
+    """Expressions for the end of a name, each with its number; the first that matches counts."""
     rules = section.section(key)
     found = []
     for name in rules.values if rules is not None else ():
@@ -232,16 +232,16 @@ def _by_pattern(rules: tuple[tuple[re.Pattern[str], float], ...], module: str, d
 
 
 def find_adapter(model_folder: Path, given: str) -> Path | None:
-    """`given` as a folder; else the adapter of that name which comes with the model; None where neither exists."""
+    """`given` as a folder, else the adapter of that name that comes with the model; None if neither exists."""
     beside_the_model = model_folder / "adapters" / given
     return next((folder for folder in (Path(given), beside_the_model) if folder.is_dir()), None)
 
 
 def rope_of_adapters(folders: Iterable[Path]) -> Mapping[str, Any] | None:
-    """The RoPE scaling that the adapters note (`rope_scaling` of adapter_config.json); None where none notes any.
+    """The RoPE scaling that the adapters declare (`rope_scaling` of adapter_config.json); None if they declare none.
 
     Raises:
-        ConfigError: two note different ones, or a note is wrong. Others as `read_lora_config`.
+        ConfigError: two declare different ones, or one of them is wrong. Others as `read_lora_config`.
     """
     noted: tuple[Path, Mapping[str, Any]] | None = None
     for folder in folders:

@@ -1,4 +1,4 @@
-"""A PEFT folder as plain matrices, checked against the model that they are for.
+"""A PEFT folder as plain matrices, checked against the model that they belong to.
 
     W' = W + scale * B A         A: [r, K], B: [N, r]      (Hu et al. 2021, arXiv:2106.09685)
 
@@ -49,7 +49,7 @@ class Adapter:
     """What one adapter changes.
 
     linears: by the name of the module ("model.layers.0.self_attn.q_proj", "lm_head"). embeddings: a [r, V], b [C, r].
-    whole: tables [V, C] that stand in for those of the model, by module (`modules_to_save`).
+    whole: tables [V, C] that replace those of the model, by module (`modules_to_save`).
     """
 
     source: str
@@ -68,7 +68,7 @@ class Adapter:
 
 @dataclass(slots=True)
 class _Found:
-    """The tensors of a file by what they are, with the names that they have there."""
+    """The tensors of a file by their meaning, with their names in the file."""
 
     matrices: dict[str, dict[str, tuple[str, torch.Tensor]]] = field(default_factory=dict)  # module -> "A" or "B"
     whole: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ def read_adapter(folder: Path, config: ModelConfig, embeddings: torch.Tensor) ->
     """The LoRA in `folder`, for the model of `config`, whose embedding table is `embeddings` ([V, C]).
 
     Raises:
-        CheckpointError: no adapter there, a damaged file, or one for another model: the tensor is named.
+        CheckpointError: no adapter, a damaged file, or an adapter for another model: the tensor is named.
         ConfigError: adapter_config.json is wrong. UnsupportedError: a variant of LoRA that is not implemented.
     """
     lora = read_lora_config(folder)
@@ -207,7 +207,7 @@ def _low_rank(
 def _whole_tables(
     path: Path, lora: LoraConfig, config: ModelConfig, embeddings: torch.Tensor, found: _Found
 ) -> dict[str, torch.Tensor]:
-    """Tables that differ from those of the model. PEFT also saves unchanged ones along with their matrices."""
+    """Tables that differ from those of the model. (PEFT also saves unchanged ones beside their matrices.)"""
     shape = (config.vocab_size, config.hidden_size)
     tables = {}
     for module, (name, tensor) in found.whole.items():
@@ -232,7 +232,7 @@ def _checked(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]
         raise CheckpointError(f"{path}: {printable(name)} is {tensor.dtype}, accepted: {accepted}")
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
-            f"{path}: {printable(name)} has shape {list(tensor.shape)}, expected is {list(shape)} ({because}): "
+            f"{path}: {printable(name)} has shape {list(tensor.shape)}, expected {list(shape)} ({because}): "
             "the adapter is for another model, or its configuration for another adapter"
         )
     require_finite(tensor, f"{path}: {printable(name)}")

@@ -1,10 +1,10 @@
-"""Low-rank changes in the layout of a backend: any number of adapters for the price of one of their summed rank.
+"""Low-rank changes in the layout of a backend: several adapters cost as much as one whose rank is their sum.
 
     y += (x A^T) B^T       A: [R, K], B: [N, R]      R = sum of the ranks
 
 The adapters of a set are concatenated along the rank; weight and scale of each are multiplied into its B. Linears that
-read the same input (q, k, v) are changed together, so that the input is read once. Act-order is the affair of the
-quantised weights: a change reads the input in its original order.
+read the same input (q, k, v) are changed together, so that the input is read once. A change reads the input in its
+original order, whatever the act-order of the quantised weights.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def pack_low_rank(
 ) -> PackedLowRank | None:
     """The changes of linears that read the same input, in the order of their outputs; None if there are none.
 
-    linears: for each the adapters with their weights. widths: N of each.
+    linears: the weighted adapters of each linear. widths: N of each.
     """
     first = next((low_rank for weighted in linears for low_rank, _ in weighted), None)
     if first is None:

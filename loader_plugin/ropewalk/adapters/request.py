@@ -1,4 +1,4 @@
-"""Which adapters a request uses, how strongly, and on which layer instances: as text and as values.
+"""The adapters that a request uses, with what weight and on which layer instances: as text and as values.
 
     request = use {"+" use}      use = name [":" weight] ["@" instances]      instances = range {"," range}
     range = number ["-" number]
@@ -7,12 +7,12 @@
     storm:0.5+poet               half of storm and all of poet
     storm:0.5@10-11+poet@3-5,8   storm on the instances 10 and 11 of the running layer order, poet on 3, 4, 5 and 8
 
-Instances are counted from 0 in the layer order that the model runs, so a layer that is repeated can have a different
-adapter each time. A use that names instances changes the linears of these decoder layers and nothing else: embeddings
-and head belong to no instance, only a use without "@" changes them. One adapter may be used several times, with other
+Instances are counted from 0 in the layer order that the model runs, so a repeated layer can have a different adapter
+each time. A use that names instances changes the linears of these decoder layers and nothing else: embeddings and head
+belong to no instance, and only a use without "@" changes them. One adapter may be used several times with different
 weights, on instances that do not overlap.
 
-A name that holds one of the signs of this notation is written as a JSON string: "my+storm":0.5.
+A name that contains a sign of this notation is written as a JSON string: "my+storm":0.5.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def format_request(uses: Iterable[AdapterUse]) -> str:
 
 
 def parse_suffix(text: str, position: int, name: str) -> tuple[float | None, tuple[int, ...] | None]:
-    """(weight, instances) that a text spells from `position` on, behind the name; None each where it says nothing.
+    """(weight, instances) that a text spells from `position` on, after the name; each is None if it is left out.
 
     Raises:
         RequestError: as `parse_request`.
@@ -93,7 +93,7 @@ def checked_request(request: Request | None) -> tuple[AdapterUse, ...]:
     AdapterUse. Instances are a list of numbers, or text such as "10-11". Names in a list are taken as they are.
 
     Raises:
-        RequestError: none of that, a weight that is no finite number, one adapter twice on the same instances.
+        RequestError: of another form, a weight that is not finite, or one adapter twice on the same instances.
     """
     if request is None:
         return ()
@@ -190,7 +190,7 @@ def _checked_instances(name: str, instances: Any) -> tuple[int, ...] | None:
 
 
 def _check_overlaps(uses: Sequence[AdapterUse], name: str) -> None:
-    """One adapter counts once wherever it is used: whoever names it twice for one instance has made a mistake."""
+    """An adapter may be used once on an instance: to name it twice there is taken for a mistake."""
     seen: dict[str, list[AdapterUse]] = {}
     for use in uses:
         for other in seen.setdefault(use.name, []):

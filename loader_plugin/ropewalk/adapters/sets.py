@@ -1,7 +1,7 @@
-"""The adapters of a loaded model: any number at once, a weighted set of them for each request.
+"""The adapters of a loaded model: any number at once, and a weighted set of them for each request.
 
-Weights of the model are never touched. The matrices of a set are laid out when it is first asked for, and kept for the
-sets used last, so changing between them costs nothing.
+The weights of the model are never touched. The matrices of a set are packed when the set is first used. Those of the
+sets used last are kept, so switching between them costs nothing.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.gptq.linear import DenseLinear
 
-# What tells sets apart: (number of the loaded adapter, weight, instances or None) of each use, in one order.
+# Identifies a set: (number of the loaded adapter, weight, instances or None) of each use, in a fixed order.
 AdapterKey = tuple[tuple[int, float, tuple[int, ...] | None], ...]
-Chosen = tuple[tuple[int, float], ...]  # (number of the loaded adapter, weight) of those that change one thing
+Chosen = tuple[tuple[int, float], ...]  # (number of the loaded adapter, weight) of the adapters of one layer
 
-KEPT_SETS = 8  # packed sets kept for reuse: each takes the memory of its matrices once more
+KEPT_SETS = 8  # packed sets kept for reuse; each is one more copy of its matrices
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelChange:
-    """What a weighted set of adapters changes; `key` tells sets apart. instances: by position in the layer order."""
+    """What a weighted set of adapters changes; `key` identifies the set. instances: by position in the layer order."""
 
     key: AdapterKey
     instances: tuple[LayerChange, ...]
@@ -73,9 +73,9 @@ class AdapterSets:
         return tuple(self._loaded)
 
     def check_new_name(self, name: Any) -> None:
-        """Raises RequestError for a name that is none or that is taken."""
+        """Raises RequestError for an empty name, one that is not a string, or one that is taken."""
         if not isinstance(name, str) or not name:
-            raise RequestError(f"the name of an adapter must be a string that is not empty, got {name!r}")
+            raise RequestError(f"the name of an adapter must be a non-empty string, got {name!r}")
         if name in self._loaded:
             raise RequestError(f"an adapter named {name!r} is loaded already: unload it first, or choose another name")
 
@@ -85,10 +85,10 @@ class AdapterSets:
         self._loaded[name] = (self._num_loads, adapter)
 
     def remove(self, name: Any) -> None:
-        """Forget an adapter and the sets that it is in.
+        """Forget an adapter and the sets that contain it.
 
         Raises:
-            RequestError: there is none of that name.
+            RequestError: no adapter of that name is loaded.
         """
         number, _ = self._known(name)
         del self._loaded[name]
@@ -99,7 +99,7 @@ class AdapterSets:
         )
 
     def key(self, request: Request | None) -> AdapterKey:
-        """The set in the order of loading, so that equal sets give equal bits; weights of 0 leave an adapter out.
+        """The set in the order of loading, so that equal sets give equal bits; a weight of 0 leaves an adapter out.
 
         Raises:
             RequestError: as `checked_request`; an adapter that is not loaded; instances that the layer order does not
@@ -140,7 +140,7 @@ class AdapterSets:
                 )
             if self._instances[position].weights_index >= self._config.num_layers:
                 raise RequestError(
-                    f"adapters: {str(use)!r:.80}: the layer instance {position} is of the second model, for which "
+                    f"adapters: {str(use)!r:.80}: the layer instance {position} belongs to the second model, for which "
                     "adapters are not made"
                 )
 

@@ -1,4 +1,4 @@
-"""The CPU backend: the operations of `protocol.py` on the compiled core."""
+"""The CPU backend: the operations of backends/protocol.py on the compiled core."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CpuBackend:
         self._arena = native.Arena()
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
-        """Repack GPTQ parts into tiles; dense parts are used where they lie."""
+        """Repack GPTQ parts into tiles; dense parts are used in place."""
         return native.Linear(self.runtime, [self._pack_part(part) for part in parts])
 
     def _pack_part(self, part: GptqLinear | DenseLinear) -> object:
@@ -56,7 +56,7 @@ class CpuBackend:
             raise ShapeError(f"{part.name}: {error}") from error
 
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> native.LowRank:
-        """In 8 bits beside int8 activations, which round as much of far more; as given in "exact"."""
+        """Matrices in 8 bits in "int8", where activations are rounded to 8 bits as well; as given in "exact"."""
         dtype = "i8" if self.compute == "int8" else "f32"
         return native.LowRank([(part.a, part.b) for part in parts], dtype, self._arena)
 

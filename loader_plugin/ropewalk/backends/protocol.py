@@ -1,14 +1,14 @@
 """What a backend does: the operations of a decoder layer, on tensors whose layout is fixed here.
 
-There is one model definition (`model.py`) and it calls nothing but these operations. A backend owns the packed layout
-of the weights and the layout of the keys and values; everything else that crosses this line is a plain torch tensor on
-`Backend.device`.
+There is one model definition (model/layers.py), and it calls nothing but these operations. A backend owns the packed
+layout of the weights and the layout of the keys and values; everything else that crosses this line is a plain torch
+tensor on `Backend.device`.
 
 Letters: T rows (new tokens), S cached keys, K input features, N output features of one part, Hq and Hkv query and
 key/value heads, D head size, R rotated dims of a head, C hidden size, I intermediate size, V vocabulary.
 
-Who checks what: the readers (`tensors.py`) check shapes and dtypes of weights, `model.py` checks requests, each once.
-An operation checks what would otherwise be read out of bounds. Results are new tensors; a name that ends in `_` writes
+Who checks what: weights/check.py checks shapes and dtypes of weights, model/model.py checks requests, each once. An
+operation checks what would otherwise be read out of bounds. Results are new tensors; a name that ends in `_` writes
 in place.
 
 Reproducibility: row t of every result depends on row t of the inputs alone, bit for bit: it is the same for any T, any
@@ -46,7 +46,7 @@ class PackedLinear(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankPart:
-    """The change of one linear: W += B A. a: [r, K], b: [N, r], float32, all factors in b; r can be 0: no change."""
+    """The change of one linear: W += B A. a: [r, K], b: [N, r], float32, with all factors in b. r = 0: no change."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -65,7 +65,7 @@ class KvStore(Protocol):
 
     @property
     def capacity(self) -> int:
-        """The number of positions there is room for."""
+        """The number of positions that it has room for."""
 
     @property
     def num_bytes(self) -> int:
@@ -85,7 +85,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors that go in and come out live."""
+        """The device of the tensors that go in and come out."""
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
         """Lay out linear layers that read the same input; their outputs are concatenated in the given order.
@@ -101,7 +101,7 @@ class Backend(Protocol):
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> PackedLowRank:
         """Lay out the change of linears that were packed together, one part for each, in their order.
 
-        parts: at least one of a rank above 0. In "int8" the matrices may be held in 8 bits.
+        parts: at least one has a rank above 0. In "int8" the matrices may be held in 8 bits.
         """
 
     def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: PackedLowRank) -> None:
@@ -113,7 +113,7 @@ class Backend(Protocol):
     def linear(self, x: torch.Tensor, weight: PackedLinear, change: PackedLowRank | None = None) -> torch.Tensor:
         """y = x W + bias, and the low-rank change of these linears, as `add_low_rank_` adds it.
 
-        x: [T, K] float32, contiguous, in the original order of features: act-order is the backend's affair.
+        x: [T, K] float32, contiguous, in the original order of features: the backend takes care of act-order.
         Returns [T, N_0 + N_1 + ...] float32, contiguous.
 
         Numerics. Dense weights: float32 activations and accumulation in both modes. Quantised weights in "exact":
@@ -172,7 +172,7 @@ class Backend(Protocol):
     def attend(self, q: torch.Tensor, kv: KvStore, start: int, window: int | None) -> torch.Tensor:
         """Causal attention of T queries at positions start..start+T over the keys 0..start+T, which the store holds.
 
-            out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window where there is one
+            out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window if there is one
 
         q: [T, Hq, D] float32, rotated; a head is contiguous, heads follow each other, the stride of a row is free.
         Query head h reads key/value head h // (Hq / Hkv). Returns [T, Hq * D] float32, contiguous.

@@ -1,7 +1,7 @@
 """The operations in plain torch, on any device: the executable specification that other backends are compared with.
 
-Written to be read, not to be fast. Quantised weights stay packed as they came and are dequantised anew in every call,
-so memory is that of the checkpoint plus one dequantised layer. In "int8" mode the arithmetic of the integer kernels is
+Written to be read, not to be fast. Quantised weights stay packed as stored and are dequantised anew in every call, so
+memory is that of the checkpoint plus one dequantised linear. In "int8" mode the arithmetic of the integer kernels is
 done in float32, where it is exact: a block's sum of 32 products is at most 32 * 127 * 255 < 2^24.
 """
 
@@ -23,7 +23,7 @@ SCRATCH_BYTES = 1 << 26  # bound for scores of one block of queries, and for one
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLinear:
-    """Linear layers as they were read, on the device of the backend."""
+    """Linear layers as read from the checkpoint, on the device of the backend."""
 
     parts: tuple[GptqLinear | DenseLinear, ...]
     in_features: int
@@ -37,7 +37,7 @@ class ReferenceLinear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceLowRank:
-    """A low-rank change as it was given, on the device of the backend."""
+    """A low-rank change as given, on the device of the backend."""
 
     parts: tuple[LowRankPart, ...]
 
@@ -56,7 +56,7 @@ class ReferenceKv:
 
     @property
     def capacity(self) -> int:
-        """The number of positions there is room for."""
+        """The number of positions that it has room for."""
         return self.k.shape[1]
 
     @property

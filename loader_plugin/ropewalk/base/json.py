@@ -45,10 +45,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def require_folder(folder: Path, holding: str) -> None:
-    """Refuse a model folder that is none; `holding` says what to give instead.
+    """Refuse a path that is not a readable folder; `holding` says what the right one holds.
 
     Raises:
-        ConfigError: a file, nothing, a path that cannot be, or no permission to list and enter it.
+        ConfigError: it is a file, does not exist, cannot exist, or may not be listed and entered.
     """
     advice = f"give the folder that holds {holding}"
     try:
@@ -63,7 +63,7 @@ def require_folder(folder: Path, holding: str) -> None:
 
 
 def read_small_file(path: Path) -> bytes:
-    """The bytes of a file of at most MAX_FILE_BYTES. Pipes and devices are refused: reading them may never end.
+    """The bytes of a file of at most MAX_FILE_BYTES. Pipes and devices are refused: reading one may never end.
 
     Raises:
         ConfigError: unreadable, too large, or not a file.
@@ -80,7 +80,7 @@ def read_small_file(path: Path) -> bytes:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: short, on one line."""
+    """A value as messages show it: short, on one line."""
     try:
         text = repr(value)
     except ValueError:
@@ -92,7 +92,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One JSON object with the words that messages need: the file it came from, and the path of keys down to it."""
+    """One JSON object, with what messages say about it: the file it came from and the path of keys that leads to it."""
 
     source: str
     values: Mapping[str, Any]

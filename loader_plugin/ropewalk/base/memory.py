@@ -1,4 +1,4 @@
-"""How much memory there is and how an amount is written."""
+"""How much memory this machine has, and how an amount of it is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def physical_bytes() -> int | None:
-    """Memory of this machine, or of the container if that is less; None where the system does not say."""
+    """Memory of this machine, or of the container if that is less; None if the system does not say."""
     limits = [limit for limit in (_machine_bytes(), _container_bytes()) if limit is not None]
     return min(limits, default=None)
 
@@ -52,7 +52,7 @@ def _container_bytes() -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Hand memory that was freed back to the system; glibc kept 60 MB of a model of 77 MB that was dropped."""
+    """Hand freed memory back to the system: after a model of 77 MB was dropped, glibc kept 60 MB of it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

@@ -9,14 +9,14 @@ from ropewalk.base.errors import RopewalkError
 from ropewalk.base.json import shown
 
 SHOWN_COLUMNS = 30  # to each side of a mistake
-TOO_LARGE = 10**10  # what a number of too many digits reads as: beyond any limit there is
+TOO_LARGE = 10**10  # stands for a number of too many digits; beyond every limit
 
 _INTEGER = re.compile(r"[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class TextCursor:
-    """A place in a text. name: what the text is called in errors; accepted: examples of what it may say."""
+    """A place in a text. name: what errors call the text; accepted: examples of what it may say."""
 
     def __init__(self, text: str, name: str, error: type[RopewalkError], accepted: str, position: int = 0) -> None:
         self.text, self.position = text, position
@@ -24,12 +24,12 @@ class TextCursor:
 
     @property
     def at_end(self) -> bool:
-        """True if only space is left."""
+        """True if nothing but white space is left."""
         self.skip_space()
         return self.position >= len(self.text)
 
     def accepts(self, character: str) -> bool:
-        """Step over the character if it is the next one but for space."""
+        """Step over the character if it comes next, after any white space."""
         self.skip_space()
         found = self.text.startswith(character, self.position)
         self.position += len(character) if found else 0
@@ -41,21 +41,21 @@ class TextCursor:
             self.position += 1
 
     def integer(self, what: str) -> tuple[int, int]:
-        """(where it stands, the number); one of too many digits is TOO_LARGE. what: as in "a layer number"."""
+        """(its position, the number); TOO_LARGE if it has too many digits. what: as in "a layer number"."""
         at, digits = self._match(_INTEGER, f"{what} is needed")
         digits = digits.lstrip("0") or "0"
         return at, int(digits) if len(digits) < 10 else TOO_LARGE
 
     def decimal(self, problem: str) -> tuple[int, float]:
-        """(where it stands, the number), infinite if it is beyond all numbers. problem: said where there is none."""
+        """(its position, the number); infinite beyond the range of float64. problem: said if there is no number."""
         at, digits = self._match(_DECIMAL, problem)
         return at, float(digits)
 
     def fail(self, at: int, problem: str) -> NoReturn:
-        """Raise the error of this text, with a caret below the character."""
+        """Raise the error, with a caret below the character at fault."""
         low, high = max(0, at - SHOWN_COLUMNS), at + SHOWN_COLUMNS
         left, right = "..." if low else "", "..." if high < len(self.text) else ""
-        # One column per character, whatever it is, so that the caret stands below it.
+        # One column for every character, so that the caret is below the right one.
         part = "".join(c if c.isascii() and c.isprintable() else "?" for c in self.text[low:high])
         found = shown(self.text[at]) if at < len(self.text) else "the end"
         caret = " " * (len(left) + at - low) + "^"
@@ -74,5 +74,5 @@ class TextCursor:
 
 
 def plain_number(value: float) -> str:
-    """A number as these notations print it: the shortest that reads back as the same, no ".0"."""
+    """A number as these notations print it: the shortest text that reads back as the same number, without ".0"."""
     return repr(float(value)).removesuffix(".0")

@@ -1,6 +1,6 @@
-"""Layer instances: the uses that an order makes of the weights of layers.
+"""Layer instances: the steps of a running decoder.
 
-The same weights can be run by several instances, each with keys and values of its own.
+Several instances can run the same weights; each has keys and values of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ropewalk.config.layer_order import LayerOrder
 
 @dataclass(frozen=True, slots=True)
 class LayerInstance:
-    """One step of the decoder: which weights it runs, which keys and values are its own, and its weight in the sum."""
+    """One step of the decoder: the weights that it runs, its own keys and values, and its weight in the sum."""
 
     weights_index: int
     cache_index: int

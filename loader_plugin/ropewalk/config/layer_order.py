@@ -1,4 +1,4 @@
-"""Which layers a model runs, in which order, how often, and how much of its change each one adds.
+"""Which layers a model runs, in which order, how often, and with what weight each adds its change.
 
     order = term {"," term}      term = ["a:" | "b:"] layer ["-" layer | "*" times] ["@" weight]
 
@@ -24,16 +24,16 @@ from ropewalk.base.notation import TextCursor, plain_number
 from ropewalk.config.model import MAX_LAYERS, ModelConfig
 
 SOURCES = ("a", "b")
-MAX_INSTANCES = MAX_LAYERS  # an exported order must be a model that can be loaded
+MAX_INSTANCES = MAX_LAYERS  # so that an exported order can be loaded as a model
 MAX_TEXT = 2**16  # 4096 layers, each with a weight of 15 digits
-# Of the absolute residual weight. Far outside of what has a use; keeps products in the range of float16 and float32.
+# Limits of the absolute residual weight: far beyond what is useful, and products stay in the range of float16.
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e2
 EXAMPLES = '"0-15,8-23,16-31", "0-9,10*4@0.25,11-31" or [0, 1, 2, 2, 3]'
 
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
-    """One use of a layer: its number, the model it is of ("a", or "b" for the second), its weight in the sum."""
+    """One use of a layer: its number, its model ("a", or "b" for the second), and its weight in the residual sum."""
 
     layer: int
     source: str = "a"
@@ -76,7 +76,7 @@ class LayerOrder:
         return end - position
 
     def _run_from(self, position: int) -> int:
-        """How many uses from `position` on count up by one. A layer that is then repeated is not part of the run."""
+        """How many uses from `position` on count up by one. A run ends before a layer that is repeated."""
         end, first = position + 1, self.uses[position]
         while (
             end < len(self.uses)
@@ -127,7 +127,7 @@ def checked_layer_order(
     """An order however it was given: as text, as a list of layer numbers, or as a LayerOrder.
 
     Raises:
-        ConfigError: of another type, empty, too long, or a layer that does not exist.
+        ConfigError: a value of another type, an empty or too long order, or a layer that does not exist.
     """
     if isinstance(value, str):
         return parse_layer_order(value, num_layers, second_layers, name)

@@ -1,7 +1,7 @@
 """From a model folder's config.json to a ModelConfig: the frozen facts of one decoder, all checked.
 
 What differs between architectures is data in `families/`, a file for each. Whatever can be refused is refused here,
-before a byte of weights is read. The RoPE keys are read in rope/decision.py.
+before a byte of weights is read. rope/decision.py reads the RoPE keys.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class ModelConfig:
     qk_norm: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    raw: Mapping[str, Any]  # the whole config.json, read-only: others read their keys from it
+    # The whole config.json, read-only: rope/decision.py and config/quantisation.py read their keys from it.
+    raw: Mapping[str, Any]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -136,7 +137,7 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def _family(section: Section) -> Family:
-    """The family by `model_type`, or by `architectures` where that is absent (as in some files of 2023)."""
+    """The family by `model_type`, or by `architectures` if that key is absent (as in some files of 2023)."""
     accepted = "; accepted are " + ", ".join(f"{f.name} ({'/'.join(f.architectures)})" for f in FAMILIES.values())
     model_type = section.text("model_type")
     architectures = section.values.get("architectures") or []
@@ -193,7 +194,7 @@ def read_max_positions(section: Section, family: Family) -> int:
 
 
 def _sliding_windows(section: Section, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """The window of each layer, or None where it sees everything.
+    """The window of each layer; None for a layer that sees every earlier key.
 
     ALL: every layer has `sliding_window` (absent: 4096, null: none). SOME: only with `use_sliding_window`, and then the
     layers that `layer_types` names, or those from `max_window_layers` on.
@@ -224,7 +225,7 @@ def _sliding_windows(section: Section, family: Family, num_layers: int) -> tuple
 
 
 def _layer_slides(section: Section, num_layers: int) -> list[bool] | None:
-    """Which layers `layer_types` makes sliding, or None where the key is absent."""
+    """Which layers have a sliding window by `layer_types`; None if the key is absent."""
     if not section.has("layer_types"):
         return None
     names = {"full_attention": False, "attention": False, "sliding_attention": True}

@@ -1,4 +1,5 @@
-"""What a model folder declares about its quantisation: QuantConfig, from any of the files and spellings in use.
+"""What a model folder declares about its quantisation, from any of the files and spellings in use (docs/formats.md,
+"Declarations").
 
 The keys of config.json's `quantization_config` come first (or KoboldAI's `gptq_*` keys in config.json), then those of
 quantize_config.json, then of quant_config.json. A key that one file lacks is taken from the next, because old writers
@@ -19,7 +20,7 @@ from ropewalk.base.json import Section, read_json_object, shown
 
 logger = logging.getLogger(__name__)
 
-# Names of one thing, by the tool that wrote it: AWQ-style tools, GPTQ-for-LLaMa scripts, text-generation-inference.
+# Our name of a key, and its spellings by AWQ-style tools, GPTQ-for-LLaMa scripts and text-generation-inference.
 ALIASES = {
     "bits": ("bits", "wbits", "w_bit", "gptq_bits"),
     "group_size": ("group_size", "groupsize", "q_group_size", "gptq_groupsize"),
@@ -41,7 +42,7 @@ ALIASES = {
 }
 KOBOLD_KEYS = ("gptq_bits", "gptq_groupsize")
 
-# 3-bit codes have a stream and a planar layout; 5, 6 and 7 bits exist only as planes (gptqmodel, docs/gptq_planar.md).
+# 3-bit codes have a stream and a planar layout; 5, 6 and 7 bits exist only as planes (docs/formats.md, "Planar codes").
 BITS_BY_FORMAT = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": (2, 3, 4, 5, 6, 7, 8)}
 REQUANTISE = "quantise the original model with gptqmodel (format gptq), or take a GPTQ copy of it"
 REMEDIES = {
@@ -50,7 +51,7 @@ REMEDIES = {
     "auto-round": "export it again with auto-round's format auto_gptq",
 }
 MAX_GROUP_SIZE = 2**20
-# Of a regular expression of `dynamic`; published ones have three repetitions and 40 characters.
+# Limits of a regular expression in `dynamic`; published ones have three repetitions and 40 characters.
 MAX_REPETITIONS = 5
 MAX_PATTERN = 4096
 
@@ -69,7 +70,7 @@ class QuantSettings:
 
 @dataclass(frozen=True, slots=True)
 class QuantRule:
-    """Settings for the modules whose full name the pattern matches from its start; None leaves them dense."""
+    """Settings of the modules whose full name begins with a match of the pattern; None: they are dense."""
 
     pattern: re.Pattern[str]
     settings: QuantSettings | None
@@ -77,7 +78,7 @@ class QuantRule:
 
 @dataclass(frozen=True, slots=True)
 class QuantConfig:
-    """What a checkpoint declares; `declared` is False where it was inferred from tensor shapes instead."""
+    """What a checkpoint declares. `declared` is False if it was inferred from tensor shapes instead."""
 
     source: str
     default: QuantSettings
@@ -87,7 +88,7 @@ class QuantConfig:
     declared: bool
 
     def for_module(self, name: str) -> QuantSettings | None:
-        """The settings of a linear such as "model.layers.0.mlp.up_proj"; None: it is kept dense. First match wins."""
+        """The settings of a linear such as "model.layers.0.mlp.up_proj"; None: it is dense. The first match wins."""
         for rule in self.rules:
             if rule.pattern.match(name):
                 return rule.settings
@@ -95,7 +96,7 @@ class QuantConfig:
 
 
 def load_quant_config(folder: Path, config_raw: Mapping[str, Any]) -> QuantConfig | None:
-    """What the files of a model folder declare; None: nothing does (a dense model, or one to infer from shapes).
+    """What the files of a model folder declare; None if they declare nothing (a dense model, or one to infer).
 
     Raises:
         ConfigError: a damaged file, a missing or ill-typed key, a regular expression that does not compile.
@@ -111,7 +112,7 @@ def load_quant_config(folder: Path, config_raw: Mapping[str, Any]) -> QuantConfi
     base_name = fields.text("model_file_base_name")
     if base_name and ("/" in base_name or "\\" in base_name):
         raise fields.error("model_file_base_name", "a file name without folders")
-    # A rule may choose other bits, so it starts from the layout as declared, not as it applies to the default's bits.
+    # A rule may change the bits, so it starts from the declared layout, not from what it means for the default bits.
     rule_base = replace(default, format=format_name)
     return QuantConfig(
         source=fields.section("bits").source,
@@ -138,10 +139,10 @@ def _declarations(folder: Path, config_raw: Mapping[str, Any]) -> list[Section]:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Typed access to one or more declarations by our names of the keys, whichever file and spelling they came with."""
+    """Typed access to joined declarations by our names of the keys, whatever their files and spellings."""
 
     sections: Sequence[Section]
-    places: Mapping[str, tuple[Section, str]]  # our name of a key -> where it stands, and its spelling there
+    places: Mapping[str, tuple[Section, str]]  # our name of a key -> its declaration, and its spelling there
 
     @staticmethod
     def merge(sections: Sequence[Section]) -> _Fields:
@@ -168,7 +169,7 @@ class _Fields:
         return name in self.places
 
     def place(self, name: str) -> tuple[Section, str]:
-        """Where the key stands; one that nobody gives would stand in the first declaration that is not empty."""
+        """The declaration of a key and its spelling; an absent key belongs to the first one that is not empty."""
         absent = next((section for section in self.sections if section.values), self.sections[0])
         return self.places.get(name, (absent, name))
 
@@ -200,12 +201,12 @@ class _Fields:
         return section.section(key)
 
     def word(self, name: str) -> str | None:
-        """A name in lower case, or None where absent."""
+        """A name in lower case; None if it is absent."""
         text = self.text(name)
         return text.strip().lower() if text is not None else None
 
     def refuse(self, name: str, accepted: str) -> UnsupportedError:
-        """The error for a value that we know and do not implement, with what to do instead."""
+        """The error for a value that is known but not implemented, with what to do instead."""
         section, key = self.place(name)
         value = section.values.get(key)
         remedy = next((text for word, text in REMEDIES.items() if word in str(value).lower()), REQUANTISE)
@@ -215,10 +216,10 @@ class _Fields:
 
 
 def _format(fields: _Fields) -> str:
-    """The layout of the packed tensors; refuses by name whatever is not GPTQ."""
+    """The layout of the packed tensors. Whatever is not GPTQ is refused by name."""
     method = fields.word("method")
     if method is None:
-        # AWQ's files of 2023 name no method but the kernel that the layout is for; bitsandbytes' name only a switch.
+        # AWQ's files of 2023 name the kernel that the layout is for, not a method; those of bitsandbytes only a switch.
         if fields.word("version") is not None:
             raise fields.refuse("version", "a GPTQ checkpoint (this one looks like AWQ)")
         for name in ("load_in_8bit", "load_in_4bit"):
@@ -244,7 +245,7 @@ def _format(fields: _Fields) -> str:
 
 
 def _settings(fields: _Fields, format_name: str) -> QuantSettings:
-    """The settings that hold for every module without a rule."""
+    """The settings of every module without a rule."""
     if not fields.has("bits"):
         raise fields.error("bits", "2, 3, 4 or 8 (also 5, 6 or 7 in format gptq_p)")
     if not fields.has("group_size"):
@@ -257,7 +258,7 @@ def _settings(fields: _Fields, format_name: str) -> QuantSettings:
 
 
 def _overlay(base: QuantSettings, fields: _Fields) -> QuantSettings:
-    """`base` with the values that `fields` gives, checked."""
+    """`base` with the values of `fields`, checked."""
     bits = fields.integer("bits", 1, 32, base.bits)
     if bits not in BITS_BY_FORMAT[base.format]:
         section, key = fields.place("bits")
@@ -330,15 +331,15 @@ def _rule_settings(section: Section, key: str, base: QuantSettings) -> QuantSett
 def require_quick_pattern(source: str) -> None:
     """Refuse a regular expression that could take hours on a name: files are untrusted, and `re` knows no time limit.
 
-    Time is exponential where a repeated group holds a repetition or a choice, as in `(.+)+`. Otherwise it is of the
-    degree of the number of repetitions and choices: five take a millisecond or three for a name of 50 characters.
+    Time is exponential if a repeated group holds a repetition or a choice, as in `(.+)+`. Otherwise it is polynomial,
+    and the degree is the number of repetitions and choices: with five, a name of 50 characters takes 1 to 3 ms.
 
     Raises:
-        ValueError: says which of the two it is, or that the expression is too long to look for them.
+        ValueError: for either of the two, or an expression that is too long to be searched for them.
     """
     if len(source) > MAX_PATTERN:
         raise ValueError(f"{len(source)} characters, at most {MAX_PATTERN} are accepted")
-    # Escapes and character classes stand for one character, whatever is in them; a lazy repetition is one, too.
+    # Escapes and character classes stand for one character each; a lazy repetition counts like a greedy one.
     rest = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", source, flags=re.DOTALL)
     rest = re.sub(r"([*+?}])[?+]", r"\1", rest)
     num_choices = 0

@@ -16,7 +16,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class NormEntry:
-    """A norm's weight: the field of LayerWeights, the name within the layer, which of `ModelConfig.sizes` it has."""
+    """A norm's weight: the field of LayerWeights, the name within the layer, the name of its size."""
 
     field: str
     name: str
@@ -89,5 +89,5 @@ class Family:
 
 
 def layer_prefix(index: int) -> str:
-    """What the names of layer `index` begin with."""
+    """The beginning of the names of layer `index`."""
     return f"model.layers.{index}."

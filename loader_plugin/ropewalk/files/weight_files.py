@@ -1,7 +1,7 @@
-"""Which of a folder's files hold the model (gptq-format sheet, B.7).
+"""Which of a folder's files hold the model (docs/formats.md, "Weight files").
 
-The index, else the base name that the quantisation config gives, else the usual names, else a complete set of shards,
-else the only file there is; anything else is an error that lists the candidates. Only names and the index are read.
+The index, else the base name in the quantisation config, else the usual names, else a complete set of shards, else the
+only file; anything else is an error that lists the candidates. Only names and the index are read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ropewalk.files.safetensors import printable
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
-# Tried in this order after the index and the base name. AutoGPTQ's and GPTQModel's name; transformers' name;
-# KoboldAI's (4bit-128g.safetensors).
+# Tried in this order after the index and the base name: the name by AutoGPTQ and GPTQModel, by transformers, and by
+# KoboldAI (4bit-128g.safetensors).
 USUAL_NAMES = (r"gptq_model-\d+bit-(-1|\d+)g", "model", r"\d+bit.*")
 
 # Weight files of other kinds, with what to do about them.
@@ -34,7 +34,7 @@ OTHER_FORMATS = {
 
 
 def choose_files(folder: Path, base_name: str | None) -> tuple[tuple[Path, ...], dict[str, str]]:
-    """The files to read and, where an index tells, which tensor lies in which of them."""
+    """The files to read and, if there is an index, which tensor is in which file."""
     try:
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -95,7 +95,7 @@ def _read_index(index: Path, entries: list[Path]) -> tuple[tuple[Path, ...], dic
         others = [path for path in entries if path.name.endswith(SUFFIX) and path.name not in files]
         advice = f"if the model is in {listed(others)}, delete the index" if others else "finish the download"
         raise CheckpointError(
-            f"{index}: missing are {len(missing)} of {len(files)} files ({listed(missing)}): {advice}"
+            f"{index}: {len(missing)} of {len(files)} files are missing ({listed(missing)}): {advice}"
         )
     return tuple(index.parent / file for file in files), weight_map
 

@@ -1,4 +1,4 @@
-"""Perplexity of a text at several context lengths: how much a model gains from context, and where it stops gaining.
+"""Perplexity of a text at several context lengths: how much a model gains from context, and where the gain ends.
 
     perplexity(L) = exp( mean over windows and positions i >= 1 of  -log p(token i | tokens 0..i-1 of its window) )
 
@@ -39,7 +39,7 @@ class PerplexityRow:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_nll); infinity where that is beyond float64."""
+        """exp(mean_nll), or infinity if that is beyond float64."""
         return _exp(self.mean_nll)
 
     @property
@@ -59,7 +59,7 @@ def perplexity(
 ) -> list[PerplexityRow]:
     """The perplexity of a text at each context length, in the order given.
 
-    max_tokens: use at most so many tokens from the start of the text. progress: called with (tokens read, tokens to
+    max_tokens: use at most this many tokens from the start of the text. progress: called with (tokens read, tokens to
     read), all lengths together. cancelled: asked between the steps of the model; the rows finished so far are returned.
     adapters: as for `Model.forward`.
     Memory beside the model: one cache of the longest length, and logits in blocks of 64 MiB.
@@ -139,7 +139,7 @@ def sequence_perplexity(
 
 
 def _exp(mean_nll: float) -> float:
-    """exp(mean_nll); infinity where that is beyond float64."""
+    """exp(mean_nll), or infinity if that is beyond float64."""
     return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 
@@ -151,8 +151,8 @@ def token_logprobs(
     adapters: Request | None = None,
     cancelled: Cancelled | None = None,
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]] | None:
-    """For every token but the first its log probability and the `count` most likely tokens (id, log probability) at its
-    place; None once cancelled. Computed in `cache`, which is emptied first and holds the tokens afterwards.
+    """For every token but the first, its log probability and the `count` most likely tokens (id, log probability)
+    there; None once cancelled. Computed in `cache`, which is emptied first and holds the tokens afterwards.
 
     Raises:
         RequestError: as `Model.forward`.

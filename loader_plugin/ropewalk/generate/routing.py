@@ -1,8 +1,8 @@
-"""Which adapter fits a prompt: the one under which the prompt itself is least surprising.
+"""Which adapter fits a prompt: the one that finds the prompt itself least surprising.
 
     choice = argmin over loaded adapters and none of  exp( mean over i >= 1 of -log p(token i | tokens 0..i-1) )
 
-Every candidate reads the whole prompt once, so routing costs as many times the prompt as there are candidates.
+Every candidate reads the whole prompt once, so routing costs one reading of the prompt for each of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Routing:
 
 
 def route(model: Model, prompt_ids: Sequence[int], cancelled: Cancelled | None = None) -> Routing | None:
-    """Score the prompt without and with each loaded adapter; of equals the one loaded first. None once cancelled.
+    """Score the prompt without and with each loaded adapter; among equals the first wins. None once cancelled.
 
     Raises:
         RequestError: the prompt has one token only, so that nothing of it can be scored, or does not fit.

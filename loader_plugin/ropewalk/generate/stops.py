@@ -1,7 +1,7 @@
-"""Stop strings over streamed text: what may be shown now, and whether a stop string has come.
+"""Stop strings in streamed text: what may be shown now, and whether a stop string has come.
 
-Text that could still become a stop string is held back, and nothing else: a stop string is never shown, not even in
-part, wherever its characters fall among the pieces.
+Only text that could still become a stop string is held back. A stop string is never shown, not even in part, however
+its characters are spread over the pieces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StopStrings:
         self._held += text
         starts = [(stop, start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if starts:
-            # The one that is complete first, and of those the longest: so pieces may be cut anywhere.
+            # The one that is complete first, and among equals the longest: the result does not depend on the pieces.
             self.found, start = min(starts, key=lambda hit: (hit[1] + len(hit[0]), hit[1]))
             return self._take(start)
         return self._take(self._first_possible_start())
@@ -35,7 +35,7 @@ class StopStrings:
         return "" if self.found is not None else self._take(len(self._held))
 
     def _first_possible_start(self) -> int:
-        """The first position from which the held text is the beginning of a stop string."""
+        """The first position from which the held text could begin a stop string."""
         first = max(0, len(self._held) - self._longest + 1)
         positions = range(first, len(self._held))
         return next((p for p in positions if self._begins_a_stop(self._held[p:])), len(self._held))

@@ -1,4 +1,4 @@
-"""Unpacking GPTQ codes: where the bits of code i lie in the 32-bit words of its block.
+"""Unpacking GPTQ codes: where the bits of code i are in the 32-bit words of its block.
 
 Continuous layout (2, 3, 4, 8 bits): one little-endian bit stream, code i in bits [i*b, i*b + b). 3 bits, 32 codes in
 3 words; codes 10 and 21 straddle two words:
@@ -11,7 +11,7 @@ holds w bits of every code, 32/w codes to a word:
     5 bits: words 0-3: low 4 bits of c0..c7, c8..c15, c16..c23, c24..c31     word 4: bit 4 of c0..c31
 
 qweight is packed down its rows (K), qzeros along its columns (N). Sources: AutoGPTQ's packing loops and GPTQModel's
-docs/gptq_planar.md, both stated in these words in the format sheet (B.1).
+page on its planar format. docs/formats.md ("Bit order", "Planar codes") has more pictures, and test vectors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTINUOUS_BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """`width` bits of a code, from bit `low` of it on: bits [shift, shift + width) of word `word` of the block."""
+    """`width` bits of a code, from its bit `low` on; bits [shift, shift + width) of word `word` of the block."""
 
     word: int
     shift: int
@@ -41,7 +41,7 @@ class Field:
 
 
 def block_words(bits: int) -> int:
-    """Words of the smallest block that holds whole codes: one where the width divides 32, else one per bit."""
+    """Words of the smallest block that holds whole codes: one if the width divides 32, else one per bit."""
     return 1 if 32 % bits == 0 else bits
 
 
@@ -51,7 +51,7 @@ def block_codes(bits: int) -> int:
 
 
 def code_fields(bits: int, planar: bool) -> list[tuple[Field, ...]]:
-    """For each code of a block, the fields that it is put together from."""
+    """For each code of a block, the fields that make it up."""
     if planar:
         return list(zip(*_plane_fields(bits), strict=True))
     codes = []
@@ -82,7 +82,7 @@ def unpack_rows(words: torch.Tensor, bits: int, planar: bool) -> torch.Tensor:
     shape = (blocks.shape[0], block_codes(bits), words.shape[1])
     out = torch.empty(shape, dtype=torch.uint8, device=words.device)  # [K/codes, codes, N]
     for i, fields in enumerate(code_fields(bits, planar)):
-        # The sign that an arithmetic shift drags in is masked off.
+        # The mask removes the sign bits that an arithmetic shift brings in.
         parts = [((blocks[:, f.word] >> f.shift) & ((1 << f.width) - 1)) << f.low for f in fields]
         out[:, i] = parts[0] if len(parts) == 1 else sum(parts)
     return out.flatten(0, 1)  # [K, N]

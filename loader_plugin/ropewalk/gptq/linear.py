@@ -32,13 +32,13 @@ class GptqLinear:
     bits: int  # 2 to 8
     in_features: int  # K
     out_features: int  # N
-    planar: bool  # False: one bit stream down K (2, 3, 4, 8 bits); True: bit planes (gptq_bits.py)
+    planar: bool  # False: one bit stream down K (2, 3, 4, 8 bits); True: bit planes (gptq/bits.py)
     qweight: torch.Tensor  # [K*bits/32, N] int32, contiguous, as stored: read only
     scales: torch.Tensor  # [G, N] float16 or float32 (bfloat16 is widened)
     zeros: torch.Tensor  # [G, N] uint8, true zero points
     group_starts: torch.Tensor  # [G+1] int64
     order: torch.Tensor | None  # [K] int32: sorted row i is original row order[i]; None: already sorted
-    bias: torch.Tensor | None  # [N] float32; None also where the stored one is all zero
+    bias: torch.Tensor | None  # [N] float32; None also if the stored one is all zero
 
     def group_index(self) -> torch.Tensor:
         """[K] int64: the group of each original row."""
@@ -68,7 +68,7 @@ class DenseLinear:
 
     name: str
     weight: torch.Tensor  # [N, K] float16, bfloat16 or float32, contiguous, as stored: read only
-    bias: torch.Tensor | None  # [N] float32; None also where the stored one is all zero
+    bias: torch.Tensor | None  # [N] float32; None also if the stored one is all zero
 
 
 def read_gptq_linear(
@@ -103,7 +103,7 @@ def read_gptq_linear(
 
 
 def read_bias(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
-    """The bias [N] of module `name` in float32, or None where it is absent or all zero (AutoGPTQ adds such ones)."""
+    """The bias [N] of module `name` in float32; None if it is absent or all zero, as those that AutoGPTQ adds."""
     tensor = f"{name}.bias"
     if tensor not in checkpoint:
         return None
@@ -114,7 +114,8 @@ def read_bias(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
 
 def require_finite(values: torch.Tensor, name: str) -> None:
     """Raises CheckpointError if a value of tensor `name` is NaN or infinite."""
-    # The extremes first (NaN is one): 20 times faster in float16 than asking every value, a third of loading a model.
+    # The extremes first (a NaN is one): in float16 20 times faster than asking every value, which took a third of the
+    # time of loading a model.
     if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         finite = torch.isfinite(values)
         position = (~finite).nonzero()[0].tolist()
@@ -159,12 +160,12 @@ def sequential_groups(in_features: int, group_size: int) -> torch.Tensor:
 
 
 def is_unset(g_idx: torch.Tensor, num_groups: int) -> bool:
-    """True where g_idx carries no information although there is more than one group."""
+    """True if g_idx carries no information although there is more than one group."""
     return bool((g_idx == -1).all()) or (num_groups > 1 and not bool(g_idx.any()))
 
 
 def sorted_groups(g_idx: torch.Tensor, num_groups: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(group_starts [G+1] int64, order [K] int32 or None where the rows are already sorted by group).
+    """(group_starts [G+1] int64, order [K] int32, or None if the rows are already sorted by group).
 
     g_idx: [K] int32 or int64.
 
@@ -175,7 +176,7 @@ def sorted_groups(g_idx: torch.Tensor, num_groups: int, name: str) -> tuple[torc
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise CheckpointError(
-            f"{name}: {int(wrong.sum())} of {g_idx.numel()} entries are no group (row {row}: {int(g_idx[row])}; "
+            f"{name}: {int(wrong.sum())} of {g_idx.numel()} entries name no group (row {row}: {int(g_idx[row])}; "
             f"0 to {num_groups - 1} are accepted): the file is damaged"
         )
     starts = torch.zeros(num_groups + 1, dtype=torch.int64)

@@ -1,9 +1,9 @@
-"""Shapes of a quantised linear's tensors, from the headers alone: checked against the settings, or the settings
-inferred from them (folders without a quantisation config).
+"""Shapes of a quantised linear's tensors, from the headers alone. They are checked against the settings; in a folder
+without a quantisation config the settings are inferred from them.
 
     qweight [K*bits/32, N] int32    qzeros [G, N*bits/32] int32    scales [G, N]    g_idx [K]    bias [N]
 
-Era 0 (10 March 2023) has `zeros` [N, 1] and scales [N, 1] instead, one group.
+The first files (10 March 2023) have one group, with `zeros` [N, 1] and `scales` [N, 1] instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BITS = tuple(sorted({*CONTINUOUS_BITS, *PLANES}))
 
 
 def has_premultiplied_zeros(checkpoint: Checkpoint, name: str) -> bool:
-    """True for the layout of era 0."""
+    """True for the layout of the first files (docs/formats.md, "Files of 2023")."""
     return f"{name}.zeros" in checkpoint and f"{name}.qzeros" not in checkpoint
 
 
@@ -31,7 +31,7 @@ def infer_settings(
     """Bits and group size of module `name` from its shapes; format and dialect from the template (default: v1).
 
     Raises:
-        CheckpointError: the shapes fit no bit width, or a group size cannot be told.
+        CheckpointError: the shapes fit no bit width, or not one group size.
     """
     qweight = checkpoint.info(f"{name}.qweight").shape
     words = qweight[0] if qweight else 0
@@ -54,7 +54,7 @@ def infer_settings(
 
 
 def _infer_group_size(name: str, in_features: int, num_groups: int) -> int:
-    """The group size that makes ceil(K / size) = G: a power of two where one does, else K / G, else a multiple of 8."""
+    """The group size that makes ceil(K / size) = G: a power of two if one does, else K / G, else a multiple of 8."""
     if num_groups == 1:
         return -1
     if 0 < num_groups <= in_features:
@@ -65,7 +65,7 @@ def _infer_group_size(name: str, in_features: int, num_groups: int) -> int:
         if powers or exact or len(eights) == 1:
             return (powers or exact or eights)[0]
     raise CheckpointError(
-        f"{name}.scales has {num_groups} groups for {in_features} inputs, from which the group size cannot be told: "
+        f"{name}.scales has {num_groups} groups for {in_features} inputs, which fits several group sizes or none: "
         "give bits and group_size in a quantize_config.json"
     )
 
@@ -104,7 +104,7 @@ def shape_problems(
 
 
 def tensor_problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> str | None:
-    """What is wrong with the shape or dtype of a tensor that is there, or None."""
+    """What is wrong with the shape or dtype of a tensor that exists; None if nothing is."""
     info = checkpoint.info(name)
     if info.shape != shape:
         return f"{name} has shape {list(info.shape)}, expected {list(shape)}"
@@ -114,7 +114,7 @@ def tensor_problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dt
 
 
 def _likely_cause(part: str, found: tuple[int, ...], in_features: int, settings: QuantSettings) -> str:
-    """What the numbers suggest, as the end of a message; empty where they suggest nothing."""
+    """What the numbers suggest, as the end of a message; empty if they suggest nothing."""
     if not found:
         return ""
     if part == "qweight":

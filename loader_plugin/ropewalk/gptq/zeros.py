@@ -1,6 +1,7 @@
 """Zero points: from what the writers stored to the true values, 0 to 2^bits - 1.
 
-v2 files (`gptq_v2`, planar) store the zero point, v1 files one less, in three dialects (format sheet, B.2):
+v2 files (`gptq_v2`, planar) store the zero point, v1 files one less, in three dialects (docs/formats.md, "Zero
+points"):
 
     GPTQModel, 2/4/8 bits   one subtraction of 0x..11 on the whole word, so a zero point 0 borrows from its neighbour:
                             the same constant is added back to the word before unpacking
@@ -8,9 +9,9 @@ v2 files (`gptq_v2`, planar) store the zero point, v1 files one less, in three d
                             2^bits - 1, which no quantiser can have meant
     AutoGPTQ with a 0       ORs an unmasked 0xFFFFFFFF into the word: the later zero points of that word are lost
 
-A symmetric file holds 2^(bits-1) throughout; where all of it matches the other version's pattern, the label is wrong
-(unlabelled v2 files of September 2023, several forks) and the data is believed.
-Era 0 (10 March 2023) has float `zeros` = zero point * scale instead.
+A symmetric file holds 2^(bits-1) throughout. If all of it matches the pattern of the other version, the label is wrong
+(unlabelled v2 files of September 2023, several forks), and the data is believed.
+The first files (10 March 2023) have float `zeros` = zero point * scale instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Warn = Callable[[str, str], None]  # kind of the quirk, message
 
 
 def is_planar(settings: QuantSettings) -> bool:
-    """True where codes are stored as bit planes: always for 5, 6 and 7 bits, for 3 only in `gptq_p`."""
+    """True if codes are stored as bit planes: always with 5, 6 and 7 bits, with 3 only in `gptq_p`."""
     return settings.bits in (5, 6, 7) or (settings.bits == 3 and settings.format == "gptq_p")
 
 
@@ -56,7 +57,7 @@ def read_packed_zeros(qzeros: torch.Tensor, settings: QuantSettings, name: str, 
 
 
 def _symmetric_zeros(qzeros: torch.Tensor, bits: int, plain: bool, name: str, warn: Warn) -> torch.Tensor | None:
-    """The constant zero points if every word is the symmetric pattern of v1 or of v2, else None."""
+    """The constant zero points if every word has the symmetric pattern of v1 or of v2, else None."""
     middle = 1 << (bits - 1)
     for stored, pattern_is_v2 in ((middle - 1, False), (middle, True)):
         if bool((qzeros.unflatten(1, (-1, block_words(bits))) == _constant_block(stored, bits)).all()):
@@ -72,14 +73,14 @@ def _symmetric_zeros(qzeros: torch.Tensor, bits: int, plain: bool, name: str, wa
 
 
 def _constant_block(code: int, bits: int) -> torch.Tensor:
-    """The words (as int32) of a block whose codes are all the same."""
+    """The words (as int32) of a block of equal codes."""
     stream = sum(code << (i * bits) for i in range(block_codes(bits)))
     words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(block_words(bits))]
     return torch.tensor([word - (1 << 32) if word >> 31 else word for word in words], dtype=torch.int32)
 
 
 def read_premultiplied_zeros(zeros: torch.Tensor, scales: torch.Tensor, bits: int, name: str) -> torch.Tensor:
-    """Era 0: zeros [N, 1] = zero point * scale, scales [N, 1] -> zero points [1, N] uint8.
+    """The first files: zeros [N, 1] = zero point * scale, scales [N, 1] -> zero points [1, N] uint8.
 
     Raises:
         CheckpointError: a quotient is not an integer from 0 to 2^bits - 1, beyond what rounding explains.

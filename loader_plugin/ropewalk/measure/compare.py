@@ -1,4 +1,4 @@
-"""Perplexity by context length under several RoPE scalings and adapters: why a scaling matters, as one table.
+"""Perplexity by context length under several RoPE scalings and adapters, as one table.
 
 The weights are loaded once. Every variant sees the same tokens, as `evaluate.perplexity` cuts them.
 """
@@ -18,7 +18,7 @@ from ropewalk.model.variants import Variant, open_variant
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The perplexity of a variant at each length; fewer rows than lengths where it was cancelled."""
+    """The perplexity of a variant at each length; fewer rows than lengths if it was cancelled."""
 
     name: str
     rope: str

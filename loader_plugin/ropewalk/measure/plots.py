@@ -1,7 +1,7 @@
-"""Plots of what `compare.py` and `retrieval.py` measure, with matplotlib (the extra "plots").
+"""Plots of what measure/compare.py and measure/retrieval.py find, with matplotlib (the extra "plots").
 
-Lines and letters are of a middle grey and the background is transparent, so that a plot can stand on a light or a dark
-page. Text stays text in an SVG, in the fonts of the reader.
+Lines and letters are mid-grey and the background is transparent, so that a plot fits a light and a dark page. Text
+in an SVG stays text, in the reader's fonts.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def svg_text(figure: Figure) -> str:
 
 
 def save_plot(figure: Figure, path: Path) -> None:
-    """Write it; the name's ending says in which format.
+    """Write it in the format that its name ends with.
 
     Raises:
         RequestError: another ending, or the file cannot be written.
@@ -114,7 +114,7 @@ def save_plot(figure: Figure, path: Path) -> None:
 
 
 def _figure() -> tuple[Figure, object]:
-    """An empty plot. Made without pyplot, whose figures live until they are closed and are not safe in threads."""
+    """An empty plot, made without pyplot, whose figures stay until they are closed and are not thread-safe."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

@@ -1,13 +1,13 @@
-"""Retrieval by depth and length: does the model find again what it read long ago?
+"""Retrieval by depth and length: does the model remember what it read long ago?
 
-A pass key is hidden in a text at some depth, the text is cut to some length, and its end begins the sentence again:
+A pass key is hidden at some depth of a text of some length, and the text ends with the beginning of the same sentence:
 
     filler ... The pass key is 71432. ... filler The pass key is    ->    71432 ?
 
 A token of the key counts as found if it is the most likely one after the tokens before it (the true ones, so that one
 mistake costs one token); a key is found if all of its tokens are, which is when greedy generation would write it. This
-is the passkey test of Mohtashami and Jaggi 2023 (arXiv:2305.16300), with the share of tokens beside it, in which small
-models show a slope where whole keys show nothing.
+is the passkey test of Mohtashami and Jaggi 2023 (arXiv:2305.16300). The share of tokens is reported beside it: with
+small models it shows a slope where the share of whole keys is zero throughout.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Probe:
 
     @property
     def length(self) -> int:
-        """Tokens that it takes besides the filler."""
+        """The number of tokens that it takes, without the filler."""
         return len(self.needle) + len(self.question) + len(self.answer)
 
 
@@ -77,7 +77,7 @@ def retrieval_map(
     """All cells, length by length. filler: token ids of a text, used from its start and repeated if it is short.
 
     progress: called with (cells done, all cells). cancelled: asked between the steps of the model; the cells finished
-    so far are returned. What two trials have in common is computed once.
+    so far are returned. What consecutive trials have in common is computed once.
 
     Raises:
         RequestError: no filler, lengths, depths or probes; a depth outside of 0 to 1; a length beyond the model's
@@ -110,7 +110,7 @@ def cells_csv(cells: Sequence[RetrievalCell]) -> str:
 
 
 def _probe(tokenizer: Tokenizer, key: str) -> Probe:
-    """The key's tokens are those that it has after the question, which a tokenizer may join to the word before."""
+    """The tokens of the key are those after the question, whose last word a tokenizer may join with the key."""
     question = tokenizer.encode(QUESTION, add_bos=False)
     whole = tokenizer.encode(QUESTION + key, add_bos=False)
     common = next((i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), len(question))

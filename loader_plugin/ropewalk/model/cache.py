@@ -1,9 +1,9 @@
-"""The key/value cache of one sequence: which tokens it holds, and what computed their keys and values.
+"""The key/value cache of one sequence: which tokens it holds, and how their keys and values were computed.
 
 The backend owns the memory and its layout; this module counts positions. It also remembers, span by span, the origin
-of keys and values: the frequencies that keys were rotated with (RoPE methods that depend on the length, dynamic NTK and
-longrope, choose them by the length that a whole call reaches) and the adapters that were in use. Spans of one cache can
-differ, and a prefix can be used again only as far as its origin is that of the new call.
+of keys and values: the adapters in use, and the frequencies that rotated the keys (RoPE methods that depend on the
+length, dynamic NTK and longrope, choose them by the length that the whole call reaches). The spans of a cache can
+differ; a prefix is reused only up to the first span whose origin is not that of the new call.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KvCache:
         self, owner: object, stores: Sequence[KvStore], capacity: int, layer_order: LayerOrder | None = None
     ) -> None:
         self.owner = owner
-        self.layer_order = layer_order  # whose instances the stores belong to, one each
+        self.layer_order = layer_order  # each of its instances has one store
         self.stores = tuple(stores)
         self.capacity = capacity
         self._token_ids: list[int] = []
@@ -69,7 +69,7 @@ class KvCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory set aside; the system hands it out as positions are filled."""
+        """Memory reserved; the system provides it as positions are filled."""
         return sum(store.num_bytes for store in self.stores)
 
     def truncate(self, length: int) -> None:
@@ -98,7 +98,7 @@ class KvCache:
 
 
 def cache_bytes(config: ModelConfig, num_instances: int, length: int, cache_type: str) -> int:
-    """Memory of keys and values of `length` positions, for planning before anything is allocated."""
+    """Memory of keys and values of `length` positions, known before anything is allocated."""
     per_position = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_type].itemsize
     return per_position * num_instances * length
 
@@ -106,10 +106,10 @@ def cache_bytes(config: ModelConfig, num_instances: int, length: int, cache_type
 def new_stores(
     backend: Backend, config: ModelConfig, num_instances: int, capacity: int, cache_type: str
 ) -> list[KvStore]:
-    """One store per layer instance. Memory is used up as positions are filled, so more than is free now only warns.
+    """One store per layer instance. Memory is taken as positions are filled, so more than is free now only warns.
 
     Raises:
-        ConfigError: the memory does not exist; says how much it would take and how many positions would fit.
+        ConfigError: the machine does not have the memory; says how much is needed and how many positions would fit.
     """
     needed = cache_bytes(config, num_instances, capacity, cache_type)
     on_cpu = backend.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""What loading a folder would give, found from configuration files and tensor headers alone: no weight is read."""
+"""What loading a folder would give, from configuration files and tensor headers alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModelInfo:
     cache_bytes: Mapping[int, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; cache lengths become text keys as JSON has no others."""
+        """Plain data; cache lengths become strings, since JSON has no other keys."""
         return {**asdict(self), "cache_bytes": {str(length): size for length, size in self.cache_bytes.items()}}
 
     def describe(self) -> str:
@@ -170,7 +170,7 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_type: str)
 def _linears(
     config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint
 ) -> tuple[dict[str, int], QuantSettings | None]:
-    """How many linears are stored in which way, and the settings of the first quantised one."""
+    """The number of linears by the way they are stored, and the settings of the first quantised one."""
     size = config.sizes
     entries = FAMILIES[config.family].linears
     modules = [

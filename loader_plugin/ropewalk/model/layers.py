@@ -17,9 +17,9 @@ from ropewalk.backends.protocol import Backend, KvStore, PackedLinear
 from ropewalk.config.model import ModelConfig
 from ropewalk.weights.read import LayerWeights
 
-# Rows of a chunk that go through a layer together. Fresh memory costs as much as it takes to compute its contents, and
-# the inner activations are wide (2 * I floats a row: 90 MB for 2048 rows of a 1.1B model): a block of this size stays
-# in memory that the allocator gives back at once, and in part in cache.
+# Rows of a chunk that go through a layer together. Fresh memory costs as much as computing its contents, and the inner
+# activations are wide (2 * I floats a row: 90 MB for 2048 rows of a 1.1B model). A block of this size stays in memory
+# that the allocator reuses at once, and partly in cache.
 BLOCK_ROWS = 256
 
 

@@ -44,7 +44,7 @@ INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"
 class ModelWeights:
     """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V.
 
-    layers: those of the model, then those of the second model, if there is one.
+    layers: those of the model, followed by those of the second model, if any.
     """
 
     embeddings: torch.Tensor
@@ -63,7 +63,7 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model was loaded for: the longest sequence, the chunk of a prefill, the dtype of keys and values."""
+    """What a model was loaded for: the longest sequence, the chunk size of a prefill, the dtype of keys and values."""
 
     max_seq_len: int
     max_input_len: int
@@ -128,12 +128,12 @@ class Model:
         """Load a LoRA (a PEFT folder) beside the model, for the requests that name it.
 
         rope_scaling: the RoPE scaling that the adapter was trained for, as in config.json (default: what its
-            adapter_config.json notes under this key). One that differs from the model's is warned about, not applied.
+            adapter_config.json has under this key). One that differs from the model's gives a warning, no more.
 
         Raises:
             RequestError: the name is taken. CheckpointError: no adapter, a damaged one, or one for another model.
             ConfigError: a setting is wrong. UnsupportedError: a kind of adapter that is not implemented.
-            The model and its other adapters can be used further.
+            In each case the model and its other adapters stay usable.
         """
         self._adapters.check_new_name(name)
         if not isinstance(folder, (str, Path)):
@@ -145,18 +145,18 @@ class Model:
         self._adapters.add(name, adapter)
 
     def adapter_key(self, adapters: Request | None) -> AdapterKey:
-        """What tells a weighted set of loaded adapters from others: equal keys compute equal things.
+        """The identity of a weighted set of loaded adapters: equal keys give equal results.
 
         Raises:
-            RequestError: not such a set, or a name that is not loaded.
+            RequestError: not a set of adapters, or a name that is not loaded.
         """
         return self._adapters.key(adapters)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. What it computed stays in caches, and is not used again.
+        """Forget an adapter. What it computed stays in caches but is not used again.
 
         Raises:
-            RequestError: there is none of that name.
+            RequestError: no adapter of that name is loaded.
         """
         self._adapters.remove(name)
 
@@ -175,14 +175,14 @@ class Model:
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory that keys and values of `length` positions take."""
+        """Memory of the keys and values of `length` positions."""
         return cache_bytes(self.config, len(self.instances), length, self.cache_type)
 
     def new_cache(self, max_seq_len: int | None = None) -> KvCache:
         """An empty cache for at most `max_seq_len` positions (default: what the model was loaded for).
 
         Raises:
-            ConfigError: not a positive integer, more than the model was loaded for, or more than there is memory for.
+            ConfigError: not a positive integer, more than the model was loaded for, or more than fits into memory.
         """
         capacity = self.max_seq_len if max_seq_len is None else max_seq_len
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
@@ -196,7 +196,7 @@ class Model:
         return KvCache(self, stores, capacity, self.layer_order)
 
     def accepts(self, cache: KvCache) -> bool:
-        """True if `cache` was made by this model under the layer order that it has now."""
+        """True if `cache` was made by this model under its present layer order."""
         return isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
 
     def reusable_prefix(
@@ -205,14 +205,14 @@ class Model:
         token_ids: Sequence[int] | np.ndarray | torch.Tensor,
         adapters: Request | None = None,
     ) -> int:
-        """How many leading positions of `cache` a call with `token_ids` can keep, with the result of a fresh call.
+        """How many leading positions of `cache` a call with `token_ids` can keep and give the result of a fresh call.
 
-        At most len(token_ids) - 1, because the last token must be run to have its logits. Positions whose keys were
-        rotated for another length (dynamic NTK, longrope) or computed with other adapters are not reusable. Truncate
-        the cache to the answer, then call `forward` with the remaining ids.
+        At most len(token_ids) - 1: the last token must be run for its logits. Positions whose keys were rotated for
+        another length (dynamic NTK, longrope), or computed with other adapters, cannot be kept. Truncate the cache to
+        the result, then call `forward` with the remaining ids.
 
         Raises:
-            RequestError: as `forward`, except that nothing is said about length.
+            RequestError: as `forward`, except that any number of ids is accepted.
         """
         self._check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
@@ -233,12 +233,12 @@ class Model:
         token_ids: [T] integers, appended at position `cache.length`.
         logits: "last" -> [1, V], "all" -> [T, V], "none" -> None; float32, on the device of the backend.
         progress: called with (tokens done, T) after every layer; a chunk counts in equal parts per layer.
-        cancelled: asked before every layer; once it says True, forward returns None. The cache then holds the chunks
-            that were complete, and can be used further.
-        seq_len: the length that later calls will reach, where one sequence is handed over in several: RoPE methods that
-            depend on the length then take it from the start (default: the length that this call reaches).
-        adapters: loaded adapters with their weights and, where they are not for every layer, the layer instances:
-            [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see `adapter_request`).
+        cancelled: asked before every layer; once it returns True, forward returns None. The cache then holds the
+            complete chunks and stays usable.
+        seq_len: the length that later calls will reach, if one sequence is passed in several calls: RoPE methods that
+            depend on the length then use it from the start (default: the length that this call reaches).
+        adapters: loaded adapters with their weights and, if they are not for every layer, their layer instances:
+            [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see adapters/request.py).
 
         Raises:
             RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
@@ -375,7 +375,7 @@ def checked_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """Where a chunk stands within its call, for the two callbacks."""
+    """The place of a chunk within its call, for the two callbacks."""
 
     first: int
     chunk_tokens: int

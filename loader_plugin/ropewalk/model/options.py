@@ -35,9 +35,9 @@ class LoadOptions:
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
     layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
-        Default: the key `layer_order` of config.json, else each layer once. Weights are shared, every use has its own
+        Default: the key `layer_order` of config.json, else each layer once. Uses share weights, and each has its own
         cache.
-    recompute_n_layers, rewind_n_layers: instead of an order: run so many layers, go back by so many, and so on.
+    recompute_n_layers, rewind_n_layers: instead of an order: run this many layers, go back by this many, and repeat.
     second_folder: a model of equal shapes whose layers an order names as "b:"; embeddings and head are the first's.
 
     Raises:

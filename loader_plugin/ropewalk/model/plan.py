@@ -19,7 +19,7 @@ from ropewalk.rope.rope import Rope, resolve_rope
 
 logger = logging.getLogger(__name__)
 
-# What a layer takes for granted. The vocabulary may differ: embeddings and head are the first model's.
+# What both models must have in common. The vocabulary may differ: embeddings and head are the first model's.
 SAME = (
     *("family", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps"),
     *("qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
@@ -28,7 +28,7 @@ SAME = (
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """The declarations of a folder, read together with the options in their place."""
+    """What the files of a folder declare, with the options that replace some of it."""
 
     config: ModelConfig
     quant: QuantConfig | None
@@ -64,7 +64,7 @@ def plan_loading(folder: Path, options: LoadOptions | None = None) -> LoadPlan:
 def load_second_config(folder: Any, config: ModelConfig) -> ModelConfig:
     """The configuration of the second model, checked against the first model's.
 
-    A RoPE that differs is only warned about: the first model's rotates all queries and keys.
+    A different RoPE is only a warning: the first model's rotates all queries and keys.
 
     Raises:
         ConfigError: its layers have other shapes, or as `load_model_config`. UnsupportedError: likewise.

@@ -19,7 +19,7 @@ from ropewalk.rope.spellings import BY_FACTOR
 
 AS_LOADED = "as loaded"
 SCALINGS = ("none", *BY_FACTOR)
-# Each chunk of a prompt gives way to other users of the threads only between its operations, so it is kept short.
+# A chunk of a prompt gives way to other users of the threads only between its operations, so chunks are kept short.
 MAX_CHUNK = 512
 
 
@@ -38,10 +38,10 @@ def variant_model(
     max_seq_len: int | None = None,
     layer_order: str | Sequence[int] | LayerOrder | None = None,
 ) -> Model:
-    """The weights of `model` under another RoPE, context length or layer order; what is not given stays.
+    """The weights of `model` under another RoPE, context length or layer order; whatever is not given stays.
 
     Raises:
-        ConfigError: as `layer_order.choose_layer_order`.
+        ConfigError: as `choose_layer_order`.
     """
     order = model.layer_order
     if layer_order is not None:
@@ -66,7 +66,7 @@ def scaling_variant(model: Model, name: str, factor: float) -> Variant:
 
 
 def adapter_variant(model: Model, name: str, folder: Path) -> Variant:
-    """A LoRA with the RoPE scaling that it notes; without a note, with that of the model.
+    """A LoRA under the RoPE scaling that it declares; if it declares none, under that of the model.
 
     Raises:
         Errors of `Model.load_adapter`.

@@ -8,7 +8,8 @@ Precedence, as in transformers 5.23 (modeling_rope_utils.py):
 Beyond transformers, for llama models without any scaling: a top-level `original_max_position_embeddings` means
 NTK-by-parts with factor max // original (bhenrym14's Airophin models), and an `auto_map` to `modelling_llama` with more
 than 2048 positions means linear scaling by max / 2048 (SuperHOT models).
-What other readers ignore in silence, or read differently from each other, is refused or gives a warning, by name.
+Whatever other readers silently ignore, or read in different ways, is refused by name or gives a warning.
+docs/formats.md, "RoPE scaling", has all of this in tables.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_THETA = 10000.0
 LLAMA1_POSITIONS = 2048  # what the models that SuperHOT extended were trained with
-# Far outside of what is in use (theta up to 1e11, alpha up to 1000), and free of overflow in float64.
+# Far beyond what is in use (theta up to 1e11, alpha up to 1000), and safe from overflow in float64.
 MAX_THETA = 1e15
 
 
 @dataclass(frozen=True, slots=True)
 class RopeDecision:
-    """What was read."""
+    """The scaling in force, and what decided it."""
 
     method: RopeMethod
     theta: float
@@ -56,10 +57,10 @@ class RopeDecision:
 
 @dataclass(frozen=True, slots=True)
 class RopeFacts:
-    """config.json around its scaling object, or around the argument in its place."""
+    """The scaling object of config.json, or the argument in its place, with the facts around it."""
 
     top: Section
-    own: Section  # rope_scaling or rope_parameters of config.json; empty where there is neither
+    own: Section  # rope_scaling or rope_parameters of config.json; empty if there is neither
     argument: Section | None  # the argument rope_scaling
     head_dim: int
     max_positions: int
@@ -71,7 +72,7 @@ class RopeFacts:
         return self.argument or self.own
 
     def holder(self, key: str) -> Section:
-        """Where a key that may stand inside an object or at the top level is read from."""
+        """The object that a key is read from, if it may be inside the scaling object or at the top level."""
         order = (self.argument, self.own) if self.argument else (self.own,)
         return next((section for section in order if section.has(key)), self.top)
 
@@ -79,7 +80,7 @@ class RopeFacts:
         return self.holder("rope_theta").optional_number("rope_theta", 1.0, MAX_THETA, DEFAULT_THETA, above=True)
 
     def original(self) -> int | None:
-        """The declared original length. In config.json the top level comes first; an argument comes before that."""
+        """The declared original length: in an argument, else at the top level of config.json, else in its object."""
         order = (self.argument, self.top, self.own) if self.argument else (self.top, self.own)
         found = [(section, section.integer(ORIGINAL, 2, MAX_POSITIONS)) for section in order if section.has(ORIGINAL)]
         if len(found) > 1 and not self.argument and found[0][1] != found[1][1]:
@@ -94,7 +95,7 @@ class RopeFacts:
         return found[0][1] if found else None
 
     def rotary_dim(self) -> int:
-        """R: the part of the head that partial_rotary_factor leaves to be rotated."""
+        """R: how many features of a head are rotated, by partial_rotary_factor."""
         section = self.holder("partial_rotary_factor")
         part = section.optional_number("partial_rotary_factor", 0.0, 1.0, 1.0, above=True)
         rotary_dim = int(self.head_dim * part)
@@ -134,7 +135,7 @@ def read_facts(config: Mapping[str, Any], source: str, argument: Mapping[str, An
 
 
 def decide(facts: RopeFacts) -> RopeDecision:
-    """The scaling that the object in force names, or that config.json implies where there is none.
+    """The scaling that the object in force names; without one, the scaling that config.json implies.
 
     Raises:
         ConfigError: a key has the wrong type, is out of range, missing, or contradicts another.
@@ -187,7 +188,7 @@ def decide_by_knobs(facts: RopeFacts, compress_pos_emb: float | None, alpha_valu
 def _decision(
     facts: RopeFacts, method: RopeMethod, rotary_dim: int, length: int, covers: int | None, decided_by: str
 ) -> RopeDecision:
-    # These raise theta to the power R / (R - 2).
+    # These multiply theta by alpha ** (R / (R - 2)).
     if rotary_dim < 4 and ("ntk" in method.name or isinstance(method, DynamicNtkScaling)):
         raise ConfigError(
             f"{facts.top.source}: {method.name} scaling needs at least 4 rotated features, found {rotary_dim}"
@@ -198,13 +199,13 @@ def _decision(
 def _covers(method: RopeMethod, rope: RopeObject, by_config: bool) -> int | None:
     """How many positions a method named by an object was made for.
 
-    Where config.json declares an original length, its max_position_embeddings is the extended one, and the larger of
-    that and factor * original counts; llama3 and longrope models are trained at just max_position_embeddings.
+    If config.json declares an original length, its max_position_embeddings is the extended length, and the larger of
+    that and factor * original counts. llama3 and longrope models are trained at exactly max_position_embeddings.
     """
     if method.name.startswith("dynamic"):
         return None
     if isinstance(method, NoScaling) or (by_config and rope.section.has("alpha")):
-        return rope.max_positions  # a config.json with alpha is of a model trained with it (Hunyuan)
+        return rope.max_positions  # a model whose config.json has alpha was trained with it (Hunyuan)
     scaled = _positions(rope.length * (method.alpha if isinstance(method, NtkScaling) else method.factor))
     if not by_config or rope.original is None:
         return scaled

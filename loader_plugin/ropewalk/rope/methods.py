@@ -1,8 +1,8 @@
 """The methods of RoPE scaling: each is a small frozen record that gives inverse frequencies and an attention scale.
 
 Plain RoPE turns feature pair i of a head by pos * inv[i], with inv[i] = theta ** (-2 i / R) for R rotated features
-(Su et al. 2021, arXiv:2104.09864, section 3.2.2). A scaling method changes inv, and some multiply cos and sin by an
-attention scale. All of it is computed in float64.
+(Su et al. 2021, arXiv:2104.09864, section 3.2.2). A scaling method changes inv, and some also multiply cos and sin by
+an attention scale. Everything is computed in float64.
 
 Every method has `frequencies(theta, rotary_dim, seq_len)`:
     theta: the base, above 1; rotary_dim: R, even; seq_len: the length that the whole call reaches (methods that do not
@@ -84,12 +84,12 @@ class DynamicNtkScaling:
 
 @dataclass(frozen=True, slots=True)
 class NtkByPartsScaling:
-    """Plain for fast pairs, NTK-aware for middle ones, linear for slow ones, with ramps between them.
+    """Plain for fast pairs, NTK-aware for middle pairs, linear for slow pairs, with ramps between them.
 
     With turns(i) = original * inv[i] / 2 pi: plain above 16 turns, down to 2 a blend of plain and the rest; of the
     rest, NTK-aware above 1.25 turns, linear below 0.75. The constants are those of bhenrym14's Airophin models (their
-    training patch in qlora-airoboros-longcontext). Its first version measured turns over the extended length: give
-    that length as `original`, and the same factor, to have it.
+    training patch in qlora-airoboros-longcontext). The first version of that patch measured turns over the extended
+    length: to get it, give that length as `original`, with the same factor.
     """
 
     factor: float
@@ -145,8 +145,8 @@ class YarnScaling:
 class DynamicScaling:
     """Another method with factor n / original for a length n beyond `start`, and start / original up to it.
 
-    The "Dynamic" classes of jquesnelle/yarn: start is the original length for a model that was not fine-tuned (so it is
-    plain RoPE there), and the extended one for a model that was.
+    The "Dynamic" classes of jquesnelle/yarn: for a model that was not fine-tuned, start is the original length (up to
+    which it is plain RoPE); for one that was, it is the extended length.
     """
 
     inner: LinearScaling | NtkByPartsScaling | YarnScaling  # its factor is not used
@@ -214,7 +214,7 @@ class LongRopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ProportionalScaling:
-    """The first `proportion` of the pairs turns, by inv / factor; the others stand still (Gemma-type models)."""
+    """The first `proportion` of the pairs turns by inv / factor, the others stand still (Gemma-type models)."""
 
     proportion: float
     factor: float
@@ -265,5 +265,5 @@ def _ramp(
     low, high = (math.floor(ends[0]), math.ceil(ends[1])) if truncate else ends
     low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
-        high += 0.001  # a step; as in the reference code, so that pair `low` itself stays plain
+        high += 0.001  # a step, as in the reference code: pair `low` itself stays plain
     return np.clip((np.arange(rotary_dim // 2, dtype=np.float64) - low) / (high - low), 0.0, 1.0)

@@ -2,7 +2,7 @@
 
     config.json, arguments -> resolve_rope -> Rope -> inverse_frequencies(seq_len), rotation_tables(start, end, seq_len)
 
-How each method is computed is in rope_methods.py, how it is spelled in rope_spellings.py and rope_config.py.
+rope/methods.py computes each method, rope/spellings.py reads its object, rope/decision.py chooses among the sources.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Rope:
     original_length: int  # positions before the context was extended
     covers: int | None  # positions that the method was made for; None: any number
     decided_by: str  # which key of which file, or which argument
-    default_length: int  # positions to make room for when nobody says: as declared, or as far as an argument reaches
+    default_length: int  # positions if nobody names a length: as declared, or as far as an argument reaches
 
     @property
     def depends_on_length(self) -> bool:
-        """True if the frequencies differ between sequence lengths, so that a longer call turns all its keys anew."""
+        """True if the frequencies depend on the sequence length, so that a longer call rotates all its keys anew."""
         return self.method.depends_on_length
 
     def inverse_frequencies(self, seq_len: int) -> tuple[np.ndarray, float]:
@@ -123,8 +123,8 @@ def resolve_rope(
     decision = decide_by_knobs(facts, factor, alpha) if by_knobs else decide(facts)
     declared = facts.max_positions
     reach = decision.covers or declared
-    # A config.json with a factor may name the longer or the original length as max_position_embeddings; what it names
-    # is safe to take. Whoever gives an argument wants what it reaches.
+    # In a config.json with a factor, max_position_embeddings may be the extended or the original length; either is safe
+    # to take. An argument, however, is given for the length that it reaches.
     default_length = reach if by_knobs or rope_scaling is not None else min(reach, declared)
     rope = _rope(decision, theta, default_length)
     if seq_len is not None:

@@ -1,7 +1,8 @@
 """The objects that name a RoPE scaling ({"rope_type": "yarn", "factor": 4, ...}): one reader per rope type.
 
-`METHODS` is the list of types with the keys of each. An object comes from config.json (`rope_scaling` or
-`rope_parameters`) or from the argument `rope_scaling`; rope_config.py finds it and the facts around it.
+`METHODS` lists the types with the keys of each (docs/formats.md, "The scaling object"). An object comes from
+config.json (`rope_scaling` or `rope_parameters`) or from the argument `rope_scaling`; rope/decision.py finds it and the
+facts around it.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ from ropewalk.rope.methods import (
 logger = logging.getLogger(__name__)
 
 ORIGINAL = "original_max_position_embeddings"
-# Far outside of what is in use (factors 1 to 64, alpha up to 1000), and free of overflow in float64.
+# Far beyond what is in use (factors 1 to 64, alpha up to 1000), and safe from overflow in float64.
 MIN_FACTOR, MAX_FACTOR = 0.01, 1e6
 
 # mrope is plain RoPE for text: its sections tell image positions apart.
 TYPE_ALIASES = MappingProxyType({"su": "longrope", "mrope": "default"})
 COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", ORIGINAL)
-# Keys that change the result, which we do not implement; any other unknown key gives a warning.
+# Keys that change the result and are not implemented; any other unknown key gives a warning.
 REFUSED_KEYS = ("short_mscale", "long_mscale", "llama_4_scaling_beta")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeObject:
-    """A scaling object with the facts around it that its meaning depends on."""
+    """A scaling object, and the facts that its meaning depends on."""
 
     section: Section
     original: int | None  # the declared original length
-    max_positions: int  # max_position_embeddings, which is the original length where none is declared
+    max_positions: int  # max_position_embeddings: the original length if none is declared
 
     @property
     def length(self) -> int:
@@ -107,7 +108,7 @@ class RopeObject:
         return reader(self, rotary_dim)
 
     def factor(self) -> float:
-        """The required `factor`; where it is missing, max_position_embeddings / the declared original length."""
+        """The required `factor`; if it is missing, max_position_embeddings / the declared original length."""
         if self.section.has("factor"):
             return self.section.number("factor", MIN_FACTOR, MAX_FACTOR)
         if self.original is None or self.original >= self.max_positions:
@@ -189,7 +190,7 @@ def _yarn_with(rope: RopeObject, factor: float) -> YarnScaling:
 
 
 def _turns(section: Section, key: str, default: float) -> float:
-    """beta_fast or beta_slow, for which zero means "the default" in transformers."""
+    """beta_fast or beta_slow; zero means "the default", as in transformers."""
     given = section.optional_number(key, 0.0, MAX_FACTOR, 0.0)
     return section.number(key, MIN_FACTOR, MAX_FACTOR) if given else default
 
@@ -207,7 +208,7 @@ def _dynamic_yarn(rope: RopeObject, rotary_dim: int) -> DynamicScaling:
 
 
 def _growing(rope: RopeObject, inner: LinearScaling | NtkByPartsScaling | YarnScaling) -> DynamicScaling:
-    """A fine-tuned model is scaled to its extended length from the start; any other is plain up to its original one."""
+    """A fine-tuned model is scaled to its extended length at once; any other is plain up to its original length."""
     start = rope.max_positions if rope.section.boolean("finetuned", False) else rope.length
     return DynamicScaling(inner, rope.length, max(start, rope.length))
 

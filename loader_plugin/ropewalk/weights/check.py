@@ -20,7 +20,7 @@ from ropewalk.gptq.shapes import FLOATS, infer_settings, shape_problems, tensor_
 
 MAX_LISTED = 20
 
-# Buffers that tools saved along with the weights. All can be computed, or belong to a loader (TGI's scalars).
+# Buffers that tools saved along with the weights: they can be computed, or belong to a loader (TGI's scalars).
 IGNORED = re.compile(
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias|.*\.wf(_unsqueeze_.*)?|"
     r"gptq_(bits|groupsize|sym|desc_act)"
@@ -47,7 +47,7 @@ def check_tensors(config: ModelConfig, quant: QuantConfig | None, checkpoint: Ch
 
 
 def settings_of(quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in_features: int) -> QuantSettings:
-    """How quantised module `name` is stored: as declared, or inferred from its shapes where nothing is declared for it.
+    """How quantised module `name` is stored: as declared, or inferred from its shapes if nothing is declared for it.
 
     Raises:
         CheckpointError: the shapes allow no inference.
@@ -55,7 +55,7 @@ def settings_of(quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in
     if quant is None or not quant.declared:
         return infer_settings(checkpoint, name, in_features)
     settings = quant.for_module(name)
-    # A module that the rules leave dense, yet stored quantised (lm_head without its flag): format as everywhere else.
+    # Stored quantised although the rules say dense (lm_head without its flag): the format is that of the other modules.
     return settings or infer_settings(checkpoint, name, in_features, quant.default)
 
 

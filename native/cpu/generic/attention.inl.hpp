@@ -151,7 +151,7 @@ void weigh_block(const float* p, const float* correction, const typename KvEleme
   }
 }
 
-// Below every score that counts: the running maximum of a row that has seen none.
+// Below every score that counts: the running maximum of a row that has seen no key.
 static constexpr float kNoScore = -3.0e38f;
 
 // scores -> exp(score - largest), masked; updates the running maximum, sum and correction of one row.
@@ -290,7 +290,7 @@ void store_outputs(const AttendArgs& a, const AttendTile& tile, int64_t head) {
     const int64_t token = (tile.first_row + row) / tile.group;
     const int64_t query_head = head * tile.group + (tile.first_row + row) % tile.group;
     float* out = a.out + (token * a.num_query_heads + query_head) * d_size;
-    // Minus infinity for every score (an infinite query or key) is no attention at all: NaN, as softmax has it.
+    // If every score is minus infinity (an infinite query or key), the result is NaN, as with softmax.
     const auto inverse = V::broadcast(tile.largest[row] > kNoScore ? 1.0f / tile.sum[row] : __builtin_nanf(""));
     for (int64_t d = 0; d < d_size; d += kLanes) {
       const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;

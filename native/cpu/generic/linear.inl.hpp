@@ -120,7 +120,7 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
 template <class V, int kBits>
 void gptq_int8_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                     int64_t tile_end) {
-  if (row_end - row_begin == 1) {  // decoding: one stream of codes is what the memory likes best
+  if (row_end - row_begin == 1) {  // decoding: one stream of codes is read fastest
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) gptq_int8_block<V, kBits, 1, 1>(a, row_begin, tile);
     return;
   }

@@ -1,4 +1,4 @@
-// A low-rank change: the product with A, and the product with B that is added to the output of a linear while that lies
+// A low-rank change: the product with A, and the product with B that is added to the output of a linear while that is
 // in cache.
 //
 // Bit reproducibility: the product with A walks K in steps of 16 with one accumulator for each rank and adds its lanes in
@@ -9,7 +9,7 @@
 
 namespace ropewalk {
 
-// Bytes from what is being read to what is asked for.
+// Bytes between what is being read and what is prefetched.
 static constexpr int64_t kPrefetchBytes = 4096;
 
 // 16 elements from `index` on, without their scale.

@@ -1,8 +1,8 @@
 // Repacking of checkpoint words into 16-column tiles (layout: native/README.md, "Packed GPTQ tiles").
 //
-// A model is packed once, but while somebody waits.  A panel of kPackColumns columns is brought into cache as rows of
-// words that each hold whole codes; then every row of a tile is a shift and a mask of 16 lanes, whatever its place in
-// the order.
+// A model is packed only once, but somebody is waiting for it.  A panel of kPackColumns columns is brought into cache as
+// rows of words that each hold whole codes; then every row of a tile is a shift and a mask of 16 lanes, whatever its
+// place in the order.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
@@ -48,7 +48,7 @@ void read_codes(const PackArgs& a, const uint32_t* words, int64_t stride, int64_
   }
 }
 
-// Where the codes of one input feature lie: 16 lanes of `words`, shifted.
+// Where the codes of one input feature are: 16 lanes of `words`, shifted.
 struct CodeRow {
   const uint32_t* words;
   uint32_t shift;

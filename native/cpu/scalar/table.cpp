@@ -91,7 +91,7 @@ struct Verbs {
   static F32 abs(F32 a) { return each([&](int i) { return a.lane[i] < 0.0f ? -a.lane[i] : a.lane[i]; }); }
   static F32 fma(F32 a, F32 b, F32 c) { return add(mul(a, b), c); }
   static F32 fnma(F32 a, F32 b, F32 c) { return sub(c, mul(a, b)); }
-  // |a| < 2^22: adding and taking away 1.5 * 2^23 rounds to nearest even.
+  // |a| < 2^22: adding and subtracting 1.5 * 2^23 rounds to nearest even.
   static F32 round(F32 a) { return each([&](int i) { return (a.lane[i] + 12582912.0f) - 12582912.0f; }); }
   static F32 mul_pow2(F32 a, F32 n) {
     return each([&](int i) {

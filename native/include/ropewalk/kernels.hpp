@@ -4,7 +4,7 @@
 //
 // Letters: T rows (new tokens), K input features, N output features, G groups, Hq/Hkv query and key/value heads,
 // D head size, R rotated dims of a head.  All pointers of one call refer to memory that does not overlap, except where
-// `inplace` is said.  Kernels are noexcept and trust their arguments: bindings/ has checked them.
+// `inplace` is noted.  Kernels are noexcept and trust their arguments: bindings/ has checked them.
 #pragma once
 
 #include <cstddef>

@@ -19,7 +19,7 @@ std::vector<const KernelTable*> available_tables();
 // The best table, or the one named. Throws std::invalid_argument listing what there is.
 const KernelTable& choose_table(const std::string& isa);
 
-// Memory that starts on a cache line; large pieces ask for huge pages, which decoding a model out of RAM likes.
+// Memory that starts on a cache line; large pieces ask for huge pages, which make decoding from RAM faster.
 class AlignedBytes {
  public:
   AlignedBytes() = default;
@@ -40,8 +40,8 @@ class AlignedBytes {
   int64_t size_ = 0;
 };
 
-// Large results that are not needed any more, kept for the next ones: a prefill lets go of tens of megabytes with every
-// operation, and to be given fresh pages by the system costs more than filling them.
+// Large results that are no longer needed, kept for the next ones: a prefill frees tens of megabytes with every
+// operation, and getting fresh pages from the system costs more than filling them.
 class SpareMemory {
  public:
   SpareMemory() { spare_.reserve(kMostBlocks + 1); }
@@ -54,7 +54,7 @@ class SpareMemory {
   static constexpr size_t kMostBlocks = 16;
   static constexpr int64_t kMostBytes = int64_t{128} << 20;
 
-  std::mutex mutex_;  // Python may let go of a result in any thread
+  std::mutex mutex_;  // Python may free a result in any thread
   std::vector<AlignedBytes> spare_;  // oldest first
   int64_t num_bytes_ = 0;
 };

@@ -1,5 +1,5 @@
-// The kernel tables there are, one per instruction set.  Each lives in a file compiled with its own flags; calling a
-// kernel of a table that the machine does not support is undefined, asking for the table is not.
+// All kernel tables, one per instruction set.  Each is in a file compiled with its own flags.  Calling a kernel that
+// the machine does not support is undefined; asking for its table is not.
 #pragma once
 
 #include "ropewalk/kernels.hpp"

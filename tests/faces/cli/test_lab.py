@@ -1,4 +1,4 @@
-"""cli_lab.py and cli_demo.py: the commands compare, retrieval and demo."""
+"""faces/cli/lab.py and faces/cli/demo.py: the commands compare, retrieval and demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""server/requests.py, server/model_names.py: what a request means, without a network."""
+"""faces/server/requests.py, model_names.py: what a request means, without a network."""
 
 from __future__ import annotations
 

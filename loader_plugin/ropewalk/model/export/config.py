@@ -1,8 +1,8 @@
-"""The JSON files of a checkpoint whose layers were written out in a new order: per-layer facts follow their layers.
+"""The JSON files of a checkpoint whose layers were written out in a new order: facts about a layer follow the layer.
 
-What a layer is named decides two things: its attention window (`layer_types`, `max_window_layers`) and its quantisation
-(the regular expressions of `dynamic`, the names of `extra_config`). Where the old rules would say something else of a
-layer under its new name, exact rules for that name are put before them.
+The name of a layer decides two things: its attention window (`layer_types`, `max_window_layers`) and its quantisation
+(the regular expressions of `dynamic`, the names of `extra_config`). If the old rules say something else of the new name
+of a layer, exact rules for that name are put before them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def exported_files(sources: Mapping[str, SourceModel], order: LayerOrder) -> dic
     sources: the model "a" and, where the order uses it, the second model "b".
 
     Raises:
-        UnsupportedError: one checkpoint cannot say what the two models say.
+        UnsupportedError: one checkpoint cannot declare what the two models declare.
     """
     first = sources["a"]
     files = {CONFIG: _config(sources, order)}
@@ -121,7 +121,7 @@ def _check_second_quant(sources: Mapping[str, SourceModel]) -> None:
 
 
 def _rewrite_rules_(declarations: list[dict[str, Any]], sources: Mapping[str, SourceModel], order: LayerOrder) -> None:
-    """Make `dynamic` or `extra_config` of every declaration say of each new name what was said of the old one."""
+    """Make `dynamic` or `extra_config` of every declaration say of each new name what they said of the old one."""
     by_name = next((d["extra_config"] for d in declarations if d.get("extra_config")), None)
     rules = next((d["dynamic"] for d in declarations if d.get("dynamic")), None)
     if by_name is not None:

@@ -1,9 +1,9 @@
-"""Writes a model with its layer order as a normal checkpoint folder: repeated layers in full, nothing of ours to know.
+"""Writes a model with its layer order as a normal checkpoint folder, with repeated layers in full.
 
-    folder, order -> JSON files (export_config.py) -> tensors renamed, shard by shard -> checked like any other model
+    folder, order -> JSON files (export/config.py) -> tensors renamed, shard by shard -> checked like any other model
 
-A residual weight w other than 1 is folded into what a layer adds, (w W) x + w b, that is into o_proj and down_proj:
-dense weights are rounded once to their own dtype; the scales of GPTQ weights must stay exact, as with powers of two.
+A residual weight w other than 1 is folded into what a layer adds, (w W) x + w b, that is into o_proj and down_proj.
+Dense weights are rounded once to their own dtype; the scales of GPTQ weights must stay exact, as with powers of two.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ropewalk.weights.check import check_tensors
 MAX_SHARD_BYTES = 2 * 2**30  # held in memory while it is written
 FOLDED = ("self_attn.o_proj.", "mlp.down_proj.")
 FOLDED_PARTS = ("weight", "bias", "scales", "zeros")  # the others are codes, zero points and groups
-# What belongs to the text side of a model or must stay with it; cards and weights of other formats are left.
+# Files for the text side of a model, and those that must stay with it. Cards and weights of other formats are left out.
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
     *("generation_config.json", "LICENSE*", "NOTICE*"),
@@ -172,7 +172,7 @@ def _write(
     sources: Mapping[str, SourceModel],
     order: LayerOrder,
 ) -> tuple[str, ...]:
-    """Write everything under another name, check it, and rename it; the names of the files."""
+    """Write everything to a folder of another name, check it, and rename it. Returns the names of the files."""
     out = out.absolute()
     partial = out.parent / (out.name + ".partial")
     try:
@@ -237,7 +237,7 @@ def _tensor(copy: _Copy) -> torch.Tensor:
     quantised = f"{module}.qweight" in copy.checkpoint
     if not bool(torch.isfinite(folded).all()) or (quantised and not torch.equal(folded.double(), product)):
         raise UnsupportedError(
-            f"{copy.old_name}: times {copy.weight:g} some of its values are no {str(tensor.dtype)[6:]} numbers, so the "
+            f"{copy.old_name}: times {copy.weight:g} some of its values do not fit {str(tensor.dtype)[6:]}, so the "
             f"residual weight of this layer cannot be written into the checkpoint{_WEIGHT_ADVICE if quantised else ''}"
         )
     return folded.contiguous()
@@ -247,7 +247,7 @@ _WEIGHT_ADVICE = ": take a power of two near it, such as 0.5 or 0.25, or export 
 
 
 def _check_result(folder: Path, sources: Mapping[str, SourceModel], order: LayerOrder) -> None:
-    """Read what was written as any model is read, and compare how each linear is declared."""
+    """Read the result like any model, and compare how each linear is declared."""
     config = load_model_config(folder)
     quant = load_quant_config(folder, config.raw)
     with Checkpoint(folder) as checkpoint:
