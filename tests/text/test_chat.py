@@ -60,6 +60,8 @@ def test_templates_render_as_in_transformers(tmp_path: Path, template: str, prom
             "alpaca",
             "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYo</s>\n\n### Instruction:\nGo\n\n### Response:\n",
         ),
+        ("plain", "Be brief.\n\nUser: Hi\nAssistant: Yo\nUser: Go\nAssistant:"),
+        ("text", "Be brief.\nHi\nYo\nGo\n"),
     ],
 )
 def test_named_formats_are_the_published_ones(name: str, expected: str) -> None:
@@ -103,7 +105,7 @@ def test_messages_are_text_not_template() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        UnsupportedError, match="'chatgpt' is not known; accepted are vicuna, llama-2, alpaca, airoboros"
+        UnsupportedError, match="'chatgpt' is not known; accepted are vicuna, llama-2, alpaca, airoboros, plain, text"
     ):
         named_template("chatgpt")
 
@@ -152,27 +154,6 @@ def test_a_refusal_by_the_template_is_passed_on() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", "x.json")
     with pytest.raises(RequestError, match="x.json refuses these messages: roles must alternate"):
         template.render(CHAT)
-    with pytest.raises(RequestError, match="must take turns"):
-        named_template("llama-2", TOKENS).render([{"role": "assistant", "content": "Hi"}])
-    with pytest.raises(RequestError, match="only the first message"):
-        named_template("vicuna", TOKENS).render(CHAT[1:2] + CHAT[:1])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].clear() }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{{ 1 // 0 }}",
-        "{{ messages[0].content.nothing.at_all }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    ],
-)
-def test_hostile_and_broken_templates_are_errors_of_ours(text: str) -> None:
-    with pytest.raises(RequestError, match="the chat template of evil failed"):
-        ChatTemplate(text, "evil").render(CHAT)
 
 
 @pytest.mark.parametrize(

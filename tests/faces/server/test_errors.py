@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -247,10 +246,3 @@ def test_pages_of_the_origins_that_were_named_may_use_it(engine: Engine) -> None
     assert good.headers["access-control-allow-origin"] == "http://page.example"
     assert "access-control-allow-origin" not in bad.headers
     assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "http://page.example"
-
-
-def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(write_sentencepiece(tmp_path))
-    with RunningServer(Engine(FakeModel(tokenizer.vocab_size), tokenizer), AppOptions("tiny")) as server:
-        error = error_of(server.post(CHAT, {"messages": TALK}), 400)
-    assert "brings no chat template: choose one by name" in error["message"]
