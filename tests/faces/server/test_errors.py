@@ -85,7 +85,7 @@ def test_wrong_completions_are_refused_by_the_name_of_the_field(server: RunningS
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "Field required"),
         ({"messages": [{"role": "user"}]}, None, "message 1 (role 'user') has no content"),
-        ({"messages": [*TALK, {"role": "system", "content": "x"}]}, None, "only the first message can be the system"),
+        ({"messages": [*TALK, {"role": "tool", "content": "x"}]}, None, "message 2 has the role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
