@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fake_model import FakeModel
@@ -16,7 +18,15 @@ from server_runner import RunningServer
 from tokenizer_writer import write_byte_level_json, write_config
 
 CHAT = "/v1/chat/completions"
-# As SillyTavern sends a chat with a character that greets first.
+# As SillyTavern 1.19 sends a chat with a character that greets first, and asks to continue a reply.
+SETTINGS = {
+    "temperature": 1,
+    "stream": True,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "top_p": 1,
+    "max_tokens": 3,
+}
 PLAY = [
     {"role": "system", "content": "Write Ann's next reply."},
     {"role": "system", "content": "Ann likes tea."},
@@ -49,6 +59,20 @@ def test_every_format_answers_what_role_playing_programs_send(server: RunningSer
         response = server.post(CHAT, {"messages": messages, "max_tokens": 2})
         assert response.status_code == 200, response.text
         assert response.json()["usage"]["completion_tokens"] == 2
+
+
+def test_what_sillytavern_sends_is_answered_as_it_is_written(server: RunningServer) -> None:
+    key = {"Authorization": "Bearer"}  # it has none
+    sent = {"model": "tiny", "messages": PLAY, **SETTINGS, "top_k": 20, "min_p": 0.05}
+    with httpx.stream("POST", server.url + CHAT, json=sent, headers=key, timeout=60) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    assert response.status_code == 200
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    response = server.post(
+        "/v1/completions", {"prompt": "Ann:", **SETTINGS, "stream": False, "stop": ["\nUser:", "\n***"]}
+    )
+    assert response.status_code == 200
 
 
 def test_a_model_without_a_template_answers_and_the_log_says_once_what_to_choose(
