@@ -160,8 +160,8 @@ def named_template(name: str, special_tokens: Mapping[str, str] | None = None) -
     """
     if name not in NAMED_FORMATS:
         raise UnsupportedError(f"chat template {name!r} is not known; accepted are {', '.join(NAMED_FORMATS)}")
-    tokens = special_tokens or {}
-    tokens = FormatTokens(tokens.get("bos_token", ""), tokens.get("eos_token", ""))
+    texts = special_tokens or {}
+    tokens = FormatTokens(texts.get("bos_token", ""), texts.get("eos_token", ""))
     return NamedTemplate(f"the named format {name!r}", NAMED_FORMATS[name], tokens)
 
 

@@ -121,15 +121,17 @@ class _Worker:
         return answer
 
     def _answer(self, request: bytes, seconds: float, too_late: str) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None  # pipes were asked for
         late = threading.Event()
         timer = threading.Timer(seconds, _end_late, (self._process, late))
         timer.daemon = True
         timer.start()
         line = b""
         try:
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-            line = self._process.stdout.readline(4 * self._limits.max_output + 2**16)
+            stdin.write(request)
+            stdin.flush()
+            line = stdout.readline(4 * self._limits.max_output + 2**16)
         except OSError:
             pass  # it has ended; why is told below
         except BaseException:
@@ -162,6 +164,7 @@ def _end_process(process: subprocess.Popen[bytes], owner: int) -> None:
         return
     process.kill()
     for pipe in (process.stdin, process.stdout):
-        with suppress(OSError):
-            pipe.close()
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
     process.wait()
