@@ -12,7 +12,7 @@ from ropewalk.gradio_demo.chat.conversations import Conversation, Turn
 from ropewalk.gradio_demo.chat.templates import chat_template, prompt_ids
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
 from ropewalk.gradio_demo.replies.reply import DONE, READING, WAITING, Reply, Snapshot, start_reply
-from ropewalk.text.chat import ChatTemplate
+from ropewalk.text.chat import Template
 from ropewalk.text.tokenizer.load import Tokenizer
 
 DROP, STOP = "drop the oldest turns", "stop and say so"
@@ -67,7 +67,7 @@ def make_reply(loaded: Loaded, conversation: Conversation, request: ChatRequest)
     Raises:
         RequestError: it does not fit and may not be shortened, or the template refuses it. Others as `chat_template`.
     """
-    template = chat_template(conversation.template, loaded.tokenizer)
+    template = chat_template(conversation.template, loaded.engine)
     room = _room(request.params, loaded.model.max_seq_len)
     ids, dropped = fitting_prompt(
         loaded.tokenizer, template, conversation, loaded.model.max_seq_len - room, request.overflow
@@ -81,7 +81,7 @@ def with_stop(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:
 
 
 def fitting_prompt(
-    tokenizer: Tokenizer, template: ChatTemplate, conversation: Conversation, limit: int, overflow: str
+    tokenizer: Tokenizer, template: Template, conversation: Conversation, limit: int, overflow: str
 ) -> tuple[list[int], int]:
     """(prompt of at most `limit` tokens, number of the oldest turns left out of it).
 

@@ -5,40 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
-from ropewalk.text.chat import ChatTemplate, Message, load_chat_template, named_template
-from ropewalk.text.chat_formats import NAMED_FORMATS
+from ropewalk.engine.engine import Engine
+from ropewalk.text.chat import ChatTemplate, Message, Template, fallback_name, load_chat_template, named_template
+from ropewalk.text.chat_formats import CONTINUED_TEXT, NAMED_FORMATS
 from ropewalk.text.tokenizer.load import Tokenizer
 
 FROM_CHECKPOINT = "of the checkpoint"
-PLAIN = "plain text"  # for models that were never taught to chat: the texts one after the other
-ALL_TEMPLATES = (FROM_CHECKPOINT, PLAIN, *NAMED_FORMATS)
-_PLAIN_TEMPLATE = "{%- for message in messages -%}{{ message['content'] }}{{ '\\n' }}{%- endfor -%}"
+PLAIN = "plain text"  # the page's word for `CONTINUED_TEXT`, which saved conversations hold
+_FORMATS = {PLAIN if name == CONTINUED_TEXT else name: name for name in NAMED_FORMATS}
+ALL_TEMPLATES = (FROM_CHECKPOINT, PLAIN, *(shown for shown in _FORMATS if shown != PLAIN))
 
 
 def template_names(tokenizer: Tokenizer) -> list[str]:
-    """What can be chosen for a model, what suits it best first."""
-    own = [FROM_CHECKPOINT] if _own_template(tokenizer) is not None else []
-    return [*own, PLAIN, *NAMED_FORMATS]
+    """What can be chosen for a model, what suits it best first: its own, else what the other faces fall back to."""
+    best = FROM_CHECKPOINT
+    if _own_template(tokenizer) is None:
+        fallback = fallback_name(tokenizer.source.parent)
+        best = next(shown for shown, name in _FORMATS.items() if name == fallback)
+    return [best, *(name for name in ALL_TEMPLATES if name not in (best, FROM_CHECKPOINT))]
 
 
-def chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template of that name; "" is the first of `template_names`.
+def chat_template(name: str, engine: Engine) -> Template:
+    """The template of that name; "" is the first of `template_names`. That of the checkpoint is the engine's.
 
     Raises:
         UnsupportedError: no such name, or the checkpoint brings none. ConfigError: the one it brings is broken.
     """
+    tokenizer = engine.tokenizer
     name = name or template_names(tokenizer)[0]
-    if name == PLAIN:
-        return ChatTemplate(_PLAIN_TEMPLATE, "the plain text format", writes_bos=False)
     if name != FROM_CHECKPOINT:
-        return named_template(name, tokenizer.special_tokens)
-    own = load_chat_template(tokenizer.source.parent, tokenizer.special_tokens)
-    if own is None:
-        raise UnsupportedError(f"the checkpoint brings no chat template: choose one of {', '.join(NAMED_FORMATS)}")
-    return own
+        return named_template(_FORMATS.get(name, name), tokenizer.special_tokens)
+    if load_chat_template(tokenizer.source.parent, tokenizer.special_tokens) is None:
+        raise UnsupportedError(f"the checkpoint brings no chat template: choose one of {', '.join(_FORMATS)}")
+    return engine.chat_template
 
 
-def prompt_ids(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> list[int]:
     """The prompt of a conversation in token ids, up to the beginning of the assistant's turn.
 
     Raises:

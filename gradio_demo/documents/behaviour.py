@@ -114,7 +114,7 @@ class Documents:
                     f"context has {count.size}: remove a document, or load the model with a longer context"
                 )
             ids = self._prompt(documents, question, template)
-            stop = chat_template(template, loaded.tokenizer).stop
+            stop = chat_template(template, loaded.engine).stop
             reply = start_reply(loaded.engine, ids, with_stop(request.params, stop), request.adapters)
             with self._running.hold(visitor.tab, reply):
                 for snapshot in reply.follow():
@@ -126,10 +126,10 @@ class Documents:
             yield AnswerView("", str(error), Meter(), False, (), str(error))
 
     def _prompt(self, documents: Sequence[Document], question: str, template: str) -> list[int]:
-        tokenizer = self._workbench.require().tokenizer
+        engine = self._workbench.require().engine
         blocks = [(document.metadata, document.text) for document in documents]
         text = closed_context_prompt(blocks, question)
-        return prompt_ids(tokenizer, chat_template(template, tokenizer), [{"role": "user", "content": text}])
+        return prompt_ids(engine.tokenizer, chat_template(template, engine), [{"role": "user", "content": text}])
 
 
 def read_text_file(path: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ropewalk
 from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
+from ropewalk.adapters.files import PICKLED_NAMES
 from ropewalk.base.errors import CheckpointError, ConfigError, RopewalkError, UnsupportedError
 from ropewalk.model.model import Model
 from variants import Variant
 
 IDS = [3, 17, 99, 0, 127, 64, 5]
-WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -85,17 +89,13 @@ SAME = {
 
 
 @pytest.mark.parametrize("spelling", SAME)
-@pytest.mark.parametrize("pickled", [False, True])
-def test_every_spelling_is_the_same_adapter(made: Made, folder: Path, spelling: str, pickled: bool) -> None:
+def test_every_spelling_is_the_same_adapter(made: Made, folder: Path, spelling: str) -> None:
     if "float16" in spelling:
         edit_tensors(folder, lambda tensors: {name: tensor.half().float() for name, tensor in tensors.items()})
         expected = made.logits_of(folder)
     else:
         expected = made.logits
     edit_tensors(folder, SAME[spelling])
-    if pickled:
-        torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
-        (folder / WEIGHTS).unlink()
     torch.testing.assert_close(made.logits_of(folder), expected, rtol=0, atol=1e-5)
 
 
@@ -205,7 +205,7 @@ def test_folders_that_hold_no_adapter_are_refused(made: Made, folder: Path, tmp_
     with pytest.raises(ConfigError, match="rope_scaling"):
         made.model.load_adapter(folder, "tried", rope_scaling=4)
     (folder / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=f"neither {WEIGHTS} nor {PICKLE}"):
+    with pytest.raises(CheckpointError, match=f"has no {WEIGHTS}: finish the download"):
         made.model.load_adapter(folder, "tried")
     (folder / CONFIG).unlink()
     with pytest.raises(CheckpointError, match=f"has no {CONFIG}"):
@@ -231,26 +231,48 @@ class Harmful:
         return (print, ("loading ran code",))
 
 
-ABSENT = {Q0: torch.empty(4, 64, device="meta")}
-
-
-@pytest.mark.parametrize("content", [Harmful(), {"a": Harmful()}, [1], {"a": 1}, {1: torch.ones(1)}, None, ABSENT])
-def test_a_pickle_that_is_more_or_less_than_tensors_is_refused(
-    made: Made, folder: Path, content: object, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", PICKLED_NAMES)
+@pytest.mark.parametrize("content", [Harmful(), None, {Q0: torch.zeros(4, 64)}], ids=["harmful", "empty", "tensors"])
+def test_a_pickled_adapter_is_refused_by_name_and_never_unpickled(
+    made: Made, folder: Path, name: str, content: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / WEIGHTS).unlink()
-    torch.save(content, folder / PICKLE)
-    with pytest.raises(CheckpointError, match=PICKLE):
+    torch.save(content, folder / name)
+    with pytest.raises(UnsupportedError, match=f"{name} is a pickled torch file, which is not read"):
         made.model.load_adapter(folder, "tried")
     assert capsys.readouterr().out == ""
+    assert made.model.adapters == ()
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, PICKLE, CONFIG])
+def test_a_pickled_file_beside_safetensors_is_not_looked_at(made: Made, folder: Path) -> None:
+    torch.save(Harmful(), folder / "adapter_model.bin")
+    assert torch.equal(made.logits_of(folder), made.logits)
+
+
+def test_the_conversion_that_the_refusal_tells_works(made: Made, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UnsupportedError, match="convert it in its folder") as refusal:
+        made.model.load_adapter(folder, "tried")
+    monkeypatch.chdir(folder)
+    exec(str(refusal.value).split("\n\n")[1], {})
+    assert torch.equal(made.logits_of(folder), made.logits)
+
+
+def test_nothing_in_the_package_unpickles() -> None:
+    package = Path(ropewalk.__file__).parent
+    sources = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert sources
+    for path, source in sources.items():
+        imports = [line for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))]
+        assert not any(re.search(r"\b(pickle|dill|joblib|shelve|marshal)\b", line) for line in imports), path
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+        assert "torch.load" not in calls, path
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_truncated_files_are_refused(made: Made, folder: Path, name: str, share: float) -> None:
-    if name == PICKLE:
-        torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
-        (folder / WEIGHTS).unlink()
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(share * len(data))])
     with pytest.raises(RopewalkError, match=name):

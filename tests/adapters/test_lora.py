@@ -60,7 +60,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "embeddings": {"target_modules": ["embed_tokens", "v_proj"]},
     "head": {"target_modules": ["lm_head", "gate_proj"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
-    "pickled": {"pickled": True},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},

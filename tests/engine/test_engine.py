@@ -255,12 +255,35 @@ def test_chat_turns_reuse_the_conversation_so_far(tmp_path: Path) -> None:
     assert done.stats.reused_tokens >= len(engine.chat_ids(messages[:1])) - 1
 
 
-def test_a_model_without_a_template_says_which_there_are(tmp_path: Path) -> None:
+def test_a_model_without_a_template_falls_back_to_plain_lines_with_one_warning(tmp_path: Path, caplog) -> None:
     engine = chat_engine(write_sentencepiece(tmp_path))
-    with pytest.raises(UnsupportedError, match="brings no chat template: choose one by name .vicuna, llama-2"):
-        engine.chat([{"role": "user", "content": "hi"}])
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    ids = engine.chat_ids(messages)
+    assert engine.tokenizer.decode(ids) == "Be brief.\n\nUser: hi\nAssistant:"
+    engine.chat(messages, GREEDY).complete()
+    assert engine.chat_template.stop == ("\nUser:",)
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "ropewalk.text.chat"]
+    assert warning.startswith(f"{tmp_path.name} brings no chat template")
+    assert "--chat-template NAME (vicuna, llama-2, alpaca, airoboros, plain, text)" in warning
+
+
+def test_a_template_that_was_asked_for_by_name_is_not_warned_of(tmp_path: Path, caplog) -> None:
+    engine = chat_engine(write_sentencepiece(tmp_path), chat_template="plain")
+    assert engine.tokenizer.decode(engine.chat_ids([{"role": "user", "content": "hi"}])) == "User: hi\nAssistant:"
+    assert not caplog.records
+
+
+def test_the_fallback_ends_at_the_next_question(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_byte_level_json(tmp_path))
+    talk = engine_that_says(tokenizer, " yes\nUser: more", prompt="User: hi\nAssistant:")
+    stream = talk.chat([{"role": "user", "content": "hi"}], SamplingParams(temperature=0))
+    assert "".join(stream) == " yes"
+    assert stream.stop_string == "\nUser:"
+
+
+def test_an_unknown_name_of_a_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="'gpt' is not known"):
-        chat_engine(tmp_path, chat_template="gpt")
+        chat_engine(write_sentencepiece(tmp_path), chat_template="gpt")
 
 
 def test_a_template_object_and_its_variables_are_used(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from transformers_model import their_model
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def write_adapter(
-    folder: Path, base: Path, exact: dict[str, torch.Tensor], seed: int = 0, pickled: bool = False, **settings: Any
-) -> Path:
+def write_adapter(folder: Path, base: Path, exact: dict[str, torch.Tensor], seed: int = 0, **settings: Any) -> Path:
     """An adapter of random matrices, saved by PEFT. settings: those of `peft.LoraConfig`."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ALL, "task_type": "CAUSAL_LM"} | settings)
     with warnings.catch_warnings():
@@ -31,14 +29,7 @@ def write_adapter(
             elif "modules_to_save" in name:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.data = parameter.data + 0.3 * parameter.data.std() * noise
-        model.save_pretrained(folder, safe_serialization=not pickled)
-    if pickled:  # newer PEFT writes safetensors whatever is asked
-        path = folder / "adapter_model.safetensors"
-        if path.exists():
-            from safetensors.torch import load_file
-
-            torch.save(load_file(path), folder / "adapter_model.bin")
-            path.unlink()
+        model.save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -60,6 +60,8 @@ def test_templates_render_as_in_transformers(tmp_path: Path, template: str, prom
             "alpaca",
             "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYo</s>\n\n### Instruction:\nGo\n\n### Response:\n",
         ),
+        ("plain", "Be brief.\n\nUser: Hi\nAssistant: Yo\nUser: Go\nAssistant:"),
+        ("text", "Be brief.\nHi\nYo\nGo\n"),
     ],
 )
 def test_named_formats_are_the_published_ones(name: str, expected: str) -> None:
@@ -103,7 +105,7 @@ def test_messages_are_text_not_template() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        UnsupportedError, match="'chatgpt' is not known; accepted are vicuna, llama-2, alpaca, airoboros"
+        UnsupportedError, match="'chatgpt' is not known; accepted are vicuna, llama-2, alpaca, airoboros, plain, text"
     ):
         named_template("chatgpt")
 
@@ -152,27 +154,6 @@ def test_a_refusal_by_the_template_is_passed_on() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", "x.json")
     with pytest.raises(RequestError, match="x.json refuses these messages: roles must alternate"):
         template.render(CHAT)
-    with pytest.raises(RequestError, match="must take turns"):
-        named_template("llama-2", TOKENS).render([{"role": "assistant", "content": "Hi"}])
-    with pytest.raises(RequestError, match="only the first message"):
-        named_template("vicuna", TOKENS).render(CHAT[1:2] + CHAT[:1])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].clear() }}",
-        "{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{{ 1 // 0 }}",
-        "{{ messages[0].content.nothing.at_all }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    ],
-)
-def test_hostile_and_broken_templates_are_errors_of_ours(text: str) -> None:
-    with pytest.raises(RequestError, match="the chat template of evil failed"):
-        ChatTemplate(text, "evil").render(CHAT)
 
 
 @pytest.mark.parametrize(
@@ -235,3 +216,88 @@ def test_closed_context_blocks_follow_each_other() -> None:
 def test_delimiters_within_a_closed_context_are_refused(blocks, instruction, message) -> None:
     with pytest.raises(RequestError, match=message):
         closed_context_prompt(blocks, instruction)
+
+
+# In the manner of models that call tools: defaults, macros, nested loops, JSON in several layouts, whitespace control.
+WITH_TOOLS = """{{- bos_token }}
+{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{% set date_string = strftime_now("%Y") ~ "!" %}
+    {%- else %}{% set date_string = "x" %}{% endif %}
+{%- endif %}
+{%- if not tools is defined %}{% set tools = none %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{%- macro head(role, ns=none) -%}<|head|>{{ role }}<|/head|>{{ caller() if caller else '\\n\\n' }}{%- endmacro %}
+{{- head("system") }}
+{%- if tools is not none and tools | length > 0 %}
+    {{- "You can call:\\n" }}
+    {%- for tool in tools %}
+        {{- tool | tojson(indent=4) }}
+        {{- "\\n\\n" if not loop.last }}
+        {%- for name, what in tool.function.parameters.properties.items() %}
+            {{- loop.index ~ ". " ~ name | upper ~ ": " ~ (what.type | default("any", true)) ~ " of " ~ loop.length }}
+        {%- endfor %}
+    {%- endfor %}
+{%- endif %}
+{{- date_string ~ system_message + "<|end|>" }}
+{%- set ns = namespace(last=-1, calls=0) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- if not (message.role == 'tool' or 'tool_calls' in message) %}
+        {{- head(message['role']) }}{{ message['content'].split('</think>')[-1].lstrip('\\n') | trim + '<|end|>' }}
+    {%- elif message.tool_calls is defined and message.tool_calls is iterable and message.tool_calls is not string %}
+        {%- if message.tool_calls | length != 1 %}{{ raise_exception("only one call at once") }}{% endif %}
+        {%- set call = message.tool_calls[0].function %}{% set ns.calls = ns.calls + 1 %}
+        {{- head('assistant') -}}
+        {{- '{"name": "' + call.name + '", ' }}{{ '"parameters": ' }}{{ call.arguments | tojson }}{{- "}" }}
+        {%- for key, value in call.arguments | dictsort %}{{ key }}={{ value if value is string else value | tojson }};
+        {%- endfor %}
+    {%- elif message.role in ("tool", "ipython") %}
+        {%- call head("result") %}:{{ message.name | default("?") }}
+{% endcall -%}
+        {{- message.content | tojson if message.content is mapping else message.content }}
+        {%- if loop.nextitem is defined and loop.nextitem.role != "tool" or loop.last %}{{ "<|end|>" }}{% endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ head('assistant') }}{% endif %}
+{# seen: {{ ns.last }} #}{{ ns.last }}/{{ ns.calls }}
+{{ messages | selectattr("role", "equalto", "user") | list | length }}
+{{- messages | map(attribute="role") | unique | join(",") }}
+{{ [3, 1, 2] | sort(reverse=true) }}{{ messages[-1].content[:2] }}
+"""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells <b>the</b> weather — 'now' & later",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {}}, "required": ["city"]},
+    },
+}
+CALLS = [
+    *CHAT,
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"days": 2, "city": "Köln"}}}],
+    },
+    {"role": "tool", "name": "weather", "content": {"sky": "blue", "degrees": 21.5}},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nBlue."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+@pytest.mark.parametrize("messages", [CHAT, CALLS, CHAT[1:], CHAT[1:2] * 30], ids=["chat", "calls", "bare", "long"])
+@pytest.mark.parametrize("tools", [None, [], [TOOL], [TOOL, TOOL]], ids=["none", "no", "one", "two"])
+def test_a_long_template_with_tools_renders_as_in_transformers(messages: list, tools: list | None) -> None:
+    transformers = pytest.importorskip("transformers.utils.chat_template_utils")
+    ours = ChatTemplate(WITH_TOOLS, "x", special_tokens=TOKENS)
+    for prompted in (True, False):
+        (expected,), _ = transformers.render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=WITH_TOOLS, add_generation_prompt=prompted, **TOKENS
+        )
+        assert ours.render(messages, tools=tools, add_generation_prompt=prompted) == expected

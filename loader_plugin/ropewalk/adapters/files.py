@@ -1,24 +1,27 @@
-"""The tensors of an adapter folder: adapter_model.safetensors, or adapter_model.bin without running any code of it."""
+"""The tensors of an adapter folder: adapter_model.safetensors. Pickled ones are refused: loading one can run code."""
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 
-from ropewalk.base.errors import CheckpointError
-from ropewalk.files.safetensors import SafetensorsFile, printable
+from ropewalk.base.errors import CheckpointError, UnsupportedError
+from ropewalk.files.safetensors import SafetensorsFile
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
+PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+CONVERSION = """import torch
+from safetensors.torch import save_file
+tensors = torch.load("{source}", map_location="cpu", weights_only=True)
+save_file({{name: tensor.contiguous() for name, tensor in tensors.items()}}, "{target}")"""
 
 
 def read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """(file, its tensors by name), in memory of their own.
 
     Raises:
-        CheckpointError: neither file is there, or it is damaged, or holds something else than tensors.
+        CheckpointError: the file is not there, or is damaged. UnsupportedError: there is only a pickled one.
     """
     path = folder / SAFETENSORS_NAME
     if path.exists():
@@ -26,41 +29,17 @@ def read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         tensors = {name: file.tensor(name).clone() for name in file.tensors}
         file.release()
         return path, tensors
-    path = folder / PICKLE_NAME
-    if path.exists():
-        return path, _read_pickled(path)
-    raise CheckpointError(f"{folder} has neither {SAFETENSORS_NAME} nor {PICKLE_NAME}: finish the download")
+    for name in PICKLED_NAMES:
+        if (folder / name).exists():
+            raise UnsupportedError(_pickled(folder / name))
+    raise CheckpointError(f"{folder} has no {SAFETENSORS_NAME}: finish the download")
 
 
-def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        ImportError,
-        MemoryError,
-        AssertionError,
-        OverflowError,
-    ) as error:
-        # What a damaged pickle leads to depends on where the damage is.
-        raise CheckpointError(
-            f"{path} is damaged, truncated, or holds more than tensors ({str(error).splitlines()[:1]}): download it "
-            "again, or get it as safetensors"
-        ) from error
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path} must hold a dictionary of tensors, found {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not isinstance(name, str) or not plain:
-            raise CheckpointError(f"{path}: {printable(name)} is not a plain tensor")
-    return tensors
+def _pickled(path: Path) -> str:
+    """Why it is not read, and how somebody who trusts it makes it readable."""
+    snippet = CONVERSION.format(source=path.name, target=SAFETENSORS_NAME)
+    return (
+        f"{path} is a pickled torch file, which is not read because loading one can run code. Get the adapter as "
+        f"{SAFETENSORS_NAME}; or, if you trust the file, convert it in its folder with\n\n{snippet}\n\n"
+        "(or load the adapter with PEFT and write it again with save_pretrained)"
+    )

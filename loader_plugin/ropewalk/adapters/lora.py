@@ -3,7 +3,7 @@
     W' = W + scale * B A         A: [r, K], B: [N, r]      (Hu et al. 2021, arXiv:2106.09685)
 
 For the embedding table A is [r, V] and B [C, r]. Spellings of several years of PEFT are read: names with and without
-that of the adapter (`lora_A.default.weight`, `lora_A.weight`), safetensors and pickled files.
+that of the adapter (`lora_A.default.weight`, `lora_A.weight`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
-from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.base.errors import RequestError
 from ropewalk.engine.cache_pool import CachePool, EngineModel
 from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
 from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
@@ -27,8 +27,7 @@ from ropewalk.generate.evaluate import token_logprobs
 from ropewalk.generate.generate import CacheLike, Cancelled, Generation, GenerationStats, Progress, Step, checked_prompt
 from ropewalk.generate.routing import AUTO, route
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.text.chat import ChatTemplate, Message, load_chat_template, named_template
-from ropewalk.text.chat_formats import NAMED_FORMATS
+from ropewalk.text.chat import ChatTemplate, Message, Template, model_template, named_template
 from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
 
 WAIT_STEP_S = 0.05  # how often a request that waits for its turn asks whether it is cancelled
@@ -37,7 +36,8 @@ WAIT_STEP_S = 0.05  # how often a request that waits for its turn asks whether i
 class Engine:
     """Generates text. `last_stats` and `last_finish_reason` speak of the newest request that was started.
 
-    chat_template: a name of `chat_formats` or a template; default: the one of the model's folder.
+    chat_template: a name of `chat_formats` or a template; default: the one of the model's folder, else, with a warning,
+        the format "plain".
     num_caches: how many conversations keep their tokens computed, and how many requests run at a time; each cache
         takes the memory of a full context once it is full.
     queue_limit: how many requests may wait besides (None: any number).
@@ -63,7 +63,8 @@ class Engine:
         self._step_line = TurnQueue(1)
         if isinstance(chat_template, str):
             chat_template = named_template(chat_template, tokenizer.special_tokens)
-        self._chat_template = chat_template
+        self._chat_template: Template | None = chat_template
+        self._template_lock = threading.Lock()
         self._holders: list[int] = []  # the threads of requests that run without a ticket of the caller's
         self._last: TextRequest | None = None
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -75,21 +76,16 @@ class Engine:
         return self._caches.capacity
 
     @property
-    def chat_template(self) -> ChatTemplate:
-        """The template of conversations.
+    def chat_template(self) -> Template:
+        """The template of conversations. A model without one is warned of once.
 
         Raises:
-            UnsupportedError: the model brings none and none was chosen. ConfigError: the one it brings is broken.
+            ConfigError: the one that the model brings is broken.
         """
-        if self._chat_template is None:
-            folder = self.tokenizer.source.parent
-            self._chat_template = load_chat_template(folder, self.tokenizer.special_tokens)
-        if self._chat_template is None:
-            raise UnsupportedError(
-                f"{self.tokenizer.source.parent} brings no chat template: choose one by name "
-                f"({', '.join(NAMED_FORMATS)}), or use plain generation"
-            )
-        return self._chat_template
+        with self._template_lock:
+            if self._chat_template is None:
+                self._chat_template = model_template(self.tokenizer.source.parent, self.tokenizer.special_tokens)
+            return self._chat_template
 
     def enter(self, on_turn: Callable[[], None] | None = None) -> Ticket:
         """A place in the queue before there is a stream: to show its position, and to give up waiting.
@@ -200,7 +196,7 @@ class Engine:
         `stream`.
 
         Raises:
-            RequestError: as for `stream`; messages that the template refuses. UnsupportedError: no chat template.
+            RequestError: as for `stream`; messages that the template refuses. ConfigError: a broken template.
         """
         params = params or SamplingParams()
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))

@@ -1,40 +1,47 @@
 """From messages to a prompt: the model's own chat template, or one of the named ones for models without.
 
 A message is {"role": "system" | "user" | "assistant", "content": text}; a template may accept more. Templates come
-with the model and are untrusted: they run in jinja2's immutable sandbox, and see plain data only.
+with the model and are untrusted: they run in a process of their own (`template_process.py`), and see plain data only.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ropewalk.base.errors import ConfigError, RequestError, UnsupportedError
+from ropewalk.base.errors import CheckpointError, ConfigError, RequestError, UnsupportedError
 from ropewalk.base.json import read_json_object, read_small_file, shown
-from ropewalk.text.chat_formats import NAMED_FORMATS
+from ropewalk.files.embedded import demo_model_path
+from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS, ChatFormat, FormatTokens
+from ropewalk.text.template_process import TemplateFailure, TemplateLimits, TemplateProcess, TemplateRefusal
+from ropewalk.text.template_worker import template_environment
+from ropewalk.text.turns import Message, plain_turns, stricter_messages
 
-Message = Mapping[str, Any]
+logger = logging.getLogger(__name__)
+
+MAX_TEMPLATE = 256 * 1024  # characters; the longest that are known have 30,000
+# Templates refuse in words of their own; those that speak of these can mean the order or the kinds of roles.
+ROLE_WORDS = re.compile(r"\b(roles?|alternat\w*|turns?|system|user|assistant|first)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A jinja2 template with where it came from.
+    """A jinja2 template with where it came from. It runs in a process of its own, which starts with the first prompt.
 
     stop: text at which a reply ends besides the model's end tokens, for formats that mark turns by plain words.
     writes_bos: the template writes the bos token where the model wants one, so encoding must not add it.
 
     Raises:
-        ConfigError: the template is not valid jinja2.
+        ConfigError: the template is not valid jinja2, or longer than `MAX_TEMPLATE`.
     """
 
     text: str
@@ -42,47 +49,110 @@ class ChatTemplate:
     stop: tuple[str, ...] = ()
     writes_bos: bool = True
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    limits: TemplateLimits = TemplateLimits()
+    _adapted: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _ = self._compiled
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt for a conversation.
-
-        add_generation_prompt: end with the beginning of the assistant's turn. variables: what else the template
-        reads, such as `tools` or `enable_thinking`.
-
-        Raises:
-            RequestError: messages of the wrong form, or the template refuses them or fails.
-        """
-        values = {"tools": None, "documents": None, **self.special_tokens, **variables}
-        try:
-            return self._compiled.render(
-                messages=checked_messages(messages), add_generation_prompt=add_generation_prompt, **values
+        if len(self.text) > MAX_TEMPLATE:
+            raise ConfigError(
+                f"the chat template of {self.source} has {len(self.text):,} characters, {MAX_TEMPLATE:,} are accepted; "
+                f"choose a named one ({', '.join(NAMED_FORMATS)})"
             )
-        except _TemplateRefusal as error:
-            raise RequestError(f"the chat template of {self.source} refuses these messages: {error}") from error
-        except RequestError:
-            raise
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise RequestError(
-                f"the chat template of {self.source} failed ({type(error).__name__}: {error}); choose a named one "
-                f"({', '.join(NAMED_FORMATS)}) instead"
-            ) from error
-
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
         try:
-            return _environment().from_string(self.text)
-        except (jinja2.TemplateSyntaxError, RecursionError) as error:
+            template_environment().parse(self.text)
+        except Exception as error:  # besides jinja2's own: nested too deeply, a number of too many digits
             line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ConfigError(
                 f"the chat template of {self.source} is not valid jinja2{line}: {error}; repair it, or choose a named "
                 f"one ({', '.join(NAMED_FORMATS)})"
             ) from error
 
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt for a conversation.
 
-def named_template(name: str, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
+        Where the template refuses the order of the roles, the conversation is tried in the stricter forms of
+        `turns.stricter_messages`, and the log says so once.
+
+        add_generation_prompt: end with the beginning of the assistant's turn. variables: what else the template
+        reads, such as `tools` or `enable_thinking`; plain data.
+
+        Raises:
+            RequestError: messages of the wrong form; the template refuses them, fails, or goes beyond a limit.
+        """
+        messages = checked_messages(messages)
+        values = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        values["add_generation_prompt"] = add_generation_prompt
+        try:
+            return self._run({**values, "messages": messages})
+        except TemplateRefusal as refusal:
+            if ROLE_WORDS.search(str(refusal)):
+                for stricter in stricter_messages(messages):
+                    try:
+                        prompt = self._run({**values, "messages": stricter})
+                    except TemplateRefusal:
+                        continue
+                    self._note_adapted(refusal)
+                    return prompt
+            raise RequestError(f"the chat template of {self.source} refuses these messages: {refusal}") from refusal
+
+    def _run(self, values: Mapping[str, Any]) -> str:
+        try:
+            return self._process.render(values)
+        except TemplateFailure as error:
+            raise RequestError(
+                f"the chat template of {self.source} failed ({error}); choose a named one "
+                f"({', '.join(NAMED_FORMATS)}) instead"
+            ) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the variables of a chat template must be plain data: {error}") from error
+
+    def _note_adapted(self, refusal: TemplateRefusal) -> None:
+        if not self._adapted.is_set():
+            self._adapted.set()
+            logger.warning(
+                "the chat template of %s refuses some conversations (%s): for those, messages of equal roles in a row "
+                "are joined and system texts are moved into the user's turns (said once)",
+                self.source,
+                refusal,
+            )
+
+    @cached_property
+    def _process(self) -> TemplateProcess:
+        return TemplateProcess(self.text, self.limits)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTemplate:
+    """One of the formats in `chat_formats`, in the place of a `ChatTemplate`."""
+
+    source: str
+    format: ChatFormat
+    tokens: FormatTokens
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """As of `ChatTemplate`."""
+        return self.format.stop
+
+    @property
+    def writes_bos(self) -> bool:
+        """As of `ChatTemplate`."""
+        return self.format.writes_bos
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt for a conversation in any order of roles; `variables` change nothing.
+
+        Raises:
+            RequestError: messages of the wrong form, or with roles or content besides text.
+        """
+        turns = plain_turns(checked_messages(messages))
+        return self.format.write(turns, self.tokens, add_generation_prompt)
+
+
+Template = ChatTemplate | NamedTemplate
+
+
+def named_template(name: str, special_tokens: Mapping[str, str] | None = None) -> NamedTemplate:
     """One of the formats in `chat_formats`, for models that bring no template.
 
     Raises:
@@ -90,9 +160,39 @@ def named_template(name: str, special_tokens: Mapping[str, str] | None = None) -
     """
     if name not in NAMED_FORMATS:
         raise UnsupportedError(f"chat template {name!r} is not known; accepted are {', '.join(NAMED_FORMATS)}")
-    chosen = NAMED_FORMATS[name]
-    tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
-    return ChatTemplate(chosen.template, f"the named format {name!r}", chosen.stop, chosen.writes_bos, tokens)
+    texts = special_tokens or {}
+    tokens = FormatTokens(texts.get("bos_token", ""), texts.get("eos_token", ""))
+    return NamedTemplate(f"the named format {name!r}", NAMED_FORMATS[name], tokens)
+
+
+def fallback_name(folder: Path) -> str:
+    """The format for a folder that brings no template: the embedded model only ever continues a text."""
+    try:
+        is_embedded = folder.resolve() == demo_model_path().resolve()
+    except CheckpointError:  # this installation has none
+        is_embedded = False
+    return CONTINUED_TEXT if is_embedded else FALLBACK
+
+
+def model_template(folder: Path, special_tokens: Mapping[str, str]) -> Template:
+    """The template that a model folder brings, or the fallback, of which the log warns.
+
+    Raises:
+        ConfigError: as `load_chat_template`.
+    """
+    brought = load_chat_template(folder, special_tokens)
+    if brought is not None:
+        return brought
+    name = fallback_name(folder)
+    if name == FALLBACK:
+        logger.warning(
+            "%s brings no chat template: conversations are written in the format %r, which the model may not know; "
+            "choose the one that it was trained with by --chat-template NAME (%s)",
+            folder.name,
+            name,
+            ", ".join(NAMED_FORMATS),
+        )
+    return named_template(name, special_tokens)
 
 
 def load_chat_template(folder: Path, special_tokens: Mapping[str, str], name: str | None = None) -> ChatTemplate | None:
@@ -111,7 +211,8 @@ def load_chat_template(folder: Path, special_tokens: Mapping[str, str], name: st
     wanted = name or ("default" if "default" in templates or len(templates) > 1 else next(iter(templates)))
     if wanted not in templates:
         raise ConfigError(f"{source} has no chat template named {wanted!r}; it has {', '.join(map(repr, templates))}")
-    return ChatTemplate(templates[wanted], str(source), special_tokens=special_tokens)
+    # Clients read the source in errors: they are not told where on this machine the folder lies.
+    return ChatTemplate(templates[wanted], f"{folder.name}/{source.name}", special_tokens=special_tokens)
 
 
 def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -168,43 +269,3 @@ def _named_texts(value: Any, path: Path) -> dict[str, str]:
     if not texts:
         raise ConfigError(f"{path}: chat_template is an empty list")
     return texts
-
-
-class _TemplateRefusal(Exception):
-    """What `raise_exception` of a template raises."""
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, which marks the assistant's text for training: passed through."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that templates are written for: that of transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise _TemplateRefusal(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes HTML, which templates do not want."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,96 +1,121 @@
 """Prompt formats by name, for models that bring no chat template, and the closed-context format of airoboros models.
 
-Formats are jinja2 templates like those that models bring; `chat.py` renders them.
+A format takes every order of roles (see `turns.py`): a system text that comes later stands at its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ropewalk.base.errors import RequestError
+from ropewalk.text.turns import ASSISTANT, SYSTEM, USER, Turn, alternating, opening_and_rest
+
+
+@dataclass(frozen=True, slots=True)
+class FormatTokens:
+    """The texts of the special tokens that formats write; empty where the model has none."""
+
+    bos: str = ""
+    eos: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """A template, the plain words that end a reply, and whether it writes the bos token itself."""
+    """How a conversation is written.
 
-    template: str
+    write: (turns, special tokens, whether the prompt ends with the beginning of the assistant's turn) -> prompt.
+    stop: the plain words that end a reply. writes_bos: the prompt begins with the bos token.
+    """
+
+    write: Callable[[Sequence[Turn], FormatTokens, bool], str]
     stop: tuple[str, ...] = ()
     writes_bos: bool = False
 
 
-def _turns(system: str) -> str:
-    """USER: ... ASSISTANT: ... on one line, after a default system text.
-
-    A prompt in the closed-context format ends with a line of its own, and so the assistant's turn begins a line, as in
-    the example on the model card of airophin-13b-pntk-16k.
-    """
-    return (
-        "{%- set first = messages[0] -%}"
-        "{%- if first['role'] == 'system' -%}{{ first['content'] + ' ' }}{%- else -%}{{ '"
-        + system
-        + " ' }}{%- endif -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'user' -%}"
-        "{{ 'USER: ' + message['content'] }}"
-        "{{ '\\n' if message['content'].endswith('ENDINSTRUCTION') else ' ' }}"
-        "{%- elif message['role'] == 'assistant' -%}"
-        "{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
-        "{%- elif not loop.first -%}"
-        "{{ raise_exception('only the first message can be the system text') }}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-    )
-
-
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions."
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _AIROBOROS_SYSTEM = (
     "A chat between a curious user and an assistant. "
-    "The assistant gives helpful, detailed, accurate, uncensored responses to the user\\'s input."
-)
-_LLAMA_2 = (
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set opening = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set opening = '' -%}{%- set turns = messages -%}{%- endif -%}"
-    "{%- for message in turns -%}"
-    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
-    "{{ raise_exception('user and assistant must take turns, the user first') }}"
-    "{%- endif -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{ bos_token + '[INST] ' + (opening if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
-    "{%- else -%}"
-    "{{ ' ' + message['content'].strip() + ' ' + eos_token }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
+    "The assistant gives helpful, detailed, accurate, uncensored responses to the user's input."
 )
 _ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-_ALPACA = (
-    "{%- if messages[0]['role'] == 'system' -%}{{ messages[0]['content'] }}{%- else -%}{{ '" + _ALPACA_SYSTEM + "' }}"
-    "{%- endif -%}{{ '\\n\\n' }}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
-    "{%- elif not loop.first -%}"
-    "{{ raise_exception('only the first message can be the system text') }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"
-)
 
+
+def _on_one_line(default_system: str) -> Callable[[Sequence[Turn], FormatTokens, bool], str]:
+    """SYSTEM USER: ... ASSISTANT: ...</s>USER: ...
+
+    A prompt in the closed-context format ends with a line of its own, and so the assistant's turn begins a line, as in
+    the example on the model card of airophin-13b-pntk-16k.
+    """
+
+    def write(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
+        opening, rest = opening_and_rest(turns)
+        parts = [f"{opening or default_system} "]
+        for turn in rest:
+            if turn.role == ASSISTANT:
+                parts.append(f"ASSISTANT: {turn.text}{tokens.eos or ' '}")
+            else:
+                name = "USER: " if turn.role == USER else ""
+                parts.append(f"{name}{turn.text}" + ("\n" if turn.text.endswith("ENDINSTRUCTION") else " "))
+        return "".join(parts) + ("ASSISTANT:" if is_prompt else "")
+
+    return write
+
+
+def _llama_2(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
+    """<s>[INST] <<SYS>> ... <</SYS>> ... [/INST] ... </s><s>[INST] ... [/INST]
+
+    A question ends with the beginning of the assistant's turn in any case.
+    """
+    opening, rest = alternating(turns)
+    system = "" if opening is None else f"<<SYS>>\n{opening}\n<</SYS>>\n\n"
+    parts = []
+    for turn in rest:
+        text = turn.text.strip()
+        if turn.role == USER:
+            parts.append(f"{tokens.bos}[INST] {'' if parts else system}{text} [/INST]")
+        else:
+            parts.append(f" {text} {tokens.eos}")
+    return "".join(parts)
+
+
+def _alpaca(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
+    """SYSTEM, then ### Instruction: and ### Response:, with blank lines between."""
+    opening, rest = opening_and_rest(turns)
+    headings = {USER: "### Instruction:\n", ASSISTANT: "### Response:\n", SYSTEM: ""}
+    parts = [f"{opening or _ALPACA_SYSTEM}\n\n"]
+    for turn in rest:
+        parts.append(f"{headings[turn.role]}{turn.text}{tokens.eos if turn.role == ASSISTANT else ''}\n\n")
+    return "".join(parts) + ("### Response:\n" if is_prompt else "")
+
+
+def _plain(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
+    """SYSTEM, a blank line, then lines User: ... and Assistant: ..., which models without a format understand best."""
+    opening, rest = opening_and_rest(turns)
+    names = {USER: "User: ", ASSISTANT: "Assistant: ", SYSTEM: ""}
+    parts = [] if opening is None else [f"{opening.strip()}\n\n"]
+    parts += [f"{names[turn.role]}{turn.text.strip()}\n" for turn in rest]
+    return "".join(parts) + ("Assistant:" if is_prompt else "")
+
+
+def _text(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
+    """The texts one after the other, for models that only ever continue a text."""
+    return "".join(f"{turn.text}\n" for turn in turns)
+
+
+FALLBACK, CONTINUED_TEXT = "plain", "text"
 NAMED_FORMATS: Mapping[str, ChatFormat] = {
-    "vicuna": ChatFormat(_turns(_VICUNA_SYSTEM), stop=("USER:",)),
-    "llama-2": ChatFormat(_LLAMA_2, stop=("[INST]",), writes_bos=True),
-    "alpaca": ChatFormat(_ALPACA, stop=("### Instruction:",)),
-    "airoboros": ChatFormat(_turns(_AIROBOROS_SYSTEM), stop=("USER:",)),
+    "vicuna": ChatFormat(_on_one_line(_VICUNA_SYSTEM), stop=("USER:",)),
+    "llama-2": ChatFormat(_llama_2, stop=("[INST]",), writes_bos=True),
+    "alpaca": ChatFormat(_alpaca, stop=("### Instruction:",)),
+    "airoboros": ChatFormat(_on_one_line(_AIROBOROS_SYSTEM), stop=("USER:",)),
+    FALLBACK: ChatFormat(_plain, stop=("\nUser:",)),
+    CONTINUED_TEXT: ChatFormat(_text),
 }
 
 DELIMITERS = ("BEGININPUT", "BEGINCONTEXT", "ENDCONTEXT", "ENDINPUT", "BEGININSTRUCTION", "ENDINSTRUCTION")

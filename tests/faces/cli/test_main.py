@@ -215,7 +215,6 @@ def test_chat_uses_the_template_of_the_folder(folder: Path, tmp_path: Path, caps
         (["generate", "FOLDER", "--prompt", "x", "--max-seq-len", "0"], "max_seq_len must be a positive integer"),
         (["generate", "FOLDER", "--prompt", "x", "--isa", "avx9"], "isa='avx9' is an option of backend"),
         (["perplexity", "FOLDER", "/no/file"], "/no/file cannot be read"),
-        (["chat", "FOLDER"], "brings no chat template"),
         (["chat", "FOLDER", "--chat-template", "gpt"], "'gpt' is not known"),
     ],
 )

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import RequestError
 from ropewalk.engine.engine import Engine
-from ropewalk.faces.cli.options import chosen_template, load, load_adapters, note, progress_bar, sampling_params
+from ropewalk.faces.cli.options import load, load_adapters, note, progress_bar, sampling_params
 from ropewalk.generate.sampling import SamplingParams
 
 HELP = "/reset forgets the conversation, /undo the last turn, /exit (or Ctrl-D) leaves; Ctrl-C stops a reply"
@@ -89,9 +89,9 @@ def chat_loop(args: argparse.Namespace) -> int:
     params = sampling_params(args, max_new_tokens=REPLY_TOKENS)
     model, tokenizer = load(args)
     adapters = load_adapters(args, model)
-    engine = Engine(model, tokenizer, chosen_template(args, tokenizer))
+    engine = Engine(model, tokenizer, args.chat_template)
     conversation = Conversation(engine, params, args.system, adapters)
-    _ = engine.chat_template  # a missing template is better reported before the first question
+    _ = engine.chat_template  # a broken or missing template is better reported before the first question
     note(HELP)
     while True:
         try:

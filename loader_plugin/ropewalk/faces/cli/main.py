@@ -25,6 +25,7 @@ from ropewalk.faces.cli.options import (
     add_model_arguments,
     add_order_arguments,
     add_sampling_arguments,
+    add_template_argument,
     load,
     load_adapters,
     load_options,
@@ -163,9 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk with a model", description=run_chat.__doc__)
     add_model_arguments(chat)
-    chat.add_argument(
-        "--chat-template", metavar="NAME", help="vicuna, llama-2, alpaca or airoboros (default: the model's)"
-    )
+    add_template_argument(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
     add_sampling_arguments(chat)
     add_load_arguments(chat)

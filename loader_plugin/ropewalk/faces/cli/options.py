@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
 
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
-EMBEDDED_TEMPLATE = "vicuna"
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_new_tokens", int, "end after so many tokens"),
     ("temperature", float, "0: always the most likely token"),
@@ -101,6 +100,16 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None
         )
 
 
+def add_template_argument(parser: argparse._ActionsContainer) -> None:
+    """How conversations are written."""
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="vicuna, llama-2, alpaca, airoboros, plain (lines User: and Assistant:) or text (the messages alone); "
+        "default: the model's, else plain",
+    )
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen; what is not given keeps the default of SamplingParams."""
     group = parser.add_argument_group("sampling")
@@ -149,16 +158,6 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
     return model, tokenizer
-
-
-def chosen_template(args: argparse.Namespace, tokenizer: Any) -> str | None:
-    """--chat-template; for the embedded model, which knows no chat format, any plain one will do."""
-    from ropewalk.text.chat import load_chat_template
-
-    if args.chat_template is not None or args.model is not None:
-        return args.chat_template
-    brought = load_chat_template(tokenizer.source.parent, tokenizer.special_tokens)
-    return EMBEDDED_TEMPLATE if brought is None else None
 
 
 def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:

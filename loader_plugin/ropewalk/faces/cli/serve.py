@@ -12,7 +12,7 @@ from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
     add_sampling_arguments,
-    chosen_template,
+    add_template_argument,
     load,
     load_adapters,
     model_folder,
@@ -51,9 +51,7 @@ def add_serve_command(commands: Any) -> None:
     group.add_argument(
         "--queue-limit", type=int, default=QUEUE_LIMIT, metavar="N", help=f"requests that may wait ({QUEUE_LIMIT})"
     )
-    group.add_argument(
-        "--chat-template", metavar="NAME", help="vicuna, llama-2, alpaca or airoboros (default: model's)"
-    )
+    add_template_argument(group)
     group.add_argument(
         "--adapter",
         action="append",
@@ -90,7 +88,9 @@ def _engine(args: argparse.Namespace) -> Engine:
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weight and instances in a model's name")
     num_caches = _num_caches(model) if args.caches is None else args.caches
-    return Engine(model, tokenizer, chosen_template(args, tokenizer), num_caches, args.queue_limit)
+    engine = Engine(model, tokenizer, args.chat_template, num_caches, args.queue_limit)
+    _ = engine.chat_template  # a broken or missing template is better reported here than to a client
+    return engine
 
 
 def _num_caches(model: Any) -> int:
