@@ -21,6 +21,7 @@ import torch
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
 from ropewalk.base.errors import RequestError, UnsupportedError
 from ropewalk.engine.cache_pool import CachePool, EngineModel
+from ropewalk.engine.dry_breakers import TextBreakers
 from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
 from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
 from ropewalk.generate.evaluate import token_logprobs
@@ -255,6 +256,7 @@ class Engine:
             cancelled,
             request.progress,
             request.adapters,
+            TextBreakers(self.tokenizer, request.params.dry_sequence_breakers),
         )
 
     def _choose_adapters(self, request: TextRequest, steps: StepTurns, cancelled: Cancelled) -> bool:

@@ -17,6 +17,7 @@ import torch
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import RequestError
 from ropewalk.config.model import ModelConfig
+from ropewalk.generate.dry import Breakers
 from ropewalk.generate.sampling import Sampler, SamplingParams, top_logprobs
 from ropewalk.model.model import checked_token_ids
 
@@ -103,7 +104,7 @@ class Generation(Iterator[Step]):
 
     The longest prefix of the prompt that `cache` already holds is not computed again. `progress` is called with (tokens
     done, tokens to do) while the prompt is read, `cancelled` between the steps of the model; `adapters` are those of
-    `Model.forward`, for prompt and reply.
+    `Model.forward`, for prompt and reply; `breakers` are the params' dry_sequence_breakers as tokens.
     finish_reason: None while it runs; "stop" (an end token), "length" (max_new_tokens), "context" (the cache is full),
     "cancelled" (asked to, or closed early). The end token itself is not a step; `end_token_id` names it.
 
@@ -121,12 +122,13 @@ class Generation(Iterator[Step]):
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
         adapters: Request | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         self.finish_reason: str | None = None
         self.end_token_id: int | None = None
         self._model, self._cache, self._params = model, cache, params
         self._prompt_ids = checked_prompt(model, cache.capacity, prompt_ids)
-        self._adapters = adapters
+        self._adapters, self._breakers = adapters, breakers
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
         self._reused = self._new_tokens = self._context_used = 0
@@ -159,7 +161,7 @@ class Generation(Iterator[Step]):
         logits = self._read_prompt()
         if logits is None:
             return
-        sampler = Sampler(params, self._prompt_ids)
+        sampler = Sampler(params, self._prompt_ids, self._breakers)
         while True:
             started = time.perf_counter()
             token_id = sampler.choose(logits[-1])

@@ -28,6 +28,12 @@ SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("repetition_range", int, "look back so many tokens for that (default: all)"),
     ("frequency_penalty", float, "lower a token's logit by this each time it came in the reply"),
     ("presence_penalty", float, "lower a token's logit by this once it came in the reply"),
+    ("dry_multiplier", float, "DRY: strength of a penalty against repeating sequences (0: off; usual: 0.8)"),
+    ("dry_base", float, "DRY: the penalty grows by this with each token repeated (1.75)"),
+    ("dry_allowed_length", int, "DRY: so many tokens may be repeated at no cost (2)"),
+    ("dry_range", int, "DRY: look back so many tokens (default: all)"),
+    ("xtc_probability", float, "XTC: how often the most likely tokens are excluded (0: off; usual: 0.5)"),
+    ("xtc_threshold", float, "XTC: those at least so likely, but for the least likely of them (0.1)"),
     ("seed", int, "make the draw repeatable"),
 )
 
@@ -101,6 +107,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING_OPTIONS:
         group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+    group.add_argument(
+        "--dry-sequence-breaker",
+        action="append",
+        metavar="TEXT",
+        help='DRY: text that ends a repetition; may be repeated (default: line end : " *)',
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument(
         "--stop-token-id", action="append", type=int, metavar="ID", help="end at this token; may be repeated"
@@ -212,6 +224,8 @@ def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:
     from ropewalk.generate.sampling import SamplingParams
 
     given = {name: getattr(args, name) for name, _, _ in SAMPLING_OPTIONS if getattr(args, name) is not None}
+    if args.dry_sequence_breaker:
+        given["dry_sequence_breakers"] = tuple(args.dry_sequence_breaker)
     return SamplingParams(
         **{**defaults, **given},
         stop=args.stop or (),
