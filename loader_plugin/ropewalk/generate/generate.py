@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ropewalk.adapters.request import Request
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import ContextLengthError
 from ropewalk.config.model import ModelConfig
 from ropewalk.generate.dry import Breakers
 from ropewalk.generate.sampling import Sampler, SamplingParams, top_logprobs
@@ -226,13 +226,11 @@ def checked_prompt(model: ModelLike, capacity: int, prompt_ids: Sequence[int]) -
     """The prompt as a list of ids that the model knows and the context can hold.
 
     Raises:
-        RequestError: empty, ids of a wrong type or out of range, or too long; says by how much and what to do.
+        RequestError: empty, ids of a wrong type or out of range. ContextLengthError: too long.
     """
+    if isinstance(prompt_ids, (list, tuple, range)) and len(prompt_ids) > capacity:  # before looking at each of them
+        raise ContextLengthError.of(len(prompt_ids), capacity)
     ids = checked_token_ids(prompt_ids, model.config.vocab_size)
-    excess = len(ids) - capacity
-    if excess > 0:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens, {excess} more than the context of {capacity}: shorten it, or "
-            f"load the model with max_seq_len={len(ids) + 256} or more (and RoPE scaling that covers it)"
-        )
+    if len(ids) > capacity:
+        raise ContextLengthError.of(len(ids), capacity)
     return ids

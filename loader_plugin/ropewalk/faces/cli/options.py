@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import RequestError
-from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.embedded import demo_model_path, embedded_scaling
 
 ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
@@ -138,8 +138,11 @@ def order_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ORDER_OPTIONS}
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer), with a progress bar, and the RoPE decision on stderr."""
+def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer), with a progress bar, and the RoPE decision on stderr.
+
+    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise.
+    """
     from ropewalk.model.loader import load_model
     from ropewalk.text.tokenizer.load import load_tokenizer
 
@@ -149,6 +152,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     rope = rope_overrides(args)
     if all(value is None for value in rope.values()):
         rope["rope_scaling"] = _rope_of_adapters(args)
+        if rope["rope_scaling"] is None and to_talk and args.model is None:
+            rope["rope_scaling"] = embedded_scaling()
     with progress_bar("loading", "layer") as progress:
         model = load_model(folder, args.max_seq_len, cache_type=args.cache_type, progress=progress, **options, **rope)
     note(model.rope.describe())
@@ -182,9 +187,7 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
             "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
         )
     given = [_adapter_option(args, text) for text in args.adapter]
-    folders = list(dict.fromkeys(folder for folder, _, _ in given))
-    last_parts = [folder.name for folder in folders]
-    names = {folder: folder.name if last_parts.count(folder.name) == 1 else str(folder) for folder in folders}
+    names = _adapter_names(list(dict.fromkeys(folder for folder, _, _ in given)))
     for text, (_, weight, instances) in zip(args.adapter, given, strict=True):
         if auto and not weight is instances is None:
             raise RequestError(
@@ -195,6 +198,17 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
     for folder, name in names.items():
         model.load_adapter(folder, name)
     return "auto" if auto else chosen
+
+
+def _adapter_names(folders: list[Path]) -> dict[Path, str]:
+    """Each folder's last part; of equal ones so many parts that they differ. Clients of the server see these names."""
+    parts = {folder: [part for part in folder.parts if part != folder.anchor] for folder in folders}
+    names = {}
+    for folder in folders:
+        others = [parts[other] for other in folders if other != folder]
+        count = next((n for n in range(1, len(parts[folder])) if parts[folder][-n:] not in [o[-n:] for o in others]), 0)
+        names[folder] = "/".join(parts[folder][-count:])
+    return names
 
 
 def _rope_of_adapters(args: argparse.Namespace) -> Mapping[str, Any] | None:
