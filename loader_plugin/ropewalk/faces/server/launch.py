@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import uvicorn
@@ -26,8 +26,8 @@ def serve(
 ) -> int:
     """Run the server until it is told to end; the exit code. The address is taken before the model is loaded.
 
-    options: its adapters are those of the engine; no `allowed_hosts` are those of loopback where it listens there, and
-    any elsewhere. say: shows the lines that tell where the server is.
+    options: its adapters are those of the engine; its allowed_hosts become `checked_hosts`. say: shows the lines that
+    tell where the server is.
 
     Raises:
         ConfigError: the address is wrong or taken. Errors of `make_engine`.
@@ -35,11 +35,7 @@ def serve(
     with _listen(host, port) as listener:
         engine = make_engine()
         at, port = listener.getsockname()[:2]
-        hosts = options.allowed_hosts
-        if is_loopback(at):
-            hosts = (*(hosts or ()), host)
-        elif hosts is not None:
-            hosts = (*hosts, host, at)
+        hosts = checked_hosts(options.allowed_hosts, host, at)
         options = replace(options, adapters=engine.model.adapters, allowed_hosts=hosts)
         app = create_app(engine, options)
         service = app.state.service
@@ -49,6 +45,17 @@ def serve(
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
         GracefulServer(config, service).run(sockets=[listener])
     return 0
+
+
+def checked_hosts(allowed: Sequence[str] | None, host: str, address: str) -> tuple[str, ...] | None:
+    """The names besides those of loopback under which a server may be addressed; None: any.
+
+    On loopback no page of the web may reach it under a name of its own. Elsewhere a server has names that it does not
+    know, so they are checked only if some are `allowed`. host, address: as it was told to listen, and what that is.
+    """
+    if allowed is None and not is_loopback(address):
+        return None
+    return (*(allowed or ()), host, address)
 
 
 def _listen(host: str, port: int) -> socket.socket:
