@@ -74,9 +74,8 @@ def test_health_answers_beside_prompts_that_are_too_long_and_prompts_that_just_f
     before = server.resident_bytes()
     with Watch(server) as watch, ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda each: post(server, *each), [*bodies, *fitting]))
-    print(
-        f"health {watch.longest_s:.2f} s at most ({watch.num_answers}), {(watch.most_bytes - before) / 2**20:.0f} MiB"
-    )
+    grown = watch.most_bytes - before
+    print(f"health {watch.longest_s:.2f} s at most ({watch.num_answers}), {grown / 2**20:.0f} MiB more")
     assert [code(answer) for answer in answers[: len(bodies)]] == ["context_length_exceeded"] * len(bodies)
     assert [answer.status_code for answer in answers[len(bodies) :]] == [200] * len(fitting)
     assert watch.num_answers >= 3 and watch.longest_s < HEALTH_S

@@ -196,8 +196,8 @@ def test_settings_that_are_not_done_are_refused_by_name_and_accepted_where_they_
 def test_another_spelling_must_not_say_something_else(desk: Desk, spelling, name, value, other, nothing) -> None:
     completion(desk, **{spelling: nothing})
     completion(desk, **{spelling: value, name: value})
-    for given in ({}, {name: other}):
-        error = refused(completion, desk, **{spelling: value}, **given)
+    for besides in ({}, {name: other}):
+        error = refused(completion, desk, **{spelling: value}, **besides)
         assert error.message == f"{spelling} is called {name} here: use that name"
 
 
@@ -239,8 +239,8 @@ def test_the_last_message_goes_on_where_that_is_asked_for(desk: Desk) -> None:
         assert prompt_of(other, work).endswith("assistant: Once upon")
     both = refused(chat, other, messages=messages, continue_final_message=True, add_generation_prompt=True)
     assert both.param == "continue_final_message" and "exclude each other" in both.message
-    given = {"chat_template_kwargs": {"continue_final_message": True}}
-    assert "continue_final_message is not set here" in refused(chat, other, **given).message
+    hidden = {"continue_final_message": True}
+    assert "continue_final_message is not set here" in refused(chat, other, chat_template_kwargs=hidden).message
 
 
 @pytest.mark.parametrize(

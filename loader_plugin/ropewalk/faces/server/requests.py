@@ -207,9 +207,7 @@ def _text_of(part: ContentPart, place: str) -> str:
 
 
 def _only_text(place: str, kind: str) -> ApiError:
-    message = (
-        f"this model reads text only, and {place} holds something else ({kind[:40]}): leave it out, or describe it"
-    )
+    message = f"this model reads text only, and {place} holds {kind[:40]!r}: leave it out, or describe it in words"
     return ApiError(400, message, place, "unsupported_content")
 
 
