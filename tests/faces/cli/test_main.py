@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from ropewalk.base.errors import CheckpointError
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.chat import Conversation
 from ropewalk.faces.cli.main import main
-from ropewalk.faces.cli.options import progress_bar
+from ropewalk.faces.cli.options import add_sampling_arguments, progress_bar, sampling_params
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.tokenizer.load import load_tokenizer
 from tokenizer_writer import LLAMA_CONFIG, write_config, write_sentencepiece
@@ -66,15 +67,30 @@ def test_sampling_options_reach_the_sampler(folder: Path, capsys) -> None:
     more = ["--min-p", "0.001", "--typical", "0.99", "--repetition-penalty", "1.1", "--repetition-range", "20"]
     penalties = ["--frequency-penalty", "0.1", "--presence-penalty", "0.1", "--logit-bias", "5=-inf"]
     command = ["generate", str(folder), "--prompt", "rope", *REFERENCE, *options, *more, *penalties]
-    dry = ["--dry-multiplier", "5", "--dry-base", "2", "--dry-allowed-length", "1", "--dry-range", "50"]
-    dry += ["--dry-sequence-breaker", "z", "--dry-sequence-breaker", "y"]
-    xtc = ["--xtc-probability", "1", "--xtc-threshold", "0.001"]
     outputs = []
-    for extra in ([], [], ["--seed", "5"], dry, xtc):
+    for extra in ([], [], ["--seed", "5"], ["--xtc-probability", "1", "--xtc-threshold", "0.001"]):
         assert main(command + extra) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
-    assert len(set(outputs[1:])) == 4
+    assert len(set(outputs[1:])) == 3
+
+
+def test_dry_and_xtc_are_options_of_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    dry = ["--dry-multiplier", "5", "--dry-base", "2", "--dry-allowed-length", "1", "--dry-range", "50"]
+    breakers = ["--dry-sequence-breaker", "z", "--dry-sequence-breaker", "y"]
+    xtc = ["--xtc-probability", "0.5", "--xtc-threshold", "0.2"]
+    assert sampling_params(parser.parse_args([*dry, *breakers, *xtc])) == SamplingParams(
+        dry_multiplier=5,
+        dry_base=2,
+        dry_allowed_length=1,
+        dry_range=50,
+        dry_sequence_breakers=("z", "y"),
+        xtc_probability=0.5,
+        xtc_threshold=0.2,
+    )
+    assert sampling_params(parser.parse_args([])) == SamplingParams()
 
 
 def test_prompts_come_from_files_and_from_standard_input(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
