@@ -16,12 +16,12 @@ from typing import Any
 from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
 from ropewalk.base.errors import RopewalkError
 from ropewalk.config.model import MAX_POSITIONS, load_model_config
+from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
 AS_CHECKPOINT = "as the checkpoint says"
 ROPE_METHODS = ("default", *BY_FACTOR, *FOLLOWING_THE_LENGTH)
-EMBEDDED_FACTOR = 4.0  # YaRN costs the embedded model nothing up to here (its card): 2,048 positions instead of 512
 MAX_THREADS = 1024
 
 
@@ -110,7 +110,7 @@ def suggested_settings(folder: Path, is_embedded: bool) -> LoadSettings:
     if not is_embedded:
         return found
     length = int(found.max_seq_len * EMBEDDED_FACTOR)
-    return replace(found, rope_method="yarn", rope_factor=EMBEDDED_FACTOR, max_seq_len=length)
+    return replace(found, rope_method=EMBEDDED_METHOD, rope_factor=EMBEDDED_FACTOR, max_seq_len=length)
 
 
 def read_settings(values: Mapping[str, Any]) -> LoadSettings:

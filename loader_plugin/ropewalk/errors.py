@@ -5,6 +5,7 @@ from __future__ import annotations
 from ropewalk.base.errors import (
     CheckpointError,
     ConfigError,
+    ContextLengthError,
     NativeError,
     QueueFullError,
     RequestError,
@@ -16,6 +17,7 @@ from ropewalk.base.errors import (
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContextLengthError",
     "NativeError",
     "QueueFullError",
     "RequestError",

@@ -4,7 +4,8 @@
 
 Requests are made by schemathesis from the server's own OpenAPI document: bodies that break its schema, bodies that keep
 it with the oddest values, and on top of both some that are damaged as bytes. Every answer that is an error must have
-OpenAI's shape. Prints a table of the statuses and what was wrong; the exit status is 1 if anything was.
+OpenAI's shape, and none may tell where files of this machine lie. Prints a table of the statuses and what was wrong;
+the exit status is 1 if anything was.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from schemathesis import Case, GenerationMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from benchmarking import print_head  # noqa: E402
+from ropewalk.files.embedded import demo_model_path  # noqa: E402
 from server_process import ServerProcess  # noqa: E402
 
 PATIENCE_S = 5.0  # a request that is right may ask for a long reply; leaving it is one more thing to survive
+FOLDERS = tuple(str(folder) for folder in (demo_model_path(), Path.home(), Path.cwd(), sys.prefix))
 JSON_HEADERS = {"Content-Type": "application/json"}
 
 
@@ -103,6 +106,8 @@ def run(planned: Sender, count: int, seed: int, client: httpx.Client, statuses: 
         statuses[str(response.status_code)] += 1
         if response.status_code >= 500 or (response.status_code >= 400 and not has_shape(response)):
             wrong.append(f"{case.method} {case.path} {case.body!r:.300}: {response.status_code} {response.text[:300]}")
+        if any(folder in response.text for folder in FOLDERS):
+            wrong.append(f"{case.method} {case.path} {case.body!r:.300} tells a path: {response.text[:300]}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -27,7 +27,7 @@ import openai
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from benchmarking import print_head  # noqa: E402
 from ropewalk.engine.engine import Engine
-from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.embedded import demo_model_path, embedded_scaling
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.model.loader import load_model
 from ropewalk.text.tokenizer.load import load_tokenizer
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def catalogue() -> list[Case]:
     """Requests of all kinds with their replies, each computed by an engine that does nothing else."""
-    model = load_model(demo_model_path(), threads=1)
+    model = load_model(demo_model_path(), rope_scaling=embedded_scaling(), threads=1)
     tokenizer = load_tokenizer(demo_model_path())
     cases = []
     for number in range(32):

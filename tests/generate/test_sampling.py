@@ -16,6 +16,7 @@ from ropewalk.generate.sampling import (
     Sampler,
     SamplingParams,
     apply_bias,
+    exclude_top_choices,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -26,6 +27,7 @@ from ropewalk.generate.sampling import (
 )
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+BEFORE_DRY_AND_XTC = [59, 120, 186, 182, 213, 229, 10, 261, 75, 265, 7, 10]  # drawn before there were DRY and XTC
 
 
 def random_logits(seed: int, size: int = 300, scale: float = 3.0) -> torch.Tensor:
@@ -210,6 +212,14 @@ def test_log_probabilities_are_those_of_the_model() -> None:
         ("stop_token_ids", "ab"),
         ("ignore_eos", 1),
         ("logprobs", 101),
+        ("dry_multiplier", -0.1),
+        ("dry_base", 0.9),
+        ("dry_allowed_length", 0),
+        ("dry_range", 0),
+        ("dry_sequence_breakers", [""]),
+        ("dry_sequence_breakers", {"a": 1}),
+        ("xtc_probability", 1.5),
+        ("xtc_threshold", math.nan),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
@@ -244,3 +254,61 @@ def test_any_combination_draws_a_token_that_the_model_gives_some_probability(
     sampler = Sampler(params, [0, 1, 2])
     for step in range(3):
         assert 0 <= sampler.choose(random_logits(seed + step, size=50)) < 50
+
+
+def excluded(probabilities: list[float], threshold: float) -> list[int]:
+    """XTC in plain Python: of the tokens that reach the threshold, all but the least likely (the last of equals)."""
+    top = [i for i, p in enumerate(probabilities) if p >= threshold and p > 0]
+    kept = min(top, key=lambda i: (probabilities[i], -i), default=None)
+    return [i for i in top if i != kept]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    weights=st.lists(st.integers(0, 6), min_size=1, max_size=12).filter(any),
+    threshold=st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0]),
+)
+def test_xtc_excludes_what_the_rule_says(weights: list[int], threshold: float) -> None:
+    shares = np.float32(weights) / np.float32(sum(weights))
+    logits = torch.from_numpy(np.log(shares, where=shares > 0, out=np.full_like(shares, NEVER)))
+    probabilities = torch.softmax(logits, dim=-1).tolist()
+    found = exclude_top_choices(logits, threshold)
+    gone = [i for i in range(len(weights)) if found[i] == NEVER and logits[i] > NEVER]
+    assert gone == excluded(probabilities, float(np.float32(threshold)))
+    assert [float(found[i]) for i in range(len(weights)) if i not in gone] == [
+        float(logits[i]) for i in range(len(weights)) if i not in gone
+    ]
+
+
+def test_xtc_acts_as_often_as_its_probability_says() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    found = frequencies({**PLAIN, "xtc_probability": 0.4, "xtc_threshold": 0.2}, logits)
+    without = np.array([0.0, 0.3, 0.15, 0.05]) / 0.5
+    wanted = 0.6 * np.array([0.5, 0.3, 0.15, 0.05]) + 0.4 * without
+    assert np.all(np.abs(found - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / 4000))
+
+
+def test_xtc_looks_at_what_the_other_filters_keep() -> None:
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    found = frequencies({**PLAIN, "top_k": 2, "xtc_probability": 1.0, "xtc_threshold": 0.1}, logits, draws=100)
+    assert found.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_xtc_leaves_temperature_zero_alone() -> None:
+    params = SamplingParams(temperature=0, xtc_probability=1.0, xtc_threshold=0.01)
+    assert Sampler(params, []).choose(torch.tensor([2.0, 1.0, 0.0])) == 0
+
+
+@pytest.mark.parametrize("options", [{"xtc_probability": 0.5}, {"dry_multiplier": 0.8}])
+def test_with_dry_and_xtc_the_same_seed_draws_the_same_tokens(options: dict) -> None:
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(SamplingParams(**PLAIN, seed=seed, **options), [1, 2, 1])
+        return [sampler.choose(random_logits(i, size=8)) for i in range(60)]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_without_dry_and_xtc_a_seed_draws_what_it_always_has() -> None:
+    sampler = Sampler(SamplingParams(seed=7, dry_base=2.0, dry_allowed_length=5, xtc_threshold=0.3), [1, 2, 1])
+    assert [sampler.choose(random_logits(i)) for i in range(12)] == BEFORE_DRY_AND_XTC

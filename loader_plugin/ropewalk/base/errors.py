@@ -30,6 +30,19 @@ class RequestError(RopewalkError, ValueError):
     """A generation request cannot be served: empty or too long a prompt, token ids or settings out of range."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt has more tokens than the context."""
+
+    @classmethod
+    def of(cls, num_tokens: int, context_size: int, at_least: bool = False) -> ContextLengthError:
+        """The error for a prompt of (at least) so many tokens; says by how much it is too long and what to do."""
+        return cls(
+            f"the prompt has {'at least ' if at_least else ''}{num_tokens} tokens, {num_tokens - context_size} more "
+            f"than the context of {context_size}: shorten it, or load the model with max_seq_len={num_tokens + 256} "
+            "or more (and RoPE scaling that covers it)"
+        )
+
+
 class QueueFullError(RopewalkError, RuntimeError):
     """As many requests as allowed wait already; the same request can succeed later."""
 

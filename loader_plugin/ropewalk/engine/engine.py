@@ -21,6 +21,7 @@ import torch
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
 from ropewalk.base.errors import RequestError
 from ropewalk.engine.cache_pool import CachePool, EngineModel
+from ropewalk.engine.dry_breakers import TextBreakers
 from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
 from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
 from ropewalk.generate.evaluate import token_logprobs
@@ -28,6 +29,8 @@ from ropewalk.generate.generate import CacheLike, Cancelled, Generation, Generat
 from ropewalk.generate.routing import AUTO, route
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.chat import ChatTemplate, Message, Template, model_template, named_template
+from ropewalk.text.continuation import render_continued
+from ropewalk.text.tokenizer.length import encode_fitting
 from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
 
 WAIT_STEP_S = 0.05  # how often a request that waits for its turn asks whether it is cancelled
@@ -141,7 +144,7 @@ class Engine:
             RequestError: the prompt is empty, does not fit, or holds unknown ids; adapters that are not loaded.
             QueueFullError: with the first piece, if `queue_limit` requests wait already.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         return self._start(ids, params, cancelled, progress, adapters, ticket)
 
     def generate(
@@ -192,8 +195,7 @@ class Engine:
         ticket: Ticket | None = None,
         **variables: Any,
     ) -> TextStream:
-        """The assistant's next turn, as a stream. `variables` are handed to the chat template, the rest is as for
-        `stream`.
+        """The assistant's next turn, as a stream. `variables` are those of `chat_ids`, the rest is as for `stream`.
 
         Raises:
             RequestError: as for `stream`; messages that the template refuses. ConfigError: a broken template.
@@ -202,11 +204,34 @@ class Engine:
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
         return self._start(self.chat_ids(messages, **variables), params, cancelled, progress, adapters, ticket)
 
-    def chat_ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """The prompt of a conversation in token ids, up to the beginning of the assistant's turn."""
+    def chat_ids(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False, **variables: Any
+    ) -> list[int]:
+        """The prompt of a conversation in token ids, up to the beginning of the assistant's turn.
+
+        continue_final_message: up to the end of the last message, so that the reply is the rest of it.
+        variables: handed to the chat template; add_generation_prompt=False ends before the assistant's turn.
+
+        Raises:
+            RequestError: as for `chat`; continue_final_message together with add_generation_prompt.
+            ContextLengthError: the conversation has more tokens than the context.
+        """
         template = self.chat_template
-        text = template.render(messages, **variables)
-        return self.tokenizer.encode(text, add_bos=False if template.writes_bos else None)
+        if continue_final_message:
+            if variables.pop("add_generation_prompt", False):
+                raise RequestError("continue_final_message and add_generation_prompt exclude each other: give one")
+            text = render_continued(template, messages, **variables)
+        else:
+            text = template.render(messages, **variables)
+        return self.encode(text, add_bos=False if template.writes_bos else None)
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """The tokens of a text, as `Tokenizer.encode`; a text that cannot fit the context is refused unread.
+
+        Raises:
+            ContextLengthError: it has more tokens than the context. RequestError: as `Tokenizer.encode`.
+        """
+        return encode_fitting(self.tokenizer, text, self.context_size, add_bos)
 
     def _start(
         self,
@@ -251,6 +276,7 @@ class Engine:
             cancelled,
             request.progress,
             request.adapters,
+            TextBreakers(self.tokenizer, request.params.dry_sequence_breakers),
         )
 
     def _choose_adapters(self, request: TextRequest, steps: StepTurns, cancelled: Cancelled) -> bool:

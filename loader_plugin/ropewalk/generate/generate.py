@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 
 from ropewalk.adapters.request import Request
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import ContextLengthError
 from ropewalk.config.model import ModelConfig
+from ropewalk.generate.dry import Breakers
 from ropewalk.generate.sampling import Sampler, SamplingParams, top_logprobs
 from ropewalk.model.model import checked_token_ids
 
@@ -103,7 +104,7 @@ class Generation(Iterator[Step]):
 
     The longest prefix of the prompt that `cache` already holds is not computed again. `progress` is called with (tokens
     done, tokens to do) while the prompt is read, `cancelled` between the steps of the model; `adapters` are those of
-    `Model.forward`, for prompt and reply.
+    `Model.forward`, for prompt and reply; `breakers` are the params' dry_sequence_breakers as tokens.
     finish_reason: None while it runs; "stop" (an end token), "length" (max_new_tokens), "context" (the cache is full),
     "cancelled" (asked to, or closed early). The end token itself is not a step; `end_token_id` names it.
 
@@ -121,12 +122,13 @@ class Generation(Iterator[Step]):
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
         adapters: Request | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         self.finish_reason: str | None = None
         self.end_token_id: int | None = None
         self._model, self._cache, self._params = model, cache, params
         self._prompt_ids = checked_prompt(model, cache.capacity, prompt_ids)
-        self._adapters = adapters
+        self._adapters, self._breakers = adapters, breakers
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
         self._reused = self._new_tokens = self._context_used = 0
@@ -159,7 +161,7 @@ class Generation(Iterator[Step]):
         logits = self._read_prompt()
         if logits is None:
             return
-        sampler = Sampler(params, self._prompt_ids)
+        sampler = Sampler(params, self._prompt_ids, self._breakers)
         while True:
             started = time.perf_counter()
             token_id = sampler.choose(logits[-1])
@@ -224,13 +226,11 @@ def checked_prompt(model: ModelLike, capacity: int, prompt_ids: Sequence[int]) -
     """The prompt as a list of ids that the model knows and the context can hold.
 
     Raises:
-        RequestError: empty, ids of a wrong type or out of range, or too long; says by how much and what to do.
+        RequestError: empty, ids of a wrong type or out of range. ContextLengthError: too long.
     """
+    if isinstance(prompt_ids, (list, tuple, range)) and len(prompt_ids) > capacity:  # before looking at each of them
+        raise ContextLengthError.of(len(prompt_ids), capacity)
     ids = checked_token_ids(prompt_ids, model.config.vocab_size)
-    excess = len(ids) - capacity
-    if excess > 0:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens, {excess} more than the context of {capacity}: shorten it, or "
-            f"load the model with max_seq_len={len(ids) + 256} or more (and RoPE scaling that covers it)"
-        )
+    if len(ids) > capacity:
+        raise ContextLengthError.of(len(ids), capacity)
     return ids

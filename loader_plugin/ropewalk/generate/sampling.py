@@ -2,12 +2,13 @@
 
 Steps, in this order (each is skipped at its neutral value):
 
-    logit_bias -> repetition_penalty -> frequency_penalty, presence_penalty -> temperature
-    -> top_k -> top_p -> min_p -> typical -> draw
+    logit_bias -> repetition_penalty -> frequency_penalty, presence_penalty -> DRY -> temperature
+    -> top_k -> top_p -> min_p -> typical -> XTC -> draw
 
 The order and every definition are those of transformers' logits processors; frequency and presence penalties are those
-of the OpenAI API. Temperature 0 (or below 1e-5, where float32 division would overflow) takes the most likely token, the
-lowest id among equals, after bias and penalties. All arithmetic is float32, the cumulative sum of the draw float64.
+of the OpenAI API; DRY (`dry.py`) and XTC stand where text-generation-webui has them. Temperature 0 (or below 1e-5,
+where float32 division would overflow) takes the most likely token, the lowest id among equals, after bias and
+penalties. All arithmetic is float32, the cumulative sum of the draw float64.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 
 from ropewalk.base.errors import CheckpointError, RequestError
+from ropewalk.generate.dry import Breakers, DryPenalty, NoBreakers, penalise_repeats
 
 NEVER = float("-inf")
 GREEDY_BELOW = 1e-5
 MAX_SEED = 2**63 - 1
+DRY_BREAKERS = ("\n", ":", '"', "*")  # as DRY was published; they hold the structure of prose and of chats
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,10 @@ class SamplingParams:
     probability (0: off). typical: keep the locally typical set of that probability (1: off; arXiv:2202.00666).
     repetition_penalty: divides positive and multiplies negative logits of tokens among the last `repetition_range`
     tokens of prompt and reply (None: all of them; CTRL, arXiv:1909.05858). frequency_penalty, presence_penalty: taken
-    from the logit per occurrence, and once, for tokens of the reply. logit_bias: token id -> added to its logit
+    from the logit per occurrence, and once, for tokens of the reply. dry_multiplier (0: off), dry_base,
+    dry_allowed_length, dry_range (None: all tokens), dry_sequence_breakers: a penalty against repeating what was
+    written, see `dry.py`. xtc_probability (0: off): how often, of the tokens of at least probability xtc_threshold, all
+    but the least likely are excluded. logit_bias: token id -> added to its logit
     (-inf: never). seed: None draws a fresh one. max_new_tokens: None goes on to the end of the context. stop: text
     that ends generation and is not shown. stop_token_ids: the same for tokens, besides those of the model.
     ignore_eos: the model's end tokens do not end generation. logprobs: how many alternatives to report per token
@@ -56,6 +62,13 @@ class SamplingParams:
     repetition_range: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int | None = None
+    dry_sequence_breakers: tuple[str, ...] = DRY_BREAKERS
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_new_tokens: int | None = None
@@ -74,23 +87,34 @@ class SamplingParams:
         _number(self, "frequency_penalty", -100.0, 100.0)
         _number(self, "presence_penalty", -100.0, 100.0)
         _integer(self, "repetition_range", 1, None, optional=True)
+        _number(self, "dry_multiplier", 0.0, 100.0)
+        _number(self, "dry_base", 1.0, 100.0)
+        _integer(self, "dry_allowed_length", 1, None)
+        _integer(self, "dry_range", 1, None, optional=True)
+        _number(self, "xtc_probability", 0.0, 1.0)
+        _number(self, "xtc_threshold", 0.0, 1.0)
         _integer(self, "seed", 0, MAX_SEED, optional=True)
         _integer(self, "max_new_tokens", 0, None, optional=True)
         _integer(self, "logprobs", 0, 100, optional=True)
         if not isinstance(self.ignore_eos, bool):
             raise _wrong(self, "ignore_eos", "true or false")
-        object.__setattr__(self, "stop", _stop_strings(self))
+        object.__setattr__(self, "stop", _texts(self, "stop"))
+        object.__setattr__(self, "dry_sequence_breakers", _texts(self, "dry_sequence_breakers"))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self))
         object.__setattr__(self, "logit_bias", _biases(self))
 
 
 class Sampler:
-    """Chooses the tokens of one reply. Owns the random generator and the counts that the penalties need."""
+    """Chooses the tokens of one reply. Owns the random generator and the counts that the penalties need.
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+    breakers: `dry_sequence_breakers` as tokens.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], breakers: Breakers | None = None) -> None:
         self.params = params
         self._history = list(prompt_ids) if params.repetition_penalty != 1.0 else []
         self._reply_counts: Counter[int] = Counter()
+        self._dry = _dry_penalty(params, prompt_ids, breakers or NoBreakers())
         self._generator = torch.Generator(device="cpu")
         if params.seed is None:
             self._generator.seed()
@@ -110,6 +134,8 @@ class Sampler:
         if params.repetition_penalty != 1.0:
             self._history.append(token_id)
         self._reply_counts[token_id] += 1
+        if self._dry is not None:
+            self._dry.append(token_id)
         return token_id
 
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
@@ -120,6 +146,8 @@ class Sampler:
             scores = penalise_repetition(scores, recent, params.repetition_penalty)
         if params.frequency_penalty or params.presence_penalty:
             scores = penalise_counts(scores, self._reply_counts, params.frequency_penalty, params.presence_penalty)
+        if self._dry is not None:
+            scores = penalise_repeats(scores, self._dry.penalties())
         if float(scores.max()) == NEVER:
             raise RequestError("logit_bias bans every token: leave at least one without -inf")
         return scores
@@ -139,13 +167,19 @@ class Sampler:
             scores = keep_min_p(scores, params.min_p)
         if params.typical < 1.0:
             scores = keep_typical(scores, params.typical)
+        if params.xtc_probability > 0.0 and self._random() < params.xtc_probability:
+            scores = exclude_top_choices(scores, params.xtc_threshold)
         weights = torch.softmax(scores, dim=-1).double().numpy()
         cumulative = np.cumsum(weights)
-        point = float(torch.rand(1, generator=self._generator, dtype=torch.float64)) * cumulative[-1]
+        point = self._random() * cumulative[-1]
         # First entry beyond the point: an entry of weight zero can not be hit.
         position = int(np.searchsorted(cumulative, point, side="right"))
         position = min(position, int(np.flatnonzero(weights)[-1]))
         return position if ids is None else int(ids[position])
+
+    def _random(self) -> float:
+        """From 0 to below 1."""
+        return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
 
 
 def first_of_highest(logits: torch.Tensor) -> int:
@@ -212,11 +246,33 @@ def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
     return logits.masked_fill(distance > nearest[last], NEVER)
 
 
+def exclude_top_choices(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """logits [V], -inf for all tokens of at least probability `threshold` but the least likely one of them (of equals
+    the last): what is left is a choice that the model finds good, and not the obvious one.
+
+    Source: p-e-w 2024, github.com/oobabooga/text-generation-webui/pull/6335.
+    """
+    probabilities = torch.softmax(logits, dim=-1).numpy()
+    top = np.flatnonzero((probabilities >= np.float32(threshold)) & (logits.numpy() > NEVER))
+    if len(top) < 2:
+        return logits
+    kept = len(top) - 1 - int(np.argmin(probabilities[top][::-1]))
+    return logits.index_fill(0, torch.from_numpy(np.delete(top, kept)), NEVER)
+
+
 def top_logprobs(logits: torch.Tensor, token_id: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Log probability of the token, and the `count` most likely (id, log probability). logits: [V] float32."""
     log_p = torch.log_softmax(logits, dim=-1)
     values, ids = torch.topk(log_p, min(count, log_p.numel()))
     return float(log_p[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def _dry_penalty(params: SamplingParams, prompt_ids: Sequence[int], breakers: Breakers) -> DryPenalty | None:
+    if params.dry_multiplier == 0.0:
+        return None
+    return DryPenalty(
+        params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_range, breakers, prompt_ids
+    )
 
 
 def _checked(logits: torch.Tensor) -> torch.Tensor:
@@ -255,11 +311,12 @@ def _integer(params: SamplingParams, name: str, low: int, high: int | None, *, o
     object.__setattr__(params, name, int(value))
 
 
-def _stop_strings(params: SamplingParams) -> tuple[str, ...]:
-    stop = (params.stop,) if isinstance(params.stop, str) else params.stop
-    if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
-        raise _wrong(params, "stop", "a string or a list of strings, none of them empty")
-    return tuple(stop)
+def _texts(params: SamplingParams, name: str) -> tuple[str, ...]:
+    value = getattr(params, name)
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+        raise _wrong(params, name, "a string or a list of strings, none of them empty")
+    return tuple(texts)
 
 
 def _stop_token_ids(params: SamplingParams) -> tuple[int, ...]:

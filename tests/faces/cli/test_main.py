@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from ropewalk.base.errors import CheckpointError
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.chat import Conversation
 from ropewalk.faces.cli.main import main
-from ropewalk.faces.cli.options import progress_bar
+from ropewalk.faces.cli.options import add_sampling_arguments, progress_bar, sampling_params
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.tokenizer.load import load_tokenizer
 from tokenizer_writer import LLAMA_CONFIG, write_config, write_sentencepiece
@@ -67,10 +68,29 @@ def test_sampling_options_reach_the_sampler(folder: Path, capsys) -> None:
     penalties = ["--frequency-penalty", "0.1", "--presence-penalty", "0.1", "--logit-bias", "5=-inf"]
     command = ["generate", str(folder), "--prompt", "rope", *REFERENCE, *options, *more, *penalties]
     outputs = []
-    for extra in ([], [], ["--seed", "5"]):
+    for extra in ([], [], ["--seed", "5"], ["--xtc-probability", "1", "--xtc-threshold", "0.001"]):
         assert main(command + extra) == 0
         outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[1:])) == 3
+
+
+def test_dry_and_xtc_are_options_of_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    dry = ["--dry-multiplier", "5", "--dry-base", "2", "--dry-allowed-length", "1", "--dry-range", "50"]
+    breakers = ["--dry-sequence-breaker", "z", "--dry-sequence-breaker", "y"]
+    xtc = ["--xtc-probability", "0.5", "--xtc-threshold", "0.2"]
+    assert sampling_params(parser.parse_args([*dry, *breakers, *xtc])) == SamplingParams(
+        dry_multiplier=5,
+        dry_base=2,
+        dry_allowed_length=1,
+        dry_range=50,
+        dry_sequence_breakers=("z", "y"),
+        xtc_probability=0.5,
+        xtc_threshold=0.2,
+    )
+    assert sampling_params(parser.parse_args([])) == SamplingParams()
 
 
 def test_prompts_come_from_files_and_from_standard_input(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -95,6 +115,26 @@ def test_the_embedded_model_is_the_default(folder: Path, capsys, monkeypatch, te
     assert main(["perplexity", str(text_file), "--lengths", "16", *REFERENCE]) == 0
     monkeypatch.setattr(sys, "stdin", Input("hi\n"))
     assert main(["chat", "--max-new-tokens", "2", *REFERENCE]) == 0
+
+
+def test_one_talks_with_the_embedded_model_at_four_times_its_context_and_measures_it_as_it_is(
+    folder: Path, capsys, monkeypatch, text_file: Path
+) -> None:
+    import ropewalk.faces.cli.options
+
+    monkeypatch.setattr(ropewalk.faces.cli.options, "demo_model_path", lambda: folder)
+    for command, given, scaling in [
+        ("generate", [], "RoPE scaling: yarn"),
+        ("chat", [], "RoPE scaling: yarn"),
+        ("generate", ["--compress-pos-emb", "2"], "RoPE scaling: linear"),
+        ("generate", ["--rope-scaling", '{"type": "default"}'], "RoPE scaling: none"),
+        ("generate", [str(folder), "--prompt", "rope"], "RoPE scaling: none"),
+    ]:
+        monkeypatch.setattr(sys, "stdin", Input("hi\n"))
+        assert main([command, *given, "--max-new-tokens", "2", *REFERENCE]) == 0
+        assert scaling in capsys.readouterr().err, (command, given)
+    assert main(["perplexity", str(text_file), "--lengths", "16", *REFERENCE]) == 0
+    assert "RoPE scaling: none" in capsys.readouterr().err
 
 
 def test_a_missing_embedded_model_is_an_error_of_ours(tmp_path: Path, monkeypatch) -> None:

@@ -21,7 +21,10 @@ from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.main import main
+from ropewalk.faces.cli.options import _adapter_names
+from ropewalk.files.embedded import demo_model_path, embedded_scaling
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.gradio_demo.model_bar.settings import suggested_settings
 from ropewalk.model.loader import load_model
 from ropewalk.text.tokenizer.load import load_tokenizer
 from server_runner import until
@@ -130,6 +133,26 @@ def test_a_signal_ends_it_after_the_reply_that_runs(folder: Path) -> None:
         server.end()
 
 
+def test_adapters_of_equal_names_are_told_apart_without_their_paths(folder: Path) -> None:
+    names = _adapter_names([Path("/data/a/storm"), Path("/data/b/storm"), Path("poet"), Path("/storm")])
+    assert list(names.values()) == ["a/storm", "b/storm", "poet", "storm"]
+
+
+def test_the_embedded_model_is_served_with_the_context_that_the_page_gives_it_and_to_this_machine_only() -> None:
+    with ServerProcess(["--threads", "1", "--allowed-host", "my.proxy", "--max-body-size", "0.001"]) as server:
+        card = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+        assert (card["context_length"], card["max_model_len"]) == (2048, 2048)
+        page = suggested_settings(demo_model_path(), is_embedded=True)
+        assert (page.max_seq_len, page.rope_method, page.rope_factor) == (2048, *embedded_scaling().values())
+        statuses = [
+            httpx.get(f"{server.url}/health", headers={"Host": host}).status_code
+            for host in ("localhost:1", "my.proxy", "evil.example")
+        ]
+        assert statuses == [200, 200, 403]
+        large = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x" * 1100})
+        assert large.json()["error"]["message"] == "the body is larger than 1048 bytes, which is the limit here"
+
+
 def test_a_second_signal_cuts_the_replies_off() -> None:
     with ServerProcess(["--threads", "1"]) as server:
         body = {"prompt": ["def f("] * 4, "max_tokens": 400, "n": 16, "stream": True, "ignore_eos": True}
@@ -169,6 +192,7 @@ def test_what_is_wrong_with_the_options_is_told(folder: Path, tmp_path: Path, ca
     assert "no-file cannot be read" in refusal(capsys, "--api-key-file", str(tmp_path / "no-file"))
     (tmp_path / "empty").write_text("\n")
     assert "holds no key: write one per line" in refusal(capsys, "--api-key-file", str(tmp_path / "empty"))
+    assert "--max-body-size must be a number above 0 to 1024 (MiB), got 0" in refusal(capsys, "--max-body-size", "0")
     assert "--queue-limit must be at least 0, got -1" in refusal(capsys, "--port", "0", "--queue-limit", "-1")
     options = [str(folder), "--port", "0", *RUN]
     assert "num_caches must be a positive integer, got 0" in refusal(capsys, *options, "--caches", "0")

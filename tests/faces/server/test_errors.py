@@ -12,7 +12,6 @@ import pytest
 from fake_model import FakeModel
 from ropewalk.base.errors import CheckpointError
 from ropewalk.engine.engine import Engine
-from ropewalk.faces.server import middleware
 from ropewalk.faces.server.app import AppOptions
 from ropewalk.text.tokenizer.load import load_tokenizer
 from server_runner import RunningServer
@@ -89,7 +88,7 @@ def test_wrong_completions_are_refused_by_the_name_of_the_field(server: RunningS
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
-            "",
+            "this model reads text only, and messages.0.content holds 'image_url': leave it out",
         ),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not constrained to a format"),
@@ -175,11 +174,13 @@ def test_a_body_that_is_not_declared_as_json_is_told_what_to_add(server: Running
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_body_that_is_too_large_is_refused(server: RunningServer, monkeypatch, declared: bool) -> None:
-    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 1000)
+def test_a_body_that_is_too_large_is_refused_with_or_without_its_length(engine: Engine, declared: bool) -> None:
     content = b"x" * 2000 if declared else iter([b"x" * 600] * 3)
-    response = httpx.post(server.url + COMPLETE, content=content, headers={"Content-Type": "application/json"})
-    assert error_of(response, 413)["code"] == "body_too_large"
+    with RunningServer(engine, AppOptions("tiny", max_body_bytes=1000)) as server:
+        response = httpx.post(server.url + COMPLETE, content=content, headers={"Content-Type": "application/json"})
+        assert server.metric("ropewalk_disconnects_total") == 0
+    error = error_of(response, 413)
+    assert error["code"] == "body_too_large" and "larger than 1000 bytes, which is the limit here" in error["message"]
 
 
 @pytest.mark.parametrize("streams", [False, True])

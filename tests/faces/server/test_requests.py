@@ -127,3 +127,138 @@ def test_a_base_with_a_plus_sign_is_no_trap() -> None:
     names = ModelNames("l+storm", ("storm",))
     assert names.adapters_of("l+storm") is None
     assert names.adapters_of("l+storm+storm") == (AdapterUse("storm"),)
+
+
+def refused(make, desk: Desk, **fields) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        make(desk, **fields)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "wanted"),
+    [
+        ("mirostat", 0, 2),
+        ("mirostat_mode", 0, 1),
+        ("tfs", 1, 0.9),
+        ("tfs_z", 1.0, 0.9),
+        ("top_a", 0, 0.2),
+        ("eta_cutoff", 0, 3),
+        ("epsilon_cutoff", 0.0, 3),
+        ("smoothing_factor", 0, 0.3),
+        ("dynamic_temperature", False, True),
+        ("dynatemp_range", 0, 0.5),
+        ("nsigma", -1, 1.5),
+        ("top_n_sigma", 0, 1.5),
+        ("penalty_alpha", 0, 0.6),
+        ("no_repeat_ngram_size", 0, 3),
+        ("encoder_repetition_penalty", 1, 1.1),
+        ("guidance_scale", 1, 1.5),
+        ("cfg_scale", 1.0, 2),
+        ("negative_prompt", "", "bad"),
+        ("grammar", "", "root ::= x"),
+        ("grammar_string", "", "root ::= x"),
+        ("json_schema", {}, {"type": "object"}),
+        ("guided_json", None, {"type": "object"}),
+        ("guided_choice", [], ["a"]),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("do_sample", True, False),
+        ("num_beams", 1, 4),
+        ("best_of", 1, 2),
+        ("use_beam_search", False, True),
+        ("min_tokens", 0, 5),
+        ("ban_eos_token", False, True),
+        ("skip_special_tokens", True, False),
+        ("banned_strings", [], ["no"]),
+        ("prompt_logprobs", None, 1),
+    ],
+)
+def test_settings_that_are_not_done_are_refused_by_name_and_accepted_where_they_do_nothing(
+    desk: Desk, name, neutral, wanted
+) -> None:
+    for make in (completion, chat):
+        make(desk, **{name: neutral})
+        error = refused(make, desk, **{name: wanted})
+        assert (error.status, error.param, error.code) == (400, name, "unsupported_parameter")
+        assert error.message.startswith(f"{name} is not supported: ")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name", "value", "other", "nothing"),
+    [
+        ("repeat_penalty", "repetition_penalty", 1.2, 1.3, 1.0),
+        ("rep_pen_range", "repetition_range", 64, 32, 0),
+        ("n_predict", "max_tokens", 20, 30, -1),
+        ("stopping_strings", "stop", ["x"], ["y"], []),
+        ("typical", "typical_p", 0.5, 0.6, 1),
+    ],
+)
+def test_another_spelling_must_not_say_something_else(desk: Desk, spelling, name, value, other, nothing) -> None:
+    completion(desk, **{spelling: nothing})
+    completion(desk, **{spelling: value, name: value})
+    for besides in ({}, {name: other}):
+        error = refused(completion, desk, **{spelling: value}, **besides)
+        assert error.message == f"{spelling} is called {name} here: use that name"
+
+
+def test_dry_and_xtc_are_settings_of_a_request(desk: Desk) -> None:
+    given = {
+        "dry_multiplier": 0.8,
+        "dry_base": 2,
+        "dry_allowed_length": 3,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
+    }
+    params = completion(desk, **given, dry_range=64, dry_sequence_breakers=["a", "b"]).choices[0].params
+    assert {name: getattr(params, name) for name in given} == given
+    assert (params.dry_range, params.dry_sequence_breakers) == (64, ("a", "b"))
+    assert chat(desk, **given, dry_range=0).choices[0].params.dry_range is None
+
+
+@pytest.mark.parametrize(("last_n", "multiplier", "span"), [(-1, 0.8, None), (0, 0.0, None), (99, 0.8, 99)])
+def test_dry_looks_back_as_llama_cpp_counts_it(desk: Desk, last_n: int, multiplier: float, span: int | None) -> None:
+    params = completion(desk, dry_multiplier=0.8, dry_penalty_last_n=last_n).choices[0].params
+    assert (params.dry_multiplier, params.dry_range) == (multiplier, span)
+
+
+def test_breakers_of_dry_may_be_json_in_a_text(desk: Desk) -> None:
+    for text in ('["\\n", ":"]', '"\\n", ":"'):
+        params = completion(desk, dry_sequence_breakers=text).choices[0].params
+        assert params.dry_sequence_breakers == ("\n", ":")
+    for text in ("a, b", "[1]", '[""]', "[" * 5000, "{}x"):
+        assert refused(completion, desk, dry_sequence_breakers=text).param == "dry_sequence_breakers"
+
+
+def test_the_last_message_goes_on_where_that_is_asked_for(desk: Desk) -> None:
+    messages = [*TALK, {"role": "assistant", "content": "Once upon"}]
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}", "test")
+    other = Desk(Engine(desk.engine.model, desk.engine.tokenizer, template), NAMES, SamplingParams())
+    assert prompt_of(other, chat(other, messages=messages)).endswith("assistant: Once upon;")
+    for more in ({}, {"add_generation_prompt": False}):
+        work = chat(other, messages=messages, continue_final_message=True, **more)
+        assert prompt_of(other, work).endswith("assistant: Once upon")
+    both = refused(chat, other, messages=messages, continue_final_message=True, add_generation_prompt=True)
+    assert both.param == "continue_final_message" and "exclude each other" in both.message
+    hidden = {"continue_final_message": True}
+    assert "continue_final_message is not set here" in refused(chat, other, chat_template_kwargs=hidden).message
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]}, "image_url"),
+        ({"content": [{"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}]}, "input_audio"),
+        ({"content": [{"type": "file", "file": {"file_id": "x"}}]}, "file"),
+        ({"content": [{"type": "video_url", "video_url": {}}]}, "video_url"),
+        ({"content": "what is this", "images": ["aGk="]}, "images"),
+    ],
+)
+def test_what_is_no_text_gets_a_sentence(desk: Desk, message, kind) -> None:
+    error = refused(chat, desk, messages=[*TALK, {"role": "user"} | message])
+    assert error.code == "unsupported_content" and error.param.startswith("messages.1")
+    assert error.message.startswith("this model reads text only, and messages.1.") and repr(kind) in error.message
+
+
+def test_a_part_of_text_needs_its_text(desk: Desk) -> None:
+    error = refused(chat, desk, messages=[{"role": "user", "content": [{"type": "text"}]}])
+    assert error.message == "messages.0.content: a part of type text needs its text"

@@ -284,3 +284,27 @@ def test_health_says_how_busy_it_is_and_metrics_count_tokens(server: RunningServ
     assert server.metric("process_resident_memory_bytes") > 1e7
     assert server.metric('ropewalk_requests_total{endpoint="/v1/completions",status="200"}') > 0
     assert server.get("/metrics").headers["content-type"].startswith("text/plain")
+
+
+def test_dry_and_xtc_change_a_reply_as_they_change_the_engines(client: openai.OpenAI, alone: Engine) -> None:
+    prompt = "for a in b:\n    print(a)\nfor a in b:\n    print(a)\nfor a in"
+    settings = {"dry_multiplier": 2.0, "dry_allowed_length": 1, "dry_sequence_breakers": ["%"]}
+    more = settings | {"xtc_probability": 0.8, "xtc_threshold": 0.05, "seed": 3}
+    for given in ({"temperature": 0}, {"temperature": 0} | settings, {"seed": 3}, more):
+        body = {"model": "demo", "prompt": prompt, "max_tokens": 16}
+        done = client.completions.create(**body, extra_body=given)
+        assert done.choices[0].text == alone.generate(prompt, params(**given, max_new_tokens=16)).text
+    plain = alone.generate(prompt, params(temperature=0, max_new_tokens=16)).text
+    assert plain != alone.generate(prompt, params(temperature=0, **settings, max_new_tokens=16)).text
+
+
+def test_the_reply_is_the_rest_of_the_last_message_where_that_is_asked_for(client, alone: Engine) -> None:
+    messages = [*TALK, {"role": "assistant", "content": "    with open(path"}]
+    done = client.chat.completions.create(
+        model="demo", messages=messages, max_tokens=8, temperature=0, extra_body={"continue_final_message": True}
+    )
+    expected = alone.chat(messages, params(temperature=0, max_new_tokens=8), continue_final_message=True).complete()
+    assert done.choices[0].message.content == expected.text
+    ids = alone.chat_ids(messages, continue_final_message=True)
+    assert alone.tokenizer.decode(ids).endswith("with open(path")
+    assert done.usage.prompt_tokens == len(ids)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from ropewalk.adapters.request import Request
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import ContextLengthError, RequestError
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.options import load, load_adapters, note, progress_bar, sampling_params
 from ropewalk.generate.sampling import SamplingParams
@@ -75,11 +75,17 @@ class Conversation:
         capacity = self.engine.context_size
         room = min(self.params.max_new_tokens or REPLY_TOKENS, capacity // 4)
         dropped = 0
-        while len(self.engine.chat_ids(self._opening + self.messages)) > capacity - room and len(self.messages) > 2:
+        while len(self.messages) > 2 and not self._fits(capacity - room):
             del self.messages[:2]
             dropped += 1
         if dropped:
             note(f"the context is full: forgot the {dropped} oldest turns")
+
+    def _fits(self, limit: int) -> bool:
+        try:
+            return len(self.engine.chat_ids(self._opening + self.messages)) <= limit
+        except ContextLengthError:
+            return False
 
 
 def chat_loop(args: argparse.Namespace) -> int:
@@ -87,7 +93,7 @@ def chat_loop(args: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing in input(); Windows has none)
     params = sampling_params(args, max_new_tokens=REPLY_TOKENS)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, args.chat_template)
     conversation = Conversation(engine, params, args.system, adapters)

@@ -75,7 +75,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     params = sampling_params(args, max_new_tokens=GENERATE_TOKENS)
     prompt = _prompt(args)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer)
     with progress_bar("reading the prompt", "token", LONG_PREFILL) as progress:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, Choice
 from ropewalk.base.errors import RequestError
-from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.embedded import demo_model_path, embedded_scaling
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
@@ -30,6 +30,12 @@ SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("repetition_range", int, "look back so many tokens for that (default: all)"),
     ("frequency_penalty", float, "lower a token's logit by this each time it came in the reply"),
     ("presence_penalty", float, "lower a token's logit by this once it came in the reply"),
+    ("dry_multiplier", float, "DRY: strength of a penalty against repeating sequences (0: off; usual: 0.8)"),
+    ("dry_base", float, "DRY: the penalty grows by this with each token repeated (1.75)"),
+    ("dry_allowed_length", int, "DRY: so many tokens may be repeated at no cost (2)"),
+    ("dry_range", int, "DRY: look back so many tokens (default: all)"),
+    ("xtc_probability", float, "XTC: how often the most likely tokens are excluded (0: off; usual: 0.5)"),
+    ("xtc_threshold", float, "XTC: those at least so likely, but for the least likely of them (0.1)"),
     ("seed", int, "make the draw repeatable"),
 )
 
@@ -115,6 +121,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING_OPTIONS:
         group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
+    group.add_argument(
+        "--dry-sequence-breaker",
+        action="append",
+        metavar="TEXT",
+        help='DRY: text that ends a repetition; may be repeated (default: line end : " *)',
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument(
         "--stop-token-id", action="append", type=int, metavar="ID", help="end at this token; may be repeated"
@@ -142,8 +154,11 @@ def order_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ORDER_OPTIONS}
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer), with a progress bar, and the RoPE decision on stderr."""
+def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer), with a progress bar, and the RoPE decision on stderr.
+
+    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise.
+    """
     from ropewalk.model.loader import load_model
     from ropewalk.text.tokenizer.load import load_tokenizer
 
@@ -151,7 +166,10 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(folder)
     options = load_options(args)
     if not options.has_rope:
-        options = replace(options, rope_scaling=_rope_of_adapters(args))
+        scaling = _rope_of_adapters(args)
+        if scaling is None and to_talk and args.model is None:
+            scaling = embedded_scaling()
+        options = replace(options, rope_scaling=scaling)
     with progress_bar("loading", "layer") as progress:
         model = load_model(folder, options=options, progress=progress)
     note(model.rope.describe())
@@ -175,9 +193,7 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
             "--adapters auto chooses among adapters, and none are given: name each with --adapter FOLDER"
         )
     given = [_adapter_option(args, text) for text in args.adapter]
-    folders = list(dict.fromkeys(folder for folder, _, _ in given))
-    last_parts = [folder.name for folder in folders]
-    names = {folder: folder.name if last_parts.count(folder.name) == 1 else str(folder) for folder in folders}
+    names = _adapter_names(list(dict.fromkeys(folder for folder, _, _ in given)))
     for text, (_, weight, instances) in zip(args.adapter, given, strict=True):
         if auto and not weight is instances is None:
             raise RequestError(
@@ -188,6 +204,17 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
     for folder, name in names.items():
         model.load_adapter(folder, name)
     return "auto" if auto else chosen
+
+
+def _adapter_names(folders: list[Path]) -> dict[Path, str]:
+    """Each folder's last part; of equal ones so many parts that they differ. Clients of the server see these names."""
+    parts = {folder: [part for part in folder.parts if part != folder.anchor] for folder in folders}
+    names = {}
+    for folder in folders:
+        others = [parts[other] for other in folders if other != folder]
+        count = next((n for n in range(1, len(parts[folder])) if parts[folder][-n:] not in [o[-n:] for o in others]), 0)
+        names[folder] = "/".join(parts[folder][-count:])
+    return names
 
 
 def _rope_of_adapters(args: argparse.Namespace) -> Mapping[str, Any] | None:
@@ -217,6 +244,8 @@ def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:
     from ropewalk.generate.sampling import SamplingParams
 
     given = {name: getattr(args, name) for name, _, _ in SAMPLING_OPTIONS if getattr(args, name) is not None}
+    if args.dry_sequence_breaker:
+        given["dry_sequence_breakers"] = tuple(args.dry_sequence_breaker)
     return SamplingParams(
         **{**defaults, **given},
         stop=args.stop or (),

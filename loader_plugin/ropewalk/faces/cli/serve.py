@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
 
 QUEUE_LIMIT = 64
+MOST_BODY_MIB = 1024
 MOST_CACHES = 4  # taken where memory allows: enough for a few people, or for one with several tools
 
 
@@ -41,6 +42,20 @@ def add_serve_command(commands: Any) -> None:
     )
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help='a web page that may use it ("*": any)'
+    )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help='answer to this name in the Host header too, such as that of a proxy ("*": any); without it a server on '
+        "this machine only answers to localhost, and one on another address to any name",
+    )
+    group.add_argument(
+        "--max-body-size",
+        type=float,
+        metavar="MIB",
+        help="largest request (default: 16)",
     )
     group.add_argument(
         "--caches",
@@ -68,13 +83,22 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve a model to other programs, through the interface that they know from OpenAI. The sampling options are for
     what a request leaves out."""
     try:
-        from ropewalk.faces.server.app import AppOptions
+        from ropewalk.faces.server.app import MAX_BODY_BYTES, AppOptions
         from ropewalk.faces.server.launch import serve
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"serving needs the package {error.name}: pip install 'ropewalk[server]'") from error
     name = args.name or model_folder(args).resolve().name
     keys, defaults = _api_keys(args), sampling_params(args)
-    options = AppOptions(name, (), defaults, keys, tuple(args.cors_origin))
+    options = AppOptions(
+        name,
+        (),
+        defaults,
+        keys,
+        tuple(args.cors_origin),
+        tuple(args.allowed_host) or None,
+        MAX_BODY_BYTES if args.max_body_size is None else _bytes(args.max_body_size),
+        _folders(args),
+    )
     return serve(args.host, args.port, lambda: _engine(args), options, note)
 
 
@@ -83,7 +107,7 @@ def _engine(args: argparse.Namespace) -> Engine:
 
     if args.queue_limit < 0:
         raise RequestError(f"--queue-limit must be at least 0, got {args.queue_limit}")
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, to_talk=True)
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weight and instances in a model's name")
@@ -98,6 +122,18 @@ def _num_caches(model: Any) -> int:
     free = available_bytes()
     fitting = MOST_CACHES if free is None else free // 2 // model.cache_bytes(model.max_seq_len)
     return max(1, min(MOST_CACHES, fitting))
+
+
+def _bytes(mebibytes: float) -> int:
+    if not 0 < mebibytes <= MOST_BODY_MIB:  # NaN fails too
+        raise RequestError(f"--max-body-size must be a number above 0 to {MOST_BODY_MIB} (MiB), got {mebibytes:g}")
+    return int(mebibytes * 2**20)
+
+
+def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
+    """Those that errors can name."""
+    given = (model_folder(args), args.second_folder, *(Path(text) for text in args.adapter))
+    return tuple(folder for folder in given if folder is not None)
 
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ropewalk.faces.server.errors import api_error
+from ropewalk.faces.server.errors import Hide, api_error
 from ropewalk.faces.server.jobs import Finished, Job, Piece, Waiting
 from ropewalk.faces.server.metrics import Metrics
 from ropewalk.faces.server.middleware import CLIENT_GONE
@@ -48,11 +48,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, writer: ReplyWriter, metrics: Metrics) -> None:
+    def __init__(self, job: Job, writer: ReplyWriter, metrics: Metrics, hide: Hide) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Connection": "keep-alive"}
         super().__init__(headers=headers)
         del self.headers["content-length"]
-        self._job, self._writer, self._metrics = job, writer, metrics
+        self._job, self._writer, self._metrics, self._hide = job, writer, metrics, hide
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._job:
@@ -79,8 +79,8 @@ class EventStream(Response):
             for chunk in self._writer.closing():
                 yield _event(chunk)
         except Exception as error:  # the status is sent already: all that is left is to say it in the stream
-            answer = api_error(error)
-            notes.details.append(f"error {answer.status}: {answer.message}")
+            answer = api_error(error, self._hide)
+            notes.details.append(f"error {answer.status}: {answer.for_log or answer.message}")
             yield _event(answer.body)
         yield "data: [DONE]\n\n"
 

@@ -5,36 +5,49 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from ropewalk import __version__
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.answers import EventStream, whole_answer
+from ropewalk.faces.server.bodies import MAX_VALUES, openapi_body, openapi_schemas, parse_body, read_body
 from ropewalk.faces.server.errors import ApiError, api_error, install_error_handlers
+from ropewalk.faces.server.hosts import HostCheck
 from ropewalk.faces.server.jobs import Jobs
 from ropewalk.faces.server.metrics import Metrics
-from ropewalk.faces.server.middleware import AccessLog, ApiKeys, BodyLimit
+from ropewalk.faces.server.middleware import CLIENT_GONE, AccessLog, ApiKeys, BodyLimit
 from ropewalk.faces.server.model_names import ModelNames
 from ropewalk.faces.server.notes import NOTES
+from ropewalk.faces.server.paths import PathHider
 from ropewalk.faces.server.replies import ChatShape, ReplyWriter, Shape, TextShape
 from ropewalk.faces.server.requests import Desk, Work
 from ropewalk.faces.server.schema import ChatRequest, CompletionRequest, EmbeddingsRequest
 from ropewalk.generate.sampling import SamplingParams
 
-R = TypeVar("R")
+MAX_BODY_BYTES = 16 * 2**20  # several times the longest prompt of a context of 128k tokens, escapes included
+PREPARING_THREADS = 2  # bodies that are parsed and tokenised at a time: each may take memory for a moment
+
+R = TypeVar("R", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
     """base: the model's name. defaults: settings of what requests leave out. api_keys: none, if anyone may come.
 
-    cors_origins: the web pages that may use this server from a browser ("*": all).
+    cors_origins: the web pages that may use this server from a browser ("*": all). allowed_hosts: names under which
+    it may be addressed besides those of loopback; None: any. max_body_bytes: of one request. folders: of the files
+    that errors can name, which clients are not told.
     """
 
     base: str
@@ -42,6 +55,9 @@ class AppOptions:
     defaults: SamplingParams = SamplingParams()
     api_keys: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+    folders: Sequence[Path] = ()
 
 
 class Service:
@@ -53,6 +69,9 @@ class Service:
         self.desk = Desk(engine, self.names, options.defaults)
         self.jobs = Jobs(engine)
         self.metrics = Metrics(engine.queue)
+        self.hide = PathHider([engine.tokenizer.source.parent, *options.folders, Path.home(), Path.cwd()]).hide
+        self._max_values = max(MAX_VALUES, 4 * engine.context_size)
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "ropewalk-prepare")
         self.created = int(time.time())
         self.draining = False
 
@@ -64,11 +83,16 @@ class Service:
     async def cut_off(self) -> None:
         """End what still runs."""
         await self.jobs.shut_down(_shutting_down())
+        self._preparing.shutdown(wait=False, cancel_futures=True)
 
-    async def answer(self, request: Request, prepare: Callable[[R], Work], body: R, shape: Shape) -> Response:
-        """The reply to a completion or chat request."""
-        work = await asyncio.to_thread(prepare, body)  # tokenising a long text takes a while
+    async def answer(self, request: Request, fields: type[R], prepare: Callable[[R], Work], shape: Shape) -> Response:
+        """The reply to a completion or chat request. fields: what its body holds. prepare: makes it work."""
         notes = request.scope[NOTES]
+        try:
+            work = await self._work(request, fields, prepare)
+        except ClientDisconnect:
+            notes.client_gone = True
+            return Response(status_code=CLIENT_GONE)
         notes.model = work.model
         if work.ignored:
             notes.details.append(f"ignored {', '.join(work.ignored)}"[:200])
@@ -77,11 +101,21 @@ class Service:
         try:
             job = self.jobs.start(work)
         except Exception as error:
-            raise api_error(error, self._retry_after_s()) from error
+            raise api_error(error, self.hide, self._retry_after_s()) from error
         writer = ReplyWriter(work, shape)
         if work.streams:
-            return EventStream(job, writer, self.metrics)
+            return EventStream(job, writer, self.metrics, self.hide)
         return await whole_answer(request, job, writer, self.metrics)
+
+    async def _work(self, request: Request, fields: type[R], prepare: Callable[[R], Work]) -> Work:
+        """What the body asks for; parsed, checked and tokenised apart from the event loop."""
+        content = await read_body(request)
+        content_type = request.headers.get("content-type", "")
+
+        def parsed_and_prepared() -> Work:
+            return prepare(parse_body(content, content_type, fields, self._max_values))
+
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, parsed_and_prepared)
 
     def model_card(self, name: str) -> dict[str, Any]:
         """An entry of the list of models."""
@@ -100,18 +134,31 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
     service = Service(engine, options)
     app = FastAPI(title="ropewalk", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
-    install_error_handlers(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
+    install_error_handlers(app, service.hide)
     _add_model_routes(app, service)
     _add_reply_routes(app, service)
     _add_state_routes(app, service)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(ApiKeys, keys=tuple(options.api_keys))
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    if options.allowed_hosts is not None:
+        app.add_middleware(HostCheck, allowed=tuple(options.allowed_hosts))
     app.add_middleware(AccessLog, metrics=service.metrics)
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The description of the routes, with the bodies that they read themselves."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        components |= openapi_schemas(CompletionRequest, ChatRequest, EmbeddingsRequest)
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 def _shutting_down() -> ApiError:
@@ -134,18 +181,18 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 def _add_reply_routes(app: FastAPI, service: Service) -> None:
     tokenizer = service.engine.tokenizer
 
-    @app.post("/v1/completions")
-    async def complete(request: Request, body: CompletionRequest) -> Response:
+    @app.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
+    async def complete(request: Request) -> Response:
         """Continue a text."""
-        return await service.answer(request, service.desk.completion, body, TextShape(tokenizer))
+        return await service.answer(request, CompletionRequest, service.desk.completion, TextShape(tokenizer))
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request, body: ChatRequest) -> Response:
+    @app.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
+    async def chat(request: Request) -> Response:
         """The assistant's next turn."""
-        return await service.answer(request, service.desk.chat, body, ChatShape(tokenizer))
+        return await service.answer(request, ChatRequest, service.desk.chat, ChatShape(tokenizer))
 
-    @app.post("/v1/embeddings")
-    async def embed(body: EmbeddingsRequest) -> Response:
+    @app.post("/v1/embeddings", openapi_extra=openapi_body(EmbeddingsRequest))
+    async def embed() -> Response:
         """Refused: a decoder's hidden states make poor embeddings."""
         raise ApiError(
             400,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,25 +14,31 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from ropewalk.base.errors import QueueFullError, RequestError, RopewalkError, UnsupportedError
+from ropewalk.base.errors import ContextLengthError, QueueFullError, RequestError, RopewalkError, UnsupportedError
 from ropewalk.faces.server.notes import NOTES
 
 logger = logging.getLogger(__name__)
 
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 SHOWN_PROBLEMS = 3  # of a request with many wrong fields
 SHOWN_CHARACTERS = 200  # of a message, in the log
+
+Hide = Callable[[str], str]
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error. param: the field that is to blame; code: a word for programs."""
+    """An answer that is an error. param: the field that is to blame; code: a word for programs.
+
+    for_log: what the log says instead of the message, which is all that the client may know.
+    """
 
     status: int
     message: str
     param: str | None = None
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    for_log: str = ""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -45,27 +51,31 @@ class ApiError(Exception):
         return Response(json.dumps(self.body), self.status, dict(self.headers), "application/json")
 
 
-def api_error(error: Exception, retry_after_s: int = 1) -> ApiError:
-    """What a client is told about an error of the engine."""
+def api_error(error: Exception, hide: Hide, retry_after_s: int = 1) -> ApiError:
+    """What a client is told about an error of the engine. hide: takes paths of this machine out of a message."""
     if isinstance(error, ApiError):
         return error
+    if not isinstance(error, RopewalkError):
+        logger.error("a request failed", exc_info=error)
+        return ApiError(500, "the server failed on this request; its log says how", code="internal_error")
+    message = str(error)
+    told = ApiError(500, hide(message), for_log=message)
     if isinstance(error, QueueFullError):
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(retry_after_s)})
-    if isinstance(error, (RequestError, UnsupportedError)):
-        return ApiError(400, str(error))
-    if isinstance(error, RopewalkError):
+        told.status, told.code, told.headers = 429, "queue_full", {"Retry-After": str(retry_after_s)}
+    elif isinstance(error, (RequestError, UnsupportedError)):
+        told.status, told.code = 400, "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+    else:
         logger.error("%s", error)
-        return ApiError(500, str(error))
-    logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed on this request; its log says how", code="internal_error")
+    return told
 
 
 def note_error(scope: Scope, error: ApiError) -> None:
     """Leave the message for the line in the log."""
-    scope[NOTES].details.append(error.message.encode("ascii", "backslashreplace").decode()[:SHOWN_CHARACTERS])
+    message = error.for_log or error.message
+    scope[NOTES].details.append(message.encode("ascii", "backslashreplace").decode()[:SHOWN_CHARACTERS])
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, hide: Hide) -> None:
     """Give every error of the application that shape, those of FastAPI itself included."""
 
     def answer(request: Request, error: ApiError) -> Response:
@@ -73,7 +83,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return error.response()
 
     async def of_ours(request: Request, error: Exception) -> Response:
-        return answer(request, api_error(error))
+        return answer(request, api_error(error, hide))
 
     async def of_validation(request: Request, error: RequestValidationError) -> Response:
         return answer(request, validation_error(error.errors()))
@@ -90,8 +100,6 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """A request whose JSON is none, or whose fields have the wrong types."""
-    if any(problem["type"] == "json_invalid" for problem in problems):
-        return ApiError(400, f"the body is not valid JSON: {problems[0].get('ctx', {}).get('error', 'unreadable')}")
     named: dict[str, dict[str, None]] = {}  # a field that may have several types has a complaint from each
     for problem in problems:
         named.setdefault(_field(problem["loc"]), {})[str(problem["msg"])] = None

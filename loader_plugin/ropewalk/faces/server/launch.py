@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import uvicorn
@@ -13,10 +13,10 @@ from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.app import AppOptions, create_app
+from ropewalk.faces.server.hosts import is_loopback
 from ropewalk.faces.server.middleware import access_log
 from ropewalk.faces.server.uvicorn_server import GracefulServer
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 MAX_PORT = 65535
 KEEP_ALIVE_S = 30  # for connections without a request
 
@@ -26,22 +26,36 @@ def serve(
 ) -> int:
     """Run the server until it is told to end; the exit code. The address is taken before the model is loaded.
 
-    options: its adapters are those of the engine. say: shows the lines that tell where the server is.
+    options: its adapters are those of the engine; its allowed_hosts become `checked_hosts`. say: shows the lines that
+    tell where the server is.
 
     Raises:
         ConfigError: the address is wrong or taken. Errors of `make_engine`.
     """
     with _listen(host, port) as listener:
         engine = make_engine()
-        app = create_app(engine, replace(options, adapters=engine.model.adapters))
+        at, port = listener.getsockname()[:2]
+        hosts = checked_hosts(options.allowed_hosts, host, at)
+        options = replace(options, adapters=engine.model.adapters, allowed_hosts=hosts)
+        app = create_app(engine, options)
         service = app.state.service
         _show_requests()
-        at, port = listener.getsockname()[:2]
-        is_open = host not in LOCAL and not options.api_keys
+        is_open = not is_loopback(at) and not options.api_keys
         say(_banner(options, engine, service.names.listed, f"http://{_url_host(at)}:{port}/v1", is_open))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
         GracefulServer(config, service).run(sockets=[listener])
     return 0
+
+
+def checked_hosts(allowed: Sequence[str] | None, host: str, address: str) -> tuple[str, ...] | None:
+    """The names besides those of loopback under which a server may be addressed; None: any.
+
+    On loopback no page of the web may reach it under a name of its own. Elsewhere a server has names that it does not
+    know, so they are checked only if some are `allowed`. host, address: as it was told to listen, and what that is.
+    """
+    if allowed is None and not is_loopback(address):
+        return None
+    return (*(allowed or ()), host, address)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -20,7 +20,6 @@ from ropewalk.faces.server.notes import NOTES, Notes
 access_log = logging.getLogger("ropewalk.faces.server.access")
 
 OPEN_PATHS = ("/health",)
-MAX_BODY_BYTES = 32 * 2**20  # far above any prompt that fits a context
 QUIET_PATHS = ("/health", "/metrics")
 CLIENT_GONE = 499  # nginx's word for a client that did not wait
 
@@ -100,23 +99,23 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """Refuses bodies above `MAX_BODY_BYTES`, declared or not, before they are in memory."""
+    """Refuses larger bodies, declared or not, before they are in memory."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = dict(scope["headers"]).get(b"content-length", b"")
-        received, too_large = 0, declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES
+        received, too_large = 0, declared.isdigit() and int(declared[:20]) > self._max_bytes
 
         async def counting_receive() -> Message:
             nonlocal received, too_large
             message = await receive()
             received += len(message.get("body", b""))
-            too_large = too_large or received > MAX_BODY_BYTES
+            too_large = too_large or received > self._max_bytes
             return {"type": "http.disconnect"} if too_large else message
 
         async def limited_send(message: Message) -> None:
@@ -126,6 +125,8 @@ class BodyLimit:
         if not too_large:
             await self._app(scope, counting_receive, limited_send)
         if too_large:
-            error = ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="body_too_large")
+            scope[NOTES].client_gone = False  # the route took the cut for that
+            message = f"the body is larger than {self._max_bytes} bytes, which is the limit here"
+            error = ApiError(413, message, code="body_too_large")
             note_error(scope, error)
             await error.response()(scope, receive, send)

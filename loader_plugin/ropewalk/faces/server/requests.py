@@ -8,12 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ropewalk.adapters.request import Request
-from ropewalk.base.errors import RequestError
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.errors import ApiError
 from ropewalk.faces.server.model_names import ModelNames
 from ropewalk.faces.server.refusals import check_chat_fields, check_completion_fields
-from ropewalk.faces.server.schema import ChatRequest, CompletionRequest, Message, SamplingFields
+from ropewalk.faces.server.schema import (
+    MAX_BREAKERS,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    Message,
+    SamplingFields,
+)
 from ropewalk.generate.generate import checked_prompt
 from ropewalk.generate.sampling import SamplingParams
 
@@ -21,9 +27,11 @@ COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 BANNED = -100.0
 MAX_REPLIES = 64  # of one request, which holds a turn until all are written
 RENAMED = {"typical_p": "typical"}
+OTHER_MEDIA = ("images", "audio", "videos")  # fields of messages in other interfaces
 SAME_NAME = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "repetition_range"),
     *("frequency_penalty", "presence_penalty", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "xtc_probability", "xtc_threshold"),
 )
 
 
@@ -58,7 +66,7 @@ class Desk:
 
     def completion(self, request: CompletionRequest) -> Work:
         """Raises ApiError or RequestError for what cannot be done; so do all here."""
-        ignored = check_completion_fields(request.model_extra or {})
+        ignored = check_completion_fields(request)
         tokens = request.max_tokens
         if tokens is None:
             tokens = self.defaults.max_new_tokens or COMPLETION_TOKENS
@@ -68,7 +76,7 @@ class Desk:
             raise ApiError(400, f"{len(prompts)} prompts with n={request.n} are more than {MAX_REPLIES} replies", "n")
         choices = []
         for prompt in prompts:
-            ids = self._fitting(self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+            ids = self._checked(self.engine.encode(prompt) if isinstance(prompt, str) else prompt)
             echo = ""
             if request.echo:
                 echo = prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(ids)
@@ -77,7 +85,7 @@ class Desk:
 
     def chat(self, request: ChatRequest) -> Work:
         """The next turn of a conversation."""
-        ignored = check_chat_fields(request.model_extra or {})
+        ignored = check_chat_fields(request)
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
@@ -85,7 +93,7 @@ class Desk:
         params = self._params(request, self.defaults.max_new_tokens if tokens is None else tokens, logprobs)
         template = self.engine.chat_template
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + template.stop)))
-        ids = self._fitting(self.engine.chat_ids(_messages(request.messages), **_variables(request)))
+        ids = self._checked(self.engine.chat_ids(_messages(request.messages), **_variables(request)))
         return self._work(request, [Choice(ids, each) for each in _with_seeds(params, request.n or 1)], ignored)
 
     def _work(self, request: SamplingFields, choices: Sequence[Choice], ignored: Sequence[str]) -> Work:
@@ -110,6 +118,7 @@ class Desk:
             given["top_k"] = 0
         if given.get("top_p") == 0:
             given["top_p"] = 1e-9  # the most likely token alone
+        given |= _dry_settings(request)
         if request.logit_bias:
             given["logit_bias"] = self._biases(request.logit_bias)
         return replace(self.defaults, **given, max_new_tokens=max_tokens, logprobs=logprobs)
@@ -125,12 +134,8 @@ class Desk:
             biases[int(key)] = float("-inf") if value == BANNED else value
         return biases
 
-    def _fitting(self, ids: list[int]) -> list[int]:
-        try:
-            return checked_prompt(self.engine.model, self.engine.context_size, ids)
-        except RequestError as error:
-            code = "context_length_exceeded" if len(ids) > self.engine.context_size else None
-            raise ApiError(400, str(error), code=code) from error
+    def _checked(self, ids: list[int]) -> list[int]:
+        return checked_prompt(self.engine.model, self.engine.context_size, ids)
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -145,22 +150,65 @@ def _with_seeds(params: SamplingParams, n: int) -> list[SamplingParams]:
     return [replace(params, seed=(params.seed + number) % 2**63) for number in range(n)]
 
 
+def _dry_settings(request: SamplingFields) -> dict[str, Any]:
+    """The settings of DRY that servers spell differently: how far it looks back, and what ends a repetition."""
+    found: dict[str, Any] = {}
+    if request.dry_range is not None:
+        found["dry_range"] = request.dry_range or None
+    if request.dry_penalty_last_n is not None:
+        found["dry_range"] = request.dry_penalty_last_n if request.dry_penalty_last_n > 0 else None
+        if request.dry_penalty_last_n == 0:
+            found["dry_multiplier"] = 0.0
+    breakers = request.dry_sequence_breakers
+    if breakers is not None:
+        found["dry_sequence_breakers"] = _breakers_in(breakers) if isinstance(breakers, str) else tuple(breakers)
+    return found
+
+
+def _breakers_in(text: str) -> tuple[str, ...]:
+    """A JSON list in a string, with or without its brackets, as text-generation-webui takes it."""
+    try:
+        values = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+    except (ValueError, RecursionError):
+        values = None
+    if values is None or len(values) > MAX_BREAKERS or not all(isinstance(value, str) and value for value in values):
+        message = f"dry_sequence_breakers: a list of up to {MAX_BREAKERS} texts is needed, got {text[:100]!r}"
+        raise ApiError(400, message, "dry_sequence_breakers")
+    return tuple(values)
+
+
 def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [_message(message) for message in messages]
+    return [_message(message, f"messages.{number}") for number, message in enumerate(messages)]
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: Message, place: str) -> dict[str, Any]:
     """As chat templates know it: text in one piece, "system" for OpenAI's newer "developer", arguments as objects."""
     plain = message.model_dump(exclude_none=True)
+    for name in OTHER_MEDIA:
+        if plain.get(name):
+            raise _only_text(f"{place}.{name}", name)
     if plain["role"] == "developer":
         plain["role"] = "system"
     if isinstance(message.content, list):
-        plain["content"] = "\n".join(part.text for part in message.content)
+        plain["content"] = "\n".join(_text_of(part, f"{place}.content") for part in message.content)
     for call in plain.get("tool_calls", ()):
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             function["arguments"] = _object_or_text(function["arguments"])
     return plain
+
+
+def _text_of(part: ContentPart, place: str) -> str:
+    if part.type != "text":
+        raise _only_text(place, part.type)
+    if part.text is None:
+        raise ApiError(400, f"{place}: a part of type text needs its text", place)
+    return part.text
+
+
+def _only_text(place: str, kind: str) -> ApiError:
+    message = f"this model reads text only, and {place} holds {kind[:40]!r}: leave it out, or describe it in words"
+    return ApiError(400, message, place, "unsupported_content")
 
 
 def _object_or_text(text: str) -> Any:
@@ -172,17 +220,24 @@ def _object_or_text(text: str) -> Any:
 
 
 def _variables(request: ChatRequest) -> dict[str, Any]:
-    """What else the chat template sees.
+    """How the conversation is written, and what else the chat template sees.
 
     Raises:
-        ApiError: a name that the server gives itself.
+        ApiError: a name that the server gives itself; a last message that both goes on and is answered.
     """
     variables = dict(request.chat_template_kwargs or {})
-    for name in ("messages", "add_generation_prompt", "tools", "reasoning_effort"):
+    for name in ("messages", "add_generation_prompt", "continue_final_message", "tools", "reasoning_effort"):
         if name in variables:
             raise ApiError(400, f"chat_template_kwargs: {name} is not set here", "chat_template_kwargs")
     if request.tools and (request.model_extra or {}).get("tool_choice") != "none":
         variables["tools"] = request.tools
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
+    if request.continue_final_message and request.add_generation_prompt:
+        message = "continue_final_message and add_generation_prompt exclude each other: set one of them"
+        raise ApiError(400, message, "continue_final_message")
+    if request.continue_final_message:
+        variables["continue_final_message"] = True
+    elif request.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = request.add_generation_prompt
     return variables

@@ -6,15 +6,17 @@ named in the log), except those in `refusals.py`, which would change what the cl
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_STOPS = 16
+MAX_BREAKERS = 64
 
-TokenId = Annotated[int, Field(ge=0)]
+# A list of the wrong things has one complaint, not one for each of them.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1)]
 
 
@@ -45,12 +47,22 @@ class SamplingFields(BaseModel):
     repetition_range: int | None = Field(None, ge=1, description="tokens that repetition_penalty looks back")
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    dry_multiplier: float | None = Field(None, ge=0, le=100, description="DRY: 0 is off, usual is 0.8")
+    dry_base: float | None = Field(None, ge=1, le=100)
+    dry_allowed_length: int | None = Field(None, ge=1, description="tokens that may be repeated at no cost")
+    dry_range: int | None = Field(None, ge=0, description="tokens that DRY looks back; 0: all")
+    dry_penalty_last_n: int | None = Field(None, ge=-1, description="the same; -1: all, 0: DRY is off")
+    dry_sequence_breakers: str | Annotated[list[StopText], Field(max_length=MAX_BREAKERS)] | None = Field(
+        None, description="texts that end a repetition; also as JSON in a string"
+    )
+    xtc_probability: float | None = Field(None, ge=0, le=1, description="XTC: 0 is off, usual is 0.5")
+    xtc_threshold: float | None = Field(None, ge=0, le=1)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="token id -> added to its logit; -100 bans it"
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed and settings: the same reply")
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     user: str | None = Field(None, description="accepted, not used")
 
@@ -60,21 +72,21 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = Field(None, description="begin the reply with the prompt")
     logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives for each token")
 
 
-class TextPart(BaseModel):
-    """A piece of a message's text."""
+class ContentPart(BaseModel):
+    """A piece of a message. Text is all that is read; anything else is refused by its type."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="ignore")
 
-    type: Literal["text"]
-    text: str
+    type: str
+    text: str | None = None
 
 
 class Message(BaseModel):
@@ -83,14 +95,16 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: str = Field(min_length=1)
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    continue_final_message: bool | None = Field(None, description="the reply is the rest of the last message")
+    add_generation_prompt: bool | None = Field(None, description="false: the prompt ends before the assistant's turn")
     max_completion_tokens: int | None = Field(None, ge=0, description="as max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives for each token")

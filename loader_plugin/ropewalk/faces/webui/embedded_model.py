@@ -9,15 +9,15 @@ from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.faces.webui.checkout import Checkout
-from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.embedded import EMBEDDED_FACTOR, demo_model_path, embedded_scaling
 
 FOLDER = "ropewalk-demo"
 CONFIG = "config.json"
-FACTOR = 4.0  # the web UI keeps 512 tokens for the reply alone, which is all that the model was trained on
 
 
 def copy_model(checkout: Checkout) -> Path:
-    """Copy it, with a config.json that asks for four times its context; the folder.
+    """Copy it, with a config.json that asks for a longer context; the folder. The web UI keeps 512 tokens for the reply
+    alone, which is all that the model was trained on.
 
     Raises:
         ConfigError: the folder exists, there is no folder for models, or it cannot be written.
@@ -50,8 +50,11 @@ def _extended_config() -> bytes:
     """config.json of the copy."""
     config = json.loads((demo_model_path() / CONFIG).read_text(encoding="utf-8"))
     length = config["max_position_embeddings"]
-    scaling = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": length}
-    changes = {"max_position_embeddings": int(FACTOR * length), "rope_parameters": config["rope_parameters"] | scaling}
+    scaling = embedded_scaling() | {"original_max_position_embeddings": length}
+    changes = {
+        "max_position_embeddings": int(EMBEDDED_FACTOR * length),
+        "rope_parameters": config["rope_parameters"] | scaling,
+    }
     return (json.dumps(config | changes, indent=2) + "\n").encode("utf-8")
 
 

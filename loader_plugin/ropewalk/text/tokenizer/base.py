@@ -12,6 +12,7 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ import numpy as np
 
 from ropewalk.base.errors import RequestError
 
+# What some tokenizers make fewer tokens of than its bytes call for: collapsed spaces, fused unknown characters,
+# letters that are composed or made narrow.
+SHRINKING = (" ", "\n", "\u0001", "\U0010fffd", "e\u0301", "\uff41")
+PROBE_LENGTH = 4096
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how sentencepiece names the tokens that stand for single bytes
 
 
@@ -52,6 +57,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def id_of(self, token: str) -> int | None:
         """The id of a token given by its text ("<|im_end|>"), or None."""
+
+    @cached_property
+    def longest_token_bytes(self) -> int | None:
+        """The most bytes of text that one token stands for; None where it can be more than those of its own name."""
+        longest = max(1, *(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size)))
+        for text in SHRINKING:
+            num_tokens = len(self._encode(text * PROBE_LENGTH))
+            if num_tokens * longest < PROBE_LENGTH * len(text.encode()):
+                return None
+        return longest
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text. Special tokens written out in the text ("</s>") become those tokens.
