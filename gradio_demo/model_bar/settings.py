@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.config.model import MAX_POSITIONS, load_model_config
+from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
+from ropewalk.config.model import load_model_config
 from ropewalk.model.plan import plan_loading
 
 AS_CHECKPOINT = "as the checkpoint says"
@@ -22,7 +23,6 @@ ROPE_METHODS = ("default", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn", "
 CACHE_TYPES = ("fp16", "fp32")
 COMPUTE_MODES = ("int8", "exact")
 EMBEDDED_FACTOR = 4.0  # YaRN costs the embedded model nothing up to here (its card): 2,048 positions instead of 512
-MAX_THREADS = 1024
 
 
 class FieldError(RopewalkError, ValueError):
@@ -122,8 +122,8 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
         FieldError: a number that is none, is not whole where it must be, or is out of range.
     """
     numbers = {
-        "max_seq_len": _whole(values, "max_seq_len", 1, MAX_POSITIONS),
-        "max_input_len": _whole(values, "max_input_len", 1, MAX_POSITIONS),
+        "max_seq_len": _whole(values, "max_seq_len", 1, MAX_SEQ_LEN),
+        "max_input_len": _whole(values, "max_input_len", 1, MAX_SEQ_LEN),
         "threads": _whole(values, "threads", 1, MAX_THREADS),
         **{name: _number(values, name) for name in ("compress_pos_emb", "alpha_value", "rope_factor")},
     }

@@ -23,9 +23,7 @@ def read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     path = folder / SAFETENSORS_NAME
     if path.exists():
         file = SafetensorsFile(path)
-        tensors = {name: file.tensor(name).clone() for name in file.tensors}
-        file.release()
-        return path, tensors
+        return path, {name: file.tensor(name) for name in file.tensors}
     path = folder / PICKLE_NAME
     if path.exists():
         return path, _read_pickled(path)
