@@ -119,6 +119,7 @@ def test_scratch_memory_depends_on_rows_and_threads_and_not_on_the_context(isa):
         runtime = native.Runtime(isa, threads)
         assert runtime.scratch_bytes == 0
         cache = native.KvCache(runtime, 1, 64, num_keys)
+        cache.append_(torch.zeros(num_keys, 1, 64), torch.zeros(num_keys, 1, 64), 0)
         cache.attend(torch.zeros(num_rows, 4, 64), num_keys - num_rows, window=64)
         return runtime.scratch_bytes
 
