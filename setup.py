@@ -30,7 +30,7 @@ INCLUDES = ["native/include"]
 EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
 HEADERS = [
-    *(f"native/include/ropewalk/{name}.hpp" for name in ("kernels", "tables", "runtime", "operations")),
+    *(f"native/include/ropewalk/{name}.hpp" for name in ("kernels", "limits", "tables", "runtime", "operations")),
     *(
         f"native/cpu/generic/{name}.inl.hpp"
         for name in ("attention", "linear", "load", "low_rank", "pack", "rows", "table")

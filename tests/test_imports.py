@@ -27,7 +27,6 @@ PAGE = "gradio_demo"  # above all of these; tests/gradio_demo looks at its own o
 EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {
     "base": {"tqdm"},
-    "files": {"safetensors"},
     "model": {"safetensors"},
     "text": {"jinja2", "sentencepiece", "tokenizers"},
     "measure": {"matplotlib"},

@@ -15,14 +15,14 @@ from typing import Any
 
 from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
 from ropewalk.base.errors import RopewalkError
-from ropewalk.config.model import MAX_POSITIONS, load_model_config
+from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
+from ropewalk.config.model import load_model_config
 from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
 AS_CHECKPOINT = "as the checkpoint says"
 ROPE_METHODS = ("default", *BY_FACTOR, *FOLLOWING_THE_LENGTH)
-MAX_THREADS = 1024
 
 
 class FieldError(RopewalkError, ValueError):
@@ -120,8 +120,8 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
         FieldError: a number that is none, is not whole where it must be, or is out of range.
     """
     numbers = {
-        "max_seq_len": _whole(values, "max_seq_len", 1, MAX_POSITIONS),
-        "max_input_len": _whole(values, "max_input_len", 1, MAX_POSITIONS),
+        "max_seq_len": _whole(values, "max_seq_len", 1, MAX_SEQ_LEN),
+        "max_input_len": _whole(values, "max_input_len", 1, MAX_SEQ_LEN),
         "threads": _whole(values, "threads", 1, MAX_THREADS),
         **{name: _number(values, name) for name in ("compress_pos_emb", "alpha_value", "rope_factor")},
     }

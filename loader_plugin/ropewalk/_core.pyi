@@ -1,11 +1,15 @@
 """The compiled core (native/bindings/core.cpp). Every array is checked and none is converted; use ropewalk.native.
 
-Raises everywhere: ShapeError for an array, size or name that cannot be taken; MemoryError where memory runs out.
+Raises everywhere: ShapeError for an array, size or name that cannot be taken, and for an array that is written and
+overlaps one that is read; MemoryError where memory runs out.
 """
 
 from collections.abc import Sequence
 
 import numpy
+
+LIMITS: dict[str, int]
+"""The largest FEATURES, HEADS, HEAD_DIM, POSITIONS and THREADS that are taken."""
 
 def available_isas() -> list[str]:
     """The instruction sets that this machine can run, best first; "scalar" is last."""
@@ -106,6 +110,9 @@ class KvCache:
     @property
     def capacity(self) -> int: ...
     @property
+    def length(self) -> int:
+        """The positions that it holds, 0 to length."""
+    @property
     def num_bytes(self) -> int: ...
 
 def rms_norm(runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, epsilon: float, out: numpy.ndarray) -> None:
@@ -124,7 +131,7 @@ def embed(runtime: Runtime, table: DenseLinear, token_ids: numpy.ndarray, out: n
     """table: [V, C]. token_ids: [T] int64. out: [T, C] float32, written."""
 
 def append(runtime: Runtime, cache: KvCache, k: numpy.ndarray, v: numpy.ndarray, start: int) -> None:
-    """k, v: [T, Hkv, D] float32, written to positions start..start+T."""
+    """k, v: [T, Hkv, D] float32, written to positions start..start+T; start is at most the cache's length."""
 
 def attend(
     runtime: Runtime,
@@ -135,4 +142,7 @@ def attend(
     scale: float,
     out: numpy.ndarray,
 ) -> None:
-    """q: [T, Hq, D] float32 at positions start..start+T. window: 0 for none. out: [T, Hq * D], written."""
+    """q: [T, Hq, D] float32 at positions start..start+T, which the cache holds. window: 0 for none.
+
+    out: [T, Hq * D], written.
+    """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from ropewalk.base.errors import NativeError, ShapeError
+from ropewalk.base.limits import MAX_THREADS
 
 try:
     from ropewalk import _core
@@ -49,7 +51,10 @@ class Runtime:
     """
 
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
-        self._core = _core.Runtime(isa or "", usable_processors() if threads is None else threads)
+        threads = usable_processors() if threads is None else threads
+        if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+            raise NativeError(f"threads must be between 1 and {MAX_THREADS}, got {threads!r:.40}")
+        self._core = _core.Runtime(isa or "", threads)
 
     @property
     def isa(self) -> str:
@@ -156,25 +161,33 @@ class Arena:
     """Room for many small matrices that are read one after the other, side by side in huge pages.
 
     On small pages a decoded token spends as long on looking up addresses as on reading (scripts/bench/adapters.py).
-    A block is given back to the system when no array in it is used any more.
+    A block is given back to the system when no array in it is used any more. Threads may place arrays at the same time:
+    each takes its place alone, and fills it beside the others.
     """
 
     BLOCK_BYTES = 8 << 20
     LINE_BYTES = 64
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the two below
         self._block = np.empty(0, np.uint8)
         self._used = 0
 
     def place(self, array: np.ndarray) -> np.ndarray:
         """A copy of a contiguous array that starts on a cache line; same shape and dtype."""
-        size = -(-array.nbytes // self.LINE_BYTES) * self.LINE_BYTES
-        if self._used + size > self._block.size:
-            self._block, self._used = _core.AlignedBytes(max(size, self.BLOCK_BYTES)).array(), 0
-        copy = self._block[self._used : self._used + array.nbytes].view(array.dtype).reshape(array.shape)
-        self._used += size
+        place = self._take(-(-array.nbytes // self.LINE_BYTES) * self.LINE_BYTES)
+        copy = place[: array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
+
+    def _take(self, size: int) -> np.ndarray:
+        """So many bytes, [size] uint8, that nobody else is given."""
+        with self._lock:
+            if self._used + size > self._block.size:
+                self._block, self._used = _core.AlignedBytes(max(size, self.BLOCK_BYTES)).array(), 0
+            place = self._block[self._used : self._used + size]
+            self._used += size
+        return place
 
 
 class LowRank:
@@ -315,6 +328,7 @@ class KvCache:
     """Keys and values of one layer for chunked causal attention.
 
     dtype: "f16" (stored rounded to nearest even) or "f32". Memory is set aside at once and touched as it fills.
+    It holds the positions 0..length. Appending at an earlier position forgets what followed it.
     """
 
     def __init__(self, runtime: Runtime, num_kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
@@ -324,13 +338,18 @@ class KvCache:
         self.capacity: int = capacity
         self.num_bytes: int = self._cache.num_bytes
 
+    @property
+    def length(self) -> int:
+        """The positions that it holds: 0 at first, then the end of what was appended last."""
+        return self._cache.length
+
     def append_(self, k: Array, v: Array, start: int) -> None:
-        """Write k, v: [T, Hkv, D] float32 to positions start..start+T."""
+        """Write k, v: [T, Hkv, D] float32 to positions start..start+T; start is at most `length`."""
         self._check_range(start, checked_shape(k, "k", 3)[0])
         _core.append(self._runtime._core, self._cache, as_numpy(k), as_numpy(v), start)
 
     def attend(self, q: Array, start: int, window: int | None = None) -> Array:
-        """Attention of queries at positions start..start+T over the keys 0..start+T, which must have been appended.
+        """Attention of queries at positions start..start+T over the keys 0..start+T, at most `length`.
 
         q: [T, Hq, D] float32. Query t sees keys j <= start + t, and with a window only j > start + t - window: the
         bottom-right aligned causal mask. Scores are scaled by 1/sqrt(D). Returns [T, Hq * D] float32.
@@ -345,7 +364,7 @@ class KvCache:
         return out
 
     def _check_range(self, start: int, num_rows: int) -> None:
-        if start < 0 or start + num_rows > self.capacity:
+        if start < 0 or start + num_rows > self.capacity:  # the core's capacity is rounded up
             raise ShapeError(f"positions {start} to {start + num_rows} do not fit a cache of {self.capacity}")
 
 

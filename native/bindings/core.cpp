@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
+#include <cmath>
 
 #include "checks.hpp"
 #include "linears.hpp"
@@ -15,19 +15,30 @@ namespace py = pybind11;
 namespace ropewalk {
 namespace {
 
-void check_groups(const int64_t* starts, int64_t num_groups, int64_t in_features) {
-  require(starts[0] == 0 && starts[num_groups] == in_features,
-          "group_starts must begin with 0 and end with in_features (" + std::to_string(in_features) + ")");
-  for (int64_t g = 0; g < num_groups; ++g) {
-    require(starts[g] <= starts[g + 1], "group_starts decreases after group " + std::to_string(g));
+// What indices a kernel follows is copied before it is checked: another thread may write to an array at any time.
+template <class T>
+std::vector<T> copied(const py::array& array, const char* name, int64_t size) {
+  const T* data = contiguous<T>(array, name, {size});
+  return {data, data + size};
+}
+
+void check_groups(const std::vector<int64_t>& starts, int64_t in_features) {
+  const auto num_groups = starts.size() - 1;
+  if (starts[0] != 0 || starts[num_groups] != in_features) {
+    throw ShapeFailure("group_starts must begin with 0 and end with in_features (" + std::to_string(in_features) + ")");
+  }
+  for (size_t g = 0; g < num_groups; ++g) {
+    if (starts[g] > starts[g + 1]) throw ShapeFailure("group_starts decreases after group " + std::to_string(g));
   }
 }
 
-void check_order(const int32_t* order, int64_t in_features) {
-  std::vector<bool> seen(static_cast<size_t>(in_features), false);
-  for (int64_t i = 0; i < in_features; ++i) {
-    require(order[i] >= 0 && order[i] < in_features && !seen[static_cast<size_t>(order[i])],
-            "order is not a permutation: entry " + std::to_string(i) + " is " + std::to_string(order[i]));
+void check_order(const std::vector<int32_t>& order) {
+  const auto in_features = static_cast<int64_t>(order.size());
+  std::vector<bool> seen(order.size(), false);
+  for (size_t i = 0; i < order.size(); ++i) {
+    if (order[i] < 0 || order[i] >= in_features || seen[static_cast<size_t>(order[i])]) {
+      throw ShapeFailure("order is not a permutation: entry " + std::to_string(i) + " is " + std::to_string(order[i]));
+    }
     seen[static_cast<size_t>(order[i])] = true;
   }
 }
@@ -36,12 +47,14 @@ std::shared_ptr<PackedGptq> pack_gptq(CpuRuntime& runtime, const py::array& qwei
                                       int64_t in_features, const py::array& scales, const py::array& zeros,
                                       const py::array& group_starts, const py::object& order,
                                       const py::object& bias) {
-  require(bits >= 2 && bits <= 8, "bits is " + std::to_string(bits) + "; accepted: 2 to 8");
+  if (bits < 2 || bits > 8) throw ShapeFailure("bits is " + std::to_string(bits) + "; accepted: 2 to 8");
   require(in_features > 0 && in_features <= kMostFeatures, "in_features is out of range");
   require(qweight.ndim() == 2 && scales.ndim() == 2, "qweight and scales must have two dimensions");
   const int64_t out_features = qweight.shape(1);
   const int64_t num_groups = scales.shape(0);
-  require(out_features > 0 && out_features <= kMostFeatures && num_groups > 0, "qweight or scales is empty");
+  require(out_features > 0 && num_groups > 0, "qweight or scales is empty");
+  check_extent(qweight, "qweight");
+  check_extent(scales, "scales");
   const int64_t word_rows = planar ? ceil_div(in_features, 32) * bits : ceil_div(in_features * bits, 32);
   PackedGptq::Source source{};
   source.qweight = contiguous<int32_t>(qweight, "qweight", {word_rows, out_features});
@@ -55,16 +68,18 @@ std::shared_ptr<PackedGptq> pack_gptq(CpuRuntime& runtime, const py::array& qwei
                       : contiguous<float>(scales, "scales", {num_groups, out_features});
   source.zeros = contiguous<uint8_t>(zeros, "zeros", {num_groups, out_features});
   source.num_groups = num_groups;
-  source.group_starts = contiguous<int64_t>(group_starts, "group_starts", {num_groups + 1});
-  check_groups(source.group_starts, num_groups, in_features);
-  py::array order_array, bias_array;
+  const auto starts = copied<int64_t>(group_starts, "group_starts", num_groups + 1);
+  check_groups(starts, in_features);
+  source.group_starts = starts.data();
+  std::vector<int32_t> sorted;
   if (!order.is_none()) {
-    order_array = order.cast<py::array>();
-    source.order = contiguous<int32_t>(order_array, "order", {in_features});
-    check_order(source.order, in_features);
+    sorted = copied<int32_t>(array_of(order, "order"), "order", in_features);
+    check_order(sorted);
+    source.order = sorted.data();
   }
+  py::array bias_array;
   if (!bias.is_none()) {
-    bias_array = bias.cast<py::array>();
+    bias_array = array_of(bias, "bias");
     source.bias = contiguous<float>(bias_array, "bias", {out_features});
   }
   const py::gil_scoped_release release;
@@ -75,7 +90,7 @@ void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weig
   require(weight.ndim() == 1 && weight.shape(0) > 0, "weight must have one dimension and at least one element");
   const int64_t size = weight.shape(0);
   const Heads<const float> heads = heads_of(x, "x", size);
-  require(epsilon >= 0.0f && epsilon < 1.0f, "epsilon must be in [0, 1)");
+  require(epsilon >= 0.0f && epsilon <= 1.0f, "epsilon must be in [0, 1]");
   RmsNormArgs args{};
   args.x = heads.data;
   args.row_stride = heads.row_stride;
@@ -84,12 +99,15 @@ void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weig
   args.weight = contiguous<float>(weight, "weight", {size});
   args.epsilon = epsilon;
   args.out = writable_contiguous<float>(out, "out", shape_of(x));
+  check_apart(out, "out", x, "x");
+  check_apart(out, "out", weight, "weight");
   const py::gil_scoped_release release;
   rms_norm(runtime, args, heads.num_rows);
 }
 
 void run_rotate(CpuRuntime& runtime, py::array& x, const py::array& cos, const py::array& sin) {
   require(x.ndim() == 3 && cos.ndim() == 2, "x must be [T, H, D] and cos, sin [T, R / 2]");
+  check_extent(cos, "cos");
   const Heads<float> heads = writable_heads(x, "x", x.shape(2));
   RotateArgs args{};
   args.x = heads.data;
@@ -100,16 +118,20 @@ void run_rotate(CpuRuntime& runtime, py::array& x, const py::array& cos, const p
   require(2 * args.half <= args.head_dim, "cos has more than D / 2 columns");
   args.cos = contiguous<float>(cos, "cos", {heads.num_rows, args.half});
   args.sin = contiguous<float>(sin, "sin", {heads.num_rows, args.half});
+  check_apart(x, "x", cos, "cos");
+  check_apart(x, "x", sin, "sin");
   const py::gil_scoped_release release;
   rotate(runtime, args, heads.num_rows);
 }
 
 void run_silu_mul(CpuRuntime& runtime, const py::array& gate_up, py::array& out) {
   require(out.ndim() == 2, "out must be [T, I]");
+  check_extent(out, "out");
   SiluMulArgs args{};
   args.size = out.shape(1);
   args.gate_up = contiguous<float>(gate_up, "gate_up", {out.shape(0), 2 * args.size});
   args.out = writable_contiguous<float>(out, "out", shape_of(out));
+  check_apart(out, "out", gate_up, "gate_up");
   const int64_t num_rows = out.shape(0);
   const py::gil_scoped_release release;
   silu_mul(runtime, args, num_rows);
@@ -120,6 +142,7 @@ void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight
   AddArgs args{};
   args.x = writable_contiguous<float>(x, "x", shape_of(x));
   args.y = contiguous<float>(y, "y", shape_of(x));
+  check_apart(x, "x", y, "y");
   args.weight = weight;
   args.size = x.shape(1);
   const int64_t num_rows = x.shape(0);
@@ -135,53 +158,81 @@ void run_embed(CpuRuntime& runtime, const DenseLinear& table, const py::array& t
   args.table = table.view.weight;
   args.table_type = table.view.type;
   args.size = table.view.in_features;
-  args.token_ids = contiguous<int64_t>(token_ids, "token_ids", {num_rows});
-  for (int64_t t = 0; t < num_rows; ++t) {
-    require(args.token_ids[t] >= 0 && args.token_ids[t] < table.view.out_features,
-            "token id " + std::to_string(args.token_ids[t]) + " at position " + std::to_string(t) +
-                " is outside a table of " + std::to_string(table.view.out_features));
+  const auto ids = copied<int64_t>(token_ids, "token_ids", num_rows);
+  for (size_t t = 0; t < ids.size(); ++t) {
+    if (ids[t] >= 0 && ids[t] < table.view.out_features) continue;
+    throw ShapeFailure("token id " + std::to_string(ids[t]) + " at position " + std::to_string(t) +
+                       " is outside a table of " + std::to_string(table.view.out_features));
   }
+  args.token_ids = ids.data();
   args.out = writable_contiguous<float>(out, "out", {num_rows, args.size});
+  check_apart(out, "out", table.weight, "the table");
   const py::gil_scoped_release release;
   embed(runtime, args, num_rows);
 }
 
+std::string range_of(int64_t start, int64_t num_rows) {
+  // Added as unsigned numbers: these are the positions that are refused.
+  const auto end = static_cast<int64_t>(static_cast<uint64_t>(start) + static_cast<uint64_t>(num_rows));
+  return std::to_string(start) + " to " + std::to_string(end);
+}
+
 std::shared_ptr<KvCache> new_kv_cache(int64_t num_heads, int64_t head_dim, int64_t capacity,
                                       const std::string& type) {
-  require(num_heads > 0 && num_heads <= 65536, "num_heads is out of range");
-  require(head_dim > 0 && head_dim <= 4096, "head_dim is out of range");
-  require(capacity > 0 && capacity <= (int64_t{1} << 32), "capacity is out of range");
+  require(num_heads > 0 && num_heads <= kMostHeads, "num_heads is out of range");
+  require(head_dim > 0 && head_dim <= kMostHeadDim, "head_dim is out of range");
+  require(capacity > 0 && capacity <= kMostPositions, "capacity is out of range");
   const FloatType element = float_type_named(type);
   require(element != FloatType::bf16, "a cache holds 'f16' or 'f32'");
   return std::make_shared<KvCache>(num_heads, head_dim, capacity, element);
 }
 
-void run_append(CpuRuntime& runtime, const KvCache& cache, const py::array& k, const py::array& v, int64_t start) {
+// The cache's length is read and written with the GIL held, so that of two threads each sees the other's append as
+// done or as not begun.
+void run_append(CpuRuntime& runtime, KvCache& cache, const py::array& k, const py::array& v, int64_t start) {
   const KvView& kv = cache.view();
   const Heads<const float> keys = heads_of(k, "k", kv.head_dim);
   const Heads<const float> values = heads_of(v, "v", kv.head_dim);
-  require(keys.num_heads == kv.num_heads && values.num_heads == kv.num_heads,
-          "k and v must have the cache's " + std::to_string(kv.num_heads) + " heads");
+  if (keys.num_heads != kv.num_heads || values.num_heads != kv.num_heads) {
+    throw ShapeFailure("k and v must have the cache's " + std::to_string(kv.num_heads) + " heads");
+  }
   require(keys.num_rows == values.num_rows, "k and v differ in their number of rows");
-  require(start >= 0 && start <= kv.capacity - keys.num_rows,
-          "positions " + std::to_string(start) + " to " + std::to_string(start + keys.num_rows) +
-              " do not fit a cache of " + std::to_string(kv.capacity));
-  const AppendArgs args{kv, keys.data, values.data, keys.row_stride, values.row_stride, keys.num_rows, start};
-  const py::gil_scoped_release release;
-  append(runtime, args);
+  if (start < 0 || start > kv.capacity - keys.num_rows) {
+    throw ShapeFailure("positions " + range_of(start, keys.num_rows) + " do not fit a cache of " +
+                       std::to_string(kv.capacity));
+  }
+  if (start > cache.length()) {
+    throw ShapeFailure("positions " + range_of(start, keys.num_rows) + " would leave a gap in a cache that holds " +
+                       std::to_string(cache.length()));
+  }
+  if (keys.num_rows == 0) return;
+  cache.set_length(start);
+  {
+    const AppendArgs args{kv, keys.data, values.data, keys.row_stride, values.row_stride, keys.num_rows, start};
+    const py::gil_scoped_release release;
+    append(runtime, args);
+  }
+  cache.set_length(start + keys.num_rows);
 }
 
 void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& cache, int64_t start, int64_t window,
                 float scale, py::array& out) {
   const KvView& kv = cache.view();
   const Heads<const float> queries = heads_of(q, "q", kv.head_dim);
-  require(queries.num_heads % kv.num_heads == 0,
-          "the number of query heads (" + std::to_string(queries.num_heads) + ") must be a multiple of the cache's " +
-              std::to_string(kv.num_heads));
-  require(start >= 0 && start <= kv.capacity - queries.num_rows,
-          "queries at positions " + std::to_string(start) + " to " + std::to_string(start + queries.num_rows) +
-              " lie outside a cache of " + std::to_string(kv.capacity));
+  if (queries.num_heads == 0 || queries.num_heads % kv.num_heads != 0) {
+    throw ShapeFailure("the number of query heads (" + std::to_string(queries.num_heads) +
+                       ") must be a multiple of the cache's " + std::to_string(kv.num_heads));
+  }
+  if (start < 0 || start > kv.capacity - queries.num_rows) {
+    throw ShapeFailure("queries at positions " + range_of(start, queries.num_rows) + " lie outside a cache of " +
+                       std::to_string(kv.capacity));
+  }
+  if (queries.num_rows > 0 && start + queries.num_rows > cache.length()) {
+    throw ShapeFailure("queries at positions " + range_of(start, queries.num_rows) +
+                       " see keys that were not appended: the cache holds " + std::to_string(cache.length()));
+  }
   require(window >= 0, "window must be at least 0 (0: unlimited)");
+  require(std::isfinite(scale), "scale must be finite");
   AttendArgs args{};
   args.kv = kv;
   args.q = queries.data;
@@ -192,6 +243,7 @@ void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& cache, i
   args.window = window;
   args.scale = scale;
   args.out = writable_contiguous<float>(out, "out", {queries.num_rows, queries.num_heads * kv.head_dim});
+  check_apart(out, "out", q, "q");
   const py::gil_scoped_release release;
   attend(runtime, args);
 }
@@ -214,8 +266,9 @@ struct Lent {
 };
 
 py::array empty_result(const CpuRuntime& runtime, int64_t num_rows, int64_t num_columns) {
-  require(num_rows >= 0 && num_columns >= 0 && num_rows <= kMostFeatures && num_columns <= kMostFeatures,
-          "a result of " + describe(Shape{num_rows, num_columns}) + " is out of range");
+  if (num_rows < 0 || num_columns < 0 || num_rows > kMostFeatures || num_columns > kMostFeatures) {
+    throw ShapeFailure("a result of " + describe(Shape{num_rows, num_columns}) + " is out of range");
+  }
   const auto bytes = num_rows * num_columns * static_cast<int64_t>(sizeof(float));
   std::unique_ptr<Lent> lent(new Lent{runtime.spare(), runtime.spare()->take(bytes)});
   float* data = lent->memory.as<float>();
@@ -244,6 +297,10 @@ PYBIND11_MODULE(_core, m) {
   using namespace ropewalk;
   m.doc() = "The compiled core of ropewalk; use ropewalk.native.";
   py::register_local_exception_translator(&translate);
+
+  m.attr("LIMITS") = py::dict(py::arg("FEATURES") = kMostFeatures, py::arg("HEADS") = kMostHeads,
+                              py::arg("HEAD_DIM") = kMostHeadDim, py::arg("POSITIONS") = kMostPositions,
+                              py::arg("THREADS") = kMostThreads);
 
   m.def("available_isas", [] {
     std::vector<std::string> names;
@@ -289,6 +346,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<KvCache, std::shared_ptr<KvCache>>(m, "KvCache")
       .def(py::init(&new_kv_cache), py::arg("num_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("type"))
       .def_property_readonly("capacity", [](const KvCache& cache) { return cache.view().capacity; })
+      .def_property_readonly("length", &KvCache::length)
       .def_property_readonly("num_bytes", &KvCache::num_bytes);
 
   m.def("rms_norm", &run_rms_norm, py::arg("runtime"), py::arg("x"), py::arg("weight"), py::arg("epsilon"),

@@ -17,8 +17,6 @@ namespace ropewalk {
 
 namespace py = pybind11;
 
-constexpr int64_t kMostFeatures = int64_t{1} << 30;  // keeps every byte offset of a packed linear far from overflow
-
 inline Compute compute_named(const std::string& name) {
   if (name == "exact") return Compute::exact;
   if (name == "int8") return Compute::int8;
@@ -51,7 +49,7 @@ inline std::shared_ptr<DenseLinear> dense_linear(const py::array& weight, const 
                            ? static_cast<const void*>(contiguous<float>(weight, "weight", shape))
                            : contiguous<uint16_t>(weight, "weight", shape);
   if (!bias.is_none()) {
-    dense->bias = bias.cast<py::array>();
+    dense->bias = array_of(bias, "bias");
     dense->view.bias = contiguous<float>(dense->bias, "bias", {dense->view.out_features});
   }
   return dense;
@@ -66,7 +64,7 @@ class LowRank {
   // B None where the linear is not changed.  type: "f32", or "i8" with scales [round_up(R, 4)] and [round_up(N, 16)].
   LowRank(const py::array& a, const py::object& scales, int64_t in_features, const std::string& type,
           const std::vector<Part>& parts) {
-    require(type == "f32" || type == "i8", "low-rank type is '" + type + "'; accepted: 'f32', 'i8'");
+    if (type != "f32" && type != "i8") throw ShapeFailure("low-rank type is '" + type + "'; accepted: 'f32', 'i8'");
     require(!parts.empty(), "a low-rank change needs at least one part");
     require(in_features > 0 && in_features <= kMostFeatures, "in_features is out of range");
     weights_.type = type == "i8" ? LowRankType::i8 : LowRankType::f32;
@@ -75,8 +73,10 @@ class LowRank {
       require(out_features > 0 && out_features <= kMostFeatures, "the output features of a part are out of range");
       weights_.parts.push_back({out_features, weights_.rank, 0, nullptr, nullptr});
       out_features_ += out_features;
-      if (!b.is_none()) add_tiles(b.cast<py::array>(), b_scales, weights_.parts.back());
+      require(out_features_ <= kMostFeatures, "the output features of all parts are out of range");
+      if (!b.is_none()) add_tiles(array_of(b, "b"), b_scales, weights_.parts.back());
     }
+    require(weights_.rank <= kMostFeatures, "the rank of a low-rank change is out of range");
     require(weights_.rank > 0, "a low-rank change needs a part of a rank above 0");
     const int64_t panels = ceil_div(weights_.rank, kRankTile);
     weights_.a = kept(a, "a", {panels, ceil_div(in_features, kLanes), kRankTile, kLanes});
@@ -99,8 +99,14 @@ class LowRank {
   void add(CpuRuntime& runtime, const py::array& x, py::array& out) const {
     const Rows<const float> rows = rows_of(x, "x", weights_.in_features);
     const Rows<float> target = writable_rows(out, "out", rows.num_rows, out_features_);
+    check_apart(out, "out", x, "x");
+    check_apart_from(out);
     const py::gil_scoped_release release;
     add_low_rank(runtime, weights_, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
+  }
+
+  void check_apart_from(const py::array& out) const {
+    for (const py::array& array : arrays_) check_apart(out, "out", array, "the matrices of a low-rank change");
   }
 
   int64_t num_bytes() const {
@@ -126,11 +132,11 @@ class LowRank {
 
   const float* kept_scales(const py::object& scales, const char* name, int64_t size) {
     if (weights_.type == LowRankType::f32) {
-      require(scales.is_none(), std::string(name) + " must be None for type 'f32'");
+      if (!scales.is_none()) throw ShapeFailure(std::string(name) + " must be None for type 'f32'");
       return nullptr;
     }
-    require(py::isinstance<py::array>(scales), std::string(name) + " must be an array for type 'i8'");
-    arrays_.push_back(scales.cast<py::array>());
+    if (scales.is_none()) throw ShapeFailure(std::string(name) + " must be an array for type 'i8'");
+    arrays_.push_back(array_of(scales, name));
     return contiguous<float>(arrays_.back(), name, {size});
   }
 
@@ -154,7 +160,9 @@ class LinearGroup {
         const auto* part = owner.cast<const DenseLinear*>();
         check_in_features(part->view.in_features);
         plan_.add(part->view);
+        dense_.push_back(part);
       }
+      require(plan_.out_features() <= kMostFeatures, "the output features of a linear group are out of range");
     }
   }
 
@@ -163,10 +171,17 @@ class LinearGroup {
     const Rows<const float> rows = rows_of(x, "x", in_features_);
     const Rows<float> target = writable_rows(out, "out", rows.num_rows, plan_.out_features());
     const Compute mode = compute_named(compute);
+    check_apart(out, "out", x, "x");
+    for (const DenseLinear* dense : dense_) {
+      check_apart(out, "out", dense->weight, "the weight");
+      if (dense->view.bias != nullptr) check_apart(out, "out", dense->bias, "the bias");
+    }
     const LowRankWeights* weights = nullptr;
     if (!change.is_none()) {
       require(py::isinstance<LowRank>(change), "change is neither LowRank nor None");
-      weights = &change.cast<const LowRank&>().weights_for(plan_, in_features_);
+      const auto& low_rank = change.cast<const LowRank&>();
+      weights = &low_rank.weights_for(plan_, in_features_);
+      low_rank.check_apart_from(out);
     }
     const py::gil_scoped_release release;
     linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride, weights);
@@ -182,6 +197,7 @@ class LinearGroup {
   }
 
   std::vector<py::object> owners_;
+  std::vector<const DenseLinear*> dense_;  // of the owners
   LinearPlan plan_;
   int64_t in_features_ = 0;
 };

@@ -142,7 +142,9 @@ uint64_t ThreadPool::Shared::wait_for_job(uint64_t seen) {
 }
 
 ThreadPool::ThreadPool(int num_threads) : shared_(std::make_unique<Shared>()) {
-  if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
+  if (num_threads < 1 || num_threads > kMostThreads) {
+    throw std::invalid_argument("threads must be between 1 and " + std::to_string(kMostThreads));
+  }
   try {
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error&) {

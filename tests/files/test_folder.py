@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import struct
 from pathlib import Path
 
@@ -68,14 +69,21 @@ def test_scalars_keep_their_empty_shape(tmp_path):
     assert Checkpoint(tmp_path).tensor("w").item() == 4.5
 
 
-def test_tensors_are_views_of_the_file_and_stay_valid_after_release(tmp_path):
-    write(tmp_path / "model.safetensors", a=TENSOR, b=TENSOR + 1)
+def test_every_tensor_has_memory_of_its_own(tmp_path):
+    path = write(tmp_path / "model.safetensors", a=TENSOR, b=TENSOR + 1)
     checkpoint = Checkpoint(tmp_path)
-    a, b = checkpoint.tensor("a"), checkpoint.tensor("b")
-    assert abs(a.data_ptr() - b.data_ptr()) == TENSOR.nbytes
-    checkpoint.release()
-    assert torch.equal(a, TENSOR)
-    assert checkpoint.tensor("a").data_ptr() != a.data_ptr()
+    first, second = checkpoint.tensor("a"), checkpoint.tensor("a")
+    first.zero_()
+    path.write_bytes(b"")
+    assert torch.equal(second, TENSOR)
+
+
+def test_a_tensor_is_compared_with_the_file_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.files.safetensors.PIECE_BYTES", 16)
+    last_differs = torch.cat([TENSOR.flatten()[:-1], torch.tensor([9.0])]).view(2, 3)
+    write(tmp_path / "model.safetensors", a=TENSOR, b=last_differs, c=TENSOR.half(), d=TENSOR.flatten())
+    checkpoint = Checkpoint(tmp_path)
+    assert [name for name in "abcd" if checkpoint.holds(name, TENSOR)] == ["a"]
 
 
 def test_a_header_that_misaligns_the_data_is_read_all_the_same(tmp_path):
@@ -85,7 +93,7 @@ def test_a_header_that_misaligns_the_data_is_read_all_the_same(tmp_path):
     assert torch.equal(Checkpoint(tmp_path).tensor("w"), TENSOR.flatten())
 
 
-def test_released_layers_do_not_add_up_in_memory(tmp_path):
+def test_parts_that_are_not_needed_any_more_do_not_add_up_in_memory(tmp_path):
     """Reading a 512 MB file part by part keeps the growth of resident memory near one part."""
     part = torch.ones(8 << 20, dtype=torch.int32)  # 32 MiB
     write(tmp_path / "model.safetensors", **{f"layer{i}": part.clone() for i in range(16)})
@@ -96,7 +104,6 @@ def test_released_layers_do_not_add_up_in_memory(tmp_path):
         for i in range(16):
             assert int(checkpoint.tensor(f"layer{i}").sum()) == 8 << 20
             peak = max(peak, resident_bytes())
-            checkpoint.release()
     assert peak - before < 128 << 20
 
 
@@ -355,6 +362,27 @@ def test_a_file_that_changes_between_header_and_data_is_noticed(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="has changed"):
         checkpoint.tensor("w")
+
+
+def test_a_file_that_was_replaced_by_one_of_the_same_size_is_noticed(tmp_path):
+    path = write(tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    os.utime(write(tmp_path / "other", w=TENSOR + 1), ns=(0, 1))
+    (tmp_path / "other").rename(path)
+    with pytest.raises(CheckpointError, match="has changed while it was being read: load the model again"):
+        checkpoint.tensor("w")
+
+
+def test_a_file_that_was_deleted_is_named(tmp_path):
+    path = write(tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: No such file"):
+        checkpoint.tensor("w")
+    with Checkpoint(write(tmp_path / "folder" / "model.safetensors").parent) as other:
+        other.read_ahead("nothing")
+        (tmp_path / "folder" / "model.safetensors").unlink()
+        other.read_ahead("w")  # a hint: it fails quietly
 
 
 @settings(max_examples=300, deadline=None)

@@ -191,9 +191,9 @@ def test_the_core_refuses_an_output_that_does_not_fit(out, message):
         (f32(2, 0), f32(0), 1e-6, "weight must have one dimension and at least one element"),
         (f32(2, 8), np.zeros(8), 1e-6, "weight has dtype float64"),
         (f32(2, 8), f32(16)[::2], 1e-6, "weight must be contiguous"),
-        (f32(2, 8), f32(8), -1e-6, "epsilon must be in [0, 1)"),
-        (f32(2, 8), f32(8), 1.0, "epsilon must be in [0, 1)"),
-        (f32(2, 8), f32(8), float("nan"), "epsilon must be in [0, 1)"),
+        (f32(2, 8), f32(8), -1e-6, "epsilon must be in [0, 1]"),
+        (f32(2, 8), f32(8), 1.0001, "epsilon must be in [0, 1]"),
+        (f32(2, 8), f32(8), float("nan"), "epsilon must be in [0, 1]"),
         (f32(2, 8, 3).transpose(0, 2, 1), f32(8), 1e-6, "x must be contiguous in all dimensions but the first"),
         (np.zeros((2, 8), np.float16), f32(8), 1e-6, "x has dtype float16; accepted: float32"),
     ],
@@ -301,7 +301,7 @@ def test_the_core_refuses_an_output_of_an_embedding_that_does_not_fit():
         ((0, 8, 8), "num_heads is out of range"),
         ((1 << 17, 8, 8), "num_heads is out of range"),
         ((1, 0, 8), "head_dim is out of range"),
-        ((1, 5000, 8), "head_dim is out of range"),
+        ((1, 8193, 8), "head_dim is out of range"),
         ((1, 8, 0), "capacity is out of range"),
         ((1, 8, -5), "capacity is out of range"),
         ((1, 8, 1 << 40), "capacity is out of range"),
@@ -317,7 +317,7 @@ def test_a_cache_refuses(arguments, message):
 
 def test_a_cache_that_memory_cannot_hold_is_a_memory_error():
     with pytest.raises(MemoryError):
-        native.KvCache(RUNTIME, 1 << 16, 4096, 1 << 32, "f32")
+        native.KvCache(RUNTIME, 1 << 14, 1 << 13, 1 << 24, "f32")
 
 
 @pytest.mark.parametrize(
@@ -343,6 +343,12 @@ def test_appending_refuses(k, v, start, message):
         native.KvCache(RUNTIME, 2, 8, 10).append_(k, v, start)
 
 
+def filled_cache(length: int = 10) -> native.KvCache:
+    cache = native.KvCache(RUNTIME, 2, 8, 10)
+    cache.append_(f32(length, 2, 8), f32(length, 2, 8), 0)
+    return cache
+
+
 @pytest.mark.parametrize(
     "q, start, window, message",
     [
@@ -361,7 +367,7 @@ def test_appending_refuses(k, v, start, message):
 )
 def test_attention_refuses(q, start, window, message):
     with refused(message):
-        native.KvCache(RUNTIME, 2, 8, 10).attend(q, start, window)
+        filled_cache().attend(q, start, window)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +383,7 @@ def test_attention_refuses(q, start, window, message):
 )
 def test_the_core_refuses_what_the_face_would_have_refused(start, window, out, message):
     cache = _core.KvCache(2, 8, 10, "f16")
+    _core.append(CORE, cache, f32(64, 2, 8), f32(64, 2, 8), 0)
     with refused(message):
         _core.attend(CORE, f32(3, 4, 8), cache, start, window, 1.0, out)
 

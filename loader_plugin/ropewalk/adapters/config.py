@@ -17,10 +17,10 @@ from typing import Any
 
 from ropewalk.base.errors import CheckpointError, ConfigError, UnsupportedError
 from ropewalk.base.json import Section, read_json_object, require_folder, shown
+from ropewalk.base.limits import MAX_RANK
 from ropewalk.config.quantisation import require_quick_pattern
 
 CONFIG_NAME = "adapter_config.json"
-MAX_RANK = 1 << 16
 MAX_ALPHA = 1e9
 ALL_LINEAR = "all-linear"
 # Ways to start training that leave the weights of the base model as they are. The others (pissa, olora, loftq, ...)

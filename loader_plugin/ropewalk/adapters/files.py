@@ -26,9 +26,7 @@ def read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     path = folder / SAFETENSORS_NAME
     if path.exists():
         file = SafetensorsFile(path)
-        tensors = {name: file.tensor(name).clone() for name in file.tensors}
-        file.release()
-        return path, tensors
+        return path, {name: file.tensor(name) for name in file.tensors}
     for name in PICKLED_NAMES:
         if (folder / name).exists():
             raise UnsupportedError(_pickled(folder / name))

@@ -6,6 +6,7 @@ sets used last are kept, so switching between them costs nothing.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,11 +52,15 @@ class ModelChange:
 
 
 class AdapterSets:
-    """Loaded adapters by name, and their packed combinations for the layer order that runs."""
+    """Loaded adapters by name, and their packed combinations for the layer order that runs.
+
+    Adapters can be added and removed in any thread while another asks for sets: one of them at a time.
+    """
 
     def __init__(self, config: ModelConfig, backend: Backend, instances: Sequence[LayerInstance]) -> None:
         self._config = config
         self._backend = backend
+        self._lock = threading.RLock()  # of all that follows
         self._loaded: dict[str, tuple[int, Adapter]] = {}
         self._num_loads = 0
         self._layers: OrderedDict[Chosen, dict[int, LayerChange]] = OrderedDict()  # by index of the weights
@@ -63,14 +68,16 @@ class AdapterSets:
 
     def set_instances(self, instances: Sequence[LayerInstance]) -> None:
         """The layer instances that run from now on. What sets change in a layer stays laid out, wherever it runs."""
-        self._instances = tuple(instances)
-        self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
-        self._unchanged = ModelChange((), (UNCHANGED,) * len(self._instances), None, None)
+        with self._lock:
+            self._instances = tuple(instances)
+            self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
+            self._unchanged = ModelChange((), (UNCHANGED,) * len(self._instances), None, None)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The loaded adapters, in the order of loading."""
-        return tuple(self._loaded)
+        with self._lock:
+            return tuple(self._loaded)
 
     def check_new_name(self, name: Any) -> None:
         """Raises RequestError for an empty name, one that is not a string, or one that is taken."""
@@ -80,9 +87,15 @@ class AdapterSets:
             raise RequestError(f"an adapter named {name!r} is loaded already: unload it first, or choose another name")
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Keep an adapter under a name that `check_new_name` accepts."""
-        self._num_loads += 1
-        self._loaded[name] = (self._num_loads, adapter)
+        """Keep an adapter under a name.
+
+        Raises:
+            RequestError: as `check_new_name`, asked again: another thread may have taken the name meanwhile.
+        """
+        with self._lock:
+            self.check_new_name(name)
+            self._num_loads += 1
+            self._loaded[name] = (self._num_loads, adapter)
 
     def remove(self, name: Any) -> None:
         """Forget an adapter and the sets that contain it.
@@ -90,13 +103,14 @@ class AdapterSets:
         Raises:
             RequestError: no adapter of that name is loaded.
         """
-        number, _ = self._known(name)
-        del self._loaded[name]
-        kept = ((key, change) for key, change in self._packed.items() if all(use[0] != number for use in key))
-        self._packed = OrderedDict(kept)
-        self._layers = OrderedDict(
-            (chosen, kept) for chosen, kept in self._layers.items() if number not in dict(chosen)
-        )
+        with self._lock:
+            number, _ = self._known(name)
+            del self._loaded[name]
+            kept = ((key, change) for key, change in self._packed.items() if all(use[0] != number for use in key))
+            self._packed = OrderedDict(kept)
+            self._layers = OrderedDict(
+                (chosen, kept) for chosen, kept in self._layers.items() if number not in dict(chosen)
+            )
 
     def key(self, request: Request | None) -> AdapterKey:
         """The set in the order of loading, so that equal sets give equal bits; a weight of 0 leaves an adapter out.
@@ -106,23 +120,29 @@ class AdapterSets:
                 have, or that run layers of a second model.
         """
         uses = []
-        for use in checked_request(request):
-            number, _ = self._known(use.name)
-            self._check_instances(use)
-            if use.weight != 0.0:
-                uses.append((number, use.weight, use.instances))
+        with self._lock:
+            for use in checked_request(request):
+                number, _ = self._known(use.name)
+                self._check_instances(use)
+                if use.weight != 0.0:
+                    uses.append((number, use.weight, use.instances))
         return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
 
     def change(self, key: AdapterKey) -> ModelChange:
-        """The set of that key, laid out for the backend."""
-        if not key:
-            return self._unchanged
-        if key not in self._packed:
-            self._packed[key] = self._pack(key)
-            if len(self._packed) > KEPT_SETS:
-                self._packed.popitem(last=False)
-        self._packed.move_to_end(key)
-        return self._packed[key]
+        """The set of that key, laid out for the backend.
+
+        Raises:
+            RequestError: one of its adapters has been unloaded since the key was made.
+        """
+        with self._lock:
+            if not key:
+                return self._unchanged
+            if key not in self._packed:
+                self._packed[key] = self._pack(key)
+                if len(self._packed) > KEPT_SETS:
+                    self._packed.popitem(last=False)
+            self._packed.move_to_end(key)
+            return self._packed[key]
 
     def _known(self, name: str) -> tuple[int, Adapter]:
         if not isinstance(name, str) or name not in self._loaded:
@@ -165,6 +185,8 @@ class AdapterSets:
 
     def _adapters(self, chosen: Chosen) -> list[tuple[Adapter, float]]:
         by_number = dict(self._loaded.values())
+        if any(number not in by_number for number, _ in chosen):
+            raise RequestError("adapters: one of the adapters asked for has just been unloaded")
         return [(by_number[number], weight) for number, weight in chosen]
 
     def _pack_layer(self, index: int, chosen: Chosen) -> LayerChange:

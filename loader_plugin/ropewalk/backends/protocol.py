@@ -61,7 +61,10 @@ class PackedLowRank(Protocol):
 
 
 class KvStore(Protocol):
-    """Keys and values of one layer instance for positions 0..capacity; the layout is the backend's own."""
+    """Keys and values of one layer instance for positions 0..capacity; the layout is the backend's own.
+
+    It holds the positions 0..n without gaps. Appending at an earlier position than n forgets what followed it.
+    """
 
     @property
     def capacity(self) -> int:
@@ -166,7 +169,7 @@ class Backend(Protocol):
         k, v: [T, Hkv, D] float32; a head is contiguous, heads follow each other, the stride of a row is free.
 
         Raises:
-            ShapeError: positions beyond the capacity, or heads of another shape.
+            ShapeError: positions beyond the capacity, a gap after the positions it holds, or heads of another shape.
         """
 
     def attend(self, q: torch.Tensor, kv: KvStore, start: int, window: int | None) -> torch.Tensor:
@@ -179,7 +182,7 @@ class Backend(Protocol):
         Scratch memory does not grow with T times the number of keys.
 
         Raises:
-            ShapeError: positions beyond the capacity, heads of another shape, or Hq not a multiple of Hkv.
+            ShapeError: positions that the store does not hold, heads of another shape, or Hq not a multiple of Hkv.
         """
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -47,12 +47,16 @@ class ReferenceLowRank:
         return sum(4 * (part.a.numel() + part.b.numel()) for part in self.parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ReferenceKv:
-    """Keys and values of one layer instance. k, v: [Hkv, capacity, D] float16 or float32, row-major."""
+    """Keys and values of one layer instance. k, v: [Hkv, capacity, D] float16 or float32, row-major.
+
+    length: the positions that it holds; an append forgets what followed it.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    length: int = 0
 
     @property
     def capacity(self) -> int:
@@ -140,14 +144,18 @@ class ReferenceBackend:
     def append_(self, kv: ReferenceKv, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """k, v: [T, Hkv, D] float32, written to positions start..start+T and rounded to the dtype of the store."""
         num_kv_heads, capacity, head_dim = kv.k.shape
-        end = start + k.shape[0]
+        num_rows = k.shape[0]
+        end = start + num_rows
         if k.shape != v.shape or k.shape[1:] != (num_kv_heads, head_dim) or start < 0 or end > capacity:
             raise ShapeError(
                 f"append: k {list(k.shape)}, v {list(v.shape)} at {start} do not fit a store of {capacity} positions, "
                 f"{num_kv_heads} heads of {head_dim}"
             )
+        if start > kv.length:
+            raise ShapeError(f"append: positions {start} to {end} would leave a gap in a store that holds {kv.length}")
         kv.k[:, start:end] = k.transpose(0, 1)  # [Hkv, T, D]
         kv.v[:, start:end] = v.transpose(0, 1)  # [Hkv, T, D]
+        kv.length = end if num_rows else kv.length
 
     def attend(self, q: torch.Tensor, kv: ReferenceKv, start: int, window: int | None) -> torch.Tensor:
         """q: [T, Hq, D] at positions start..start+T, keys 0..start+T of the store -> [T, Hq * D] float32."""
@@ -159,6 +167,8 @@ class ReferenceBackend:
                 f"attend: q {list(q.shape)} at {start} does not fit a store of {capacity} positions, "
                 f"{num_kv_heads} heads of {kv_head_dim}"
             )
+        if end > kv.length:
+            raise ShapeError(f"attend: q at {start} to {end} sees keys that were not appended: there are {kv.length}")
         out = torch.empty(num_queries, num_heads * head_dim, device=q.device)
         rows = max(1, SCRATCH_BYTES // (4 * num_heads * end))
         for first in range(0, num_queries, rows):

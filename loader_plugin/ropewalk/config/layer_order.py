@@ -20,8 +20,9 @@ from numbers import Integral
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import shown
+from ropewalk.base.limits import MAX_LAYERS
 from ropewalk.base.notation import TextCursor, plain_number
-from ropewalk.config.model import MAX_LAYERS, ModelConfig
+from ropewalk.config.model import ModelConfig
 
 SOURCES = ("a", "b")
 MAX_INSTANCES = MAX_LAYERS  # so that an exported order can be loaded as a model

@@ -15,19 +15,11 @@ from typing import Any
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section, read_json_object, require_folder, shown
+from ropewalk.base.limits import MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import Family, Windows
 
 logger = logging.getLogger(__name__)
-
-# Far above any model there is (the largest known have 2^14 hidden features, 126 layers, 2^18 tokens, 10^7 positions);
-# they keep absurd values from becoming absurd allocations.
-MAX_FEATURES = 2**20
-MAX_LAYERS = 4096
-MAX_HEADS = 2**14
-MAX_HEAD_DIM = 2**13
-MAX_VOCAB = 2**24
-MAX_POSITIONS = 2**31
 
 
 @dataclass(frozen=True, slots=True)

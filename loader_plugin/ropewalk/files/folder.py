@@ -1,4 +1,4 @@
-"""A model folder's weights: names to lazy memory-mapped tensors. Knows files and shards, not models."""
+"""A model folder's weights: names to tensors, each read when it is asked for. Knows files and shards, not models."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from types import TracebackType
 import torch
 
 from ropewalk.base.errors import CheckpointError
-from ropewalk.files.safetensors import SafetensorsFile, TensorInfo, printable
+from ropewalk.files.safetensors import SafetensorsFile, printable
+from ropewalk.files.safetensors_header import TensorInfo
 from ropewalk.files.weight_files import choose_files, listed
 
 logger = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096  # no system has smaller pages
-
 
 class Checkpoint:
-    """The tensors of a folder, by name. Use as a context manager, or call `release()` when done."""
+    """The tensors of a folder, by name. Use as a context manager where `read_ahead` is called."""
 
     def __init__(self, folder: Path, base_name: str | None = None) -> None:
         """Chooses the files and reads their headers; no tensor is read.
@@ -54,29 +53,32 @@ class Checkpoint:
         return self._file(name).tensors[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, on the CPU: a read-only view of the file, valid also after `release()`.
+        """The tensor as stored, on the CPU, in memory of its own: a second call reads it again.
 
         Raises:
             CheckpointError: no such tensor, a dtype that is not read, or a file that has changed.
         """
         return self._file(name).tensor(name)
 
-    def read_ahead(self, prefix: str) -> None:
-        """Starts to bring the tensors whose names begin with `prefix` from the disk into memory, in the background.
+    def holds(self, name: str, tensor: torch.Tensor) -> bool:
+        """True if the tensor of that name is this one, bit for bit.
 
-        A hint: whoever packs one layer while the next is being read waits for the slower of the two, not for both.
+        Raises:
+            CheckpointError: no such tensor, or a file that has changed.
+        """
+        return self._file(name).holds(name, tensor)
+
+    def read_ahead(self, prefix: str) -> None:
+        """Asks the system to bring the tensors whose names begin with `prefix` from the disk, in the background.
+
+        A hint: whoever packs one layer while the disk reads the next waits for the slower of the two, not for both.
         """
         names = [name for name in self._file_of if name.startswith(prefix)]
-        self._reader.submit(self._touch, names)
+        self._reader.submit(self._will_need, names)
 
-    def _touch(self, names: list[str]) -> None:
+    def _will_need(self, names: list[str]) -> None:
         for name in names:
-            touch_pages(self.tensor(name))
-
-    def release(self) -> None:
-        """Drops the mappings, so that pages already read stop counting as our memory; reopened on demand."""
-        for file in self._opened.values():
-            file.release()
+            self._file_of[name].will_need(name)
 
     def warn_once(self, kind: str, message: str) -> None:
         """Logs a warning, once per kind: a quirk of the writer shows in every one of hundreds of modules."""
@@ -91,17 +93,11 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
-        self.release()
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder}: there is no tensor {printable(name)} in {listed(self.files)}")
         return self._file_of[name]
-
-
-def touch_pages(tensor: torch.Tensor) -> None:
-    """Reads one byte of every page of a contiguous tensor: a view of a file is in memory afterwards."""
-    tensor.flatten().view(torch.uint8)[::PAGE_BYTES].sum()
 
 
 def _locate(opened: dict[str, SafetensorsFile], shard_of: dict[str, str]) -> dict[str, SafetensorsFile]:

@@ -1,43 +1,34 @@
-"""One safetensors file, through the safetensors library: names, shapes, and tensors as views of a memory mapping.
+"""One safetensors file: names, shapes, and tensors read into memory of their own.
 
-What is added here: an error that names the file, and handles that can be dropped between layers. Pages of a mapping
-count as memory of this process for as long as the mapping lives.
+Nothing is mapped. A mapping would spare a copy, but it lasts as long as a tensor does, and whoever truncates or
+rewrites a mapped file kills the process that serves from it (SIGBUS) or changes what it computes. A file that changes
+between two reads is an error that names it.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import os
 import stat
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ropewalk.base.errors import CheckpointError
+from ropewalk.files.safetensors_header import read_header
 
 GIT_LFS_POINTER = b"version https://git-lfs"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a header says of one tensor; dtype as the format spells it ("F16", "I32")."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the values. The first number in the name of a dtype is its bits ("F16", "F8_E4M3"); BOOL has none."""
-        bits = re.search(r"[0-9]+", self.dtype)
-        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32},
+    **{"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+PIECE_BYTES = 16 << 20  # read at once where a tensor is only compared
 
 
 class SafetensorsFile:
-    """The tensors of one file. It is opened when a tensor is asked for, and again after `release()`."""
+    """The tensors of one file. It is opened for each of them anew, and must be as it was when the header was read."""
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the header of `path`.
@@ -46,46 +37,79 @@ class SafetensorsFile:
             CheckpointError: not a readable file, truncated, or a header that is not what the format allows.
         """
         self.path = path
-        self.num_bytes = _checked_size(path)
-        self._handle: Any = None
-        self.tensors = self._read_header()
+        try:
+            _refuse_irregular(path)
+            with path.open("rb") as file:
+                self._state = _state(os.fstat(file.fileno()))
+                self.num_bytes = self._state[0]
+                _refuse_pointer(file, path)
+                self.tensors = read_header(file, path, self.num_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is damaged, truncated, or not a safetensors file ({error}): download it again"
+            ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, a view of the mapping: valid (and its pages held) for as long as it lives. Read only.
+        """The tensor as stored, in memory of its own.
 
         Raises:
-            CheckpointError: a dtype that torch does not have, or a file that has changed since it was opened.
+            CheckpointError: a dtype that is not read, or a file that has changed since its header was read.
         """
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: tensor {printable(name)} cannot be read: its dtype is {info.dtype}, accepted: "
+                f"{', '.join(DTYPES)}"
+            )
+        values = torch.empty(info.num_bytes, dtype=torch.uint8)
+        self._read(values, info.offset)
+        return values.view(DTYPES[info.dtype]).view(info.shape)
+
+    def holds(self, name: str, tensor: torch.Tensor) -> bool:
+        """True if the tensor of that name is this one, bit for bit. Takes memory for a small piece of it only.
+
+        Raises:
+            CheckpointError: the file has changed since its header was read.
+        """
+        info = self.tensors[name]
+        if info.shape != tuple(tensor.shape) or DTYPES.get(info.dtype) != tensor.dtype:
+            return False
+        ours = tensor.contiguous().flatten().view(torch.uint8)
+        piece = torch.empty(min(PIECE_BYTES, info.num_bytes), dtype=torch.uint8)
+        for first in range(0, info.num_bytes, PIECE_BYTES):
+            stored = piece[: info.num_bytes - first]
+            self._read(stored, info.offset + first)
+            if not torch.equal(stored, ours[first : first + len(stored)]):
+                return False
+        return True
+
+    def will_need(self, name: str) -> None:
+        """Ask the system to read the tensor into its cache. A hint: where that fails, nothing happens."""
+        info = self.tensors[name]
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError), self.path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, out: torch.Tensor, offset: int) -> None:
+        """Fill out: [n] uint8 with the bytes from `offset` on."""
+        rest = memoryview(out.numpy())
         try:
-            return self._open().get_tensor(name)
-        except (SafetensorError, RuntimeError, KeyError, AttributeError, ValueError, OSError) as error:
-            # An unknown dtype, or a file that was replaced, comes as any of these.
-            raise CheckpointError(f"{self.path}: tensor {printable(name)} cannot be read: {error}") from error
-
-    def release(self) -> None:
-        """Drops the handle; pages stop counting as our memory once no tensor of it is left."""
-        self._handle = None
-
-    def _read_header(self) -> dict[str, TensorInfo]:
-        file = self._open()
-        infos = {}
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            entry = file.get_slice(name)
-            infos[name] = TensorInfo(tuple(entry.get_shape()), str(entry.get_dtype()), self.path)
-        self.release()
-        return infos
-
-    def _open(self) -> Any:
-        if self._handle is None:
-            if _checked_size(self.path) != self.num_bytes:
-                raise CheckpointError(f"{self.path} has changed while it was being read: load the model again")
-            try:
-                self._handle = safe_open(self.path, framework="pt")
-            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{self.path} is damaged, truncated, or not a safetensors file ({error}): download it again"
-                ) from error
-        return self._handle
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                while len(rest):
+                    count = file.readinto(rest)
+                    if not count:
+                        break
+                    rest = rest[count:]
+                # Asked after reading, so that what was read is of the file whose header was checked.
+                changed = len(rest) > 0 or _state(os.fstat(file.fileno())) != self._state
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        if changed:
+            raise CheckpointError(f"{self.path} has changed while it was being read: load the model again")
 
 
 def printable(name: object) -> str:
@@ -95,16 +119,19 @@ def printable(name: object) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _checked_size(path: Path) -> int:
-    """The size of a regular file."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe or a device may never end
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-            raise CheckpointError(f"{path} is {kind}: a safetensors file is expected under this name")
-        with path.open("rb") as file:
-            if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
-                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return status.st_size
+def _state(status: os.stat_result) -> tuple[int, int]:
+    """What tells whether a file is still the same: its size, and when it was last written."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _refuse_irregular(path: Path) -> None:
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):  # opening a pipe or a device may never end
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise CheckpointError(f"{path} is {kind}: a safetensors file is expected under this name")
+
+
+def _refuse_pointer(file: BinaryIO, path: Path) -> None:
+    if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+    file.seek(0)

@@ -2,7 +2,7 @@
 
     W[k, n] = scales[group(k), n] * (code[k, n] - zeros[group(k), n])         y = x W + bias        (W is [K, N])
 
-Reading copies nothing large: qweight stays the mapped view of the file, zero points and groups are small.
+Reading copies nothing large: qweight stays as it was read, zero points and groups are small.
 
 g_idx says which group each input row belongs to. Act-order files have any assignment; kernels walk the rows in a stable
 sort by group. Where it is absent, all -1 (never set), or all zero with several groups (old GPTQ-for-LLaMa), row k

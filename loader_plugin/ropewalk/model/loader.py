@@ -1,9 +1,13 @@
 """From a model folder to a Model that is ready to run.
 
-    folder -> config, quantisation, RoPE -> list of tensors checked -> layer by layer: read, pack, drop the file pages
+    folder -> config, quantisation, RoPE -> list of tensors checked -> layer by layer: read, pack, drop what was read
 
 Peak memory is therefore the packed weights plus one layer. Everything that can be refused is refused before the first
 weight is read.
+
+Files are read and never mapped. What a model keeps as it was stored (the embedding table, dense weights) lies in memory
+of its own, so a file that is truncated, rewritten or deleted under a running server changes nothing there; one that
+changes while it is being read is a CheckpointError. Loading takes as long as with a mapping (scripts/bench/memory.py).
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ from ropewalk.backends.protocol import Backend
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.base.errors import CheckpointError, ConfigError
 from ropewalk.base.json import shown
-from ropewalk.base.memory import format_bytes
+from ropewalk.base.memory import format_bytes, return_freed_memory
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.families.family import layer_prefix
-from ropewalk.files.folder import Checkpoint, touch_pages
+from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.layers import PackedLayer, pack_layer
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
@@ -73,6 +77,7 @@ def load_model(
     lent = () if second is None else _load_second_layers(Path(options.second_folder), second, ops, report)
     weights = _load_weights(folder, plan.config, plan.quant, ops, report)
     weights = replace(weights, layers=weights.layers + lent)
+    return_freed_memory()
     model = Model(plan.config, plan.quant, plan.rope, ops, weights, limits, plan.order)
     logger.info("%s", _summary(model))
     return model
@@ -87,11 +92,9 @@ def _load_weights(
     with _open_weights(folder, config, quant) as checkpoint:
         layers = _pack_layers(checkpoint, config, quant, backend, report)
         embeddings = read_embeddings(config, checkpoint)
-        touch_pages(embeddings)  # or the first prompts would wait for the disk, token by token
         final_norm, head = read_head(config, quant, checkpoint, embeddings)
         tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
         packed_head = backend.pack([head])
-        checkpoint.release()
         report()
     device = backend.device
     return ModelWeights(embeddings.to(device), layers, final_norm.to(device), packed_head, tied)
@@ -129,7 +132,6 @@ def _pack_layers(
     for index in range(config.num_layers):
         checkpoint.read_ahead(layer_prefix(index + 1))
         layers.append(pack_layer(backend, config, index, read_layer(config, quant, checkpoint, index)))
-        checkpoint.release()
         report()
     return tuple(layers)
 

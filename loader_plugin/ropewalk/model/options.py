@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
 from ropewalk.base.errors import ConfigError
+from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 
 if TYPE_CHECKING:
     import torch
 
     from ropewalk.config.layer_order import LayerOrder
-
-MAX_SEQ_LEN = 1 << 24  # far above any model; keeps arithmetic on positions exact in float32 and float64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +69,8 @@ class LoadOptions:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.max_seq_len is not None and self.max_seq_len > MAX_SEQ_LEN:
             raise ConfigError(f"max_seq_len must be at most {MAX_SEQ_LEN}, got {self.max_seq_len}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise ConfigError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         for choice in (COMPUTE, BACKEND, CACHE_TYPE):
             choice.check(getattr(self, choice.name))
         if self.second_folder is not None and not isinstance(self.second_folder, (str, Path)):

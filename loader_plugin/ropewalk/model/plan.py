@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import ConfigError
+from ropewalk.base.limits import MAX_SEQ_LEN
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.config.model import ModelConfig, load_model_config
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
@@ -58,6 +59,11 @@ def plan_loading(folder: Path, options: LoadOptions | None = None) -> LoadPlan:
         options.rewind_n_layers,
         None if second is None else second.num_layers,
     )
+    if options.max_seq_len is None and rope.default_length > MAX_SEQ_LEN:
+        raise ConfigError(
+            f"{config.source} speaks of {rope.default_length} positions, and at most {MAX_SEQ_LEN} can be run: give "
+            "max_seq_len, the longest sequence that is to be run"
+        )
     return LoadPlan(config, quant, rope, second, order, options.max_seq_len or rope.default_length)
 
 

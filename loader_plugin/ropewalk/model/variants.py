@@ -1,7 +1,8 @@
 """One set of weights, computed in several ways at a time: with another RoPE scaling, layer order or context.
 
-A variant is a model of its own, with its own adapters and caches; weights and threads are shared. It can run while the
-other one runs: each operation takes the threads for itself.
+A variant is a model of its own, with its own adapters and caches; weights and the backend (its threads, and the memory
+that the matrices of adapters are placed in) are shared. It can run, and load adapters, while the other one does: each
+operation takes the threads for itself, and each matrix its place.
 """
 
 from __future__ import annotations

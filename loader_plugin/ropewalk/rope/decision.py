@@ -21,7 +21,8 @@ from typing import Any
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section
-from ropewalk.config.model import MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS, read_max_positions
+from ropewalk.base.limits import MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS
+from ropewalk.config.model import read_max_positions
 from ropewalk.families import FAMILIES, UNNAMED
 from ropewalk.rope.methods import (
     DynamicNtkScaling,

@@ -18,7 +18,7 @@ import numpy as np
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import Section, shown
-from ropewalk.config.model import MAX_POSITIONS
+from ropewalk.base.limits import MAX_POSITIONS
 from ropewalk.rope.decision import MAX_THETA, RopeDecision, decide, decide_by_knobs, read_facts
 from ropewalk.rope.methods import LinearNtkScaling, LinearScaling, NoScaling, NtkScaling, RopeMethod
 from ropewalk.rope.spellings import MAX_FACTOR, MIN_FACTOR

@@ -40,14 +40,14 @@ class LayerWeights:
 
 
 def read_embeddings(config: ModelConfig, checkpoint: Checkpoint) -> torch.Tensor:
-    """The embedding table [V, C] as stored, a view of the file. A tied model may store it as lm_head.weight only."""
+    """The embedding table [V, C] as stored. A tied model may store it as lm_head.weight only."""
     if config.tie_word_embeddings and EMBEDDINGS not in checkpoint:
         return checkpoint.tensor(f"{HEAD}.weight")
     return checkpoint.tensor(EMBEDDINGS)
 
 
 def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, index: int) -> LayerWeights:
-    """Layer `index`. Large tensors are views of the file: pack or copy them before `checkpoint.release()` pays off.
+    """Layer `index`, read from the files.
 
     Raises:
         CheckpointError: a norm, scale or bias that is not finite, a g_idx out of range.
@@ -77,17 +77,13 @@ def read_head(
     final_norm = _read_norm(checkpoint, FINAL_NORM)
     stored = f"{HEAD}.weight"
     if config.tie_word_embeddings and f"{HEAD}.qweight" not in checkpoint:
-        if stored not in checkpoint or _same(checkpoint.tensor(stored), embeddings):
+        if stored not in checkpoint or checkpoint.holds(stored, embeddings):
             return final_norm, DenseLinear(HEAD, embeddings, read_bias(checkpoint, HEAD))
         checkpoint.warn_once(
             "tied head differs",
             f"{config.source} ties lm_head to the embeddings, but {stored} differs from them: it is used as stored",
         )
     return final_norm, _read_linear(quant, checkpoint, HEAD, config.hidden_size, config.vocab_size)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _read_norm(checkpoint: Checkpoint, name: str) -> torch.Tensor:

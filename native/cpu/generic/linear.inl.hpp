@@ -180,7 +180,7 @@ void exact_rows(const float* x, int64_t x_stride, const float* weights, int64_t 
 }
 
 // Exactly dequantised weights, f32 products.  The sum runs over runs of up to two blocks of a group: a run is
-// dequantised once into L1 and used by all rows of the panel.
+// dequantised once into L1 and used by all rows of the panel, at most kPanelRows.
 template <class V, int kBits, int kTiles>
 void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
@@ -222,16 +222,20 @@ void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_en
   }
 }
 
+// Rows in panels of kPanelRows, however many are asked for: so many fit on the stack of gptq_exact_tiles.
 template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                 int64_t tile_end) noexcept {
-  for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-    if (a.weights->code_bits == 4) {
-      gptq_exact_tiles<V, 4, kTiles>(a, row_begin, row_end, tile);
-    } else {
-      gptq_exact_tiles<V, 8, kTiles>(a, row_begin, row_end, tile);
-    }
-  });
+  for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
+    const int64_t panel_end = row_end - row < kPanelRows ? row_end : row + kPanelRows;
+    for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
+      if (a.weights->code_bits == 4) {
+        gptq_exact_tiles<V, 4, kTiles>(a, row, panel_end, tile);
+      } else {
+        gptq_exact_tiles<V, 8, kTiles>(a, row, panel_end, tile);
+      }
+    });
+  }
 }
 
 template <class V, FloatType kType, int kRows, int kOuts>

@@ -98,16 +98,22 @@ struct LowRankWeights {
 
 enum class Compute { exact, int8 };
 
+// It holds the positions [0, length).  An append begins at one of them or at their end, so there are no gaps, and
+// forgets what followed: positions are written again where a sequence takes another turn, and what is left of the old
+// one beyond them must not be read.
 class KvCache {
  public:
   // capacity is rounded up to whole KV tiles.  Throws std::bad_alloc.
   KvCache(int64_t num_heads, int64_t head_dim, int64_t capacity, FloatType type);
   const KvView& view() const { return view_; }
+  int64_t length() const { return length_; }
+  void set_length(int64_t length) { length_ = length; }
   int64_t num_bytes() const { return keys_.size() + values_.size(); }
 
  private:
   AlignedBytes keys_, values_;
   KvView view_{};
+  int64_t length_ = 0;
 };
 
 // out [T][out_stride] = x [T][x_stride] through every part, plus the change, if there is one (or null).

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ropewalk/kernels.hpp"
+#include "ropewalk/limits.hpp"
 
 namespace ropewalk {
 
@@ -96,7 +97,10 @@ class CpuRuntime {
   AlignedBytes& activations(int64_t size);
   // Results may outlive the runtime.
   const std::shared_ptr<SpareMemory>& spare() const { return spare_; }
-  int64_t scratch_bytes() const { return attend_scratch_.size() + activations_.size() + spare_->num_bytes(); }
+  int64_t scratch_bytes() {
+    const std::lock_guard lock(mutex_);
+    return attend_scratch_.size() + activations_.size() + spare_->num_bytes();
+  }
   // Held for the length of one operation: two Python threads may share a runtime.
   std::mutex& mutex() { return mutex_; }
 

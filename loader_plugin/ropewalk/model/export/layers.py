@@ -215,8 +215,6 @@ def _write_shards(folder: Path, shards: list[list[_Copy]], progress: Callable[[i
         tensors = {copy.name: _tensor(copy) for copy in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
-        for copy in shard:
-            copy.checkpoint.release()
         done += len(shard)
         if progress is not None:
             progress(done, total)
@@ -230,7 +228,7 @@ def _tensor(copy: _Copy) -> torch.Tensor:
     """The tensor to be written, in memory of its own."""
     tensor = copy.checkpoint.tensor(copy.old_name)
     if copy.weight == 1.0:
-        return tensor.clone()
+        return tensor
     product = tensor.double().mul_(copy.weight)
     folded = product.to(tensor.dtype)
     module = copy.old_name.rpartition(".")[0]
