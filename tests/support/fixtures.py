@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from accuracy import FACTOR, Size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,14 +20,6 @@ def gptq_fixture_folders() -> list[Path]:
         if root.is_dir():
             folders.update({f.name: f for f in sorted(root.iterdir()) if (f / "fixture.json").is_file()})
     return list(folders.values())
-
-
-def fixture_folder(kind: str) -> Path:
-    """The shared folder `kind` ("gptq" or "rope"), or a skip that says what is missing."""
-    for root in (SHARED_FIXTURES, LOCAL_DATA):
-        if (root / kind).is_dir():
-            return root / kind
-    pytest.skip(f"no {kind} fixtures: neither ../shared/fixtures/{kind} nor tests/data/{kind} exists")
 
 
 def measured(folder: Path, *names: str) -> Any:
