@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from accuracy import assert_as_accurate
 from gptq_writer import Kind, quantised_linear
 from ropewalk.backends import reference
 from ropewalk.backends.reference import ReferenceBackend
@@ -20,6 +21,7 @@ from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_gptq_linear
 
 EXACT, INT8 = ReferenceBackend("exact"), ReferenceBackend("int8")
 K = 96
+DTYPES = (torch.float64, torch.float32)  # of the exact and of the plain computation
 
 
 def quantised(folder: Path, kind: Kind, in_features: int = K, out_features: int = 32, bias: bool = False) -> GptqLinear:
@@ -43,11 +45,11 @@ def rows(num_rows: int, *shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(num_rows, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def int8_by_hand(x: torch.Tensor, linear: GptqLinear) -> np.ndarray:
-    """The formula of the protocol in float64 loops, on blocks of 32 rows in sorted order."""
+def int8_by_hand(x: torch.Tensor, linear: GptqLinear, dtype: type) -> np.ndarray:
+    """The formula of the protocol on blocks of 32 rows in sorted order; scales and sums of blocks in `dtype`."""
     order = np.arange(linear.in_features) if linear.order is None else linear.order.numpy()
-    codes, scales, zeros = linear.codes().numpy().astype(int), linear.scales.double().numpy(), linear.zeros.numpy()
-    y = np.zeros((len(x), linear.out_features))
+    codes, scales, zeros = linear.codes().numpy().astype(int), linear.scales.numpy().astype(dtype), linear.zeros.numpy()
+    y = np.zeros((len(x), linear.out_features), dtype)
     for group in range(len(scales)):
         sorted_rows = order[int(linear.group_starts[group]) : int(linear.group_starts[group + 1])]
         for first in range(0, len(sorted_rows), 32):
@@ -56,7 +58,7 @@ def int8_by_hand(x: torch.Tensor, linear: GptqLinear) -> np.ndarray:
             step = np.abs(values).max(1, keepdims=True) / np.float32(127)
             q = np.rint(np.divide(values, step, out=np.zeros_like(values), where=step > 0)).astype(int)
             sums = q @ codes[block] - zeros[group].astype(int) * q.sum(1, keepdims=True)
-            y += step.astype(float) * scales[group] * sums
+            y += step.astype(dtype) * scales[group] * sums.astype(dtype)
     return y
 
 
@@ -76,11 +78,10 @@ def test_quantised_products_follow_their_formulas(tmp_path: Path, kind: Kind, nu
     linear = quantised(tmp_path, kind, bias=True)
     x = rows(num_rows, K)
     x[0, :40] = 0.0  # whole blocks of zeros have no scale
-    exact = x.double() @ linear.dequantise().double() + linear.bias.double()
-    torch.testing.assert_close(EXACT.linear(x, EXACT.pack([linear])).double(), exact, rtol=0, atol=2e-5)
-    by_hand = torch.from_numpy(int8_by_hand(x, linear)) + linear.bias.double()
-    torch.testing.assert_close(INT8.linear(x, INT8.pack([linear])).double(), by_hand, rtol=0, atol=2e-5)
-    assert 0 < (by_hand - exact).abs().max() < 0.1  # int8 is another number, and a near one
+    exact, plain = (x.to(dtype) @ linear.dequantise().to(dtype) + linear.bias.to(dtype) for dtype in DTYPES)
+    assert_as_accurate(EXACT.linear(x, EXACT.pack([linear])), exact, plain)
+    exact, plain = (int8_by_hand(x, linear, dtype) + linear.bias.numpy() for dtype in (np.float64, np.float32))
+    assert_as_accurate(INT8.linear(x, INT8.pack([linear])), exact, plain)
 
 
 def test_int8_rows_do_not_depend_on_the_rows_beside_them(tmp_path: Path) -> None:
@@ -121,8 +122,8 @@ def test_dense_weights_use_float32_activations_in_both_modes(
 ) -> None:
     monkeypatch.setattr(reference, "SCRATCH_BYTES", 4 * K * 7)  # seven output rows at a time, 20 in all
     linear, x = dense(20, dtype, bias=True), rows(3, K)
-    expected = x.double() @ linear.weight.double().T + linear.bias.double()
-    torch.testing.assert_close(backend.linear(x, backend.pack([linear])).double(), expected, rtol=0, atol=5e-5)
+    exact, plain = (x.to(each) @ linear.weight.to(each).T + linear.bias.to(each) for each in DTYPES)
+    assert_as_accurate(backend.linear(x, backend.pack([linear])), exact, plain)
 
 
 def test_parts_are_concatenated_whether_quantised_or_dense(tmp_path: Path) -> None:
@@ -156,25 +157,27 @@ def test_embeddings_are_widened_rows(dtype: torch.dtype) -> None:
 
 def test_rms_norm_of_a_strided_view() -> None:
     x, weight = rows(4, 5, 24)[:, 1:3, :16], rows(1, 16)[0]  # [4, 2, 16]
-    wide = x.double()
-    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    exact, plain = (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight for x in (x.double(), x))
     got = EXACT.rms_norm(x, weight, 1e-5)
     assert got.is_contiguous()
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
+    assert_as_accurate(got, exact, plain)
 
 
 @pytest.mark.parametrize("rotary_dim", [16, 6])
 def test_rotation_multiplies_complex_pairs_and_leaves_the_rest(rotary_dim: int) -> None:
     fused = rows(3, 5, 16)  # [T, H, D], two of five heads are rotated
-    before, half = fused.double().clone(), rotary_dim // 2
+    before, half = fused.clone(), rotary_dim // 2
     angles = torch.tensor([0.0, 1.0, 131071.0], dtype=torch.float64)[:, None] * 10000.0 ** -(torch.arange(half) / half)
     EXACT.rotate_(fused[:, 1:3], angles.cos().float(), angles.sin().float())
-    pairs = torch.complex(before[:, 1:3, :half], before[:, 1:3, half:rotary_dim])
-    turned = pairs * torch.exp(1j * angles)[:, None]
-    torch.testing.assert_close(fused[:, 1:3, :half].double(), turned.real, rtol=0, atol=1e-6)
-    torch.testing.assert_close(fused[:, 1:3, half:rotary_dim].double(), turned.imag, rtol=0, atol=1e-6)
-    before[:, 1:3, :rotary_dim] = fused[:, 1:3, :rotary_dim].double()
-    assert torch.equal(fused.double(), before)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    exact, plain = (
+        torch.complex(part[:, 1:3, :half], part[:, 1:3, half:rotary_dim]) * turn.to(dtype)
+        for part, dtype in ((before.double(), torch.complex128), (before, torch.complex64))
+    )
+    assert_as_accurate(fused[:, 1:3, :half], exact.real, plain.real)
+    assert_as_accurate(fused[:, 1:3, half:rotary_dim], exact.imag, plain.imag)
+    before[:, 1:3, :rotary_dim] = fused[:, 1:3, :rotary_dim]
+    assert torch.equal(fused, before)
 
 
 def test_rotation_tables_of_another_size_are_refused() -> None:
@@ -185,17 +188,18 @@ def test_rotation_tables_of_another_size_are_refused() -> None:
 
 
 def attention_by_hand(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """q: [T, Hq, D], k, v: [S, Hkv, D], float64, one query and one head at a time."""
-    out = torch.empty(q.shape, dtype=torch.float64)
+    """q: [T, Hq, D], k, v: [S, Hkv, D], one query and one head at a time, computed in `dtype`."""
+    q, k, v = (array.to(dtype) for array in (q, k, v))
+    out = torch.empty(q.shape, dtype=dtype)
     for t in range(q.shape[0]):
         i = start + t
         low = 0 if window is None else max(0, i - window + 1)
         for head in range(q.shape[1]):
             kv_head = head // (q.shape[1] // k.shape[1])
-            scores = k[low : i + 1, kv_head].double() @ q[t, head].double() / math.sqrt(q.shape[2])
-            out[t, head] = scores.softmax(0) @ v[low : i + 1, kv_head].double()
+            scores = k[low : i + 1, kv_head] @ q[t, head] / math.sqrt(q.shape[2])
+            out[t, head] = scores.softmax(0) @ v[low : i + 1, kv_head]
     return out.flatten(1)
 
 
@@ -213,15 +217,15 @@ def test_attention_is_causal_windowed_and_grouped(
     EXACT.append_(kv, k[start:], v[start:], start)
     got = EXACT.attend(q, kv, start, window)
     assert got.is_contiguous()
-    torch.testing.assert_close(got.double(), attention_by_hand(q, k, v, start, window), rtol=0, atol=1e-6)
+    assert_as_accurate(got, *(attention_by_hand(q, k, v, start, window, dtype) for dtype in DTYPES))
 
 
 def test_keys_and_values_are_rounded_to_the_dtype_of_the_store() -> None:
     kv = EXACT.new_kv(2, 8, 4, torch.float16)
     k, v, q = rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
     EXACT.append_(kv, k, v, 0)
-    expected = attention_by_hand(q, k.half(), v.half(), 0, None)
-    torch.testing.assert_close(EXACT.attend(q, kv, 0, None).double(), expected, rtol=0, atol=1e-6)
+    expected = (attention_by_hand(q, k.half(), v.half(), 0, None, dtype) for dtype in DTYPES)
+    assert_as_accurate(EXACT.attend(q, kv, 0, None), *expected)
     assert kv.num_bytes == 2 * 2 * 8 * 4 * 2
 
 
@@ -239,5 +243,5 @@ def test_stores_refuse_what_does_not_fit() -> None:
 
 def test_silu_mul_uses_the_first_half_as_the_gate() -> None:
     x = rows(3, 10)
-    gate, up = x[:, :5].double(), x[:, 5:].double()
-    torch.testing.assert_close(EXACT.silu_mul(x).double(), gate / (1 + (-gate).exp()) * up, rtol=0, atol=1e-6)
+    exact, plain = (x[:, :5] / (1 + (-x[:, :5]).exp()) * x[:, 5:] for x in (x.double(), x))
+    assert_as_accurate(EXACT.silu_mul(x), exact, plain)

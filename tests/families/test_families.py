@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from accuracy import assert_as_accurate
 from gptq_writer import write_checkpoint
 from ropewalk.model.model import Model
-from transformers_model import TOLERANCE, their_model
+from transformers_model import Logits, their_logits
 from variants import Variant, variants
 
 NUM_TOKENS = 100
@@ -77,9 +78,9 @@ class Case:
 
     folder: Path
     token_ids: list[int]  # [T]
-    logits: torch.Tensor  # [T, V]
+    logits: Logits
     edited_ids: list[int]  # the same up to EDIT_POS, then others
-    edited_logits: torch.Tensor  # [T, V]
+    edited_logits: Logits
 
 
 EDIT_POS = 41
@@ -90,13 +91,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     family: Family = request.param
     folder = tmp_path_factory.mktemp(family.name)
     exact = write_checkpoint(folder, family.overrides, family=family.family, **family.options)
-    theirs = their_model(folder, exact)
     generator = torch.Generator().manual_seed(7)
     first, second = torch.randint(0, 128, (2, NUM_TOKENS), generator=generator).tolist()
     second[:EDIT_POS] = first[:EDIT_POS]
-    with torch.inference_mode():
-        logits, edited_logits = theirs(torch.tensor([first, second])).logits
-    return Case(folder, first, logits, second, edited_logits)
+    return Case(folder, first, their_logits(folder, exact, first), second, their_logits(folder, exact, second))
 
 
 def whole(model: Model, ids: list[int]) -> torch.Tensor:
@@ -124,15 +122,15 @@ def edited_after(model: Model, ids: list[int], edited_ids: list[int]) -> torch.T
 @pytest.mark.parametrize("variant", variants(compute="exact"), ids=str)
 def test_logits_are_those_of_transformers_for_any_chunk(case: Case, variant: Variant, chunk: int) -> None:
     model = variant.load(case.folder, cache_type="fp32", max_input_len=chunk)
-    assert (whole(model, case.token_ids) - case.logits).abs().max() <= TOLERANCE
+    assert_as_accurate(whole(model, case.token_ids), *case.logits)
 
 
 @pytest.mark.parametrize("variant", variants(compute="exact"), ids=str)
 def test_decoding_and_continuing_after_a_prefix_hit_agree_with_transformers(case: Case, variant: Variant) -> None:
     model = variant.load(case.folder, cache_type="fp32", max_input_len=64)
-    assert (prefill_then_decode(model, case.token_ids, 70) - case.logits).abs().max() <= TOLERANCE
+    assert_as_accurate(prefill_then_decode(model, case.token_ids, 70), *case.logits)
     edited = edited_after(model, case.token_ids, case.edited_ids)
-    assert (edited - case.edited_logits[EDIT_POS:]).abs().max() <= TOLERANCE
+    assert_as_accurate(edited, *case.edited_logits.from_row(EDIT_POS))
 
 
 @pytest.mark.parametrize("variant", variants(backend="cpu"), ids=str)
@@ -154,7 +152,5 @@ def test_frequencies_that_depend_on_the_length_are_those_of_the_whole_prompt(
 ) -> None:
     exact = write_checkpoint(tmp_path, family.overrides, dense=True)
     ids = torch.randint(0, 128, (num_tokens,), generator=torch.Generator().manual_seed(7)).tolist()
-    with torch.inference_mode():
-        expected = their_model(tmp_path, exact)(torch.tensor([ids])).logits[0]
     model = variant.load(tmp_path, cache_type="fp32", max_input_len=7, max_seq_len=NUM_TOKENS)
-    assert (whole(model, ids) - expected).abs().max() <= TOLERANCE
+    assert_as_accurate(whole(model, ids), *their_logits(tmp_path, exact, ids))

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hostile_damage  # noqa: F401  (registers the kinds)
+from accuracy import assert_as_accurate
 from gptq_writer import write_checkpoint
 from hostile_folders import KINDS, make_case
 from ropewalk.base.errors import ConfigError, RopewalkError, UnsupportedError
@@ -25,7 +26,7 @@ from ropewalk.model.export.layers import export_layers
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
 from tokenizer_writer import write_sentencepiece
-from transformers_model import TOLERANCE, their_model
+from transformers_model import Logits, their_logits
 from variants import Variant, variants
 
 IDS = [(37 * i) % 96 for i in range(60)]
@@ -40,12 +41,10 @@ def run(model: Model) -> torch.Tensor:
     return model.forward(IDS, model.new_cache(), logits="all")
 
 
-def transformers_logits(folder: Path) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
-    with torch.inference_mode():
-        return model(torch.tensor([IDS])).logits[0]
+def transformers_logits(folder: Path) -> Logits:
+    """transformers loads the folder itself."""
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return their_logits(folder, loaded.state_dict(), IDS)
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
@@ -96,8 +95,9 @@ def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, family: str
     expected = run(reference(tmp_path / "in", layer_order=order))
     exported = export_layers(tmp_path / "in", tmp_path / "out", order)
     assert exported.num_layers == load_model_config(tmp_path / "out").num_layers
-    assert (transformers_logits(tmp_path / "out") - expected).abs().max() <= TOLERANCE
-    assert (run(reference(tmp_path / "out")) - expected).abs().max() <= TOLERANCE
+    theirs = transformers_logits(tmp_path / "out")
+    assert_as_accurate(expected, *theirs)
+    assert_as_accurate(run(reference(tmp_path / "out")), *theirs)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_gptq_weights_are_the_same_bits(tmp_path: Path, options: dict[str, Any])
     order = "0-3,1*2,2@0.5,0@-1"
     export_layers(tmp_path / "in", tmp_path / "out", order)
     ours, written = run(reference(tmp_path / "in", layer_order=order)), run(reference(tmp_path / "out"))
-    assert torch.allclose(written, ours, rtol=0, atol=1e-5)
+    assert torch.equal(written, ours)
     plain = "3,0-3,1*2"
     export_layers(tmp_path / "in", tmp_path / "plain", plain)
     assert torch.equal(run(reference(tmp_path / "plain")), run(reference(tmp_path / "in", layer_order=plain)))
@@ -137,11 +137,9 @@ def test_transformers_computes_the_same_of_exported_gptq_weights(
     write_checkpoint(tmp_path / "in", FOUR, bits=bits, **options)
     order = "0-3,1*2,2@0.5,0@-1"
     export_layers(tmp_path / "in", tmp_path / "out", order)
-    model = their_model(tmp_path / "out", dequantised(tmp_path / "out", bits, added_to_zeros))
-    with torch.inference_mode():
-        expected = model(torch.tensor([IDS])).logits[0]
-    assert len(model.model.layers) == 8
-    assert (run(reference(tmp_path / "in", layer_order=order)) - expected).abs().max() <= TOLERANCE
+    assert load_model_config(tmp_path / "out").num_layers == 8
+    expected = their_logits(tmp_path / "out", dequantised(tmp_path / "out", bits, added_to_zeros), IDS)
+    assert_as_accurate(run(reference(tmp_path / "in", layer_order=order)), *expected)
 
 
 @pytest.mark.parametrize("variant", variants(backend="cpu")[-2:], ids=str)
@@ -273,7 +271,9 @@ def test_dense_weights_take_any_weight_within_their_rounding(tmp_path: Path) -> 
     write_checkpoint(tmp_path / "in", FOUR, dense=True, dtype=torch.float32)
     export_layers(tmp_path / "in", tmp_path / "out", "0-3,1@0.3,2@0.7071")
     expected = run(reference(tmp_path / "in", layer_order="0-3,1@0.3,2@0.7071"))
-    assert (run(reference(tmp_path / "out")) - expected).abs().max() <= TOLERANCE
+    theirs = transformers_logits(tmp_path / "out")
+    assert_as_accurate(expected, *theirs)
+    assert_as_accurate(run(reference(tmp_path / "out")), *theirs)
 
 
 def test_a_dense_weight_that_overflows_is_refused(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_large_model_is_written_in_shards(tmp_path: Path) -> None:
             sizes.append(sum(t.numel() * t.element_size() for t in tensors))
     assert max(sizes) <= 100_000 and sum(sizes) == exported.num_bytes
     expected = run(reference(tmp_path / "in", layer_order="0-3,0-3"))
-    assert (transformers_logits(tmp_path / "out") - expected).abs().max() <= TOLERANCE
+    assert_as_accurate(expected, *transformers_logits(tmp_path / "out"))
 
 
 def test_the_text_side_of_the_model_comes_along_and_its_name_does_not(tmp_path: Path) -> None:

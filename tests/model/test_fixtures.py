@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from accuracy import FACTOR, assert_error, error_of, size_of
+from fixtures import allowed_error, measured
 from variants import Variant, variants
 
 CHUNK = 64  # most prompts of the fixtures are longer: chunks meet the cache
@@ -31,22 +32,20 @@ def mean_kl(want: np.ndarray, got: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("cache_type, tolerance", [("fp32", 2e-3), ("fp16", 2e-2)])
+@pytest.mark.parametrize("cache_type", ["fp32", "fp16"])
 @pytest.mark.parametrize("variant", variants(compute="exact"), ids=str)
-def test_exact_logits_are_those_of_transformers(
-    gptq_fixture: Path, variant: Variant, cache_type: str, tolerance: float
-) -> None:
+def test_exact_logits_are_those_of_transformers(gptq_fixture: Path, variant: Variant, cache_type: str) -> None:
     want = expected(gptq_fixture)
     got = logits_at(gptq_fixture, variant, cache_type, want)
-    assert np.abs(got.numpy() - want["logits"]).max() <= tolerance
+    assert_error(error_of(got, want["logits"]), allowed_error(gptq_fixture, cache_type), size_of(want["logits"]), 1)
 
 
 @pytest.mark.parametrize("variant", variants(compute="int8"), ids=str)
 def test_int8_logits_diverge_no_more_than_simulated(gptq_fixture: Path, variant: Variant) -> None:
     want = expected(gptq_fixture)
-    simulated = json.loads((gptq_fixture / "fixture.json").read_text())["simulated_error"]
     got = logits_at(gptq_fixture, variant, "fp16", want)
-    assert mean_kl(want["logits"], got) <= 3 * simulated["q8_block32_activations"]["kl_mean"]
+    simulated = measured(gptq_fixture, "simulated_error", "q8_block32_activations", "kl_mean")
+    assert mean_kl(want["logits"], got) <= FACTOR * simulated
 
 
 @pytest.mark.parametrize("variant", variants(compute="exact"), ids=str)
@@ -55,7 +54,7 @@ def test_greedy_continuation_is_that_of_transformers(gptq_fixture: Path, variant
     model = variant.load(gptq_fixture, cache_type="fp32")
     cache, ids = model.new_cache(), want["input_ids"].tolist()
     for greedy_id, margin in zip(want["greedy_ids"].tolist(), want["greedy_margin"].tolist(), strict=True):
-        if margin < 4e-3:  # twice the tolerance of the logits: the next token is not decided
+        if margin < 2 * allowed_error(gptq_fixture, "fp32").most:  # the next token is not decided
             break
         cache.truncate(model.reusable_prefix(cache, ids))  # all of it, unless frequencies depend on the length
         logits = model.forward(ids[cache.length :], cache)

@@ -36,13 +36,14 @@ def dynamic_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def reference(folder: Path, **options) -> Model:
-    return load_model(folder, backend="reference", compute="exact", cache_type="fp32", **options)
+def exact(folder: Path, **options) -> Model:
+    """On the compiled core: the same bits however a sequence is cut."""
+    return load_model(folder, compute="exact", cache_type="fp32", threads=1, **options)
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
-    return reference(folder, max_input_len=4)
+    return exact(folder, max_input_len=4)
 
 
 def test_last_is_the_last_row_of_all(model: Model) -> None:
@@ -50,7 +51,7 @@ def test_last_is_the_last_row_of_all(model: Model) -> None:
     last = model.forward(IDS, model.new_cache(), logits="last")
     assert everything.shape == (len(IDS), VOCAB) and everything.dtype == torch.float32
     assert last.shape == (1, VOCAB)
-    torch.testing.assert_close(last, everything[-1:], rtol=0, atol=1e-5)
+    assert torch.equal(last, everything[-1:])
 
 
 def test_none_fills_the_cache_and_returns_nothing(model: Model) -> None:
@@ -60,12 +61,12 @@ def test_none_fills_the_cache_and_returns_nothing(model: Model) -> None:
 
 
 def test_all_logits_in_row_blocks_are_those_of_single_rows(folder: Path) -> None:
-    model = reference(folder, max_seq_len=LOGITS_ROWS + 44)
+    model = exact(folder, max_seq_len=LOGITS_ROWS + 44)
     ids = [(7 * i) % VOCAB for i in range(LOGITS_ROWS + 44)]
     everything = model.forward(ids, model.new_cache(), logits="all")
     for length in (LOGITS_ROWS - 1, LOGITS_ROWS, LOGITS_ROWS + 1, len(ids)):
         last = model.forward(ids[:length], model.new_cache())
-        torch.testing.assert_close(last[0], everything[length - 1], rtol=0, atol=1e-4)
+        assert torch.equal(last[0], everything[length - 1])
 
 
 @pytest.mark.parametrize("convert", [list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.uint8)])
@@ -123,7 +124,7 @@ def test_an_unknown_logits_mode_is_refused(model: Model) -> None:
 
 
 def test_a_cache_of_another_model_is_refused(model: Model, folder: Path) -> None:
-    other = reference(folder).new_cache()
+    other = exact(folder).new_cache()
     with pytest.raises(RequestError, match="another model"):
         model.forward(IDS, other)
     with pytest.raises(RequestError, match="another model"):
@@ -163,7 +164,7 @@ def test_a_cancelled_prefill_keeps_the_complete_chunks(model: Model, questions: 
     assert model.forward(IDS, cache, logits="all", cancelled=cancelled) is None
     assert cache.token_ids == IDS[:complete]
     rest = model.forward(IDS[complete:], cache)
-    torch.testing.assert_close(rest, model.forward(IDS, model.new_cache()), rtol=0, atol=1e-5)
+    assert torch.equal(rest, model.forward(IDS, model.new_cache()))
 
 
 def test_an_exception_in_a_callback_keeps_the_complete_chunks(model: Model) -> None:
@@ -201,16 +202,16 @@ def test_reusable_prefix_checks_ids(model: Model) -> None:
 
 
 def test_length_dependent_frequencies_are_those_of_the_whole_call(dynamic_folder: Path) -> None:
-    whole = reference(dynamic_folder, max_seq_len=32)
-    chunked = reference(dynamic_folder, max_seq_len=32, max_input_len=3)
+    whole = exact(dynamic_folder, max_seq_len=32)
+    chunked = exact(dynamic_folder, max_seq_len=32, max_input_len=3)
     ids = IDS + IDS
     expected = whole.forward(ids, whole.new_cache(), logits="all")
     got = chunked.forward(ids, chunked.new_cache(), logits="all")
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    assert torch.equal(got, expected)
 
 
 def test_keys_rotated_for_another_length_are_not_reused(dynamic_folder: Path) -> None:
-    model = reference(dynamic_folder, max_seq_len=32)
+    model = exact(dynamic_folder, max_seq_len=32)
     cache = model.new_cache()
     model.forward(IDS, cache, logits="none")  # 10 positions: beyond the original 8
     assert model.reusable_prefix(cache, IDS) == len(IDS) - 1
@@ -222,13 +223,13 @@ def test_keys_rotated_for_another_length_are_not_reused(dynamic_folder: Path) ->
 
 
 def test_a_reused_prefix_gives_the_logits_of_a_fresh_run_where_frequencies_change(dynamic_folder: Path) -> None:
-    model = reference(dynamic_folder, max_seq_len=32)
+    model = exact(dynamic_folder, max_seq_len=32)
     cache = model.new_cache()
     for length in (5, 8, 9, 9, 15):
         cache.truncate(model.reusable_prefix(cache, (IDS + IDS)[:length]))
         got = model.forward((IDS + IDS)[cache.length : length], cache)
         fresh = model.forward((IDS + IDS)[:length], model.new_cache())
-        torch.testing.assert_close(got, fresh, rtol=0, atol=1e-4)
+        assert torch.equal(got, fresh)
 
 
 def test_logits_that_memory_cannot_hold_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,11 +278,11 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path, variant: Variant) 
 
 
 def test_a_sequence_handed_over_in_parts_has_the_frequencies_of_the_whole(dynamic_folder: Path) -> None:
-    model = reference(dynamic_folder, max_seq_len=32)
+    model = exact(dynamic_folder, max_seq_len=32)
     expected = model.forward(IDS, model.new_cache(), logits="all")
     cache = model.new_cache()
     parts = [model.forward(ids, cache, logits="all", seq_len=len(IDS)) for ids in (IDS[:3], IDS[3:])]
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-4)
+    assert torch.equal(torch.cat(parts), expected)
     assert model.reusable_prefix(cache, IDS) == len(IDS) - 1
 
 

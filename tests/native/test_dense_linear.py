@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernel_support import assert_as_accurate, every_isa, same_bits, spread_rows
+from accuracy import assert_as_accurate
+from kernel_support import every_isa, same_bits, spread_rows
 from ropewalk import native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

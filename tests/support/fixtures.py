@@ -1,10 +1,12 @@
-"""Where the fixtures lie."""
+"""Where the fixtures lie, and how exactly their logits are known."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-import pytest
+from accuracy import FACTOR, Size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_FIXTURES = REPOSITORY.parent / "shared" / "fixtures"
@@ -20,9 +22,19 @@ def gptq_fixture_folders() -> list[Path]:
     return list(folders.values())
 
 
-def fixture_folder(kind: str) -> Path:
-    """The shared folder `kind` ("gptq" or "rope"), or a skip that says what is missing."""
-    for root in (SHARED_FIXTURES, LOCAL_DATA):
-        if (root / kind).is_dir():
-            return root / kind
-    pytest.skip(f"no {kind} fixtures: neither ../shared/fixtures/{kind} nor tests/data/{kind} exists")
+def measured(folder: Path, *names: str) -> Any:
+    """How far from float64 plain computations of this checkpoint are, as its maker measured."""
+    found = json.loads((folder / "fixture.json").read_text())
+    for name in names:
+        found = found[name]
+    return found
+
+
+def allowed_error(folder: Path, cache_type: str) -> Size:
+    """Between our logits and those of transformers in float32, of which float64 lies as far as measured.
+
+    Ours may be twice as far from it as a plain computation with the same cache is.
+    """
+    theirs = measured(folder, "hf_fp32_vs_numpy_f64")
+    plain = theirs if cache_type == "fp32" else measured(folder, "simulated_error", "kv_cache_fp16")
+    return Size(*(FACTOR * plain[name] + theirs[name] for name in ("rms", "max_abs")))

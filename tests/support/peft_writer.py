@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 
-from transformers_model import their_model
+from transformers_model import Logits, logits_of, their_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -54,11 +54,17 @@ def train_adapter(
 
 def peft_logits(
     base: Path, exact: dict[str, torch.Tensor], adapters: Sequence[tuple[Path, float]], ids: Sequence[int]
-) -> torch.Tensor:
-    """[T, V]: PEFT's logits with adapters that are loaded from their folders and stacked with weights."""
+) -> Logits:
+    """PEFT's logits with adapters that are loaded from their folders and stacked with weights."""
+    return logits_of(lambda dtype: _peft_model(base, exact, adapters, dtype), ids)
+
+
+def _peft_model(
+    base: Path, exact: dict[str, torch.Tensor], adapters: Sequence[tuple[Path, float]], dtype: torch.dtype
+) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = their_model(base, exact)
+        model = their_model(base, exact, dtype)
         names = [f"adapter{number}" for number in range(len(adapters))]
         model = peft.PeftModel.from_pretrained(model, adapters[0][0], adapter_name=names[0])
         for name, (folder, _) in zip(names[1:], adapters[1:], strict=True):
@@ -68,5 +74,4 @@ def peft_logits(
             for module in model.modules():
                 if isinstance(module, peft.tuners.lora.LoraLayer) and name in module.scaling:
                     module.set_scale(name, weight)
-    with torch.inference_mode():
-        return model.eval()(torch.tensor([list(ids)])).logits[0]
+    return model.to(dtype).eval()

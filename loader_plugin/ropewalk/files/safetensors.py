@@ -1,8 +1,9 @@
 """One safetensors file: names, shapes, and tensors read into memory of their own.
 
-Nothing is mapped. A mapping would spare a copy, but it lasts as long as a tensor does, and whoever truncates or
-rewrites a mapped file kills the process that serves from it (SIGBUS) or changes what it computes. A file that changes
-between two reads is an error that names it.
+Nothing is mapped, which is why the safetensors library, which maps every file it opens, only writes here. A mapping
+would spare a copy, but it lasts as long as a tensor does, and whoever truncates or rewrites a mapped file kills the
+process that serves from it (SIGBUS) or changes what it computes. A file that changes between two reads is an error that
+names it.
 """
 
 from __future__ import annotations
