@@ -12,11 +12,11 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from ropewalk.base.errors import RequestError
-from ropewalk.gradio_demo.access import EMBEDDED, Access
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.session import make_session
+from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
+from ropewalk.gradio_demo.shared.visitors import VisitorCookie
 from ropewalk.gradio_demo.theme import make_theme
-from ropewalk.gradio_demo.visitors import VisitorCookie
 
 STYLE = Path(__file__).with_name("style.css")
 MAX_UPLOAD = "64gb"

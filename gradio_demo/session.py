@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropewalk.gradio_demo.access import Access
 from ropewalk.gradio_demo.chat.behaviour import Chats
 from ropewalk.gradio_demo.chat.conversations import ConversationStore
 from ropewalk.gradio_demo.context_lab.behaviour import ContextLab
@@ -19,6 +18,7 @@ from ropewalk.gradio_demo.layers.behaviour import LayerLab
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
 from ropewalk.gradio_demo.notebook.behaviour import Notebook
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.shared.access import Access
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ropewalk.base.errors import RequestError, RopewalkError
-from ropewalk.gradio_demo.chat.asking import ChatRequest, ChatView, Meter, follow_chat, make_reply
 from ropewalk.gradio_demo.chat.conversations import (
     MAX_FILE_BYTES,
     Conversation,
@@ -16,16 +15,12 @@ from ropewalk.gradio_demo.chat.conversations import (
     Turn,
     read_conversation,
 )
+from ropewalk.gradio_demo.chat.next_reply import ChatView, follow_chat, make_reply
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
+from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.replies.running import Running
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """Who asks. person: keeps conversations apart, the same after a reload; tab: one open page of that person."""
-
-    person: str
-    tab: str
+from ropewalk.gradio_demo.replies.status import Meter
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 
 class Chats:
@@ -95,7 +90,7 @@ class Chats:
         return conversation
 
     def ask(
-        self, visitor: Visitor, conversation: Conversation, question: str, request: ChatRequest
+        self, visitor: Visitor, conversation: Conversation, question: str, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """The reply to a new question, view by view."""
         if not question.strip():
@@ -103,7 +98,7 @@ class Chats:
             return
         yield from self._answer(visitor, conversation, conversation.with_turn(Turn("user", question)), request)
 
-    def again(self, visitor: Visitor, conversation: Conversation, request: ChatRequest) -> Iterator[ChatView]:
+    def again(self, visitor: Visitor, conversation: Conversation, request: ReplyRequest) -> Iterator[ChatView]:
         """Another reply to the last question."""
         before, question = conversation.before_last_question()
         if not question:
@@ -112,7 +107,7 @@ class Chats:
         yield from self._answer(visitor, conversation, before.with_turn(Turn("user", question)), request)
 
     def edit(
-        self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ChatRequest
+        self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """Put another text in the place of a message. A question is asked again from there, a reply is kept so."""
         if not 0 <= index < len(conversation.turns):
@@ -136,7 +131,7 @@ class Chats:
         return before, question
 
     def _answer(
-        self, visitor: Visitor, before: Conversation, asked: Conversation, request: ChatRequest
+        self, visitor: Visitor, before: Conversation, asked: Conversation, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """Views of the reply to `asked`; of `before` where there is none.
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from ropewalk.gradio_demo.chat.asking import OVERFLOW_POLICIES, ChatRequest
-from ropewalk.gradio_demo.chat.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
+from ropewalk.gradio_demo.replies.request import OVERFLOW_POLICIES, ReplyRequest
 from ropewalk.gradio_demo.replies.sampler_settings import BALANCED, PRESETS, SLIDERS, sampling_params
-from ropewalk.gradio_demo.replies.shared import HIDDEN
+from ropewalk.gradio_demo.replies.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN
 
 
 class ConversationControls:
@@ -113,13 +113,13 @@ class ReplyControls:
         bar.changed.change(choices, self.template, self.template, **HIDDEN)
 
 
-def read_controls(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ChatRequest]:
+def read_controls(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ReplyRequest]:
     """(system text, template, request) of `ReplyControls.inputs`."""
     system, template, overflow, adapters, max_new_tokens, seed, *sliders = values
     named = dict(zip((slider[0] for slider in SLIDERS), sliders, strict=True))
     params = sampling_params(named, max_new_tokens, seed)
     wanted = session.workbench.use_adapters(session.workbench.require(), adapters or [])
-    return system or "", template or "", ChatRequest(params, overflow, wanted)
+    return system or "", template or "", ReplyRequest(params, overflow, wanted)
 
 
 def template_choices(session: Session, wanted: str | None) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.chat.asking import ChatView, Meter
 from ropewalk.gradio_demo.chat.behaviour import messages_of
 from ropewalk.gradio_demo.chat.controls import (
     ConversationControls,
@@ -19,10 +18,13 @@ from ropewalk.gradio_demo.chat.controls import (
     template_choices,
 )
 from ropewalk.gradio_demo.chat.conversations import Conversation
+from ropewalk.gradio_demo.chat.next_reply import ChatView
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
-from ropewalk.gradio_demo.replies.pictures import context_meter, live_line
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.replies.pictures import context_meter
+from ropewalk.gradio_demo.replies.status import Meter
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line
 
 PLACEHOLDER = """### Ask something
 The embedded model continues Python: try `def read_lines(path):`

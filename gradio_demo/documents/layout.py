@@ -10,15 +10,16 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.chat.behaviour import Visitor
-from ropewalk.gradio_demo.chat.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document
+from ropewalk.gradio_demo.documents.pictures import count_line, sources_list
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
-from ropewalk.gradio_demo.replies.more_pictures import count_line, sources_list
-from ropewalk.gradio_demo.replies.pictures import context_meter, live_line, problem
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.replies.pictures import context_meter
+from ropewalk.gradio_demo.replies.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line, problem
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 ABOUT = (
     "The model answers from the texts that you give it and nothing else, in the closed-context format that airoboros "

@@ -10,10 +10,10 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order, rewinding_order
 from ropewalk.engine.engine import Engine
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.chat.behaviour import Visitor
 from ropewalk.gradio_demo.model_bar.workbench import Loaded, Workbench
 from ropewalk.gradio_demo.replies.measuring import Measurement
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.shared.visitors import Visitor
 from ropewalk.model.variants import variant_model
 
 MAX_COMPARED_CONTEXT = 2048

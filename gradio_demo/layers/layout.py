@@ -9,13 +9,13 @@ import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.layers.behaviour import OrderView
+from ropewalk.gradio_demo.layers.pictures import order_picture
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
-from ropewalk.gradio_demo.notebook.layout import EXAMPLE
-from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
-from ropewalk.gradio_demo.replies.more_pictures import order_picture
-from ropewalk.gradio_demo.replies.pictures import live_line, model_card, problem
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.model_bar.pictures import model_card
+from ropewalk.gradio_demo.replies.layout import EXAMPLE, ReplySettings, request_of
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line, problem
 
 ABOUT = (
     "A model runs a list of layers. Here that list can be changed: layers repeated, left out or weakened. No weight is "

@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.access import EMBEDDED
+from ropewalk.gradio_demo.model_bar.pictures import model_card, queue_line, status_line
 from ropewalk.gradio_demo.model_bar.settings import FIELDS, Field, FieldError, LoadSettings
 from ropewalk.gradio_demo.model_bar.workbench import FOLDER
-from ropewalk.gradio_demo.replies.pictures import model_card, problem, queue_line, status_line
-from ropewalk.gradio_demo.replies.shared import HIDDEN
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.access import EMBEDDED
+from ropewalk.gradio_demo.shared.events import HIDDEN
+from ropewalk.gradio_demo.shared.pictures import problem
 
 HEAD = '<div class="rw-head"><h1>ropewalk</h1><span>GPTQ models at long context, on this machine</span></div>'
 LOOK_S = 2.0  # how often a page asks what others do

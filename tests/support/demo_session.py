@@ -10,13 +10,13 @@ from typing import Any
 
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.access import EMBEDDED, Access
-from ropewalk.gradio_demo.chat.asking import ChatRequest
-from ropewalk.gradio_demo.chat.behaviour import Visitor
+from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.session import Session, make_session
+from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 VISITOR = Visitor("somebody", "tab 1")
-GREEDY = ChatRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
+GREEDY = ReplyRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
 
 
 def embedded_session(root: Path, **changes: Any) -> Session:

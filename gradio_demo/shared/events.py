@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from ropewalk.gradio_demo.chat.behaviour import Visitor
-from ropewalk.gradio_demo.visitors import visitor_of
+from ropewalk.gradio_demo.shared.visitors import Visitor, visitor_of
 
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}  # events that only move things on the page
 
