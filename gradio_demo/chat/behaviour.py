@@ -55,22 +55,20 @@ class Chats:
         """(what to show, id) of this person's conversations, the newest first."""
         return [(_label(conversation), conversation.id) for conversation in self._store.list(visitor.person)]
 
-    def delete(self, visitor: Visitor, conversation: Conversation) -> Conversation:
-        """Forget a conversation; a new one."""
-        self._store.delete(visitor.person, conversation.id)
-        return self.new(visitor)
+    def delete(self, visitor: Visitor, doomed: Conversation, open_now: Conversation) -> Conversation:
+        """Forget `doomed` for good; the conversation to show: the open one, or a new one if that was doomed."""
+        self._store.delete(visitor.person, doomed.id)
+        return self.new(visitor) if open_now.id == doomed.id else open_now
 
-    def export(self, conversation: Conversation, folder: Path) -> Path:
-        """A JSON file to download.
+    def export(self, conversation: Conversation) -> tuple[str, str]:
+        """(name, text) of a JSON file to download.
 
         Raises:
             RequestError: there is nothing in it yet.
         """
         if not conversation.turns:
             raise RequestError("there is nothing to export yet: the conversation is empty")
-        path = folder / f"conversation-{conversation.id[:8]}.json"
-        path.write_text(conversation.to_json(), encoding="utf-8")
-        return path
+        return f"conversation-{conversation.id[:8]}.json", conversation.to_json()
 
     def import_file(self, visitor: Visitor, path: Path) -> Conversation:
         """A conversation from a JSON file, saved as a new one.

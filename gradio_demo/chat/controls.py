@@ -27,9 +27,15 @@ class ConversationControls:
             )
         with gr.Row():
             self.new = gr.Button("New", size="sm", min_width=60, elem_id="new")
-            self.export = gr.DownloadButton("Export", size="sm", min_width=60, elem_id="export")
+            self.export = gr.Button("Export", size="sm", min_width=60, elem_id="export")
             self.import_ = gr.UploadButton("Import", size="sm", min_width=60, file_types=[".json"], elem_id="import")
-            self.delete = gr.Button("Delete", size="sm", min_width=60, elem_id="delete")
+            self.delete = gr.Button("Delete …", size="sm", min_width=60, elem_id="delete")
+        with gr.Group(visible=False, elem_id="delete-question") as self.question:
+            self.asked = gr.HTML(padding=True)
+            with gr.Row():
+                self.confirm = gr.Button("Delete it", size="sm", variant="stop", min_width=60, elem_id="delete-confirm")
+                self.keep = gr.Button("Keep it", size="sm", min_width=60, elem_id="delete-keep")
+        self.doomed = gr.State(None)  # the conversation that the question is about
 
 
 class ReplyControls:

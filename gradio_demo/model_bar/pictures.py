@@ -38,6 +38,11 @@ def queue_line(loaded: Loaded | None) -> str:
     )
 
 
+def note_line(text: str) -> str:
+    """What a visitor should know about the model bar; nothing for no text."""
+    return f'<p class="rw-line">{escape(text)}</p>' if text else ""
+
+
 def model_card(loaded: Loaded | None) -> str:
     """What was decided when the model was loaded."""
     if loaded is None:

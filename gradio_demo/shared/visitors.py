@@ -62,8 +62,13 @@ def visitor_of(username: str | None, cookies: Any, session_hash: str | None) -> 
     tab = session_hash or "no session"
     cookie = dict(cookies or {}).get(COOKIE)
     if username:
-        return Visitor(f"login {username}", tab)
+        return Visitor(person_of_login(username), tab)
     return Visitor(f"cookie {cookie}" if cookie else f"session {tab}", tab)
+
+
+def person_of_login(username: str) -> str:
+    """The person of a visitor who logged in under that name."""
+    return f"login {username}"
 
 
 def _new_cookie(scope: Message) -> str:

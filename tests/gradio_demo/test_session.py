@@ -348,11 +348,11 @@ def test_a_layer_order_is_shown_with_what_it_takes(shared: Session) -> None:
 def test_an_order_is_applied_without_a_reload_and_taken_back(tmp_path: Path) -> None:
     session = embedded_session(tmp_path)
     plain, loaded = asked(session, "def read(path):").turns[-1].content, session.workbench.loaded
-    assert session.layers.apply("0-4,3-4").error is None
+    assert session.layers.apply(VISITOR, "0-4,3-4").error is None
     assert session.layers.current() == "0-4,3-4" and session.workbench.loaded is loaded
     assert asked(session, "def read(path):").turns[-1].content != plain
-    assert session.layers.apply("0-9").error is not None and session.layers.current() == "0-4,3-4"
-    session.layers.apply("")
+    assert session.layers.apply(VISITOR, "0-9").error is not None and session.layers.current() == "0-4,3-4"
+    session.layers.apply(VISITOR, "")
     assert asked(session, "def read(path):").turns[-1].content == plain
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.session import Session, make_session
 from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
@@ -19,18 +20,19 @@ VISITOR = Visitor("somebody", "tab 1")
 GREEDY = ReplyRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
 
 
-def embedded_session(root: Path, **changes: Any) -> Session:
+def embedded_session(root: Path, owner: Owner | None = None, **changes: Any) -> Session:
     """The page as it starts, with its folders below `root`; `changes` to the settings of loading."""
-    session = empty_session(root)
+    session = empty_session(root, owner)
     session.workbench.load(EMBEDDED, values(session, **changes))
     return session
 
 
-def empty_session(root: Path) -> Session:
+def empty_session(root: Path, owner: Owner | None = None) -> Session:
     """Without a model. Folders below root/models may be opened, files in root/uploads count as dropped."""
     for name in ("models", "uploads", "exports"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    return make_session(Access(root / "models", (), root / "uploads"), root / "data", root / "exports", num_caches=2)
+    access = Access(root / "models", (), root / "uploads")
+    return make_session(access, root / "data", root / "exports", num_caches=2, owner=owner)
 
 
 def values(session: Session, name: str = EMBEDDED, **changes: Any) -> dict[str, Any]:
