@@ -17,8 +17,9 @@
     if (button || event.shiftKey) event.stopPropagation();
   }
   window.addEventListener("keydown", keyPressed, true);
+  window.addEventListener("keypress", keyPressed, true); // Gradio listens to this one
 
-  const END_PX = 8; // so close to the end counts as reading there
+  const END_PX = 60; // who comes down as far as this, while the text runs on, wants the end
   const JUMPS = "#send, #again, #undo, #new, #conversations [role=option]"; // after these the end is what is wanted
 
   let following = true, last = 0;
@@ -36,8 +37,8 @@
       last = log.scrollTop;
     };
     log.addEventListener("scroll", () => {
-      if (log.scrollHeight - log.scrollTop - log.clientHeight <= END_PX) following = true;
-      else if (log.scrollTop < last) following = false;
+      if (log.scrollTop < last) following = false;
+      else if (log.scrollTop > last) following ||= log.scrollHeight - log.scrollTop - log.clientHeight <= END_PX;
       last = log.scrollTop;
     });
     // The event of scrolling comes a frame later than the wheel, and text may come between them.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.gradio_demo.chat.conversations import (
@@ -164,9 +165,9 @@ class Chats:
         return 0 if loaded is None else loaded.model.max_seq_len
 
 
-def messages_of(conversation: Conversation) -> list[dict[str, str]]:
-    """The turns as a chat component takes them."""
-    return [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
+    """The turns as a chat component takes them. Bare strings would lose indentation: they are taken for docstrings."""
+    return [{"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in conversation.turns]
 
 
 def _label(conversation: Conversation) -> str:
