@@ -17,7 +17,7 @@ from ropewalk.base.errors import RopewalkError
 from ropewalk.config.model import MAX_POSITIONS, load_model_config
 from ropewalk.model.plan import plan_loading
 
-AS_CHECKPOINT = "as the checkpoint says"
+AS_CHECKPOINT = "checkpoint's own"
 ROPE_METHODS = ("default", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn", "dynamic-linear", "dynamic-yarn")
 CACHE_TYPES = ("fp16", "fp32")
 COMPUTE_MODES = ("int8", "exact")
