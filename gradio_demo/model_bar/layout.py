@@ -163,8 +163,8 @@ def _connect(
         try:
             folder = workbench.access.dropped_folder([Path(path) for path in paths or []])
         except RopewalkError as error:
-            return [gr.skip(), *_problem(error), *[gr.skip()] * len(FIELDS)]
-        return [str(folder), *run_suggest(str(folder))]
+            return [None, gr.skip(), *_problem(error), *[gr.skip()] * len(FIELDS)]
+        return [None, str(folder), *run_suggest(str(folder))]  # emptied, so that the next folder comes alone
 
     as_built = [component.value for component in (bar.folder, *bar.fields)]
     filling = Filling([bar.folder, *bar.fields])
@@ -187,7 +187,7 @@ def _connect(
     gr.Timer(LOOK_S).tick(run_look, [bar.changed, bar.order], watched, **HIDDEN)
     filling.after(page.load(run_page, None, [bar.status, bar.card, bar.note, bar.changed, filling.answer], **HIDDEN))
     bar.folder.input(run_suggest, [bar.folder], [message, *bar.fields], **HIDDEN)
-    dropped.upload(run_drop, [dropped], [bar.folder, message, *bar.fields], **HIDDEN)
+    dropped.upload(run_drop, [dropped], [dropped, bar.folder, message, *bar.fields], **HIDDEN)
     for field in bar.fields:
         event = field.input if isinstance(field, gr.Dropdown) else field.blur
         event(run_check, [bar.folder, *bar.fields], [message, *bar.fields], **HIDDEN)

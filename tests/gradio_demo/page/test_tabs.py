@@ -31,6 +31,25 @@ def test_a_question_is_asked_of_a_dropped_document(page: Page, tmp_path: Path) -
     assert field(page, "documents-answer").input_value()
 
 
+def test_a_second_document_is_added_to_the_first_once(page: Page, tmp_path: Path) -> None:
+    choose(page, "Ask documents")
+    for name in ("hemp.txt", "flax.txt"):
+        (tmp_path / name).write_text(f"Rope is made of {name}.")
+        page.set_input_files("#documents-files input[type=file]", tmp_path / name)
+        says(page, "documents-list", name)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "hemp.txt").write_text("Another text of this name.")
+    page.set_input_files("#documents-files input[type=file]", tmp_path / "more" / "hemp.txt")
+    says(page, "documents-list", "hemp.txt \\(2\\)")
+    boxes = page.locator("#documents-list input[type=checkbox]")
+    assert [page.locator("#documents-list label").nth(i).inner_text().strip() for i in range(boxes.count())] == [
+        "hemp.txt",
+        "flax.txt",
+        "hemp.txt (2)",
+    ]
+    assert all(boxes.nth(i).is_checked() for i in range(3))
+
+
 def test_the_context_lab_measures_to_its_plot(page: Page) -> None:
     choose(page, "Context lab")
     field(page, "lab-lengths").fill("64, 128")
