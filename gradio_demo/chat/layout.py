@@ -74,10 +74,10 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                 container=False,
             )
             with gr.Row(elem_id="chat-buttons"):
-                send = gr.Button("Send", variant="primary", min_width=80, size="md", elem_id="send")
-                stop = gr.Button("Stop", variant="stop", min_width=80, size="md", elem_id="stop")
-                again = gr.Button("Regenerate", min_width=80, size="md", elem_id="again")
-                undo = gr.Button("Undo", min_width=80, size="md", elem_id="undo")
+                send = gr.Button("Send", variant="primary", min_width=120, size="md", elem_id="send")
+                stop = gr.Button("Stop", variant="stop", min_width=120, size="md", elem_id="stop")
+                again = gr.Button("Regenerate", min_width=120, size="md", elem_id="again")
+                undo = gr.Button("Undo", min_width=120, size="md", elem_id="undo")
         with gr.Column(scale=4, min_width=280):
             conversations = ConversationControls()
             settings = ReplyControls(session)

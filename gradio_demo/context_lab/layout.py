@@ -41,7 +41,7 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                 elem_id="lab-factor",
             )
             with gr.Accordion("Text to read", open=False):
-                file = gr.File(label="A text file", file_types=["text"], height=90)
+                file = gr.File(label="A text file", file_types=["text"], height=160)
                 pasted = gr.Textbox(
                     label="Or paste one", info="Empty: Python files that the embedded model has never seen.", lines=3
                 )

@@ -35,7 +35,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=320):
             files = gr.File(
-                label="Drop text files here (UTF-8)", file_count="multiple", height=100, elem_id="documents-files"
+                label="Drop text files here (UTF-8)", file_count="multiple", height=160, elem_id="documents-files"
             )
             with gr.Accordion("Or paste a text", open=False):
                 title = gr.Textbox(label="Title", info="How the answer can name it.", elem_id="documents-title")

@@ -48,7 +48,7 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
             folder, load, unload, message = _folder_row(session)
             note = gr.HTML(elem_id="owner-note", elem_classes=["rw-tight"])
             with gr.Accordion("Or drop a model folder", open=False):
-                dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=140)
+                dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=160)
             fields = _fields()
             adapters = gr.Dropdown(
                 [],

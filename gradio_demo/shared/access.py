@@ -83,8 +83,8 @@ class Access:
             raise RequestError(f"{path.name}: only files that were dropped on this page can be read")
         if resolved.is_file() and resolved.stat().st_size > MAX_UPLOAD_BYTES:
             raise RequestError(
-                f"{path.name} is larger than the {format_bytes(MAX_UPLOAD_BYTES)} that a dropped file may have: copy it "
-                "to where --models leads"
+                f"{path.name} is larger than the {format_bytes(MAX_UPLOAD_BYTES)} that a dropped file may have: "
+                "copy it to where --models leads"
             )
         return resolved
 

@@ -58,6 +58,9 @@ def test_the_context_lab_measures_to_its_plot(page: Page) -> None:
     page.click("#lab-perplexity-go")
     page.locator("#lab-perplexity-plot svg").wait_for()
     assert "yarn" in page.inner_text("#lab-perplexity-plot")
+    letters = page.locator("#lab-perplexity-plot text", has_text="context length").first
+    body = page.locator(".gradio-container").first.evaluate("node => getComputedStyle(node).color")
+    assert letters.evaluate("node => getComputedStyle(node).fill") == body  # readable in both themes
     says(page, "lab-perplexity-progress", "done")
 
 
