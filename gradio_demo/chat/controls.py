@@ -30,8 +30,8 @@ class ConversationControls:
             self.export = gr.Button("Export", size="sm", min_width=60, elem_id="export")
             self.import_ = gr.UploadButton("Import", size="sm", min_width=60, file_types=[".json"], elem_id="import")
             self.delete = gr.Button("Delete …", size="sm", min_width=60, elem_id="delete")
-        with gr.Group(visible=False, elem_id="delete-question") as self.question:
-            self.asked = gr.HTML(padding=True)
+        with gr.Column(visible=False, variant="panel", elem_id="delete-question") as self.question:
+            self.asked = gr.HTML(padding=False)
             with gr.Row():
                 self.confirm = gr.Button("Delete it", size="sm", variant="stop", min_width=60, elem_id="delete-confirm")
                 self.keep = gr.Button("Keep it", size="sm", min_width=60, elem_id="delete-keep")

@@ -10,8 +10,10 @@ from typing import Any
 
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.gradio_demo.chat.conversations import Conversation
 from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.replies.request import ReplyRequest
+from ropewalk.gradio_demo.replies.templates import PLAIN
 from ropewalk.gradio_demo.session import Session, make_session
 from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
 from ropewalk.gradio_demo.shared.visitors import Visitor
@@ -46,3 +48,11 @@ def copy_of_the_embedded_model(folder: Path, **config: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     return folder
+
+
+def asked(session: Session, *questions: str, request: ReplyRequest = GREEDY) -> Conversation:
+    """A conversation with the replies to these questions."""
+    conversation = Conversation(template=PLAIN)
+    for question in questions:
+        conversation = list(session.chats.ask(VISITOR, conversation, question, request))[-1].conversation
+    return conversation
