@@ -1,4 +1,4 @@
-"""A page with the embedded model for each test module, and one browser for all of them."""
+"""A page with the embedded model for each test module, and a browser."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def url(session: Session) -> Iterator[str]:
     page.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
-    """For all tests of the page."""
+    """For the tests of a module: while it runs, no other test could run an event loop of its own."""
     if CHROMIUM is None:
         pytest.skip("no chromium was found: install the package chromium")
     with playwright.sync_playwright() as running:
