@@ -12,14 +12,15 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from ropewalk.base.errors import RequestError
-from ropewalk.gradio_demo.access import EMBEDDED, Access
 from ropewalk.gradio_demo.app import build_page
+from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.session import make_session
+from ropewalk.gradio_demo.shared.access import EMBEDDED, MAX_UPLOAD_BYTES, Access
+from ropewalk.gradio_demo.shared.visitors import VisitorCookie
 from ropewalk.gradio_demo.theme import make_theme
-from ropewalk.gradio_demo.visitors import VisitorCookie
 
 STYLE = Path(__file__).with_name("style.css")
-MAX_UPLOAD = "64gb"
+SCRIPT = Path(__file__).with_name("page.js")
 WORKERS = 64  # each running reply, measurement and load takes one while it lasts
 # What Gradio remembers of a page takes half a MiB, and it cannot tell a closed page from a quiet one. The pages that
 # asked last are kept: open ones ask for news every two seconds.
@@ -38,7 +39,13 @@ class Address:
 
 
 def serve_demo(
-    address: Address, model: Path | None, models: Path | None, data: Path, num_caches: int, note: Callable[[str], None]
+    address: Address,
+    model: Path | None,
+    models: Path | None,
+    data: Path,
+    num_caches: int,
+    owner: Owner,
+    note: Callable[[str], None],
 ) -> None:
     """Load a model and serve the page until interrupted.
 
@@ -48,7 +55,7 @@ def serve_demo(
     granted = () if model is None else (model.resolve(),)
     access = Access(None if models is None else models.resolve(), granted, Path(get_upload_folder()))
     with tempfile.TemporaryDirectory(prefix="ropewalk-demo-") as exports:
-        session = make_session(access, data, Path(exports), num_caches)
+        session = make_session(access, data, Path(exports), num_caches, owner)
         name = EMBEDDED if model is None else str(granted[0])
         session.workbench.load(name, asdict(session.workbench.suggest(name)))
         page = build_page(session)
@@ -81,9 +88,10 @@ def launch(page: gr.Blocks, address: Address) -> str:
             enable_monitoring=False,
             max_threads=WORKERS,
             state_session_capacity=OPEN_PAGES,
-            max_file_size=MAX_UPLOAD,
+            max_file_size=MAX_UPLOAD_BYTES,
             theme=make_theme(),
             css_paths=[STYLE],
+            head=f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
             app_kwargs={"middleware": [Middleware(VisitorCookie)]},
         )
     except OSError as error:

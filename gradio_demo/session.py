@@ -1,6 +1,6 @@
 """The behaviour of the page, without Gradio: what each tab does, over one model that all visitors share.
 
-    access -> workbench -> chats, notebook, documents, lab, layers
+    access -> workbench -> loading, chats, notebook, documents, lab, layers
 
 Everything here can be used and tested from a plain script.
 """
@@ -10,15 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ropewalk.gradio_demo.access import Access
 from ropewalk.gradio_demo.chat.behaviour import Chats
 from ropewalk.gradio_demo.chat.conversations import ConversationStore
 from ropewalk.gradio_demo.context_lab.behaviour import ContextLab
 from ropewalk.gradio_demo.documents.behaviour import Documents
 from ropewalk.gradio_demo.layers.behaviour import LayerLab
+from ropewalk.gradio_demo.model_bar.behaviour import Loading
+from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
 from ropewalk.gradio_demo.notebook.behaviour import Notebook
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.shared.access import Access
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Session:
     """Everything that one running page holds. exports: a folder for files that people download."""
 
     workbench: Workbench
+    loading: Loading
     running: Running
     chats: Chats
     notebook: Notebook
@@ -35,16 +38,18 @@ class Session:
     exports: Path
 
 
-def make_session(access: Access, data: Path, exports: Path, num_caches: int = 4) -> Session:
-    """A session without a model. data: where conversations are kept; num_caches: see `Workbench`."""
-    workbench, running = Workbench(access, num_caches), Running()
+def make_session(access: Access, data: Path, exports: Path, num_caches: int = 4, owner: Owner | None = None) -> Session:
+    """A session without a model. data: where conversations are kept; num_caches: see `Workbench`; owner: who may change
+    the model, if not as `Owner` decides by itself."""
+    workbench, running, owner = Workbench(access, num_caches), Running(), owner or Owner()
     return Session(
         workbench=workbench,
+        loading=Loading(workbench, owner),
         running=running,
         chats=Chats(workbench, ConversationStore(data), running),
         notebook=Notebook(workbench, running),
         documents=Documents(workbench, running),
         lab=ContextLab(workbench, running, exports),
-        layers=LayerLab(workbench, running),
+        layers=LayerLab(workbench, running, owner),
         exports=exports,
     )

@@ -1,6 +1,6 @@
 """Pictures of the demo page for the documentation: every tab, wide and narrow, light and dark.
 
-    ropewalk demo --port 7860 &
+    ropewalk demo --port 7860 --anyone-may-load &
     python scripts/demo_screenshots.py http://127.0.0.1:7860 docs/images
 
 Needs playwright and a Chromium (--chromium). Pictures are reduced to 128 colours, which keeps each below 150 KB.

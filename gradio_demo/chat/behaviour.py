@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ropewalk.base.errors import RequestError, RopewalkError
-from ropewalk.gradio_demo.chat.asking import ChatRequest, ChatView, Meter, follow_chat, make_reply
 from ropewalk.gradio_demo.chat.conversations import (
     MAX_FILE_BYTES,
     Conversation,
@@ -16,16 +16,12 @@ from ropewalk.gradio_demo.chat.conversations import (
     Turn,
     read_conversation,
 )
+from ropewalk.gradio_demo.chat.next_reply import ChatView, follow_chat, make_reply
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
+from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.replies.running import Running
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """Who asks. person: keeps conversations apart, the same after a reload; tab: one open page of that person."""
-
-    person: str
-    tab: str
+from ropewalk.gradio_demo.replies.status import Meter
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 
 class Chats:
@@ -60,22 +56,20 @@ class Chats:
         """(what to show, id) of this person's conversations, the newest first."""
         return [(_label(conversation), conversation.id) for conversation in self._store.list(visitor.person)]
 
-    def delete(self, visitor: Visitor, conversation: Conversation) -> Conversation:
-        """Forget a conversation; a new one."""
-        self._store.delete(visitor.person, conversation.id)
-        return self.new(visitor)
+    def delete(self, visitor: Visitor, doomed: Conversation, open_now: Conversation) -> Conversation:
+        """Forget `doomed` for good; the conversation to show: the open one, or a new one if that was doomed."""
+        self._store.delete(visitor.person, doomed.id)
+        return self.new(visitor) if open_now.id == doomed.id else open_now
 
-    def export(self, conversation: Conversation, folder: Path) -> Path:
-        """A JSON file to download.
+    def export(self, conversation: Conversation) -> tuple[str, str]:
+        """(name, text) of a JSON file to download.
 
         Raises:
             RequestError: there is nothing in it yet.
         """
         if not conversation.turns:
             raise RequestError("there is nothing to export yet: the conversation is empty")
-        path = folder / f"conversation-{conversation.id[:8]}.json"
-        path.write_text(conversation.to_json(), encoding="utf-8")
-        return path
+        return f"conversation-{conversation.id[:8]}.json", conversation.to_json()
 
     def import_file(self, visitor: Visitor, path: Path) -> Conversation:
         """A conversation from a JSON file, saved as a new one.
@@ -95,7 +89,7 @@ class Chats:
         return conversation
 
     def ask(
-        self, visitor: Visitor, conversation: Conversation, question: str, request: ChatRequest
+        self, visitor: Visitor, conversation: Conversation, question: str, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """The reply to a new question, view by view."""
         if not question.strip():
@@ -103,7 +97,7 @@ class Chats:
             return
         yield from self._answer(visitor, conversation, conversation.with_turn(Turn("user", question)), request)
 
-    def again(self, visitor: Visitor, conversation: Conversation, request: ChatRequest) -> Iterator[ChatView]:
+    def again(self, visitor: Visitor, conversation: Conversation, request: ReplyRequest) -> Iterator[ChatView]:
         """Another reply to the last question."""
         before, question = conversation.before_last_question()
         if not question:
@@ -112,7 +106,7 @@ class Chats:
         yield from self._answer(visitor, conversation, before.with_turn(Turn("user", question)), request)
 
     def edit(
-        self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ChatRequest
+        self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """Put another text in the place of a message. A question is asked again from there, a reply is kept so."""
         if not 0 <= index < len(conversation.turns):
@@ -136,7 +130,7 @@ class Chats:
         return before, question
 
     def _answer(
-        self, visitor: Visitor, before: Conversation, asked: Conversation, request: ChatRequest
+        self, visitor: Visitor, before: Conversation, asked: Conversation, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """Views of the reply to `asked`; of `before` where there is none.
 
@@ -171,9 +165,9 @@ class Chats:
         return 0 if loaded is None else loaded.model.max_seq_len
 
 
-def messages_of(conversation: Conversation) -> list[dict[str, str]]:
-    """The turns as a chat component takes them."""
-    return [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
+    """The turns as a chat component takes them. Bare strings would lose indentation: they are taken for docstrings."""
+    return [{"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in conversation.turns]
 
 
 def _label(conversation: Conversation) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from ropewalk.gradio_demo.chat.asking import OVERFLOW_POLICIES, ChatRequest
-from ropewalk.gradio_demo.chat.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
+from ropewalk.gradio_demo.replies.request import OVERFLOW_POLICIES, ReplyRequest
 from ropewalk.gradio_demo.replies.sampler_settings import BALANCED, PRESETS, SLIDERS, sampling_params
-from ropewalk.gradio_demo.replies.shared import HIDDEN
+from ropewalk.gradio_demo.replies.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN
 
 
 class ConversationControls:
@@ -27,9 +27,15 @@ class ConversationControls:
             )
         with gr.Row():
             self.new = gr.Button("New", size="sm", min_width=60, elem_id="new")
-            self.export = gr.DownloadButton("Export", size="sm", min_width=60, elem_id="export")
+            self.export = gr.Button("Export", size="sm", min_width=60, elem_id="export")
             self.import_ = gr.UploadButton("Import", size="sm", min_width=60, file_types=[".json"], elem_id="import")
-            self.delete = gr.Button("Delete", size="sm", min_width=60, elem_id="delete")
+            self.delete = gr.Button("Delete …", size="sm", min_width=60, elem_id="delete")
+        with gr.Column(visible=False, variant="panel", elem_id="delete-question") as self.question:
+            self.asked = gr.HTML(padding=False)
+            with gr.Row():
+                self.confirm = gr.Button("Delete it", size="sm", variant="stop", min_width=60, elem_id="delete-confirm")
+                self.keep = gr.Button("Keep it", size="sm", min_width=60, elem_id="delete-keep")
+        self.doomed = gr.State(None)  # the conversation that the question is about
 
 
 class ReplyControls:
@@ -113,13 +119,13 @@ class ReplyControls:
         bar.changed.change(choices, self.template, self.template, **HIDDEN)
 
 
-def read_controls(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ChatRequest]:
+def read_controls(session: Session, values: tuple[Any, ...]) -> tuple[str, str, ReplyRequest]:
     """(system text, template, request) of `ReplyControls.inputs`."""
     system, template, overflow, adapters, max_new_tokens, seed, *sliders = values
     named = dict(zip((slider[0] for slider in SLIDERS), sliders, strict=True))
     params = sampling_params(named, max_new_tokens, seed)
     wanted = session.workbench.use_adapters(session.workbench.require(), adapters or [])
-    return system or "", template or "", ChatRequest(params, overflow, wanted)
+    return system or "", template or "", ReplyRequest(params, overflow, wanted)
 
 
 def template_choices(session: Session, wanted: str | None) -> Any:

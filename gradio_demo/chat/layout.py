@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.chat.asking import ChatView, Meter
 from ropewalk.gradio_demo.chat.behaviour import messages_of
 from ropewalk.gradio_demo.chat.controls import (
     ConversationControls,
@@ -19,15 +18,31 @@ from ropewalk.gradio_demo.chat.controls import (
     template_choices,
 )
 from ropewalk.gradio_demo.chat.conversations import Conversation
+from ropewalk.gradio_demo.chat.next_reply import ChatView
+from ropewalk.gradio_demo.chat.pictures import deletion_question
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
-from ropewalk.gradio_demo.replies.pictures import context_meter, live_line
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.replies.pictures import context_meter
+from ropewalk.gradio_demo.replies.status import Meter
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line
 
 PLACEHOLDER = """### Ask something
 The embedded model continues Python: try `def read_lines(path):`
 
 A GPTQ chat model of yours answers questions."""
+
+
+# Made in the browser: a download button of Gradio would hand out the file of the click before.
+DOWNLOAD = """(file) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([file.text], {type: "application/json"}));
+    link.download = file.name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}"""
+# The question leaves the field in the browser, so that the next one can be typed while the reply is written.
+TAKE = """(text) => [text, ""]"""
 
 
 def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
@@ -45,6 +60,7 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                 editable="all",
                 placeholder=PLACEHOLDER,
                 render_markdown=False,
+                autoscroll=False,  # page.js follows the end, and only while the reader is there
                 elem_id="chatbot",
             )
             line = gr.HTML(live_line("", False, False), elem_id="chat-line", elem_classes=["rw-tight"])
@@ -58,17 +74,18 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
                 container=False,
             )
             with gr.Row(elem_id="chat-buttons"):
-                send = gr.Button("Send", variant="primary", min_width=80, size="md", elem_id="send")
-                stop = gr.Button("Stop", variant="stop", min_width=80, size="md", elem_id="stop")
-                again = gr.Button("Regenerate", min_width=80, size="md", elem_id="again")
-                undo = gr.Button("Undo", min_width=80, size="md", elem_id="undo")
+                send = gr.Button("Send", variant="primary", min_width=120, size="md", elem_id="send")
+                stop = gr.Button("Stop", variant="stop", min_width=120, size="md", elem_id="stop")
+                again = gr.Button("Regenerate", min_width=120, size="md", elem_id="again")
+                undo = gr.Button("Undo", min_width=120, size="md", elem_id="undo")
         with gr.Column(scale=4, min_width=280):
             conversations = ConversationControls()
             settings = ReplyControls(session)
-    views = [state, chatbot, line, meter, question, conversations.chosen]
+    views = [state, chatbot, line, meter, conversations.chosen]
     _connect_replies(session, bar, state, chatbot, question, settings, views, (send, stop, again, undo))
-    opened = [*views, settings.system, settings.template]
-    _connect_conversations(session, state, chatbot, conversations, opened, page)
+    _connect_conversations(session, state, conversations, [*views, settings.system, settings.template])
+    _connect_files(session, state, conversations, [*views, settings.system, settings.template])
+    _connect_reload(session, views, settings, page)
     settings.connect(session, bar, chatbot)
 
 
@@ -84,116 +101,144 @@ def _connect_replies(
 ) -> None:
     chats = session.chats
     send, stop, again, undo = buttons
+    asked, back = gr.Textbox(visible=False), Filling([question])
 
-    def show(
-        work: Any, conversation: Conversation, kept: str, request: gr.Request, *values: Any
-    ) -> Iterator[list[Any]]:
-        """Views of `work(conversation, chat request)` as values of `views`; `kept` stays in the input field."""
+    def show(work: Any, conversation: Conversation, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        """Views of `work(conversation, chat request)` as values of `views`, and "" or why there is no reply."""
         try:
             system, template, chat_request = read_controls(session, values)
         except RopewalkError as error:
-            yield _shown(ChatView(conversation, str(error), Meter(), error=str(error)), kept)
+            yield [*_shown(ChatView(conversation, str(error), Meter(), error=str(error))), str(error)]
             return
         for view in work(replace(conversation, system=system, template=template), chat_request):
-            shown = _shown(view, kept if view.error else "")
+            shown = _shown(view)
             # The list is read again once the reply is saved, which is when its last view comes.
-            yield shown if view.running else [*shown[:-1], _list(session, request, view.conversation)]
+            shown = shown if view.running else [*shown[:-1], _list(session, request, view.conversation)]
+            yield [*shown, view.error or ""]
 
     def run_ask(conversation: Conversation, text: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         who = visitor(request)
-        yield from show(lambda c, r: chats.ask(who, c, text, r), conversation, text, request, *values)
+        for *shown, error in show(lambda c, r: chats.ask(who, c, text, r), conversation, request, *values):
+            yield [*shown, answer_of([""], [text if error else ""])]  # a refused question comes back into its field
 
-    def run_again(conversation: Conversation, text: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def run_again(conversation: Conversation, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         who = visitor(request)
-        yield from show(lambda c, r: chats.again(who, c, r), conversation, text, request, *values)
+        for *shown, _ in show(lambda c, r: chats.again(who, c, r), conversation, request, *values):
+            yield shown
 
     def run_edit(
-        conversation: Conversation, text: str, data: gr.EditData, request: gr.Request, *values: Any
+        conversation: Conversation, data: gr.EditData, request: gr.Request, *values: Any
     ) -> Iterator[list[Any]]:
         who, edited = visitor(request), _edited_text(data.value)
-        yield from show(lambda c, r: chats.edit(who, c, data.index, edited, r), conversation, text, request, *values)
+        work = lambda c, r: chats.edit(who, c, data.index, edited, r)  # noqa: E731
+        for *shown, _ in show(work, conversation, request, *values):
+            yield shown
 
     def run_undo(conversation: Conversation, request: gr.Request) -> list[Any]:
         before, text = chats.undo(visitor(request), conversation)
-        return [before, messages_of(before), live_line("", False, False), "", text, _list(session, request, before)]
+        return [before, messages_of(before), live_line("", False, False), "", _list(session, request, before), text]
 
     def run_stop(request: gr.Request) -> None:
         session.running.stop(visitor(request).tab)
 
-    inputs = [state, question, *settings.inputs(bar)]
-    gr.on(
-        [send.click, question.submit],
-        run_ask,
-        inputs,
-        views,
-        api_name="chat",
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
-    again.click(run_again, inputs, views, api_name="regenerate", show_progress="hidden", concurrency_limit=None)
-    chatbot.edit(run_edit, inputs, views, concurrency_limit=None, **HIDDEN)
-    undo.click(run_undo, [state], views, **HIDDEN)
+    inputs = settings.inputs(bar)
+    long = {"show_progress": "hidden", "concurrency_limit": None}
+    taken = send.click(None, question, [asked, question], js=TAKE, **HIDDEN)
+    back.after(taken.then(run_ask, [state, asked, *inputs], [*views, back.answer], api_name="chat", **long))
+    again.click(run_again, [state, *inputs], views, api_name="regenerate", **long)
+    chatbot.edit(run_edit, [state, *inputs], views, concurrency_limit=None, **HIDDEN)
+    undo.click(run_undo, [state], [*views, question], **HIDDEN)
     stop.click(run_stop, None, None, api_name="stop", show_progress="hidden")
 
 
 def _connect_conversations(
-    session: Session,
-    state: gr.State,
-    chatbot: gr.Chatbot,
-    conversations: ConversationControls,
-    views: list[gr.components.Component],
-    page: gr.Blocks,
+    session: Session, state: gr.State, conversations: ConversationControls, views: list[gr.components.Component]
 ) -> None:
+    """Pick, begin and delete."""
     chats = session.chats
-
-    def opened(conversation: Conversation, request: gr.Request) -> list[Any]:
-        last = next((turn.note for turn in reversed(conversation.turns)), "")
-        line = live_line(last, False, False)
-        shown = [conversation, messages_of(conversation), line, "", "", _list(session, request, conversation)]
-        return [*shown, conversation.system, template_choices(session, conversation.template)]
-
-    def failed(error: RopewalkError) -> list[Any]:
-        return [gr.skip(), gr.skip(), live_line(str(error), False, True), *[gr.skip()] * (len(views) - 3)]
 
     def run_open(conversation_id: str, request: gr.Request) -> list[Any]:
         try:
-            return opened(chats.open(visitor(request), conversation_id), request)
+            return _opened(session, request, chats.open(visitor(request), conversation_id))
         except RopewalkError as error:
-            return failed(error)
+            return _failed(error, views)
+
+    def run_new(request: gr.Request) -> list[Any]:
+        return _opened(session, request, chats.new(visitor(request)))
+
+    def run_question(conversation: Conversation) -> list[Any]:
+        if not conversation.turns:
+            return [None, gr.update(visible=False), "", live_line("there is nothing to delete yet", False, True)]
+        return [conversation, gr.update(visible=True), deletion_question(conversation.title), gr.skip()]
+
+    def run_delete(doomed: Conversation | None, conversation: Conversation, request: gr.Request) -> list[Any]:
+        shown = conversation if doomed is None else chats.delete(visitor(request), doomed, conversation)
+        return [None, gr.update(visible=False), *_opened(session, request, shown)]
+
+    line, asked = views[2], [conversations.doomed, conversations.question]
+    conversations.chosen.input(run_open, conversations.chosen, views, **HIDDEN)
+    conversations.new.click(run_new, None, views, **HIDDEN)
+    conversations.delete.click(run_question, state, [*asked, conversations.asked, line], **HIDDEN)
+    conversations.confirm.click(run_delete, [conversations.doomed, state], [*asked, *views], **HIDDEN)
+    conversations.keep.click(lambda: [None, gr.update(visible=False)], None, asked, **HIDDEN)
+
+
+def _connect_files(
+    session: Session, state: gr.State, conversations: ConversationControls, views: list[gr.components.Component]
+) -> None:
+    """Export and import."""
+    chats = session.chats
+    exported = gr.JSON(visible=False)
+
+    def run_export(conversation: Conversation) -> dict[str, str]:
+        try:
+            name, text = chats.export(conversation)
+        except RopewalkError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return {"name": name, "text": text}
 
     def run_import(path: str, request: gr.Request) -> list[Any]:
         try:
             file = session.workbench.access.check_upload(Path(path))
-            return opened(chats.import_file(visitor(request), file), request)
+            return _opened(session, request, chats.import_file(visitor(request), file))
         except RopewalkError as error:
-            return failed(error)
+            return _failed(error, views)
 
-    def run_export(conversation: Conversation) -> str:
-        try:
-            return str(chats.export(conversation, session.exports))
-        except RopewalkError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    conversations.export.click(run_export, state, exported, **HIDDEN).success(
+        None, exported, None, js=DOWNLOAD, **HIDDEN
+    )
+    conversations.import_.upload(run_import, conversations.import_, views, **HIDDEN)
 
-    def run_new(request: gr.Request) -> list[Any]:
-        return opened(chats.new(visitor(request)), request)
 
-    def run_delete(conversation: Conversation, request: gr.Request) -> list[Any]:
-        return opened(chats.delete(visitor(request), conversation), request)
+def _connect_reload(
+    session: Session, views: list[gr.components.Component], settings: ReplyControls, page: gr.Blocks
+) -> None:
+    """The conversation that was open last comes back; what is typed before it is there stays."""
+    system = Filling([settings.system])
 
     def run_reload(request: gr.Request) -> list[Any]:
-        return opened(chats.current(visitor(request)), request)
+        conversation = session.chats.current(visitor(request))
+        *shown, text, template = _opened(session, request, conversation)
+        return [*shown, template, answer_of([""], [text])]
 
-    conversations.chosen.input(run_open, conversations.chosen, views, **HIDDEN)
-    gr.on([conversations.new.click, chatbot.clear], run_new, None, views, **HIDDEN)
-    conversations.delete.click(run_delete, state, views, **HIDDEN)
-    conversations.import_.upload(run_import, conversations.import_, views, **HIDDEN)
-    conversations.export.click(run_export, state, conversations.export, **HIDDEN)
-    page.load(run_reload, None, views, **HIDDEN)
+    system.after(page.load(run_reload, None, [*views, settings.template, system.answer], **HIDDEN))
 
 
-def _shown(view: ChatView, question: str) -> list[Any]:
+def _opened(session: Session, request: gr.Request, conversation: Conversation) -> list[Any]:
+    """A conversation as values of all views, system text and template."""
+    last = next((turn.note for turn in reversed(conversation.turns)), "")
+    line = live_line(last, False, False)
+    shown = [conversation, messages_of(conversation), line, "", _list(session, request, conversation)]
+    return [*shown, conversation.system, template_choices(session, conversation.template)]
+
+
+def _failed(error: RopewalkError, views: list[gr.components.Component]) -> list[Any]:
+    return [gr.skip(), gr.skip(), live_line(str(error), False, True), *[gr.skip()] * (len(views) - 3)]
+
+
+def _shown(view: ChatView) -> list[Any]:
     line = live_line(view.line, view.running, view.error is not None)
-    return [view.conversation, messages_of(view.conversation), line, context_meter(view.meter), question, gr.skip()]
+    return [view.conversation, messages_of(view.conversation), line, context_meter(view.meter), gr.skip()]
 
 
 def _list(session: Session, request: gr.Request, conversation: Conversation) -> Any:

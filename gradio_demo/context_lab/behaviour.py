@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import RequestError, RopewalkError
-from ropewalk.gradio_demo.chat.behaviour import Visitor
-from ropewalk.gradio_demo.documents.behaviour import read_text_file
 from ropewalk.gradio_demo.model_bar.workbench import Loaded, Workbench
 from ropewalk.gradio_demo.replies.measuring import Measured, Measurement
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.shared.texts import read_text_file
+from ropewalk.gradio_demo.shared.visitors import Visitor
 from ropewalk.measure.compare import Curve, compare_perplexity, curves_csv
 from ropewalk.measure.plots import plot_curves, plot_retrieval, svg_text
 from ropewalk.measure.retrieval import RetrievalCell, cells_csv, make_probes, retrieval_map

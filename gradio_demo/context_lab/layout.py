@@ -10,11 +10,11 @@ import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.context_lab.behaviour import ADAPTER_MARK, LabView
+from ropewalk.gradio_demo.context_lab.pictures import progress_bar
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
-from ropewalk.gradio_demo.replies.more_pictures import progress_bar
-from ropewalk.gradio_demo.replies.pictures import problem
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
+from ropewalk.gradio_demo.shared.pictures import problem
 from ropewalk.model.variants import AS_LOADED
 
 ABOUT = (
@@ -41,7 +41,7 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                 elem_id="lab-factor",
             )
             with gr.Accordion("Text to read", open=False):
-                file = gr.File(label="A text file", file_types=["text"], height=90)
+                file = gr.File(label="A text file", file_types=["text"], height=160)
                 pasted = gr.Textbox(
                     label="Or paste one", info="Empty: Python files that the embedded model has never seen.", lines=3
                 )

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.chat.asking import ChatRequest, Meter, describe, meter, with_stop
-from ropewalk.gradio_demo.chat.behaviour import Visitor
-from ropewalk.gradio_demo.chat.templates import chat_template, prompt_ids
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
 from ropewalk.gradio_demo.replies.reply import DONE, start_reply
+from ropewalk.gradio_demo.replies.request import ReplyRequest, with_stop
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.replies.status import Meter, describe, meter
+from ropewalk.gradio_demo.replies.templates import chat_template, prompt_ids
+from ropewalk.gradio_demo.shared.texts import read_text_file
+from ropewalk.gradio_demo.shared.visitors import Visitor
 from ropewalk.text.chat_formats import closed_context_prompt
 
-MAX_TEXT_BYTES = 4 * 2**20
 MAX_DOCUMENTS = 64
 HONESTY = "Don't make up answers if you don't know."
 WORD = re.compile(r"\w{4,}")
@@ -102,7 +103,7 @@ class Documents:
         return Count(len(ids), min(params.max_new_tokens or 1, loaded.model.max_seq_len // 4), loaded.model.max_seq_len)
 
     def ask(
-        self, visitor: Visitor, documents: Sequence[Document], question: str, template: str, request: ChatRequest
+        self, visitor: Visitor, documents: Sequence[Document], question: str, template: str, request: ReplyRequest
     ) -> Iterator[AnswerView]:
         """The answer, view by view."""
         try:
@@ -130,25 +131,6 @@ class Documents:
         blocks = [(document.metadata, document.text) for document in documents]
         text = closed_context_prompt(blocks, question)
         return prompt_ids(engine.tokenizer, chat_template(template, engine), [{"role": "user", "content": text}])
-
-
-def read_text_file(path: Path) -> str:
-    """A UTF-8 text.
-
-    Raises:
-        RequestError: too large, not text, or unreadable.
-    """
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise RequestError(f"{path.name} is larger than the {MAX_TEXT_BYTES // 2**20} MiB that a text may have")
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise RequestError(f"{path.name} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if "\0" in text:
-        raise RequestError(f"{path.name} is not a text: it holds NUL characters")
-    return text.replace("\r\n", "\n")
 
 
 def sources_of(documents: Sequence[Document], answer: str) -> tuple[Source, ...]:

@@ -10,15 +10,16 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.chat.behaviour import Visitor
-from ropewalk.gradio_demo.chat.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document
+from ropewalk.gradio_demo.documents.pictures import count_line, sources_list
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
-from ropewalk.gradio_demo.replies.more_pictures import count_line, sources_list
-from ropewalk.gradio_demo.replies.pictures import context_meter, live_line, problem
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.replies.pictures import context_meter
+from ropewalk.gradio_demo.replies.templates import ALL_TEMPLATES, template_names
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line, problem
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 ABOUT = (
     "The model answers from the texts that you give it and nothing else, in the closed-context format that airoboros "
@@ -34,7 +35,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=320):
             files = gr.File(
-                label="Drop text files here (UTF-8)", file_count="multiple", height=100, elem_id="documents-files"
+                label="Drop text files here (UTF-8)", file_count="multiple", height=160, elem_id="documents-files"
             )
             with gr.Accordion("Or paste a text", open=False):
                 title = gr.Textbox(label="Title", info="How the answer can name it.", elem_id="documents-title")
@@ -52,7 +53,10 @@ def build_documents(session: Session, bar: ModelBar) -> None:
             message = gr.HTML(elem_id="documents-message")
         with gr.Column(scale=1, min_width=320):
             question = gr.Textbox(
-                label="Question", info="Asked of the ticked documents.", lines=3, elem_id="documents-question"
+                label="Question",
+                info="About the ticked documents. Enter asks, Shift+Enter starts a line.",
+                lines=3,
+                elem_id="documents-question",
             )
             honest = gr.Checkbox(True, label=f"Add “{HONESTY}”", info="The advice of those models' card.")
             template = gr.Dropdown(
@@ -93,9 +97,10 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
 
     def run_files(paths: list[str] | None, documents: list[Document], chosen: list[str]) -> list[Any]:
         try:
-            return added(documents, chosen, session.documents.read([Path(path) for path in paths or []]))
+            read = session.documents.read([Path(path) for path in paths or []])
         except RopewalkError as error:
-            return [gr.skip(), gr.skip(), problem(str(error))]
+            return [gr.skip(), gr.skip(), problem(str(error)), None]
+        return [*added(documents, chosen, read), None]  # the field is emptied: it would bring these again next time
 
     def run_add(documents: list[Document], chosen: list[str], title: str, url: str, date: str, text: str) -> list[Any]:
         if not text.strip():
@@ -103,11 +108,9 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
         document = Document(title.strip() or f"text {len(documents) + 1}", text, url.strip(), date.strip())
         return [*added(documents, chosen, [document]), "", "", "", ""]
 
-    files.upload(run_files, [files, state, listed], [state, listed, message], **HIDDEN)
+    files.upload(run_files, [files, state, listed], [state, listed, message, files], **HIDDEN)
     add.click(run_add, [state, listed, *pasted], [state, listed, message, *pasted], **HIDDEN)
-    clear.click(
-        lambda: [[], gr.update(choices=[], value=[]), "", None], None, [state, listed, message, files], **HIDDEN
-    )
+    clear.click(lambda: [[], gr.update(choices=[], value=[]), ""], None, [state, listed, message], **HIDDEN)
 
 
 def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any, ask: Any, stop: Any) -> None:

@@ -10,10 +10,11 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order, rewinding_order
 from ropewalk.engine.engine import Engine
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.chat.behaviour import Visitor
+from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.model_bar.workbench import Loaded, Workbench
 from ropewalk.gradio_demo.replies.measuring import Measurement
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.shared.visitors import Visitor
 from ropewalk.model.variants import variant_model
 
 MAX_COMPARED_CONTEXT = 2048
@@ -54,9 +55,10 @@ class Pair:
 class LayerLab:
     """Orders of the loaded model. Applying one changes the model for everybody, comparing changes nothing."""
 
-    def __init__(self, workbench: Workbench, running: Running) -> None:
+    def __init__(self, workbench: Workbench, running: Running, owner: Owner) -> None:
         self._workbench = workbench
         self._running = running
+        self._owner = owner
 
     def current(self) -> str:
         """The order that the model runs."""
@@ -82,9 +84,11 @@ class LayerLab:
             return OrderView(error=str(error))
         return OrderView(str(order), _bars(order), loaded.model.config.num_layers, _cost(loaded, order))
 
-    def apply(self, text: str) -> OrderView:
-        """Run the model in this order from now on. Waits for the replies that run; a mistake changes nothing."""
+    def apply(self, visitor: Visitor, text: str) -> OrderView:
+        """Run the model in this order from now on, if the visitor may change it. Waits for the replies that run; a
+        mistake changes nothing."""
         try:
+            self._owner.require(visitor)
             loaded = self._workbench.require()
             order = _parse(loaded, text)
             self._workbench.set_layer_order(order)

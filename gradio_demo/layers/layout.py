@@ -9,13 +9,13 @@ import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.layers.behaviour import OrderView
+from ropewalk.gradio_demo.layers.pictures import order_picture
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
-from ropewalk.gradio_demo.notebook.layout import EXAMPLE
-from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
-from ropewalk.gradio_demo.replies.more_pictures import order_picture
-from ropewalk.gradio_demo.replies.pictures import live_line, model_card, problem
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.model_bar.pictures import model_card
+from ropewalk.gradio_demo.replies.layout import EXAMPLE, ReplySettings, request_of
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line, problem
 
 ABOUT = (
     "A model runs a list of layers. Here that list can be changed: layers repeated, left out or weakened. No weight is "
@@ -30,11 +30,12 @@ def build_layers(session: Session, bar: ModelBar) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
             order = gr.Textbox(
+                lab.current(),
                 label="Layer order",
                 info="0-3,2-4 repeats layers 2 and 3; 2*3@0.5 runs layer 2 three times at half strength.",
                 elem_id="order",
             )
-            picture = gr.HTML(elem_id="order-picture")
+            picture = gr.HTML(order_picture(lab.view(lab.current())), elem_id="order-picture")
         with gr.Column(scale=2, min_width=260):
             with gr.Row():
                 recompute = gr.Number(4, precision=0, label="Run layers", info="So many in a row,", min_width=110)
@@ -58,9 +59,12 @@ def build_layers(session: Session, bar: ModelBar) -> None:
     def run_view(text: str) -> str:
         return order_picture(lab.view(text or ""))
 
-    def run_current() -> list[str]:
-        text = lab.current()
-        return [text, order_picture(lab.view(text))]
+    written = gr.State(lab.current())  # what the page itself last wrote into the field
+    filling = Filling([order])
+
+    def run_current(before: str) -> list[Any]:
+        now = lab.current()
+        return [now, answer_of([before], [now])]
 
     def run_fill(count: float | None, back: float | None) -> list[Any]:
         try:
@@ -69,12 +73,15 @@ def build_layers(session: Session, bar: ModelBar) -> None:
             return [gr.skip(), order_picture(OrderView(error=str(error)))]
         return [text, order_picture(lab.view(text))]
 
-    def run_apply(text: str) -> list[Any]:
-        view = lab.apply(text or "")
+    def run_apply(text: str, request: gr.Request) -> list[Any]:
+        view = lab.apply(visitor(request), text or "")
         if view.error is not None:
-            return [gr.skip(), order_picture(view), problem("Nothing was changed."), gr.skip()]
+            shown = lab.view(text or "")
+            said = "Nothing was changed." if shown.error is not None else f"Nothing was changed: {view.error}."
+            return [gr.skip(), gr.skip(), order_picture(shown), problem(said), gr.skip()]
         said = live_line(f"The model now runs {view.canonical}.", False, False)
-        return [view.canonical, order_picture(view), said, model_card(session.workbench.loaded)]
+        card = model_card(session.workbench.loaded)
+        return [view.canonical, answer_of([text], [view.canonical]), order_picture(view), said, card]
 
     def run_compare(text: str, start: str, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         try:
@@ -91,7 +98,8 @@ def build_layers(session: Session, bar: ModelBar) -> None:
     order.change(run_view, order, picture, **HIDDEN)
     fill.click(run_fill, [recompute, rewind], [order, picture], **HIDDEN)
     reset.click(lambda: ["", run_view("")], None, [order, picture], **HIDDEN)
-    apply.click(run_apply, order, [order, picture, applied, bar.card], api_name="apply_order", show_progress="hidden")
+    told = [written, filling.answer, picture, applied, bar.card]
+    filling.after(apply.click(run_apply, order, told, api_name="apply_order", show_progress="hidden"))
     compare.click(run_compare, [order, prompt, *settings.inputs(bar)], [before, after, line], **HIDDEN)
     stop.click(run_stop, None, None, **HIDDEN)
-    bar.order.change(run_current, None, [order, picture], **HIDDEN)
+    filling.after(bar.order.change(run_current, written, [written, filling.answer], **HIDDEN))

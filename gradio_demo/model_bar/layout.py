@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.access import EMBEDDED
+from ropewalk.gradio_demo.model_bar.pictures import model_card, note_line, queue_line, status_line
 from ropewalk.gradio_demo.model_bar.settings import FIELDS, Field, FieldError, LoadSettings
 from ropewalk.gradio_demo.model_bar.workbench import FOLDER
-from ropewalk.gradio_demo.replies.pictures import model_card, problem, queue_line, status_line
-from ropewalk.gradio_demo.replies.shared import HIDDEN
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.access import EMBEDDED
+from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visitor
+from ropewalk.gradio_demo.shared.pictures import problem
 
 HEAD = '<div class="rw-head"><h1>ropewalk</h1><span>GPTQ models at long context, on this machine</span></div>'
 LOOK_S = 2.0  # how often a page asks what others do
@@ -27,6 +28,7 @@ class ModelBar:
     status: gr.HTML
     queue: gr.HTML
     card: gr.HTML
+    note: gr.HTML  # why this visitor may not load
     folder: gr.Dropdown
     fields: list[gr.components.Component]
     adapters: gr.Dropdown  # of the requests of this page
@@ -44,8 +46,9 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
     with gr.Accordion("Model and how it is loaded", open=False, elem_id="model-bar"), gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
             folder, load, unload, message = _folder_row(session)
+            note = gr.HTML(elem_id="owner-note", elem_classes=["rw-tight"])
             with gr.Accordion("Or drop a model folder", open=False):
-                dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=140)
+                dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=160)
             fields = _fields()
             adapters = gr.Dropdown(
                 [],
@@ -58,7 +61,7 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
         with gr.Column(scale=2, min_width=260):
             gr.Markdown("**What was decided**")
             card = gr.HTML(model_card(session.workbench.loaded), elem_id="card")
-    bar = ModelBar(status, queue, card, folder, fields, adapters, changed, order)
+    bar = ModelBar(status, queue, card, note, folder, fields, adapters, changed, order)
     _connect(session, bar, message, load, unload, dropped, page)
     return bar
 
@@ -107,26 +110,36 @@ def _connect(
     workbench = session.workbench
     outcome = [message, bar.status, bar.card, bar.changed, *bar.fields]
 
-    def run_load(name: str, *values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def run_load(
+        name: str,
+        request: gr.Request,
+        *values: Any,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
         progress(0.0, desc="checking the folder")
         try:
             named = dict(zip((field.name for field in FIELDS), values, strict=True))
-            workbench.load(name, named, lambda done, total: progress((done, total), desc="loading layers"))
+            session.loading.load(
+                visitor(request), name, named, lambda done, total: progress((done, total), desc="loading layers")
+            )
         except RopewalkError as error:
             return [*_problem(error), status_line(workbench.loaded), gr.skip(), gr.skip(), *_field_notes(error)]
         loaded = workbench.loaded
         return ["", status_line(loaded), model_card(loaded), workbench.generation, *_field_notes(None)]
 
-    def run_unload() -> list[Any]:
-        workbench.unload()
+    def run_unload(request: gr.Request) -> list[Any]:
+        try:
+            session.loading.unload(visitor(request))
+        except RopewalkError as error:
+            return [*_problem(error), *[gr.skip()] * (len(outcome) - 1)]
         return ["", status_line(None), model_card(None), workbench.generation, *_field_notes(None)]
 
-    def run_look(known: int, order: str) -> list[Any]:
+    def run_look(known: int, order: str, request: gr.Request) -> list[Any]:
         now = [workbench.generation, session.layers.current()]
-        queue = queue_line(workbench.loaded)
+        seen = [queue_line(workbench.loaded), note_line(session.loading.note(visitor(request)))]
         if now == [known, order]:
-            return [queue, *[gr.skip()] * 4]
-        return [queue, status_line(workbench.loaded), model_card(workbench.loaded), *now]
+            return [*seen, *[gr.skip()] * 4]
+        return [*seen, status_line(workbench.loaded), model_card(workbench.loaded), *now]
 
     def run_suggest(name: str) -> list[Any]:
         try:
@@ -150,28 +163,31 @@ def _connect(
         try:
             folder = workbench.access.dropped_folder([Path(path) for path in paths or []])
         except RopewalkError as error:
-            return [gr.skip(), *_problem(error), *[gr.skip()] * len(FIELDS)]
-        return [str(folder), *run_suggest(str(folder))]
+            return [None, gr.skip(), *_problem(error), *[gr.skip()] * len(FIELDS)]
+        return [None, str(folder), *run_suggest(str(folder))]  # emptied, so that the next folder comes alone
 
-    def run_page() -> list[Any]:
+    as_built = [component.value for component in (bar.folder, *bar.fields)]
+    filling = Filling([bar.folder, *bar.fields])
+
+    def run_page(request: gr.Request) -> list[Any]:
         loaded = workbench.loaded
-        if loaded is None:
-            return [gr.skip()] * (3 + len(FIELDS)) + [workbench.generation]
-        values = [shown_value(value) for value in asdict(loaded.settings).values()]
-        return [loaded.name, status_line(loaded), model_card(loaded), *values, workbench.generation]
+        shown = as_built if loaded is None else [loaded.name, *map(shown_value, asdict(loaded.settings).values())]
+        note = note_line(session.loading.note(visitor(request)))
+        return [status_line(loaded), model_card(loaded), note, workbench.generation, answer_of(as_built, shown)]
 
-    def run_adapters() -> Any:
+    def run_adapters(chosen: list[str]) -> Any:
         loaded = workbench.loaded
-        return gr.update(choices=[] if loaded is None else workbench.adapters(loaded), value=[])
+        names = [] if loaded is None else workbench.adapters(loaded)
+        return gr.update(choices=names, value=[name for name in chosen or [] if name.partition(":")[0] in names])
 
-    bar.changed.change(run_adapters, None, bar.adapters, **HIDDEN)
+    bar.changed.change(run_adapters, bar.adapters, bar.adapters, **HIDDEN)
     load.click(run_load, [bar.folder, *bar.fields], outcome, api_name="load", show_progress_on=[message, bar.card])
     unload.click(run_unload, None, outcome, **HIDDEN)
-    watched = [bar.queue, bar.status, bar.card, bar.changed, bar.order]
+    watched = [bar.queue, bar.note, bar.status, bar.card, bar.changed, bar.order]
     gr.Timer(LOOK_S).tick(run_look, [bar.changed, bar.order], watched, **HIDDEN)
-    page.load(run_page, None, [bar.folder, bar.status, bar.card, *bar.fields, bar.changed], **HIDDEN)
+    filling.after(page.load(run_page, None, [bar.status, bar.card, bar.note, bar.changed, filling.answer], **HIDDEN))
     bar.folder.input(run_suggest, [bar.folder], [message, *bar.fields], **HIDDEN)
-    dropped.upload(run_drop, [dropped], [bar.folder, message, *bar.fields], **HIDDEN)
+    dropped.upload(run_drop, [dropped], [dropped, bar.folder, message, *bar.fields], **HIDDEN)
     for field in bar.fields:
         event = field.input if isinstance(field, gr.Dropdown) else field.blur
         event(run_check, [bar.folder, *bar.fields], [message, *bar.fields], **HIDDEN)

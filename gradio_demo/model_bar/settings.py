@@ -21,7 +21,7 @@ from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
-AS_CHECKPOINT = "as the checkpoint says"
+AS_CHECKPOINT = "checkpoint's own"
 ROPE_METHODS = ("default", *BY_FACTOR, *FOLLOWING_THE_LENGTH)
 
 

@@ -14,7 +14,6 @@ from ropewalk.base.memory import available_bytes, format_bytes
 from ropewalk.config.layer_order import LayerOrder
 from ropewalk.engine.engine import Engine
 from ropewalk.generate.generate import Progress
-from ropewalk.gradio_demo.access import EMBEDDED, Access
 from ropewalk.gradio_demo.model_bar.settings import (
     FieldError,
     LoadSettings,
@@ -24,6 +23,7 @@ from ropewalk.gradio_demo.model_bar.settings import (
     read_settings,
     suggested_settings,
 )
+from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model

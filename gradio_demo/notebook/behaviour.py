@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.chat.asking import ChatRequest, Meter, describe, meter
-from ropewalk.gradio_demo.chat.behaviour import Visitor
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
 from ropewalk.gradio_demo.replies.reply import DONE, start_reply
+from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.replies.status import Meter, describe, meter
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 NUM_ALTERNATIVES = 5
 
@@ -45,7 +46,7 @@ class Notebook:
         self._workbench = workbench
         self._running = running
 
-    def complete(self, visitor: Visitor, text: str, request: ChatRequest) -> Iterator[NotebookView]:
+    def complete(self, visitor: Visitor, text: str, request: ReplyRequest) -> Iterator[NotebookView]:
         """The text as it grows. An empty text is continued from the model's start token."""
         try:
             loaded = self._workbench.require()

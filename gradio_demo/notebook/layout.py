@@ -9,13 +9,12 @@ import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
-from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
-from ropewalk.gradio_demo.replies.more_pictures import token_view
-from ropewalk.gradio_demo.replies.pictures import context_meter, live_line
-from ropewalk.gradio_demo.replies.shared import HIDDEN, visitor
+from ropewalk.gradio_demo.notebook.pictures import token_view
+from ropewalk.gradio_demo.replies.layout import EXAMPLE, ReplySettings, request_of
+from ropewalk.gradio_demo.replies.pictures import context_meter
 from ropewalk.gradio_demo.session import Session
-
-EXAMPLE = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
+from ropewalk.gradio_demo.shared.pictures import live_line
 
 
 def build_notebook(session: Session, bar: ModelBar) -> None:
@@ -25,7 +24,7 @@ def build_notebook(session: Session, bar: ModelBar) -> None:
             text = gr.Textbox(
                 EXAMPLE,
                 label="Text",
-                info="The model goes on from its end; no roles, no template.",
+                info="The model goes on from its end; no roles, no template. Ctrl+Enter continues it.",
                 lines=16,
                 max_lines=16,
                 elem_id="notebook-text",

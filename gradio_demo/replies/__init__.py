@@ -1,1 +1,1 @@
-"""What several tabs share: work that is followed and stopped, settings of replies, small pictures."""
+"""What tabs with a model's words in them share: replies and measurements that are followed, stopped and described."""

@@ -6,10 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from ropewalk.gradio_demo.chat.asking import ChatRequest
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
+from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.replies.sampler_settings import BALANCED, PRESETS, sampling_params
 from ropewalk.gradio_demo.session import Session
+
+EXAMPLE = 'def read_lines(path):\n    """Return the lines of a text file."""\n'  # a prompt for the embedded model
 
 
 class ReplySettings:
@@ -42,7 +44,7 @@ class ReplySettings:
         return [bar.adapters, self.preset, self.max_new_tokens, self.seed]
 
 
-def request_of(session: Session, values: tuple[Any, ...]) -> ChatRequest:
+def request_of(session: Session, values: tuple[Any, ...]) -> ReplyRequest:
     """What `ReplySettings.inputs` ask for.
 
     Raises:
@@ -50,4 +52,4 @@ def request_of(session: Session, values: tuple[Any, ...]) -> ChatRequest:
     """
     adapters, preset, max_new_tokens, seed = values
     wanted = session.workbench.use_adapters(session.workbench.require(), adapters or [])
-    return ChatRequest(sampling_params(PRESETS[preset], max_new_tokens, seed), adapters=wanted)
+    return ReplyRequest(sampling_params(PRESETS[preset], max_new_tokens, seed), adapters=wanted)

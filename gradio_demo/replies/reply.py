@@ -1,19 +1,18 @@
 """One request to the engine in a thread of its own, followed through snapshots.
 
 A page is served by whatever worker thread is free, and must show something while a request waits or a prompt is read.
-So the engine runs here, and the follower looks a few times a second, however fast or slow the model is.
+So the engine runs as `Work`, and the follower looks a few times a second, however fast or slow the model is.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ropewalk.base.errors import RopewalkError
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.text_stream import TextStream
 from ropewalk.engine.turn_queue import Ticket
+from ropewalk.engine.work import Work
 from ropewalk.generate.generate import Cancelled, GenerationStats, Progress, Step
 from ropewalk.generate.sampling import SamplingParams
 
@@ -46,19 +45,14 @@ class Reply:
         self._engine = engine
         self._start = start
         self._place = 0
-        self._cancelled = threading.Event()
-        self._changed = threading.Event()
         self._pieces: list[str] = []
         self._tokens: list[tuple[Step, str]] = []
-        self._read = (0, 0)
         self._stream: TextStream | None = None
-        self._error: str | None = None
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="reply", daemon=True)
+        self._work = Work(self._run, "reply")
 
     def cancel(self) -> None:
         """End it soon, with what there is."""
-        self._cancelled.set()
+        self._work.cancel()
 
     def follow(self) -> Iterator[Snapshot]:
         """Snapshots until the end; the last one is of the phase DONE. Leaving the iteration early cancels the reply.
@@ -66,43 +60,22 @@ class Reply:
         Raises:
             Exception: whatever went wrong in the engine apart from errors that are explained.
         """
-        self._thread.start()
-        try:
-            while self._thread.is_alive():
-                self._changed.wait(LOOK_S)
-                self._changed.clear()
-                yield self._snapshot()
-                self._thread.join(LOOK_S)
-            if self._failure is not None:
-                raise self._failure
-            yield self._snapshot()
-        finally:
-            self.cancel()
+        yield from self._work.follow(self._snapshot, LOOK_S)
 
-    def _run(self) -> None:
-        try:
-            with self._engine.enter() as ticket:
-                while not ticket.wait(LOOK_S) and not self._cancelled.is_set():
-                    self._place = ticket.position
-                self._place = 0
-                self._stream = self._start(self._cancelled.is_set, self._progress, ticket)
-                for piece in self._stream:
-                    self._tokens += self._stream.tokens(len(self._tokens))
-                    self._pieces.append(piece)
-                    self._changed.set()
-        except RopewalkError as error:
-            self._error = str(error)
-        except Exception as error:  # handed to the follower, who is asked for it
-            self._failure = error
-        finally:
-            self._changed.set()
+    def _run(self, work: Work[None]) -> None:
+        with self._engine.enter() as ticket:
+            while not ticket.wait(LOOK_S) and not work.is_cancelled():
+                self._place = ticket.position
+            self._place = 0
+            self._stream = self._start(work.is_cancelled, work.progress, ticket)
+            for piece in self._stream:
+                self._tokens += self._stream.tokens(len(self._tokens))
+                self._pieces.append(piece)
+                work.changed()
 
-    def _progress(self, done: int, total: int) -> None:
-        self._read = (done, total)
-
-    def _snapshot(self) -> Snapshot:
-        stream = self._stream
-        if not self._thread.is_alive():
+    def _snapshot(self, is_over: bool) -> Snapshot:
+        stream, error = self._stream, self._work.error
+        if is_over:
             phase = DONE
         elif self._pieces:
             phase = WRITING
@@ -112,11 +85,11 @@ class Reply:
             phase,
             "".join(self._pieces),
             self._place,
-            self._read,
+            self._work.done_of,
             None if stream is None else stream.stats,
             None if stream is None else stream.finish_reason,
             tuple(self._tokens),
-            self._error,
+            None if error is None else str(error),
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from ropewalk.base.errors import RequestError
 from ropewalk.files.embedded import demo_model_path
-from ropewalk.gradio_demo.access import EMBEDDED, Access
+from ropewalk.gradio_demo.shared.access import EMBEDDED, MAX_UPLOAD_BYTES, Access
 
 
 @pytest.fixture
@@ -104,3 +105,39 @@ def test_dropped_files_without_a_config_are_refused(tree: Path) -> None:
     (tree / "uploads/1/a.txt").write_text("a")
     with pytest.raises(RequestError, match="no config.json is among the dropped files"):
         access(tree).dropped_folder([tree / "uploads/1/a.txt"])
+
+
+def test_a_file_that_was_dropped_twice_is_taken_once(tree: Path) -> None:
+    for number in (1, 2):
+        (tree / f"uploads/{number}/config.json").write_text("{}")
+    paths = [tree / "uploads/1/config.json", tree / "uploads/1/config.json", tree / "uploads/2/config.json"]
+    assert access(tree).dropped_folder(paths) == tree / "uploads/1"
+
+
+def test_different_files_of_one_name_are_refused_by_name(tree: Path) -> None:
+    """A folder within the dropped one holds a file of the same name; a page does not tell which was where."""
+    (tree / "uploads/1/config.json").write_text("{}")
+    (tree / "uploads/2/config.json").write_text('{"other": 1}')
+    with pytest.raises(RequestError, match="two different files named config.json .* without the folders inside it"):
+        access(tree).dropped_folder([tree / "uploads/1/config.json", tree / "uploads/2/config.json"])
+    assert not list((tree / "uploads").glob("dropped-*"))
+
+
+def test_a_dropped_file_of_more_than_the_limit_is_refused_with_what_to_do(
+    tree: Path,
+) -> None:
+    path = tree / "uploads/1/model.safetensors"
+    path.touch()
+    os.truncate(path, MAX_UPLOAD_BYTES + 1)  # takes no room on the disk
+    with pytest.raises(RequestError, match="model.safetensors is larger than the 4.0 GiB that"):
+        access(tree).check_upload(path)
+
+
+def test_a_dropped_folder_of_more_than_the_limit_is_refused_with_what_to_do(tree: Path) -> None:
+    paths = []
+    for number in range(3):
+        paths.append(tree / f"uploads/1/model-{number}.safetensors")
+        paths[-1].touch()
+        os.truncate(paths[-1], MAX_UPLOAD_BYTES)
+    with pytest.raises(RequestError, match="have 12.0 GiB, and 8.0 GiB are taken at most: copy the folder to where"):
+        access(tree).dropped_folder(paths)

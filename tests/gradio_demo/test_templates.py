@@ -10,7 +10,7 @@ from fake_model import FakeModel
 from ropewalk.base.errors import UnsupportedError
 from ropewalk.engine.engine import Engine
 from ropewalk.files.embedded import demo_model_path
-from ropewalk.gradio_demo.chat.templates import (
+from ropewalk.gradio_demo.replies.templates import (
     ALL_TEMPLATES,
     FROM_CHECKPOINT,
     PLAIN,

@@ -10,27 +10,31 @@ from typing import Any
 
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.access import EMBEDDED, Access
-from ropewalk.gradio_demo.chat.asking import ChatRequest
-from ropewalk.gradio_demo.chat.behaviour import Visitor
+from ropewalk.gradio_demo.chat.conversations import Conversation
+from ropewalk.gradio_demo.model_bar.owner import Owner
+from ropewalk.gradio_demo.replies.request import ReplyRequest
+from ropewalk.gradio_demo.replies.templates import PLAIN
 from ropewalk.gradio_demo.session import Session, make_session
+from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
+from ropewalk.gradio_demo.shared.visitors import Visitor
 
 VISITOR = Visitor("somebody", "tab 1")
-GREEDY = ChatRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
+GREEDY = ReplyRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
 
 
-def embedded_session(root: Path, **changes: Any) -> Session:
+def embedded_session(root: Path, owner: Owner | None = None, **changes: Any) -> Session:
     """The page as it starts, with its folders below `root`; `changes` to the settings of loading."""
-    session = empty_session(root)
+    session = empty_session(root, owner)
     session.workbench.load(EMBEDDED, values(session, **changes))
     return session
 
 
-def empty_session(root: Path) -> Session:
+def empty_session(root: Path, owner: Owner | None = None) -> Session:
     """Without a model. Folders below root/models may be opened, files in root/uploads count as dropped."""
     for name in ("models", "uploads", "exports"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    return make_session(Access(root / "models", (), root / "uploads"), root / "data", root / "exports", num_caches=2)
+    access = Access(root / "models", (), root / "uploads")
+    return make_session(access, root / "data", root / "exports", num_caches=2, owner=owner)
 
 
 def values(session: Session, name: str = EMBEDDED, **changes: Any) -> dict[str, Any]:
@@ -44,3 +48,11 @@ def copy_of_the_embedded_model(folder: Path, **config: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     return folder
+
+
+def asked(session: Session, *questions: str, request: ReplyRequest = GREEDY) -> Conversation:
+    """A conversation with the replies to these questions."""
+    conversation = Conversation(template=PLAIN)
+    for question in questions:
+        conversation = list(session.chats.ask(VISITOR, conversation, question, request))[-1].conversation
+    return conversation

@@ -24,6 +24,7 @@ INK = "#8a8580"
 COLOURS = ("#0f9d8a", "#d98a1f", "#5b8dd6", "#cc6f9f", "#b9513a", "#8a6fc0", "#6d9e3f", "#56b4e9")
 MARKERS = "os^Dv*PX"
 SIZE = (6.4, 3.6)  # inches; readable at 360 and at 900 pixels
+FEW = 6  # lengths that stand beside each other below a map without touching
 FORMATS = ("svg", "png", "pdf")
 
 
@@ -64,7 +65,8 @@ def plot_curves(curves: Sequence[Curve]) -> Figure:
 
 
 def plot_retrieval(cells: Sequence[RetrievalCell], title: str = "") -> Figure:
-    """A map of depth by length, coloured by the share of tokens found, with the share of whole keys in each cell.
+    """A map of depth by length. Colour and number of a cell say the same: the share of the key's tokens found. Whole
+    keys, of which a small model finds none, are in the table (`cells_csv`).
 
     Raises:
         RequestError: there is nothing to plot. UnsupportedError: matplotlib is not installed.
@@ -78,15 +80,18 @@ def plot_retrieval(cells: Sequence[RetrievalCell], title: str = "") -> Figure:
         row, column = depths.index(cell.depth), lengths.index(cell.length)
         values[row][column] = cell.tokens_found
         ink = "white" if cell.tokens_found < 0.6 else "#10302c"
-        axes.text(column, row, f"{100 * cell.found:.0f}%", ha="center", va="center", color=ink, fontsize=9)
+        share = f"{100 * cell.tokens_found:.0f}%"
+        axes.text(column, row, share, ha="center", va="center", color=ink, fontsize=9 if len(lengths) <= FEW else 7)
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    upright = {} if len(lengths) <= FEW else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], **upright)
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
     axes.set_xlabel("context length in tokens")
     axes.set_ylabel("depth of the key")
     axes.set_title(title, color=INK, fontsize=10)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("tokens of the key found (in the cells: whole keys)", color=INK, fontsize=8)
+    bar.set_label("share of the key's tokens found", color=INK)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
     return figure

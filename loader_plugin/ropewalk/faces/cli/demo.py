@@ -24,6 +24,18 @@ def add_demo_command(commands: argparse._SubParsersAction) -> None:
         "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated"
     )
     parser.add_argument(
+        "--owner",
+        action="append",
+        default=[],
+        metavar="USER",
+        help="who of --auth may load models and apply layer orders; may be repeated (default: the first)",
+    )
+    parser.add_argument(
+        "--anyone-may-load",
+        action="store_true",
+        help="every visitor may (default without --auth: the browser that opened the page first)",
+    )
+    parser.add_argument(
         "--root-path", metavar="PATH", help="path under which a proxy shows the page, such as /ropewalk"
     )
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"conversations (default: {DATA})")
@@ -37,6 +49,7 @@ def add_demo_command(commands: argparse._SubParsersAction) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     """Serve the demo page until Ctrl-C."""
     try:
+        from ropewalk.gradio_demo.model_bar.owner import Owner
         from ropewalk.gradio_demo.serving import Address, serve_demo
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "gradio":
@@ -49,8 +62,18 @@ def run_demo(args: argparse.Namespace) -> int:
         raise RequestError(f"--caches must be at least 1, got {args.caches}")
     auth = tuple(_user_and_password(text) for text in args.auth)
     address = Address(args.host, args.port, args.root_path, auth, args.open)
-    serve_demo(address, args.model, args.models, args.data.expanduser(), args.caches, note)
+    owner = Owner(args.anyone_may_load, _owners(args.owner, [user for user, _ in auth], args.anyone_may_load))
+    serve_demo(address, args.model, args.models, args.data.expanduser(), args.caches, owner, note)
     return 0
+
+
+def _owners(named: list[str], users: list[str], anyone: bool) -> list[str]:
+    if named and anyone:
+        raise RequestError("--owner and --anyone-may-load exclude each other: give one of them")
+    for name in named:
+        if name not in users:
+            raise RequestError(f"--owner {name}: give --auth {name}:PASSWORD too, so that they can be told apart")
+    return named or users[:1]
 
 
 def _user_and_password(text: str) -> tuple[str, str]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
-
-from ropewalk.gradio_demo.chat.behaviour import Visitor
 
 COOKIE = "ropewalk_visitor"
 YEAR_S = 365 * 24 * 3600
@@ -24,6 +23,14 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who asks. person: keeps conversations apart, the same after a reload; tab: one open page of that person."""
+
+    person: str
+    tab: str
 
 
 class VisitorCookie:
@@ -55,8 +62,13 @@ def visitor_of(username: str | None, cookies: Any, session_hash: str | None) -> 
     tab = session_hash or "no session"
     cookie = dict(cookies or {}).get(COOKIE)
     if username:
-        return Visitor(f"login {username}", tab)
+        return Visitor(person_of_login(username), tab)
     return Visitor(f"cookie {cookie}" if cookie else f"session {tab}", tab)
+
+
+def person_of_login(username: str) -> str:
+    """The person of a visitor who logged in under that name."""
+    return f"login {username}"
 
 
 def _new_cookie(scope: Message) -> str:

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ropewalk.base.errors import RequestError
-from ropewalk.generate.generate import GenerationStats
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.chat.conversations import Conversation, Turn
-from ropewalk.gradio_demo.chat.templates import chat_template, prompt_ids
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
-from ropewalk.gradio_demo.replies.reply import DONE, READING, WAITING, Reply, Snapshot, start_reply
+from ropewalk.gradio_demo.replies.reply import DONE, Reply, start_reply
+from ropewalk.gradio_demo.replies.request import DROP, STOP, ReplyRequest, with_stop
+from ropewalk.gradio_demo.replies.status import Meter, describe, meter
+from ropewalk.gradio_demo.replies.templates import chat_template, prompt_ids
 from ropewalk.text.chat import Template
 from ropewalk.text.tokenizer.load import Tokenizer
 
-DROP, STOP = "drop the oldest turns", "stop and say so"
-OVERFLOW_POLICIES = (DROP, STOP)
 LEAST_ROOM = 16  # tokens that a reply must at least have
-ENDS = {
-    "stop": "",
-    "length": "ended at the longest reply",
-    "context": "ended because the context is full",
-    "cancelled": "stopped",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """How a reply is made. adapters: as `Engine.stream` takes them; overflow: one of OVERFLOW_POLICIES."""
-
-    params: SamplingParams
-    overflow: str = DROP
-    adapters: Sequence[tuple[str, float]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Meter:
-    """Tokens of the context: `cached` and `read` of the prompt, `written` by the model, out of `size`."""
-
-    cached: int = 0
-    read: int = 0
-    written: int = 0
-    size: int = 0
-
-    @property
-    def used(self) -> int:
-        """All of them together."""
-        return self.cached + self.read + self.written
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +30,7 @@ class ChatView:
     error: str | None = None
 
 
-def make_reply(loaded: Loaded, conversation: Conversation, request: ChatRequest) -> tuple[Reply, int]:
+def make_reply(loaded: Loaded, conversation: Conversation, request: ReplyRequest) -> tuple[Reply, int]:
     """(the reply to a conversation that ends with a question, how many of its oldest turns are left out).
 
     Raises:
@@ -73,11 +42,6 @@ def make_reply(loaded: Loaded, conversation: Conversation, request: ChatRequest)
         loaded.tokenizer, template, conversation, loaded.model.max_seq_len - room, request.overflow
     )
     return start_reply(loaded.engine, ids, with_stop(request.params, template.stop), request.adapters), dropped
-
-
-def with_stop(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:
-    """With the words that end a turn of a template."""
-    return replace(params, stop=tuple(dict.fromkeys(params.stop + stop)))
 
 
 def fitting_prompt(
@@ -110,40 +74,6 @@ def follow_chat(reply: Reply, dropped: int, conversation: Conversation, size: in
         else:
             grown = conversation
         yield ChatView(grown, line, meter(snapshot.stats, size), snapshot.phase != DONE, snapshot.error)
-
-
-def describe(snapshot: Snapshot, dropped: int = 0) -> str:
-    """One line about where a reply is, and how fast it got there."""
-    if snapshot.error is not None:
-        return snapshot.error
-    forgotten = [f"{dropped} oldest messages left out"] if dropped else []
-    if snapshot.phase == WAITING:
-        place = f": number {snapshot.place} in the queue" if snapshot.place else ""
-        return " · ".join([f"waiting for the model{place}", *forgotten])
-    if snapshot.phase == READING:
-        done, total = snapshot.read
-        return " · ".join([f"reading the prompt: {done} of {total} tokens", *forgotten])
-    ended = ENDS.get(snapshot.finish_reason or "", "")
-    return " · ".join([*_speeds(snapshot.stats), *forgotten, *([ended] if ended else [])])
-
-
-def meter(stats: GenerationStats | None, size: int) -> Meter:
-    """How the context is filled."""
-    if stats is None:
-        return Meter(size=size)
-    written = max(stats.context_used - stats.prompt_tokens, 0)
-    return Meter(stats.reused_tokens, stats.prompt_tokens - stats.reused_tokens, written, stats.context_size)
-
-
-def _speeds(stats: GenerationStats | None) -> list[str]:
-    if stats is None:
-        return []
-    read = stats.prompt_tokens - stats.reused_tokens
-    return [
-        f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} from the cache",
-        f"{read} read at {stats.prompt_tokens_per_s:,.0f} tokens/s",
-        f"{stats.new_tokens} written at {stats.new_tokens_per_s:,.0f} tokens/s",
-    ]
 
 
 def _room(params: SamplingParams, size: int) -> int:

@@ -6,6 +6,7 @@ of a folder are checked the same way: a folder under --models may hold a link to
 
 from __future__ import annotations
 
+import filecmp
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ropewalk.base.errors import RequestError
+from ropewalk.base.memory import format_bytes
 from ropewalk.files.embedded import demo_model_path
 
 EMBEDDED = "embedded model"
 MAX_LISTED = 500
+# What a page takes over the network fills the disk of the machine it runs on; larger models are put there by hand.
+MAX_UPLOAD_BYTES = 4 * 2**30
+MAX_FOLDER_BYTES = 8 * 2**30
 MAX_DEPTH = 3  # --models/publisher/model/adapter
 
 
@@ -71,11 +76,16 @@ class Access:
         """A file or folder that was dropped on the page.
 
         Raises:
-            RequestError: it is none.
+            RequestError: it is not one of these, or larger than a file may be.
         """
         resolved = _resolved(path)
         if resolved is None or self.uploads is None or not _below(resolved, self.uploads.resolve()):
             raise RequestError(f"{path.name}: only files that were dropped on this page can be read")
+        if resolved.is_file() and resolved.stat().st_size > MAX_UPLOAD_BYTES:
+            raise RequestError(
+                f"{path.name} is larger than the {format_bytes(MAX_UPLOAD_BYTES)} that a dropped file may have: "
+                "copy it to where --models leads"
+            )
         return resolved
 
     def dropped_folder(self, files: Sequence[Path]) -> Path:
@@ -83,9 +93,9 @@ class Access:
         page keeps each dropped file in a folder of its own.
 
         Raises:
-            RequestError: nothing was dropped, or no config.json with it.
+            RequestError: nothing was dropped, or no config.json with it; two files of one name; too much.
         """
-        checked = [self.check_upload(path) for path in files]
+        checked = self._check_dropped(files)
         config = next((path for path in checked if path.name == "config.json"), None)
         if config is None:
             raise RequestError("no config.json is among the dropped files: drop the folder that holds it")
@@ -95,6 +105,25 @@ class Access:
         for path in checked:
             os.link(path, folder / path.name)
         return folder
+
+    def _check_dropped(self, paths: Sequence[Path]) -> list[Path]:
+        """Dropped files without those that came twice. A page tells their names, but not in which folder each was."""
+        checked = list(dict.fromkeys(self.check_upload(path) for path in paths))
+        size = sum(path.stat().st_size for path in checked)
+        if size > MAX_FOLDER_BYTES:
+            raise RequestError(
+                f"the dropped files have {format_bytes(size)}, and {format_bytes(MAX_FOLDER_BYTES)} are taken at most: "
+                "copy the folder to where --models leads"
+            )
+        by_name: dict[str, Path] = {}
+        for path in checked:
+            other = by_name.setdefault(path.name, path)
+            if other is not path and not filecmp.cmp(other, path, shallow=False):
+                raise RequestError(
+                    f"two different files named {path.name} were dropped: drop the folder that holds config.json "
+                    "without the folders inside it"
+                )
+        return list(by_name.values())
 
     def _roots(self) -> list[Path]:
         roots = [self._embedded, *self.granted, *(root for root in (self.models, self.uploads) if root is not None)]

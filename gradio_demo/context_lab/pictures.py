@@ -1,0 +1,21 @@
+"""How far a measurement is, as a bar."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ropewalk.gradio_demo.replies.measuring import Measured
+
+
+def progress_bar(measured: Measured, unit: str) -> str:
+    """How far a measurement is."""
+    if measured.error is not None:
+        return f'<p class="rw-line rw-error">{escape(measured.error)}</p>'
+    part = 100 * measured.done / measured.total if measured.total else 0
+    if not measured.running:
+        part = part if measured.cancelled else 100
+    state = "running" if measured.running else "cancelled: what was measured is shown" if measured.cancelled else "done"
+    return (
+        f'<div class="rw-meter"><div class="rw-bar"><span class="rw-cached" style="width:{part:.1f}%"></span></div>'
+        f'<p class="rw-line">{state}: {measured.done:,} of {measured.total:,} {unit}</p></div>'
+    )

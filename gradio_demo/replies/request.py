@@ -1,0 +1,25 @@
+"""How a reply is wanted: settings of the sampler, adapters, and what is done when the context is full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ropewalk.generate.sampling import SamplingParams
+
+DROP, STOP = "drop the oldest turns", "stop and say so"
+OVERFLOW_POLICIES = (DROP, STOP)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyRequest:
+    """How a reply is made. adapters: as `Engine.stream` takes them; overflow: one of OVERFLOW_POLICIES, for chats."""
+
+    params: SamplingParams
+    overflow: str = DROP
+    adapters: Sequence[tuple[str, float]] = ()
+
+
+def with_stop(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:
+    """With the words that end a turn of a template."""
+    return replace(params, stop=tuple(dict.fromkeys(params.stop + stop)))

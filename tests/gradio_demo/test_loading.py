@@ -1,0 +1,104 @@
+"""model_bar/: models, settings and adapters, on the embedded model, without Gradio."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from demo_session import GREEDY, VISITOR, asked, copy_of_the_embedded_model, embedded_session, empty_session, values
+from ropewalk.base.errors import RequestError
+from ropewalk.gradio_demo.chat.conversations import Conversation
+from ropewalk.gradio_demo.documents.behaviour import Document
+from ropewalk.gradio_demo.model_bar.settings import AS_CHECKPOINT, FieldError
+from ropewalk.gradio_demo.model_bar.workbench import FOLDER
+from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared.access import EMBEDDED
+
+
+def test_the_embedded_model_starts_with_a_context_worth_talking_in(shared: Session) -> None:
+    loaded = shared.workbench.require()
+    assert (loaded.model.max_seq_len, loaded.model.rope.method.name) == (2048, "yarn")
+
+
+def test_values_as_the_checkpoint_has_them_are_left_to_it(tmp_path: Path) -> None:
+    session = embedded_session(tmp_path, rope_method=AS_CHECKPOINT, rope_factor="", max_seq_len="512")
+    loaded = session.workbench.require()
+    assert (loaded.model.max_seq_len, loaded.model.rope.method.name) == (512, "none")
+    assert loaded.info.rope_decided_by.startswith("rope_parameters")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"max_seq_len": "many"}, "max_seq_len", "a number is needed, got 'many'"),
+        ({"max_seq_len": "1.5"}, "max_seq_len", "a whole number from 1 to"),
+        ({"threads": "0"}, "threads", "a whole number from 1 to 1024"),
+        ({"alpha_value": "2"}, "alpha_value", "the RoPE method yarn replaces it"),
+        ({"alpha_value": "nan"}, "alpha_value", "a finite number"),
+        ({"rope_factor": ""}, "rope_factor", "needs a factor"),
+        ({"rope_factor": "-1"}, "rope_method", "factor"),
+        ({"rope_method": AS_CHECKPOINT}, "rope_factor", "choose a RoPE method"),
+        ({"rope_method": AS_CHECKPOINT, "rope_factor": "", "alpha_value": "1e9"}, "alpha_value", "alpha_value"),
+        ({"rope_method": "spiral"}, "rope_method", "must be one of"),
+        ({"layer_order": "0-9"}, "layer_order", "layer"),
+        ({"compute": "magic"}, "compute", "must be one of"),
+        ({"second_folder": "/etc"}, "second_folder", "may not be read"),
+    ],
+)
+def test_a_wrong_setting_is_explained_at_its_field_and_the_model_stays(
+    shared: Session, changes: dict[str, str], field: str, said: str
+) -> None:
+    before = shared.workbench.loaded
+    with pytest.raises(FieldError, match=said) as caught:
+        shared.workbench.load(EMBEDDED, values(shared, **changes))
+    assert caught.value.field == field
+    assert shared.workbench.loaded is before
+
+
+def test_a_broken_folder_is_explained_and_the_old_model_still_answers(tmp_path: Path) -> None:
+    session = embedded_session(tmp_path)
+    broken = copy_of_the_embedded_model(tmp_path / "models" / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(FieldError, match="model.safetensors") as caught:
+        session.workbench.load("broken", values(session, "broken"))
+    assert caught.value.field == FOLDER
+    assert asked(session, "def f():").turns[-1].content
+
+
+def test_another_folder_takes_the_place_of_the_model_with_progress(tmp_path: Path) -> None:
+    session = embedded_session(tmp_path)
+    copy_of_the_embedded_model(tmp_path / "models" / "again", max_position_embeddings=300)
+    steps: list[tuple[int, int]] = []
+    loaded = session.workbench.load("again", values(session, "again"), lambda *step: steps.append(step))
+    assert loaded.model.max_seq_len == 300
+    assert steps[-1] == (6, 6)
+    assert session.workbench.loaded is loaded
+
+
+def test_without_a_model_every_tab_says_so(tmp_path: Path) -> None:
+    session = empty_session(tmp_path)
+    views = [
+        *session.chats.ask(VISITOR, Conversation(), "Hello", GREEDY),
+        *session.notebook.complete(VISITOR, "Hello", GREEDY),
+        *session.documents.ask(VISITOR, [Document("a", "b")], "c?", "vicuna", GREEDY),
+        *session.layers.compare(VISITOR, "0", "Hello", GREEDY.params),
+        session.layers.view("0-4"),
+    ]
+    assert all("no model is loaded" in view.error for view in views if not getattr(view, "running", False))
+
+
+def test_adapters_are_loaded_when_they_are_first_wanted_and_change_the_reply(tmp_path: Path) -> None:
+    session = embedded_session(tmp_path)
+    loaded = session.workbench.require()
+    assert "linear-4" in session.workbench.adapters(loaded) and loaded.model.adapters == ()
+    wanted = session.workbench.use_adapters(loaded, ["linear-4", "extrapolation:0.5"])
+    assert wanted == [("linear-4", 1.0), ("extrapolation", 0.5)]
+    assert loaded.model.adapters == ("linear-4", "extrapolation")
+    changed = asked(session, "def read(path):", request=replace(GREEDY, adapters=wanted))
+    assert changed.turns[-1].content != asked(session, "def read(path):").turns[-1].content
+    for wrong, said in (("nobody", "no adapter 'nobody'"), ("linear-4:much", "must be a number")):
+        with pytest.raises(RequestError, match=said):
+            session.workbench.use_adapters(loaded, [wrong])
