@@ -8,7 +8,6 @@ A job that waits takes no thread. `Job.close` frees its place at once: in the qu
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +16,7 @@ from types import TracebackType
 
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.text_stream import TextStream
+from ropewalk.engine.work import Work as Running
 from ropewalk.faces.server.requests import Choice, Work
 from ropewalk.generate.generate import GenerationStats, Step
 from ropewalk.text.tokenizer.load import StreamDecoder
@@ -92,7 +92,7 @@ class Job:
         self._jobs, self._threads, self._work = jobs, threads, work
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Piece | Finished | Exception | None] = asyncio.Queue()
-        self._cancelled = threading.Event()
+        self._running = Running(self._run, on_change=self._on_change)
         self._started = False
         self._entered_s = self._loop.time()
         self.queue_s: float | None = None
@@ -109,7 +109,7 @@ class Job:
 
     def close(self) -> None:
         """Stop, if it is not over. The ticket of a running job is closed by its thread, which still uses a cache."""
-        self._cancelled.set()
+        self._running.cancel()
         if not self._started:
             self.ticket.close()
         self._jobs.live.discard(self)
@@ -142,29 +142,30 @@ class Job:
             self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
-        if self._cancelled.is_set():
+        if self._running.is_cancelled():
             return
         self._started = True
         self.queue_s = self._loop.time() - self._entered_s
-        self._threads.submit(self._run)
+        self._threads.submit(self._running.run)
 
-    def _run(self) -> None:
-        """In a thread: all replies, then the end or what went wrong."""
-        outcome = None
+    def _run(self, running: Running[None]) -> None:
+        """In a thread: all replies."""
         try:
             for index, choice in enumerate(self._work.choices):
-                if not self._cancelled.is_set():
+                if not running.is_cancelled():
                     self._reply(index, choice)
-        except Exception as error:  # whatever it is, the client must hear of it
-            outcome = error
         finally:
             self.ticket.close()
-            self._post(outcome)
+
+    def _on_change(self) -> None:
+        """The end, or what went wrong: whatever it is, the client must hear of it."""
+        if self._running.is_over:
+            self._post(self._running.error or self._running.failure)
 
     def _reply(self, index: int, choice: Choice) -> None:
         engine, adapters = self._jobs.engine, self._work.adapters
         stream = engine.stream(
-            choice.prompt_ids, choice.params, self._cancelled.is_set, adapters=adapters, ticket=self.ticket
+            choice.prompt_ids, choice.params, self._running.is_cancelled, adapters=adapters, ticket=self.ticket
         )
         tokens = _ShownTokens(stream)
         if choice.echo:
@@ -184,7 +185,7 @@ class Job:
             self._post(Piece(index, choice.echo, []))
             return
         ids, adapters = choice.prompt_ids, self._work.adapters
-        steps = engine.score(ids, count, self._cancelled.is_set, adapters, self.ticket)
+        steps = engine.score(ids, count, self._running.is_cancelled, adapters, self.ticket)
         if steps is not None:
             decoder = StreamDecoder(engine.tokenizer)
             tokens = [(step, decoder.push(step.token_id)) for step in steps]
