@@ -93,7 +93,7 @@ def catalogue() -> list[Case]:
     for number in range(32):
         chat, prompt = bool(number % 2), PROMPTS[number // 2 % len(PROMPTS)]
         params = SamplingParams(seed=number, max_new_tokens=(8, 24, 64, 120)[number // 8])
-        engine = Engine(model, tokenizer, "vicuna")
+        engine = Engine(model, tokenizer)  # the same template as the server
         stream = engine.chat(messages_of(prompt), params) if chat else engine.stream(prompt, params)
         done = stream.complete()
         reason = "stop" if done.finish_reason == "stop" else "length"
