@@ -28,7 +28,7 @@ CHROMIUM_FLAGS = (
 CONTEXT_LABELS = ("ctx-size", "ctx_size", "max_seq_len")
 WAIT_MS = 120_000
 SAMPLE_TEXT = "held-out-sample"
-PERPLEXITY = (1.0, 100.0)
+PERPLEXITY = (9.0, 11.5)  # `ropewalk perplexity --lengths 512` on the same text: 10.2
 UNSUPPORTED = ("broken-other-family", "broken-gemma2", "broken-awq")
 
 
@@ -181,14 +181,16 @@ def load_shows_what_was_loaded(browser: Browser) -> str:
 
 def chat_streams(browser: Browser) -> str:
     browser.tab("Chat")
+    before = browser.replies()
     browser.send("Write a function that reads a file.")
     replies = browser.page.locator("#chat .message-body")
     lengths: set[int] = set()
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and "new " not in browser.server.console():
+    while time.monotonic() < deadline and len(lengths) < 50 and browser.replies() == before:
         lengths.add(len(replies.last.inner_text()) if replies.count() > 1 else 0)
+    browser.stop()
+    browser.reply_after(before)
     assert len(lengths) > 2, f"the reply did not grow: {sorted(lengths)}"
-    browser.page.wait_for_timeout(1000)
     text = replies.last.inner_text()
     assert text.strip(), "an empty reply"
     browser.shoot("chat")
@@ -381,6 +383,8 @@ def next_token_probabilities(browser: Browser) -> str:
 
 
 def perplexity_is_measured(browser: Browser) -> str:
+    plain = {"ctx_size": 512, "compress_pos_emb": 1, "alpha_value": 1}  # without the LoRAs too
+    browser.server.api.post("/v1/internal/model/load", model_name=MODEL, args=plain)
     browser.tab("Training")
     browser.tab("Perplexity evaluation")
     browser.choose("Input dataset", SAMPLE_TEXT)
