@@ -28,7 +28,7 @@ CHROMIUM_FLAGS = (
 CONTEXT_LABELS = ("ctx-size", "ctx_size", "max_seq_len")
 WAIT_MS = 120_000
 SAMPLE_TEXT = "held-out-sample"
-PERPLEXITY = (9.0, 11.5)  # `ropewalk perplexity --lengths 512` on the same text: 10.2
+PERPLEXITY = (9.0, 12.0)  # 10.2 by `ropewalk perplexity --lengths 512`; the web UI counts a short last window in full
 UNSUPPORTED = ("broken-other-family", "broken-gemma2", "broken-awq")
 
 
