@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Subject:
 def add_models(copy: WebuiCopy) -> None:
     """The embedded model, broken variants of it, and two LoRAs for it."""
     shutil.copytree(DEMO_MODEL, copy.models(MODEL), ignore=shutil.ignore_patterns("*.md", "*.txt"))
-    for name, damage in BROKEN.items():
+    for name, damage in (BROKEN | {TOKEN_LIST: _list_special_tokens, "dense-no-weights": _leave_only_config}).items():
         shutil.copytree(copy.models(MODEL), copy.models(name))
         damage(copy.models(name))
     script = Path(__file__).with_name("reference.py")
@@ -100,11 +101,38 @@ def _change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def _change_quantisation(folder: Path, method: str, **changes: Any) -> None:
+    """Declared in config.json alone, as newer tools do."""
+    declared = json.loads((folder / "quantize_config.json").read_text()) | {"quant_method": method}
+    (folder / "quantize_config.json").unlink()
+    _change_config(quantization_config=declared, **changes)(folder)
+
+
+def _list_special_tokens(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": ["<|x|>"]}))
+
+
+def _leave_only_config(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "config.json":
+            path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+TOKEN_LIST = "token-list"  # which transformers 4 cannot read
 BROKEN: dict[str, Callable[[Path], None]] = {
     "broken-half-a-file": _cut_weights,
     "broken-no-weights": lambda folder: (folder / "model.safetensors").unlink(),
     "broken-other-family": _change_config(model_type="mamba"),
     "broken-other-shape": _change_config(hidden_size=320),
+    "broken-no-tokenizer": lambda folder: (folder / "tokenizer.model").unlink(),
+    "broken-gemma2": lambda folder: _change_quantisation(
+        folder, "gptq", model_type="gemma2", architectures=["Gemma2ForCausalLM"]
+    ),
+    "broken-awq": lambda folder: _change_quantisation(folder, "awq"),
     "broken-rope": _change_config(rope_scaling={"type": "sideways", "factor": 2.0}, rope_parameters=None),
 }
 
@@ -135,21 +163,24 @@ def text_equals_generate_on_our_class(subject: Subject) -> str:
     ours += [subject.text(max_tokens=40, min_p=0, **SAMPLED | {"seed": seed}) for seed in SEEDS]
     assert len(set(expected)) > 1, "the seeds give the same text: nothing is compared"
     for number, (left, right) in enumerate(zip(ours, expected, strict=True)):
-        assert left.strip() == right.strip(), f"reply {number}: {left!r} is not {right!r}"
+        assert left == right, f"reply {number}: {left!r} is not {right!r}"
     return f"greedy and seeds {', '.join(map(str, SEEDS))}: equal"
+
+
+def indentation_is_kept(subject: Subject) -> str:
+    text = subject.text(max_tokens=60)
+    indents = [len(line) - len(line.lstrip(" ")) for line in (PROMPT + text).splitlines() if line.strip()]
+    assert text.startswith(" " * 8), f"the reply does not start with eight spaces: {text!r}"
+    assert max(indents) >= 8 and not any(indent % 4 for indent in indents), (indents, text)
+    return f"lines start with {', '.join(map(str, indents))} spaces"
 
 
 def stream_equals_completion(subject: Subject) -> str:
     body = {"prompt": PROMPT, "max_tokens": 24} | GREEDY
     pieces = [event["choices"][0].get("text", "") for event in subject.server.api.stream("/v1/completions", **body)]
-    assert _words("".join(pieces)) == _words(subject.text()), pieces
+    assert "".join(pieces) == subject.text(), pieces
     assert len(pieces) > 3, f"only {len(pieces)} events"
     return f"{len(pieces)} events"
-
-
-def _words(text: str) -> str:
-    """Text without spaces: the web UI loses one where a streamed piece starts with several."""
-    return "".join(text.split())
 
 
 def chat_and_its_stream_agree(subject: Subject) -> str:
@@ -158,7 +189,8 @@ def chat_and_its_stream_agree(subject: Subject) -> str:
     text = whole["choices"][0]["message"]["content"]
     deltas = [event["choices"][0]["delta"] for event in subject.server.api.stream("/v1/chat/completions", **body)]
     streamed = "".join(delta.get("content") or "" for delta in deltas)
-    assert text and _words(streamed) == _words(text), (text, streamed)
+    # The web UI strips a chat message, but not what it streams; within, every space counts.
+    assert text and streamed.strip() == text.strip(), (text, streamed)
     return f"{whole['usage']['completion_tokens']} tokens"
 
 
@@ -286,28 +318,78 @@ def a_broken_lora_is_refused(subject: Subject) -> str:
         refused = error
     else:
         raise AssertionError("it was accepted")
-    assert subject.text() == base and "DoRA" in subject.server.console()
-    return f"HTTP {refused.status}, the reason on the console, the model as before"
+    assert "DoRA" in str(refused) and "DoRA" in subject.server.console(), refused
+    assert subject.text() == base
+    return f"HTTP {refused.status} with the reason, the model as before"
 
 
 def broken_folders_are_refused(subject: Subject) -> str:
     base, seen = subject.text(), []
     for name in BROKEN:
-        start = len(subject.server.console())
-        try:
-            subject.load(name, loader="ropewalk")
-        except Refused as error:
-            said = re.search(rf"(ropewalk|Error): .*{name}.*", subject.server.console()[start:])
-            assert said, f"{name}: HTTP {error.status}, and no reason on the console"
-        else:
-            raise AssertionError(f"{name} was accepted")
-        assert subject.server.alive, f"{name} ended the server"
-        still = subject.info()["model_name"] == MODEL
-        seen.append(f"{name.removeprefix('broken-')}{' (model before still there)' if still else ''}")
-        if not still:
-            subject.load()
+        reason = _refusal(subject, name, loader="ropewalk")
+        assert name in reason, f"{name}: the answer has no reason: {reason}"
         assert subject.text() == base, f"after {name} another text"
-    return ", ".join(seen)
+        seen.append(name.removeprefix("broken-"))
+    return f"{', '.join(seen)}: the reason in the answer, the model before still there"
+
+
+def unsupported_folders_are_refused_without_being_asked_for(subject: Subject) -> str:
+    base = subject.text()
+    for name, word in {"broken-gemma2": "gemma2", "broken-awq": "awq"}.items():
+        reason = _refusal(subject, name)
+        assert word in reason.replace(name, ""), reason
+        assert subject.text() == base, f"after {name} another text"
+    return reason[:100]
+
+
+def tokenizers_are_tried_before_the_model_is_unloaded(subject: Subject) -> str:
+    base = subject.text()
+    assert "has no tokenizer" in _refusal(subject, "broken-no-tokenizer")
+    assert subject.text() == base
+    if not subject.copy.run("-c", "import transformers; print(transformers.__version__)").startswith("4."):
+        return "none; a list of special tokens is no trouble here"
+    assert "extra_special_tokens" in _refusal(subject, TOKEN_LIST)
+    assert subject.text() == base
+    return "none, and a list of special tokens"
+
+
+def a_misspelt_argument_is_refused(subject: Subject) -> str:
+    base = subject.text()
+    reason = _refusal(subject, MODEL, alpha_valeu=2)
+    assert "did you mean alpha_value?" in reason, reason
+    assert subject.text() == base
+    return reason[:100]
+
+
+def _refusal(subject: Subject, name: str, **arguments: Any) -> str:
+    """What the API answers to a load that must fail, while the model before is still there."""
+    try:
+        subject.load(name, **arguments)
+    except Refused as error:
+        assert subject.server.alive, f"{name} ended the server"
+        assert subject.info()["model_name"] == MODEL, f"{name}: the model before is gone"
+        return str(error)
+    raise AssertionError(f"{name} was accepted")
+
+
+def errors_of_other_loaders_are_their_own(subject: Subject) -> str:
+    seen = []
+    for loader in ("Transformers", "llama.cpp"):
+        before = len(subject.server.console())
+        with suppress(Refused):  # llama.cpp says it on the console alone
+            subject.load("dense-no-weights", loader=loader)
+        said = subject.server.console()[before:]
+        frames = re.findall(r"[^\s\"]*ropewalk/faces[^\s\"]*", said)
+        assert "error" in said.lower() and not frames, frames or said
+        seen.append(said.strip().splitlines()[-1].strip()[:60])
+    subject.load()
+    return "; ".join(seen)
+
+
+def the_console_names_our_loader(subject: Subject) -> str:
+    said = re.findall(r'LOADER: "([^"]*)"', subject.server.console())
+    assert said and set(said) == {"ropewalk"}, said
+    return f'LOADER: "ropewalk", {len(said)} times'
 
 
 def messages_of_anthropic(subject: Subject) -> str:
@@ -331,6 +413,7 @@ CHECKS: tuple[Callable[[Subject], str], ...] = (
     gptq_folder_chooses_our_loader,
     completion_is_repeatable,
     text_equals_generate_on_our_class,
+    indentation_is_kept,
     stream_equals_completion,
     chat_and_its_stream_agree,
     logprobs_are_of_the_chosen_tokens,
@@ -346,6 +429,11 @@ CHECKS: tuple[Callable[[Subject], str], ...] = (
     loras_are_applied_and_removed,
     a_broken_lora_is_refused,
     broken_folders_are_refused,
+    unsupported_folders_are_refused_without_being_asked_for,
+    tokenizers_are_tried_before_the_model_is_unloaded,
+    a_misspelt_argument_is_refused,
+    the_console_names_our_loader,
+    errors_of_other_loaders_are_their_own,
     messages_of_anthropic,
     unloading_and_loading_again,
 )

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from checks import CHECKS, LORAS, MODEL, PROMPT, Skip, Subject, add_models
-from server import Refused, WebuiCopy, WebuiServer
+from server import NotRunning, Refused, WebuiCopy, WebuiServer, traces
 
 IDLE_LIMIT_S = 200
 
@@ -101,9 +101,10 @@ def flag(copy: WebuiCopy, name: str) -> str:
 
 
 def extension_scene(table: Table, copy: WebuiCopy) -> None:
-    """`ropewalk webui install`, the extension active, everything through the API."""
+    """`ropewalk webui install` without the startup file, the extension active, everything through the API."""
     scene = "extension"
-    table.check(scene, "ropewalk webui install", lambda: copy.ropewalk("webui", "install", copy.webui).splitlines()[0])
+    install = ("webui", "install", "--no-startup", copy.webui)
+    table.check(scene, "ropewalk webui install --no-startup", lambda: copy.ropewalk(*install).splitlines()[0])
     table.check(scene, "ropewalk webui status", lambda: _all_hooks_attach(copy))
     with served(table, scene, copy, "--extensions", "ropewalk") as subject:
         if subject is None:
@@ -130,11 +131,11 @@ def launcher_scene(table: Table, copy: WebuiCopy) -> None:
 
 
 def startup_file_scene(table: Table, copy: WebuiCopy) -> None:
-    """`ropewalk webui enable`, then a plain server.py with our flags, in CMD_FLAGS.txt if it reads that; `disable`."""
+    """`ropewalk webui install`, then a plain server.py with our flags, in CMD_FLAGS.txt if it reads that."""
     scene, flag_file = "startup file", copy.user_data / "CMD_FLAGS.txt"
     flags = ["--loader", "ropewalk", flag(copy, context_name(copy)), "768", flag(copy, "alpha_value"), "2"]
     reads_file = "CMD_FLAGS" in (copy.webui / "modules" / "shared.py").read_text(encoding="utf-8")
-    table.check(scene, "ropewalk webui enable", lambda: copy.ropewalk("webui", "enable").strip())
+    table.check(scene, "ropewalk webui install", lambda: _installed(copy))
     if reads_file:
         flag_file.write_text(" ".join(flags) + "\n")
     with served(table, scene, copy, "--model", MODEL, *([] if reads_file else flags)) as subject:
@@ -144,10 +145,31 @@ def startup_file_scene(table: Table, copy: WebuiCopy) -> None:
             )
             table.check(scene, "nothing failed to attach", lambda: _no_complaints(subject.server))
     flag_file.unlink(missing_ok=True)
-    table.check(scene, "ropewalk webui disable", lambda: copy.ropewalk("webui", "disable").strip())
-    with served(table, f"{scene} disabled", copy) as subject:
+
+
+def uninstalled_scene(table: Table, copy: WebuiCopy) -> None:
+    """A model saved with our loader, first with `ropewalk webui enable` and then after `uninstall`; and `enable` in the
+    Python below, which is another's business."""
+    scene, saved = "uninstalled", copy.models(MODEL).parent / "config-user.yaml"
+    context = context_name(copy)
+    saved.write_text(f"{MODEL}$:\n  loader: ropewalk\n  {context}: 640\n  alpha_value: 2\n  rope_method: config\n")
+    copy.ropewalk("webui", "install", copy.webui)
+    with served(table, f"{scene}, before", copy, "--model", MODEL) as subject:
         if subject is not None:
-            table.check(scene, "nothing of ours is left", lambda: _gone(subject))
+            table.check(scene, "before that, a saved model starts", lambda: _loaded(subject, 640, []))
+    table.check(scene, "ropewalk webui uninstall", lambda: _uninstalled(copy))
+    table.check(scene, "a saved model does not end the server over our name", lambda: _starts_without_us(copy))
+    copy.ropewalk("webui", "enable", python=copy.base_python)
+    with served(table, scene, copy) as subject:
+        if subject is not None:
+            table.check(scene, "nothing of ours is left, whatever the Python below has", lambda: _gone(subject, copy))
+    copy.ropewalk("webui", "disable", python=copy.base_python)
+
+
+def _installed(copy: WebuiCopy) -> str:
+    printed = copy.ropewalk("webui", "install", copy.webui)
+    assert copy.startup_files("venv") and not copy.startup_files("base"), printed
+    return "; ".join(printed.splitlines()[:2]).replace(str(copy.scratch), "")
 
 
 def _all_hooks_attach(copy: WebuiCopy) -> str:
@@ -169,9 +191,20 @@ def _no_complaints(server: WebuiServer) -> str:
 
 def _uninstalled(copy: WebuiCopy) -> str:
     printed = copy.ropewalk("webui", "uninstall", copy.webui)
-    left = [path for path in copy.webui.rglob("extensions/ropewalk*")]
-    assert not left, left
+    assert (left := traces(copy)) == [], left
     return printed.splitlines()[0]
+
+
+def _starts_without_us(copy: WebuiCopy) -> str:
+    """With a GPTQ model and without us, some versions end over the model; but none may over our name."""
+    server = WebuiServer(copy, ("--model", MODEL))
+    try:
+        with server:
+            said = "it is up"
+    except NotRunning:
+        said = server.console().strip().splitlines()[-1].strip()
+    assert "KeyError" not in server.console() and "ropewalk" not in said, said
+    return said[:100]
 
 
 def _loaded(subject: Subject, context: int, loras: list[str]) -> str:
@@ -193,16 +226,17 @@ def _idle(subject: Subject) -> str:
     return f"unloaded after {waited:.0f} s; the next request has the same text, LoRAs {subject.info()['lora_names']}"
 
 
-def _gone(subject: Subject) -> str:
+def _gone(subject: Subject, copy: WebuiCopy) -> str:
+    assert copy.startup_files("base") and not copy.startup_files("venv")
     try:
         subject.load(loader="ropewalk")
     except Refused as error:
-        assert subject.server.alive
+        assert subject.server.alive and "ropewalk: " not in subject.server.console()
         return f"our loader is unknown to it: HTTP {error.status}"
     raise AssertionError(f"it loaded: {subject.info()}")
 
 
-SCENES = (extension_scene, launcher_scene, startup_file_scene)
+SCENES = (extension_scene, launcher_scene, startup_file_scene, uninstalled_scene)
 
 
 def main() -> int:

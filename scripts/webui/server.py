@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,11 +25,18 @@ PACKAGE = Path(__file__).resolve().parents[2] / "loader_plugin"
 DEMO_MODEL = PACKAGE / "ropewalk" / "demo_model"
 START_S = 240
 REPLY_S = 300
+PYTHON = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
 # The console is watched for it: a request for the page while it starts delays it, and gradio asks its own server then
 # and ends if that takes more than three seconds, as it may on a busy machine.
 PAGE_IS_UP = "Running on local URL"
 PAGE_GIVES_UP_S = 4
 PAGE_STARTS = 4
+# So it gets more time here.
+PATIENCE = """import httpx
+
+_head = httpx.head
+httpx.head = lambda url, **options: _head(url, **{**options, "timeout": 120})
+"""
 # Of a folder that somebody uses: models, settings, and the environment of the one-click installer.
 LEFT_OUT = (
     *("*.safetensors", "*.gguf", "*.bin", "*.pt", "installer_files", ".git", "__pycache__", "cache", "logs"),
@@ -50,7 +58,8 @@ class WebuiCopy:
     def make(cls, scratch: Path, webui: Path, python: Path) -> WebuiCopy:
         """Copy the web UI without its models and settings, and make an environment over that of `python`."""
         shutil.copytree(webui, scratch / "webui", ignore=shutil.ignore_patterns(*LEFT_OUT))
-        _make_environment(scratch / "venv", python)
+        _make_environment(scratch / "base", python)
+        _make_environment(scratch / "venv", scratch / "base" / PYTHON)
         return cls(scratch)
 
     @property
@@ -60,8 +69,17 @@ class WebuiCopy:
 
     @property
     def python(self) -> Path:
-        """The interpreter of the environment."""
-        return self.scratch / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        """The interpreter of the environment that the web UI runs in."""
+        return self.scratch / "venv" / PYTHON
+
+    @property
+    def base_python(self) -> Path:
+        """That of the environment below, whose packages it sees."""
+        return self.scratch / "base" / PYTHON
+
+    def startup_files(self, environment: str) -> list[Path]:
+        """What `ropewalk webui enable` has left in "venv" or "base"."""
+        return list((self.scratch / environment).rglob("ropewalk_webui.pth"))
 
     @property
     def user_data(self) -> Path:
@@ -77,18 +95,28 @@ class WebuiCopy:
         """The folder of a LoRA."""
         return self.user_data / "loras" / name
 
-    def run(self, *arguments: str | Path) -> str:
+    def run(self, *arguments: str | Path, python: Path | None = None) -> str:
         """What `python ARGUMENTS` prints; raises AssertionError with it if it fails."""
-        command = [str(self.python), *map(str, arguments)]
+        command = [str(python or self.python), *map(str, arguments)]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=self.webui, env=environment(), timeout=REPLY_S
         )
         assert done.returncode == 0, f"{arguments} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
         return done.stdout
 
-    def ropewalk(self, *arguments: str | Path) -> str:
+    def ropewalk(self, *arguments: str | Path, python: Path | None = None) -> str:
         """What the command `ropewalk ARGUMENTS` prints."""
-        return self.run("-m", "ropewalk", *arguments)
+        return self.run("-m", "ropewalk", *arguments, python=python)
+
+
+def traces(copy: WebuiCopy) -> list[str]:
+    """What is left of us in the copy and its environment, beside the package itself."""
+    yaml = [*copy.webui.glob("*.yaml"), *copy.user_data.rglob("*.yaml")]
+    settings = "rope_|alpha_value|compress_pos_emb|chunk_size|compute_mode|layer_order"
+    ours = re.compile(f"ropewalk|{settings}", re.IGNORECASE)
+    named = [f"{path}: {found[0]}" for path in yaml if (found := ours.search(path.read_text(encoding="utf-8")))]
+    extensions = [path for path in copy.webui.rglob("extensions/ropewalk*")]
+    return [*map(str, [*extensions, *copy.startup_files("venv")]), *named]
 
 
 def _make_environment(folder: Path, python: Path) -> None:
@@ -99,6 +127,11 @@ def _make_environment(folder: Path, python: Path) -> None:
     below = subprocess.check_output([str(python), "-c", question], text=True, env=environment()).strip()
     own = next(folder.glob("[Ll]ib/**/site-packages"))
     (own / "a_ropewalk.pth").write_text(f"{PACKAGE}\n", encoding="utf-8")
+    (own / "ropewalk_e2e_patience.py").write_text(PATIENCE, encoding="utf-8")
+    (own / "c_patience.pth").write_text(
+        "import sys; any(a.endswith('server.py') for a in sys.orig_argv) and __import__('ropewalk_e2e_patience')\n",
+        encoding="utf-8",
+    )
     (own / "b_below.pth").write_text(f"import site; site.addsitedir({below!r})\n", encoding="utf-8")
 
 

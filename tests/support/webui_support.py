@@ -25,12 +25,13 @@ FOREIGN = ("modules", "gradio")
 # In an order in which the real server imports them.
 NAMES = (
     *("logging_colors", "shared", "utils", "loaders", "models_settings", "models", "LoRA", "text_generation"),
-    *("training", "ui", "ui_model_menu", "extensions", "api.models"),
+    *("training", "ui", "ui_model_menu", "extensions", "api.models", "api.script", "transformers_loader"),
 )
 
 
 def make_folders(root: Path) -> Path:
-    """models/ with the embedded model ("demo"), one without weights ("cut") and a dense one ("dense"); loras/."""
+    """models/ with the embedded model ("demo"), one without weights ("cut"), a dense one ("dense") and what
+    `make_unreadable` makes; loras/."""
     models = root / "models"
     shutil.copytree(demo_model_path(), models / "demo")
     shutil.copytree(demo_model_path(), models / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -38,11 +39,28 @@ def make_folders(root: Path) -> Path:
     config = json.loads((models / "dense" / "config.json").read_text())
     config.pop("quantization_config", None)
     (models / "dense" / "config.json").write_text(json.dumps(config))
+    make_unreadable(models)
     for seed, name in enumerate(("storm", "poet")):
         write_adapter(root / "loras" / name, config, seed)
     (root / "loras" / "bad").mkdir()
     (root / "loras" / "bad" / "adapter_config.json").write_text("{}")
     return root
+
+
+def make_unreadable(models: Path) -> None:
+    """Models that our loader does not read ("gemma2" in GPTQ, "awq"), without a tokenizer ("mute"), or with one that
+    transformers cannot load ("garbled")."""
+    config = json.loads((models / "demo" / "config.json").read_text())
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    for name, changes in {
+        "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "quantization_config": gptq},
+        "awq": {"quantization_config": {**gptq, "quant_method": "awq", "version": "gemm", "zero_point": True}},
+    }.items():
+        shutil.copytree(models / "demo", models / name, ignore=shutil.ignore_patterns("quantize_config.json"))
+        (models / name / "config.json").write_text(json.dumps(config | changes))
+    shutil.copytree(models / "demo", models / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(models / "demo", models / "garbled")
+    (models / "garbled" / "tokenizer.model").write_bytes(b"not a tokenizer")
 
 
 def write_adapter(folder: Path, config: dict[str, Any], seed: int) -> None:
@@ -138,6 +156,18 @@ def build_page(webui: SimpleNamespace) -> tuple[list[Any], list[Any]]:
     with gradio.Column():
         webui.ui_model_menu.create_ui()
     return webui.ui_model_menu.create_event_handlers()
+
+
+def select(webui: SimpleNamespace, name: str) -> str:
+    """What the page says once a model is selected."""
+    *_, text = webui.ui_model_menu.load_model_wrapper(name, "llama.cpp", autoload=False)
+    return text
+
+
+def press_load(webui: SimpleNamespace, name: str, loader: str) -> str:
+    """What the page says last once Load is pressed."""
+    *_, text = webui.ui_model_menu.load_model_wrapper(name, loader, autoload=True)
+    return text
 
 
 def registered_finders() -> list[WebuiFinder]:

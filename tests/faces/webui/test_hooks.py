@@ -1,4 +1,4 @@
-"""Every hook on the stand-in of the web UI, which has the names and calls of the real one (tests/webui_stand_in)."""
+"""Every hook on the stand-in of the web UI, which has the names and calls of the real one (stand_in/)."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_model_of_the_command_line_is_loaded_with_its_flags(root: Path) -> Non
         assert (model.max_seq_len, model.rope.describe().split(",")[:2]) == (384, ["RoPE scaling: ntk", " alpha 2"])
         assert modules.shared.settings["truncation_length"] == 384
         assert modules.shared.args.loader == "ropewalk"
-        assert modules.shared.tokenizer == "tokenizer of demo"
+        assert modules.shared.tokenizer.name_or_path.endswith("demo")
 
 
 def test_a_model_that_cannot_be_loaded_does_not_end_the_start(root: Path) -> None:
@@ -154,6 +154,11 @@ def test_other_loaders_load_as_before(webui: SimpleNamespace) -> None:
         webui.models.load_model("dense", "Transformers")
     webui.models.transformers_loader = lambda name: f"transformers' {name}"
     assert webui.models.load_model("dense", "Transformers")[0] == "transformers' dense"
+
+
+def test_the_console_says_which_loader_it_was(loaded: SimpleNamespace) -> None:
+    assert 'LOADER: "ropewalk"' in loaded.console and 'LOADER: "Transformers"' not in loaded.console
+    assert type(loaded.shared.args.loader) is str
 
 
 def test_a_context_of_zero_is_what_the_model_declares(webui: SimpleNamespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,18 @@ import ropewalk
 from ropewalk.faces.cli.main import main
 from ropewalk.faces.webui.checkout import find_checkout
 from ropewalk.faces.webui.extension import SCRIPT, clean_yaml
-from ropewalk.faces.webui.startup_file import LINE, disable, enable
+from ropewalk.faces.webui.startup_file import disable, enable, is_enabled, line, startup_file
 from ropewalk.files.embedded import demo_model_path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def startup(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The startup file, in a folder of the test's own: that of the Python which runs the tests stays as it is."""
+    path = tmp_path_factory.mktemp("site-packages") / "ropewalk_webui.pth"
+    monkeypatch.setattr("ropewalk.faces.webui.startup_file.startup_file", lambda: path)
+    return path
 
 
 def make_checkout(folder: Path, user_data: bool = True, user_extensions: bool = True) -> Path:
@@ -100,22 +110,28 @@ def test_uninstalling_cleans_what_the_web_ui_would_fail_over(tmp_path: Path, cap
     (tmp_path / "elsewhere" / "config-user.yaml").write_text("model$:\n  loader: ropewalk\n  cpu: true\n")
     config = checkout / "user_data/models/config-user.yaml"
     config.write_text(
-        "# mine\nfirst$:\n  loader: ropewalk\n  ctx_size: 4096\n  rope_method: yarn\n"
-        "second$:\n  loader: ExLlamav3\n  ctx_size: 2048\nthird$:\n  loader: 'ropewalk'\n"
+        "# mine\nfirst$:\n  loader: ropewalk\n  ctx_size: 4096\n  rope_method: yarn\n  cpu: true\n"
+        "second$:\n  loader: ExLlamav3\n  ctx_size: 2048\n  alpha_value: 2.5\nthird$:\n  loader: 'ropewalk'\n"
     )
     settings = checkout / "user_data/settings.yaml"
     settings.write_text(
         "mode: chat\ndefault_extensions:\n- ropewalk\n- gallery\nropewalk-autoload: x\ndark_theme: true\n"
     )
-    (checkout / "user_data/CMD_FLAGS.txt").write_text("# --loader ropewalk\n--api --loader ropewalk\n")
+    (checkout / "modules" / "loaders.py").write_text("loaders_and_params = {'ExLlamav3': ['ctx_size', 'cache_type']}\n")
+    (checkout / "user_data/CMD_FLAGS.txt").write_text(
+        "# --loader ropewalk\n--api --loader ropewalk\n--ctx-size 512\n--alpha_value 2\n"
+    )
     assert f"{config}:3" in run("status", checkout, capsys=capsys)
     said = run("uninstall", checkout, "--model-dir", tmp_path / "elsewhere", capsys=capsys)
     assert (tmp_path / "elsewhere" / "config-user.yaml").read_text() == "model$:\n  cpu: true\n"
     assert f"cleaned {config}" in said and f"cleaned {settings}" in said
-    assert f"{checkout}/user_data/CMD_FLAGS.txt:2 still names ropewalk" in said
-    assert config.read_text().startswith("# mine\nfirst$:\n  ctx_size: 4096\nsecond$:\n  loader: ExLlamav3\n")
+    flags = checkout / "user_data/CMD_FLAGS.txt"
+    assert [line for line in said.splitlines() if "still names" in line] == [
+        f"{flags}:{number} still names ropewalk: edit it" for number in (2, 4)
+    ]
+    assert config.read_text().startswith("# mine\nfirst$:\n  cpu: true\nsecond$:\n  loader: ExLlamav3\n")
     assert yaml.safe_load(config.read_text()) == {
-        **{"first$": {"ctx_size": 4096}, "second$": {"loader": "ExLlamav3", "ctx_size": 2048}, "third$": {}}
+        **{"first$": {"cpu": True}, "second$": {"loader": "ExLlamav3", "ctx_size": 2048}, "third$": {}}
     }
     assert yaml.safe_load(settings.read_text()) == {
         **{"mode": "chat", "default_extensions": ["gallery"], "dark_theme": True}
@@ -171,16 +187,21 @@ LOADERS = st.sampled_from(["ropewalk", "Transformers", "llama.cpp"])
         st.from_regex(r"[a-z.*]{1,12}\$", fullmatch=True),
         st.fixed_dictionaries({"loader": LOADERS}, optional={"ctx_size": VALUES, "note": VALUES, "cache_type": VALUES}),
         max_size=5,
-    )
+    ),
+    st.frozensets(st.sampled_from(["ctx_size", "cache_type"])),
 )
-def test_a_cleaned_file_is_the_same_without_our_loader(config: dict[str, Any]) -> None:
-    cleaned = clean_yaml(yaml.dump(config, sort_keys=False))
+def test_a_cleaned_file_is_the_same_without_our_loader_and_its_settings(
+    config: dict[str, Any], only_ours: frozenset[str]
+) -> None:
+    cleaned = clean_yaml(yaml.dump(config, sort_keys=False), only_ours)
     expected = {
-        pattern: {name: value for name, value in settings.items() if (name, value) != ("loader", "ropewalk")}
+        pattern: {name: value for name, value in settings.items() if name == "note"}
+        if settings["loader"] == "ropewalk"
+        else {name: value for name, value in settings.items() if name not in only_ours}
         for pattern, settings in config.items()
     }
     assert (yaml.safe_load(cleaned) or {}) == expected
-    assert clean_yaml(cleaned) == cleaned
+    assert clean_yaml(cleaned, only_ours) == cleaned
 
 
 @settings(deadline=None)
@@ -210,9 +231,43 @@ def test_what_a_module_defines_is_found_without_running_it(tmp_path: Path) -> No
     assert find_checkout(checkout).defined_names("modules.none") is None
 
 
-def test_the_startup_file_is_written_and_removed(tmp_path: Path) -> None:
-    path = tmp_path / "ropewalk_webui.pth"
-    enable(path)
-    assert path.read_text() == LINE and LINE.count("\n") == 1
-    assert disable(path)
-    assert not disable(path)
+def test_the_startup_file_is_written_and_removed(startup: Path) -> None:
+    enable(startup)
+    assert startup.read_text() == line(Path(sys.prefix)) and startup.read_text().count("\n") == 1
+    assert is_enabled(startup)
+    assert disable(startup)
+    assert not is_enabled(startup) and not disable(startup)
+
+
+def test_the_startup_file_of_an_environment_is_in_its_site_packages() -> None:
+    assert startup_file().parent == Path(sysconfig.get_path("purelib"))
+
+
+def test_installing_lets_every_start_have_the_loader_and_uninstalling_undoes_that(
+    tmp_path: Path, startup: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkout = make_checkout(tmp_path / "webui")
+    assert f"wrote {startup}" in run("install", checkout, capsys=capsys)
+    assert is_enabled(startup)
+    assert f"startup file  enabled: {startup}" in run("status", checkout, capsys=capsys)
+    assert f"removed {startup}" in run("uninstall", checkout, capsys=capsys)
+    assert not startup.exists()
+
+
+def test_installing_without_the_startup_file_says_what_to_do_instead(
+    tmp_path: Path, startup: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkout = make_checkout(tmp_path / "webui")
+    assert "ropewalk webui run" in run("install", "--no-startup", checkout, capsys=capsys)
+    assert not startup.exists() and (checkout / "user_data/extensions/ropewalk/script.py").is_file()
+
+
+def test_the_startup_file_is_not_written_into_a_python_that_does_not_start_the_web_ui(
+    tmp_path: Path, startup: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkout = make_checkout(tmp_path / "webui")
+    own = checkout / "installer_files" / "env"
+    own.mkdir(parents=True)
+    assert f"has a Python of its own in {own}" in run("install", checkout, capsys=capsys)
+    assert not startup.exists()
+    assert f"is started with that in {own}" in run("status", checkout, capsys=capsys)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.base.errors import ConfigError, UnsupportedError
-from ropewalk.faces.webui.model_settings import declared_settings, describe, is_gptq_folder, load_options
+from ropewalk.base.errors import ConfigError
+from ropewalk.faces.webui.model_settings import declared_settings, describe, load_options, multiplied_scalings
 from ropewalk.faces.webui.parameters import PARAMETERS, Choice, name_here, read_all
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.options import LoadOptions
@@ -209,40 +209,11 @@ def test_a_description_checks_the_tensors_and_says_the_decision() -> None:
     assert "ntk, alpha 4" in info.rope and info.max_seq_len == 2048 and info.weight_bytes > 1e6
 
 
-def test_gptq_folders_are_recognised(tmp_path: Path) -> None:
-    assert is_gptq_folder(demo_model_path())
-    assert is_gptq_folder(write_config(tmp_path / "without weights", {}))
-    inside = write_config(
-        tmp_path / "inside", {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
-    )
-    (inside / "quantize_config.json").unlink()
-    assert is_gptq_folder(inside)
+def test_both_scalings_set_say_that_they_multiply() -> None:
+    text = multiplied_scalings({"compress_pos_emb": 4, "alpha_value": "2.5"})
+    assert text is not None and "compress_pos_emb=4 and alpha_value=2.5" in text and "10 times" in text
 
 
-def test_a_gptq_folder_that_declares_nothing_is_recognised_by_its_tensors(tmp_path: Path) -> None:
-    config = json.loads((demo_model_path() / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").symlink_to(demo_model_path() / "model.safetensors")
-    assert is_gptq_folder(tmp_path)
-
-
-def test_folders_for_other_loaders_are_left_to_them(tmp_path: Path) -> None:
-    assert not is_gptq_folder(tmp_path)
-    assert not is_gptq_folder(
-        write_config(tmp_path / "moe", {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"})
-    )
-    awq = write_config(tmp_path / "awq", {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}})
-    (awq / "quantize_config.json").unlink()
-    assert not is_gptq_folder(awq)
-    dense = write_config(tmp_path / "dense", {})
-    (dense / "quantize_config.json").unlink()
-    assert not is_gptq_folder(dense)
-    with pytest.raises(UnsupportedError):
-        declared_settings(tmp_path / "moe")
-
-
-def test_a_damaged_gptq_folder_is_ours_to_refuse(tmp_path: Path) -> None:
-    folder = write_config(tmp_path, {})
-    (folder / "quantize_config.json").write_text('{"bits": "four", "group_size": 32}')
-    assert is_gptq_folder(folder)
+@pytest.mark.parametrize("values", [{}, {"compress_pos_emb": 4}, {"alpha_value": 2, "compress_pos_emb": 1.0}])
+def test_one_scaling_alone_multiplies_with_nothing(values: dict[str, Any]) -> None:
+    assert multiplied_scalings(values) is None

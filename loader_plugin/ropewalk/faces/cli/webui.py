@@ -15,8 +15,14 @@ def add_webui_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     """`ropewalk webui ...`, to be called by the command line."""
     webui = commands.add_parser("webui", help="the loader in text-generation-webui", description=__doc__)
     actions = webui.add_subparsers(title="actions", required=True, metavar="ACTION")
-    for action, text in ((run_install, "write the extension"), (run_uninstall, "remove it and its traces")):
-        _add(actions, action, text)
+    install = _add(actions, run_install, "write the extension, and let every start have the loader")
+    install.add_argument(
+        "--no-startup",
+        action="store_true",
+        help="the extension only: then --model with --loader ropewalk, and starting with a model saved with this "
+        "loader, need `ropewalk webui run`",
+    )
+    _add(actions, run_uninstall, "remove both, and their traces")
     _add(actions, run_status, "what is found")
     _add(actions, run_demo, "put the embedded model among its models")
     start = _add(actions, run_run, "start the web UI with the loader", user_data=False)
@@ -41,24 +47,46 @@ def _name(action) -> str:
 
 
 def run_install(args: argparse.Namespace) -> int:
-    """Write a script of a few lines into the folder of extensions. Nothing else is changed."""
+    """Write a script of a few lines into the folder of extensions, and the startup file of `ropewalk webui enable`.
+
+    The extension alone comes after --model: with --loader ropewalk, or a model saved with this loader, the server would
+    end there. No file of the web UI is changed.
+    """
     from ropewalk.faces.webui.extension import install
 
     checkout = _checkout(args)
     _say(f"wrote {install(checkout)}")
+    if args.no_startup:
+        _say("no startup file: start with `ropewalk webui run` for --model together with --loader ropewalk")
+    elif (other := other_python(checkout)) is not None:
+        _say(f"no startup file: the web UI has a Python of its own in {other}, and this is {sys.executable}. Open")
+        _say("cmd_linux.sh (cmd_macos.sh, cmd_windows.bat), install ropewalk there, and repeat this command")
+    else:
+        run_enable(args)
     _say("activate it with --extensions ropewalk, or in the Session tab of the page")
-    _say("for --model together with --loader ropewalk, start with `ropewalk webui run`, or use `ropewalk webui enable`")
     return 0
 
 
+def other_python(checkout: Checkout) -> Path | None:
+    """The environment that the web UI is started with, where it has one of its own and this Python is another."""
+    own = checkout.own_python
+    return None if own is None or own.resolve() == Path(sys.prefix).resolve() else own
+
+
 def run_uninstall(args: argparse.Namespace) -> int:
-    """Remove the extension, and `loader: ropewalk` from the yaml files: without the loader the web UI fails over it."""
+    """Remove the extension, the startup file, and what names our loader or its settings in the yaml files: without the
+    loader the web UI ends over a model that was saved with it."""
     from ropewalk.faces.webui.embedded_model import remove_model
     from ropewalk.faces.webui.extension import uninstall
+    from ropewalk.faces.webui.startup_file import disable, startup_file
 
     checkout = _checkout(args)
-    removed = remove_model(checkout)
-    for line in [*uninstall(checkout), *([removed] if removed else [])] or ["nothing was found"]:
+    done = uninstall(checkout)
+    if disable(startup_file()):
+        done.append(f"removed {startup_file()}")
+    if (removed := remove_model(checkout)) is not None:
+        done.append(removed)
+    for line in done or ["nothing was found"]:
         _say(line)
     return 0
 
@@ -66,7 +94,7 @@ def run_uninstall(args: argparse.Namespace) -> int:
 def run_status(args: argparse.Namespace) -> int:
     """Say what is found: the extension, the startup file, what names the loader, hooks without what they attach to."""
     from ropewalk.faces.webui.extension import mentions
-    from ropewalk.faces.webui.startup_file import startup_file
+    from ropewalk.faces.webui.startup_file import is_enabled, startup_file
 
     checkout = _checkout(args)
     _say(f"web UI        {checkout.folder}")
@@ -74,8 +102,12 @@ def run_status(args: argparse.Namespace) -> int:
     installed = (checkout.extension / "script.py").is_file()
     _say(f"extension     {'installed' if installed else 'not installed'}: {checkout.extension}")
     path = startup_file()
-    _say(f"startup file  {'enabled' if path.is_file() else 'not enabled'}: {path}")
+    of_another = path.is_file() and not is_enabled(path)
+    state = "of another environment or version" if of_another else "enabled" if path.is_file() else "not enabled"
+    _say(f"startup file  {state}: {path}")
     _say(f"this Python   {sys.executable}")
+    if (other := other_python(checkout)) is not None:
+        _say(f"other Python  the web UI is started with that in {other}")
     for place in mentions(checkout):
         _say(f"named in      {place}")
     missing = missing_names(checkout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,17 @@ class Checkout:
         """The files with flags of every start, where they exist."""
         places = dict.fromkeys((self.folder, self.user_data))
         return tuple(place / "CMD_FLAGS.txt" for place in places if (place / "CMD_FLAGS.txt").is_file())
+
+    @property
+    def own_python(self) -> Path | None:
+        """The environment that the installer of the web UI has made for it, where it has."""
+        environment = self.folder / "installer_files" / "env"
+        return environment if environment.is_dir() else None
+
+    def knows(self, setting: str) -> bool:
+        """True if this version has a setting of that name for a loader of its own."""
+        table = self.folder / "modules" / "loaders.py"
+        return table.is_file() and re.search(rf"""['"]{setting}['"]""", table.read_text(encoding="utf-8")) is not None
 
     def defined_names(self, module: str) -> set[str] | None:
         """What a module defines or imports at its top level; None if this version has no such module."""

@@ -28,9 +28,8 @@ else:
 _OUR_LOADER = re.compile(r"""^(\s+)loader:\s*['"]?ropewalk['"]?\s*$""", re.IGNORECASE)
 _OUR_ITEM = re.compile(r"""^\s*-\s*['"]?ropewalk['"]?\s*$""")
 _OUR_PARAMS = re.compile(r"^ropewalk-[\w-]+:")
-_MENTION = re.compile(r"\bropewalk\b", re.IGNORECASE)
-# Keys in config-user.yaml that no loader of the web UI has had.
-_OUR_KEYS = {"rope_method", "rope_factor", "chunk_size", "compute_mode", "layer_order"} & {p.name for p in PARAMETERS}
+# By all names: what is saved for a model is for the loader that is saved with it.
+_SETTINGS = frozenset(name for item in PARAMETERS for name in (item.name, *item.former_names))
 
 
 def install(checkout: Checkout) -> Path:
@@ -60,9 +59,10 @@ def uninstall(checkout: Checkout) -> list[str]:
             done.append(f"removed {checkout.extension}")
         else:
             done.append(f"{checkout.extension} has files of someone else and was left: remove it if you do not need it")
+    only_ours = settings_only_ours(checkout)
     for path in checkout.settings_files:
         before = path.read_text(encoding="utf-8")
-        after = clean_yaml(before)
+        after = clean_yaml(before, only_ours)
         if after != before:
             path.write_text(after, encoding="utf-8")
             done.append(f"cleaned {path}")
@@ -70,23 +70,33 @@ def uninstall(checkout: Checkout) -> list[str]:
 
 
 def mentions(checkout: Checkout) -> list[str]:
-    """Lines of yaml and flag files that name our loader, as FILE:LINE."""
+    """Lines of yaml and flag files that name our loader, and flags that only it has, as FILE:LINE."""
+    flags = [name.replace("_", "[-_]") for name in settings_only_ours(checkout)]
     found = []
     for path in (*checkout.settings_files, *checkout.flag_files):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found += [f"{path}:{number}" for number, line in enumerate(lines, 1) if _names_loader(line)]
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            code = line.split("#")[0]
+            has_flag = path in checkout.flag_files and re.search(rf"--({'|'.join(flags)})\b", code)
+            if has_flag or _names_loader(code):
+                found.append(f"{path}:{number}")
     return found
 
 
-def _names_loader(line: str) -> bool:
-    code = line.split("#")[0]
+def _names_loader(code: str) -> bool:
     named = _OUR_ITEM.match(code) or re.search(r"loader\W+ropewalk\b|extensions\W.*\bropewalk\b", code, re.IGNORECASE)
     return bool(named)
 
 
-def clean_yaml(text: str) -> str:
-    """A settings file of the web UI without our loader: the models that it was chosen for choose theirs anew, keeping
-    their other settings. Lines that are not ours stay as they are.
+def settings_only_ours(checkout: Checkout) -> frozenset[str]:
+    """Our settings that this version of the web UI does not know."""
+    return frozenset(item.name for item in PARAMETERS if not any(map(checkout.knows, (item.name, *item.former_names))))
+
+
+def clean_yaml(text: str, only_ours: frozenset[str] = frozenset()) -> str:
+    """A settings file of the web UI without our loader: the models that it was chosen for choose theirs anew, without
+    the settings that were chosen for it. Lines that are not ours stay as they are.
+
+    only_ours: settings that this version of the web UI does not know; they go from every model.
     """
     blocks: list[list[str]] = []
     for line in text.splitlines(keepends=True):
@@ -94,20 +104,32 @@ def clean_yaml(text: str) -> str:
         if starts or not blocks:
             blocks.append([])
         blocks[-1].append(line)
-    return "".join(line for block in blocks for line in _clean_block(block))
+    return "".join(line for block in blocks for line in _clean_block(block, only_ours))
 
 
-def _clean_block(block: list[str]) -> list[str]:
+def _clean_block(block: list[str], only_ours: frozenset[str]) -> list[str]:
     """One top-level key with what is below it. A key left with nothing below gets an empty value, as the web UI fails
     over one without."""
     head, body = block[0], block[1:]
     if _OUR_PARAMS.match(head):
         return []
-    ours = any(_OUR_LOADER.match(line) for line in body)
-    kept = [line for line in body if not (_OUR_LOADER.match(line) or _OUR_ITEM.match(line))]
-    if ours:
-        kept = [line for line in kept if line.split(":")[0].strip() not in _OUR_KEYS]
+    settings = _SETTINGS if any(_OUR_LOADER.match(line) for line in body) else only_ours
+    kept = [line for line in _without(body, settings) if not (_OUR_LOADER.match(line) or _OUR_ITEM.match(line))]
     if kept == body or any(line.strip() and not line.lstrip().startswith("#") for line in kept):
         return [head, *kept]
     empty = "[]" if any(_OUR_ITEM.match(line) for line in body) else "{}"
     return [f"{head.rstrip()} {empty}\n", *kept]
+
+
+def _without(body: list[str], settings: frozenset[str]) -> list[str]:
+    """The lines below a model without those that set one of these; a value may go on in lines that are deeper."""
+    kept, depth = [], None
+    for line in body:
+        text = line.lstrip(" ")
+        indent = len(line) - len(text)
+        if depth is not None and (not text.strip() or indent > depth):
+            continue
+        depth = indent if indent and text.partition(":")[0].strip() in settings else None
+        if depth is None:
+            kept.append(line)
+    return kept

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ropewalk.faces.webui.hook import Hook
+from ropewalk.faces.webui.tracebacks import drop_our_frames
 
 PACKAGES = ("modules.", "extensions.")
 # stable-diffusion-webui has a package `modules` too, without this file.
@@ -51,11 +52,15 @@ class WebuiFinder(MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            with ExitStack() as stack:
-                for hook in hooks:
-                    if hook.around is not None:
-                        stack.enter_context(hook.around())
-                execute(module)
+            try:
+                with ExitStack() as stack:
+                    for hook in hooks:
+                        if hook.around is not None:
+                            stack.enter_context(hook.around())
+                    execute(module)
+            except BaseException as error:
+                drop_our_frames(error)
+                raise
             self._attach_to(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader serves this module only

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.faces.webui.registration import register
+from ropewalk.faces.webui.tracebacks import drop_our_frames
 
 
 def run(webui: Path, flags: Sequence[str]) -> None:
@@ -28,4 +29,9 @@ def run(webui: Path, flags: Sequence[str]) -> None:
     os.chdir(webui)
     sys.argv = ["server.py", *flags]
     sys.path.insert(0, str(webui))
-    runpy.run_path("server.py", run_name="__main__")
+    try:
+        runpy.run_path("server.py", run_name="__main__")
+    except Exception as error:  # it is shown as a plain start shows it, and not as an error of our command line
+        drop_our_frames(error)
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)

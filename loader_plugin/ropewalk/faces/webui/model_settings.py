@@ -13,11 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.errors import ConfigError, RopewalkError, UnsupportedError
-from ropewalk.base.json import read_json_object
-from ropewalk.config.quantisation import load_quant_config
+from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.faces.webui.parameters import FROM_CONFIG, PARAMETERS, read_all
-from ropewalk.files.folder import Checkpoint
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.rope.methods import LinearNtkScaling, LinearScaling, NoScaling, NtkScaling
@@ -81,35 +78,25 @@ def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
     return model_info(folder, **{name: value for name, value in options.items() if name in INFO_OPTIONS})
 
 
-def is_gptq_folder(folder: Path) -> bool:
-    """True for a folder with GPTQ weights that this package reads, or would read if it were not damaged.
-
-    False for other formats and for architectures that another loader may know.
-    """
-    if not (folder / "config.json").is_file():
-        return False
+def refusal(folder: Path) -> RopewalkError | None:
+    """Why this package cannot load a model folder with any settings; None if it can, as far as its headers tell."""
     try:
-        raw = read_json_object(folder / "config.json")
-        if load_quant_config(folder, raw) is not None:
-            return not _is_foreign(folder)
-        with Checkpoint(folder, None) as checkpoint:
-            return any(name.endswith(".qweight") for name in checkpoint.names()) and not _is_foreign(folder)
-    except UnsupportedError:
-        return False
-    except ConfigError:  # damaged declarations of GPTQ: ours to refuse, with the reason
-        return (folder / "quantize_config.json").exists()
-    except RopewalkError:
-        return False
+        describe(folder, {})
+    except RopewalkError as error:
+        return error
+    return None
 
 
-def _is_foreign(folder: Path) -> bool:
-    try:
-        _plan(folder)
-    except UnsupportedError:
-        return True
-    except RopewalkError:
-        return False
-    return False
+def multiplied_scalings(values: Mapping[str, Any]) -> str | None:
+    """What to know about compress_pos_emb and alpha_value when both are set; None if they are not."""
+    chosen = read_all(values)
+    factor, alpha = (float(chosen.get(name, 1.0)) for name in ("compress_pos_emb", "alpha_value"))
+    if factor == 1 or alpha == 1:
+        return None
+    return (
+        f"compress_pos_emb={factor:g} and alpha_value={alpha:g} are both set, and they multiply: together they reach "
+        f"for {factor * alpha:g} times the original context. Set one of them to 1 unless that is meant"
+    )
 
 
 def _plan(folder: Path) -> LoadPlan:

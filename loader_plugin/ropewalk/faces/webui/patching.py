@@ -8,6 +8,8 @@ from functools import wraps
 from types import FunctionType, ModuleType
 from typing import Any
 
+from ropewalk.faces.webui.tracebacks import drop_our_frames
+
 MARK = "__ropewalk__"
 
 
@@ -37,7 +39,7 @@ def wrap(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Cal
     original = getattr(module, name)
     if is_patched(original):
         return
-    new = wraps(original)(make(original))
+    new = wraps(original)(_leaving_no_frames(make(original)))
     setattr(new, MARK, True)
     setattr(module, name, new)
 
@@ -46,7 +48,8 @@ def swap(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Cal
     """Give the function `module.name` the behaviour of make(old function), once.
 
     The function object stays and gets another code object, so that modules which imported it by name earlier change as
-    well: an extension is loaded long after they were. make receives a working copy of the old function.
+    well: an extension is loaded long after they were. make receives a working copy of the old function, and returns a
+    coroutine function for one.
 
     Raises:
         HookError: there is no such function, or not a plain one (a generator, a closure).
@@ -64,10 +67,47 @@ def swap(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Cal
     function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     function.__defaults__ = None
     # The new code may refer to nothing but its own parameters: the globals stay those of the web UI.
-    function.__kwdefaults__ = {"ropewalk_replacement": make(original)}
-    function.__code__ = _call_replacement.__code__
+    function.__kwdefaults__ = {"ropewalk_replacement": make(original), "ropewalk_drop_frames": drop_our_frames}
+    stand_in = _await_replacement if inspect.iscoroutinefunction(function) else _call_replacement
+    function.__code__ = stand_in.__code__
     setattr(function, MARK, True)
 
 
-def _call_replacement(*args: Any, ropewalk_replacement: Callable[..., Any], **options: Any) -> Any:
-    return ropewalk_replacement(*args, **options)
+def _call_replacement(
+    *args: Any, ropewalk_replacement: Callable[..., Any], ropewalk_drop_frames: Callable[..., None], **options: Any
+) -> Any:
+    try:
+        return ropewalk_replacement(*args, **options)
+    except BaseException as error:
+        ropewalk_drop_frames(error)
+        raise
+
+
+async def _await_replacement(
+    *args: Any, ropewalk_replacement: Callable[..., Any], ropewalk_drop_frames: Callable[..., None], **options: Any
+) -> Any:
+    try:
+        return await ropewalk_replacement(*args, **options)
+    except BaseException as error:
+        ropewalk_drop_frames(error)
+        raise
+
+
+def _leaving_no_frames(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, or generator function, with errors of what it wraps as if it had not been there."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except BaseException as error:
+            drop_our_frames(error)
+            raise
+
+    def generate(*args: Any, **options: Any) -> Any:
+        try:
+            return (yield from function(*args, **options))
+        except BaseException as error:
+            drop_our_frames(error)
+            raise
+
+    return generate if inspect.isgeneratorfunction(function) else call

@@ -5,17 +5,24 @@ For every other program it costs one comparison of its arguments.
 
 from __future__ import annotations
 
+import os
+import sys
 import sysconfig
 from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
 
 FILE_NAME = "ropewalk_webui.pth"
-# One line, as site.py runs it; it may run twice, and must say nothing once the package is gone.
-LINE = (
-    "import sys; any(a.endswith('server.py') for a in sys.orig_argv) "
-    "and __import__('importlib.util').util.find_spec('ropewalk') and __import__('ropewalk.webui.autostart')\n"
-)
+
+
+def line(environment: Path) -> str:
+    """What is in the file of an environment: one line, as site.py runs it. It may run twice, must say nothing once the
+    package is gone, and does nothing in another environment that sees these site-packages too."""
+    return (
+        f"import os, sys; os.path.realpath(sys.prefix) == {os.path.realpath(environment)!r} "
+        "and any(a.endswith('server.py') for a in sys.orig_argv) "
+        "and __import__('importlib.util').util.find_spec('ropewalk') and __import__('ropewalk.webui.autostart')\n"
+    )
 
 
 def startup_file(site_packages: Path | None = None) -> Path:
@@ -23,14 +30,19 @@ def startup_file(site_packages: Path | None = None) -> Path:
     return (site_packages or Path(sysconfig.get_path("purelib"))) / FILE_NAME
 
 
+def is_enabled(path: Path) -> bool:
+    """True if the file is there and is for the environment of this Python."""
+    return path.is_file() and path.read_text(encoding="utf-8") == line(Path(sys.prefix))
+
+
 def enable(path: Path) -> None:
-    """Write the file.
+    """Write the file for the environment of this Python.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        path.write_text(LINE, encoding="utf-8")
+        path.write_text(line(Path(sys.prefix)), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 

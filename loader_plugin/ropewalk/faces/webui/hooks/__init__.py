@@ -14,6 +14,7 @@ from ropewalk.faces.webui.hooks import (
     messages,
     model_defaults,
     model_tab,
+    reply_text,
     report,
     training,
 )
@@ -26,6 +27,7 @@ HOOKS: tuple[Hook, ...] = (
     *loading.HOOKS,
     *lora.HOOKS,
     *device.HOOKS,
+    *reply_text.HOOKS,
     *report.HOOKS,
     *model_tab.HOOKS,
     *messages.HOOKS,

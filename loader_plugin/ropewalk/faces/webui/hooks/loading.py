@@ -1,15 +1,15 @@
 """Loading and unloading our model.
 
 Which loaders there are is a local variable of the web UI's `load_model`, in every version. So for our loader that
-function runs as if for "Transformers", with the helper that would load the model replaced for the call: tokenizer,
-samplers, settings and messages stay the web UI's own.
+function runs as if for "Transformers", under our name, with the helper that would load the model replaced for the
+call: tokenizer, samplers, settings and messages stay the web UI's own.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -19,10 +19,11 @@ from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.faces.webui.hooks.loader_table import settings_of_others
 from ropewalk.faces.webui.hooks.lora import apply
-from ropewalk.faces.webui.model_settings import describe, load_options
+from ropewalk.faces.webui.model_settings import describe, load_options, multiplied_scalings
 from ropewalk.faces.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.faces.webui.patching import HookError, swap
 from ropewalk.faces.webui.running import is_ours, model_folder, webui_module
+from ropewalk.faces.webui.tokenizer_check import check_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,27 @@ logger = logging.getLogger(__name__)
 HELPERS = ("transformers_loader", "huggingface_loader")
 
 TOO_LATE = (
-    "an extension comes too late for --model with --loader ropewalk, and another loader took the model: start with "
-    "`ropewalk webui run`, or use `ropewalk webui enable`"
+    "an extension comes too late for --model with --loader ropewalk, and another loader took the model: use "
+    "`ropewalk webui enable` once, or start with `ropewalk webui run`"
 )
 # Set in modules.models by an unloading that is to be undone, for want of use.
 RESTING = "ropewalk_resting"
+
+
+class StandIn(str):
+    """The name of our loader, which finds what is stored under "Transformers" in the web UI's table of loaders."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == HOST
+
+    def __ne__(self, other: object) -> bool:
+        return other != HOST
+
+    def __hash__(self) -> int:
+        return hash(HOST)
+
+
+HOST = "Transformers"
 
 
 def context_name() -> str:
@@ -42,9 +59,10 @@ def context_name() -> str:
     return name_here(PARAMETERS[0], settings_of_others(webui_module("loaders")))
 
 
-def check_loadable(model_name: str) -> None:
-    """Raises RopewalkError for what would make loading with the settings as they are fail, short of reading weights."""
-    describe(model_folder(model_name), vars(webui_module("shared").args))
+def check_loadable(model_name: str, values: Mapping[str, Any]) -> None:
+    """Raises RopewalkError for what would make loading with these settings fail, short of reading weights."""
+    describe(model_folder(model_name), values)
+    check_tokenizer(model_name)
 
 
 def hook_loading(models: ModuleType) -> None:
@@ -83,9 +101,11 @@ def load_ours(
     starting = shared.generation_lock is None
     try:
         with _settings_kept(shared):
+            if starting:
+                check_tokenizer(model_name)  # later, it was checked before the model in use was unloaded
             load = _prepare(model_name)
             with _replaced(models, helper, load):
-                model, tokenizer = original(model_name, "Transformers", *args, **options)
+                model, tokenizer = original(model_name, StandIn(LOADER), *args, **options)
             shared.args.loader = LOADER
     except Exception as error:
         if not starting:
@@ -112,6 +132,8 @@ def _prepare(model_name: str) -> Callable[..., Any]:
     folder, args = model_folder(model_name), webui_module("shared").args
     options = load_options(folder, vars(args))
     setattr(args, context_name(), options["max_seq_len"])
+    if multiply := multiplied_scalings(options):
+        logger.warning("ropewalk: %s", multiply)
 
     def load(_: str) -> Any:
         model = from_pretrained(folder, **options)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.webui.gptq_folders import READERS, is_gptq_like, reads_gptq
 from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.hooks.loading import check_loadable, context_name, log_failure
-from ropewalk.faces.webui.model_settings import describe
+from ropewalk.faces.webui.listening import warnings_heard
+from ropewalk.faces.webui.model_settings import describe, load_options, multiplied_scalings, refusal
 from ropewalk.faces.webui.parameters import LOADER
 from ropewalk.faces.webui.patching import wrap
 from ropewalk.faces.webui.running import is_ours, model_folder, webui_module
@@ -31,9 +33,13 @@ def hook_load_messages(menu: ModuleType) -> None:
             if autoload and loader == LOADER and selected_model not in NO_MODEL:
                 yield from load_with_reason(selected_model)
                 return
-            ours = not autoload and chooses_ours(selected_model)  # the loader given may be that of the model before
+            if autoload and (reason := hopeless(selected_model, loader)):
+                logger.error("ropewalk: %s", reason)
+                yield failure(selected_model, reason)
+                return
+            more = "" if autoload else remark(selected_model)  # the loader given may be that of the model before
             for text in original(selected_model, loader, autoload):
-                yield append(text, decision(selected_model)) if ours else text
+                yield append(text, more) if more else text
 
         return load_model_wrapper
 
@@ -46,11 +52,32 @@ def append(text: str, more: str) -> str:
     return f"{text.rstrip()}{NEXT_ITEM if in_list else NEW_PARAGRAPH}{more}"
 
 
-def chooses_ours(model_name: str) -> bool:
-    """True if selecting the model chooses our loader."""
+def remark(model_name: str) -> str:
+    """What we have to say about a model that was selected: how it would be loaded by us, or why it cannot be."""
     if model_name in NO_MODEL or not model_folder(model_name).is_dir():
-        return False
-    return webui_module("models_settings").get_model_metadata(model_name).get("loader") == LOADER
+        return ""
+    chosen = webui_module("models_settings").get_model_metadata(model_name).get("loader")
+    if chosen == LOADER:
+        return decision(model_name)
+    folder = model_folder(model_name)
+    reason = refusal(folder) if is_gptq_like(folder) else None
+    return "" if reason is None else _not_readable(reason)
+
+
+def hopeless(model_name: str, loader: str) -> str | None:
+    """Why another loader cannot load this folder, where we know: it has quantised weights, and the package is missing.
+
+    Asked before the model in use is unloaded; the loader itself would find out after that.
+    """
+    if loader not in READERS or model_name in NO_MODEL:
+        return None
+    folder = model_folder(model_name)
+    if not is_gptq_like(folder) or reads_gptq(loader):
+        return None
+    reason = refusal(folder)
+    ours = f"choose {LOADER} as Model loader" if reason is None else f"{LOADER} does not read it either: {reason}"
+    packages = " or ".join(READERS[loader])
+    return f"{loader} needs {packages} for the quantised weights of {model_name}, and this Python has none: {ours}"
 
 
 def load_with_reason(model_name: str) -> Iterator[str]:
@@ -58,15 +85,21 @@ def load_with_reason(model_name: str) -> Iterator[str]:
     shared, models = webui_module("shared"), webui_module("models")
     yield f"Loading `{model_name}` with {LOADER}..."
     try:
-        check_loadable(model_name)
-        models.unload_model()
-        shared.model, shared.tokenizer = models.load_model(model_name, LOADER)
+        with warnings_heard() as heard:
+            check_loadable(model_name, vars(shared.args))
+            models.unload_model()
+            shared.model, shared.tokenizer = models.load_model(model_name, LOADER)
     except Exception as error:  # whatever it is, the page shows it
         log_failure(model_name, error)
         reason = str(error) if isinstance(error, RopewalkError) else f"{type(error).__name__}: {error}"
-        yield f"Failed to load `{model_name}`.\n\n{as_markdown(reason)}{_still_loaded()}"
+        yield failure(model_name, reason)
         return
-    yield f"Successfully loaded `{model_name}`.\n\n{decision(model_name)}"
+    yield f"Successfully loaded `{model_name}`.\n\n{decision(model_name, heard)}"
+
+
+def failure(model_name: str, reason: str) -> str:
+    """What the page shows in place of a model."""
+    return f"Failed to load `{model_name}`.\n\n{as_markdown(reason)}{_still_loaded()}"
 
 
 def _still_loaded() -> str:
@@ -74,12 +107,20 @@ def _still_loaded() -> str:
     return f"\n\n`{shared.model_name}` is still loaded." if shared.model is not None else ""
 
 
-def decision(model_name: str) -> str:
-    """What loading with the settings as they are means, for the page; or why it cannot be done."""
+def decision(model_name: str, heard: Sequence[str] = ()) -> str:
+    """What loading with the settings as they are means, for the page; or why it cannot be done.
+
+    heard: warnings of the loading itself.
+    """
     folder, args = model_folder(model_name), vars(webui_module("shared").args)
     try:
-        info = describe(folder, args)
+        with warnings_heard() as warned:
+            info = describe(folder, args)
+            multiply = multiplied_scalings(load_options(folder, args))
     except RopewalkError as error:
+        reason = refusal(folder)
+        if reason is not None:
+            return _not_readable(reason)
         return f"This model cannot be loaded with these settings:\n\n{as_markdown(str(error))}"
     cache = format_bytes(info.cache_bytes[info.max_seq_len])
     weights = format_bytes(info.weight_bytes)
@@ -88,7 +129,20 @@ def decision(model_name: str) -> str:
         info.rope.replace(f"{folder}/", ""),  # the name of a file there says enough
         f"Context {info.max_seq_len}; memory: weights {weights}, {info.cache_type} cache {cache}",
     ]
-    return "\n".join(f"- {line}" for line in lines)
+    facts = "\n".join(f"- {line}" for line in lines)
+    said = dict.fromkeys(
+        text.removeprefix("ropewalk: ").replace(f"{folder}/", "") for text in (*heard, *warned, multiply) if text
+    )
+    return append(facts, warning_list(said)) if said else facts
+
+
+def warning_list(warnings: Iterable[str]) -> str:
+    """Warnings as items of a list."""
+    return "\n".join(f"- **Warning:** {as_markdown(text)}" for text in warnings)
+
+
+def _not_readable(reason: RopewalkError) -> str:
+    return f"{LOADER} cannot load this model:\n\n{as_markdown(str(reason))}"
 
 
 def as_markdown(message: str) -> str:
@@ -102,7 +156,7 @@ def hook_lora_messages(menu: ModuleType) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_lora_wrapper(selected_loras: list[str]) -> Iterator[str]:
             try:
-                yield from original(selected_loras)
+                yield from _with_warnings(original(selected_loras))
             except RopewalkError as error:
                 logger.error("ropewalk: %s", error)
                 in_use = ", ".join(webui_module("shared").lora_names) or "none"
@@ -111,6 +165,16 @@ def hook_lora_messages(menu: ModuleType) -> None:
         return load_lora_wrapper
 
     wrap(menu, "load_lora_wrapper", make)
+
+
+def _with_warnings(texts: Iterator[str]) -> Iterator[str]:
+    """The texts, with what was warned of while each was made."""
+    while True:
+        with warnings_heard() as heard:
+            text = next(texts, None)
+        if text is None:
+            return
+        yield append(text, warning_list(heard)) if heard else text
 
 
 def hook_truncation(menu: ModuleType) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ropewalk.base.errors import RopewalkError
+from ropewalk.base.errors import RopewalkError, UnsupportedError
+from ropewalk.faces.webui.gptq_folders import is_gptq_like, reads_gptq
 from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.faces.webui.hooks.loader_table import settings_of_others
-from ropewalk.faces.webui.model_settings import Settings, declared_settings, is_gptq_folder
+from ropewalk.faces.webui.model_settings import Settings, declared_settings, refusal
 from ropewalk.faces.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.faces.webui.patching import swap, wrap
 from ropewalk.faces.webui.running import model_folder, webui_module
@@ -22,12 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def choose_for_gptq(models_settings: ModuleType) -> None:
-    """Let `infer_loader` choose ours for GPTQ folders, whatever it chose before (it stays out of GGUF)."""
+    """Let `infer_loader` choose ours for GPTQ-like folders (it stays out of GGUF). Those that we do not read are
+    refused with a reason, unless another loader reads them.
+    """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def infer_loader(model_name: str, *args: Any, **options: Any) -> Any:
             loader = original(model_name, *args, **options)
-            return LOADER if loader not in (None, "llama.cpp") and is_gptq_folder(model_folder(model_name)) else loader
+            if loader in (None, "llama.cpp"):
+                return loader
+            folder = model_folder(model_name)
+            if not is_gptq_like(folder) or (reads_gptq(loader) and isinstance(refusal(folder), UnsupportedError)):
+                return loader
+            return LOADER
 
         return infer_loader
 

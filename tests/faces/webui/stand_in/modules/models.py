@@ -5,7 +5,7 @@ from modules.models_settings import get_model_metadata
 
 def load_model(model_name, loader=None):
     shared.model_name = model_name
-    load_functions = {"Transformers": transformers_loader}
+    load_functions = {"llama.cpp": llama_cpp_server_loader, "Transformers": transformers_loader}
     metadata = get_model_metadata(model_name)
     loader = loader or shared.args.loader or metadata["loader"]
     shared.args.loader = loader
@@ -24,6 +24,10 @@ def transformers_loader(model_name):
     from modules.transformers_loader import load_model_HF
 
     return load_model_HF(model_name)
+
+
+def llama_cpp_server_loader(model_name):
+    raise RuntimeError(f"no gguf file in {model_name}")
 
 
 def unload_model(keep_model_name=False):

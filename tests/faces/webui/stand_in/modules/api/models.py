@@ -1,4 +1,5 @@
 from modules import loaders, shared
+from modules.LoRA import add_lora_to_model
 from modules.models import load_model, unload_model
 from modules.models_settings import get_model_metadata, update_model_parameters
 
@@ -15,3 +16,7 @@ def _load_model(data):
         if name in allowed and hasattr(shared.args, name):
             setattr(shared.args, name, value)
     shared.model, shared.tokenizer = load_model(data["model_name"])
+
+
+def load_loras(lora_names):
+    add_lora_to_model(lora_names)
