@@ -1,6 +1,6 @@
 """The settings of loading that people know from other loaders: one table of fields, and what they mean to load_model.
 
-    checkpoint -> values shown -> values as changed by a person -> arguments of load_model: only what differs
+    checkpoint -> values shown -> values as changed by a person -> LoadOptions: only what differs
 
 Every field of the page is text; what is wrong with one is a FieldError that names it.
 """
@@ -18,6 +18,7 @@ from ropewalk.base.errors import RopewalkError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.config.model import load_model_config
 from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
+from ropewalk.model.options import LoadOptions
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
@@ -132,8 +133,8 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
     return LoadSettings(**numbers, **texts)
 
 
-def load_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str, Any]:
-    """Arguments of `load_model`; what stands as in `original`, the checkpoint's own, is left to the checkpoint.
+def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
+    """The options of loading; what stands as in `original`, the checkpoint's own, is left to the checkpoint.
 
     Raises:
         FieldError: a factor without a method, or two scalings at once.
@@ -148,7 +149,7 @@ def load_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str, 
     for name in ("max_seq_len", "layer_order", "second_folder"):
         if getattr(settings, name) != getattr(original, name):
             arguments[name] = getattr(settings, name) or None
-    return {name: value for name, value in arguments.items() if value is not None}
+    return LoadOptions(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def field_of(message: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ropewalk.gradio_demo.model_bar.settings import (
     LoadSettings,
     checkpoint_settings,
     field_of,
-    load_arguments,
+    load_options,
     read_settings,
     suggested_settings,
 )
@@ -27,10 +27,10 @@ from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
+from ropewalk.model.options import LoadOptions
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 
 FOLDER = "folder"  # the field that a mistake belongs to where it is of none of the settings
-INFO_OPTIONS = ("max_seq_len", "cache_type", "rope_scaling", "compress_pos_emb", "alpha_value", "layer_order")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,8 +102,8 @@ class Workbench:
         Raises:
             FieldError: names the field that is wrong.
         """
-        folder, _, arguments = self._arguments(name, values)
-        return self._info(folder, arguments)
+        folder, _, options = self._options(name, values)
+        return self._info(folder, options)
 
     def load(self, name: str, values: Mapping[str, Any], progress: Progress | None = None) -> Loaded:
         """Load and put in place; the model there was stays if anything is wrong.
@@ -114,10 +114,10 @@ class Workbench:
         if not self._loading.acquire(blocking=False):
             raise RequestError("another model is being loaded at this moment: wait until it is there")
         try:
-            folder, settings, arguments = self._arguments(name, values)
-            info = self._info(folder, arguments)
+            folder, settings, options = self._options(name, values)
+            info = self._info(folder, options)
             self._check_memory(info)
-            model, tokenizer = _read(folder, arguments, progress)
+            model, tokenizer = _read(folder, options, progress)
             engine = Engine(model, tokenizer, num_caches=self._affordable_caches(model))
             self._generation += 1
             self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
@@ -164,26 +164,25 @@ class Workbench:
                         loaded.model.load_adapter(folders[name], name)
         return wanted
 
-    def _arguments(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, dict[str, Any]]:
+    def _options(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, LoadOptions]:
         settings = read_settings(values)
         try:
             folder = self.access.open(name)
-            arguments = load_arguments(settings, checkpoint_settings(folder))
+            options = load_options(settings, checkpoint_settings(folder))
         except FieldError:
             raise
         except RopewalkError as error:
             raise FieldError(FOLDER, str(error)) from error
-        if "second_folder" in arguments:
+        if options.second_folder is not None:
             try:
-                arguments["second_folder"] = self.access.open(arguments["second_folder"])
+                options = replace(options, second_folder=self.access.open(options.second_folder))
             except RequestError as error:
                 raise FieldError("second_folder", str(error)) from error
-        return folder, settings, arguments
+        return folder, settings, options
 
-    def _info(self, folder: Path, arguments: Mapping[str, Any]) -> ModelInfo:
-        options = {name: value for name, value in arguments.items() if name in (*INFO_OPTIONS, "second_folder")}
+    def _info(self, folder: Path, options: LoadOptions) -> ModelInfo:
         try:
-            return model_info(folder, **options)
+            return model_info(folder, options=options)
         except RopewalkError as error:
             raise _of_field(error) from error
 
@@ -206,10 +205,10 @@ class Workbench:
         return name.strip() or EMBEDDED
 
 
-def _read(folder: Path, arguments: Mapping[str, Any], progress: Progress | None) -> tuple[Model, Tokenizer]:
+def _read(folder: Path, options: LoadOptions, progress: Progress | None) -> tuple[Model, Tokenizer]:
     try:
         tokenizer = load_tokenizer(folder)
-        return load_model(folder, progress=progress, **arguments), tokenizer
+        return load_model(folder, options=options, progress=progress), tokenizer
     except RopewalkError as error:
         raise _of_field(error) from error
 

@@ -14,11 +14,10 @@ from ropewalk.base.errors import ConfigError
 from ropewalk.faces.webui.model_settings import declared_settings, describe, load_options, multiplied_scalings
 from ropewalk.faces.webui.parameters import PARAMETERS, Choice, name_here, read_all
 from ropewalk.files.embedded import demo_model_path
-from ropewalk.model.options import LoadOptions
+from ropewalk.model.options import OPTION_NAMES, ROPE_NAMES, LoadOptions
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.rope import Rope
 
-ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
 BY_NAME = {item.name: item for item in PARAMETERS}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -49,8 +48,13 @@ def write_config(folder: Path, changes: dict[str, Any]) -> Path:
 
 def rope_of(folder: Path, values: dict[str, Any]) -> Rope:
     """What is decided with these values in the fields."""
-    options = {name: value for name, value in load_options(folder, values).items() if name in ROPE_OPTIONS}
-    return plan_loading(folder, LoadOptions(**options)).rope
+    return plan_loading(folder, load_options(folder, values)).rope
+
+
+def changed(options: LoadOptions) -> dict[str, Any]:
+    """The options that differ from the defaults, by name."""
+    values = {name: getattr(options, name) for name in OPTION_NAMES}
+    return {name: value for name, value in values.items() if value != getattr(LoadOptions(), name)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -58,8 +62,7 @@ def test_fields_that_were_only_filled_override_nothing(tmp_path: Path, name: str
     folder = write_config(tmp_path, CONFIGS[name])
     declared = declared_settings(folder)
     options = load_options(folder, declared)
-    assert not set(options) & {*ROPE_OPTIONS, "layer_order"}
-    assert options["max_seq_len"] == declared["ctx_size"]
+    assert changed(options) == {"max_seq_len": declared["ctx_size"]}
     assert rope_of(folder, declared) == rope_of(folder, {})
 
 
@@ -70,7 +73,7 @@ def test_fields_may_round_what_they_show(tmp_path: Path, name: str) -> None:
         field: round(value, 2) if isinstance(value, float) else value
         for field, value in declared_settings(folder).items()
     }
-    assert not set(load_options(folder, shown)) & set(ROPE_OPTIONS)
+    assert not load_options(folder, shown).has_rope
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_fields_show_what_config_json_declares(tmp_path: Path, config: str, expe
 def test_a_very_long_declared_context_is_not_filled_in(tmp_path: Path) -> None:
     folder = write_config(tmp_path, {"max_position_embeddings": 131072})
     assert declared_settings(folder)["ctx_size"] == 32768
-    assert load_options(folder, {"ctx_size": 131072})["max_seq_len"] == 131072
+    assert load_options(folder, {"ctx_size": 131072}).max_seq_len == 131072
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_a_field_that_was_changed_overrides(
 ) -> None:
     folder = write_config(tmp_path, CONFIGS[config])
     options = load_options(folder, declared_settings(folder) | changes)
-    assert {name: value for name, value in options.items() if name in ROPE_OPTIONS} == expected
+    assert {name: value for name, value in changed(options).items() if name in ROPE_NAMES} == expected
     rope_of(folder, declared_settings(folder) | changes)
 
 
@@ -145,7 +148,7 @@ def test_a_method_and_a_knob_together_are_refused(tmp_path: Path) -> None:
 def test_values_become_the_arguments_of_loading(tmp_path: Path) -> None:
     values = {"chunk_size": 64, "compute_mode": "exact", "threads": 2, "layer_order": "0-2", "cache_type": "fp32"}
     options = load_options(write_config(tmp_path, {}), values)
-    assert options == {
+    assert changed(options) == {
         **{"max_seq_len": 512, "max_input_len": 64, "compute": "exact"},
         **{"threads": 2, "layer_order": "0-2", "cache_type": "fp32"},
     }
@@ -210,10 +213,10 @@ def test_a_description_checks_the_tensors_and_says_the_decision() -> None:
 
 
 def test_both_scalings_set_say_that_they_multiply() -> None:
-    text = multiplied_scalings({"compress_pos_emb": 4, "alpha_value": "2.5"})
+    text = multiplied_scalings(LoadOptions(compress_pos_emb=4, alpha_value=2.5))
     assert text is not None and "compress_pos_emb=4 and alpha_value=2.5" in text and "10 times" in text
 
 
 @pytest.mark.parametrize("values", [{}, {"compress_pos_emb": 4}, {"alpha_value": 2, "compress_pos_emb": 1.0}])
 def test_one_scaling_alone_multiplies_with_nothing(values: dict[str, Any]) -> None:
-    assert multiplied_scalings(values) is None
+    assert multiplied_scalings(LoadOptions(**values)) is None

@@ -1,6 +1,6 @@
 """From a model folder to the values of the fields, and from values back to the arguments that load the model.
 
-    config.json -> declared_settings -> fields -> (a person, a flag, the API) -> load_options -> from_pretrained
+    config.json -> declared_settings -> fields -> (a person, a flag, the API) -> load_options -> hf.from_pretrained
 
 What config.json declares is only shown in the fields. A field that was not changed overrides nothing: a scaling may
 have more parameters than the fields can show.
@@ -16,6 +16,7 @@ from typing import Any
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.faces.webui.parameters import FROM_CONFIG, PARAMETERS, read_all
 from ropewalk.model.info import ModelInfo, model_info
+from ropewalk.model.options import LoadOptions
 from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.rope.methods import LinearNtkScaling, LinearScaling, NoScaling, NtkScaling
 from ropewalk.rope.rope import Rope
@@ -25,11 +26,6 @@ Settings = dict[str, int | float | str]
 
 # What fills the context field by itself. Some models declare 131072 positions, for which few machines have the memory.
 MAX_FILLED_CONTEXT = 32768
-# The arguments of loading that `model_info` has too.
-INFO_OPTIONS = (
-    *("max_seq_len", "cache_type", "layer_order"),
-    *("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta"),
-)
 # Fields round what they show: to two decimals, and the base to an integer.
 ROUNDING = 0.005 + 1e-9
 
@@ -47,8 +43,8 @@ def declared_settings(folder: Path) -> Settings:
     return settings | _rope_fields(plan.rope)
 
 
-def load_options(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `ropewalk.hf.from_pretrained`, beside the folder, for these values of the fields.
+def load_options(folder: Path, values: Mapping[str, Any]) -> LoadOptions:
+    """The options of loading for these values of the fields.
 
     What is absent or empty is as the model declares it.
 
@@ -57,7 +53,7 @@ def load_options(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     plan, declared = _plan(folder), declared_settings(folder)
     chosen = declared | read_all(values)
-    options = {
+    options: dict[str, Any] = {
         item.option: chosen[item.name]
         for item in PARAMETERS
         if item.option is not None and chosen[item.name] != item.unset
@@ -65,7 +61,7 @@ def load_options(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if chosen["layer_order"] == declared["layer_order"]:
         options.pop("layer_order", None)  # config.json has it, or it is each layer once
     options["max_seq_len"] = chosen["ctx_size"] or declared["ctx_size"]
-    return options | _rope_options(chosen, declared, plan)
+    return LoadOptions(**options, **_rope_options(chosen, declared, plan))
 
 
 def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
@@ -74,8 +70,7 @@ def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
     Raises:
         RopewalkError: what loading would refuse before it reads weights.
     """
-    options = load_options(folder, values)
-    return model_info(folder, **{name: value for name, value in options.items() if name in INFO_OPTIONS})
+    return model_info(folder, options=load_options(folder, values))
 
 
 def refusal(folder: Path) -> RopewalkError | None:
@@ -87,10 +82,9 @@ def refusal(folder: Path) -> RopewalkError | None:
     return None
 
 
-def multiplied_scalings(values: Mapping[str, Any]) -> str | None:
+def multiplied_scalings(options: LoadOptions) -> str | None:
     """What to know about compress_pos_emb and alpha_value when both are set; None if they are not."""
-    chosen = read_all(values)
-    factor, alpha = (float(chosen.get(name, 1.0)) for name in ("compress_pos_emb", "alpha_value"))
+    factor, alpha = options.compress_pos_emb or 1.0, options.alpha_value or 1.0
     if factor == 1 or alpha == 1:
         return None
     return (

@@ -131,12 +131,12 @@ def _prepare(model_name: str) -> Callable[..., Any]:
 
     folder, args = model_folder(model_name), webui_module("shared").args
     options = load_options(folder, vars(args))
-    setattr(args, context_name(), options["max_seq_len"])
+    setattr(args, context_name(), options.max_seq_len)
     if multiply := multiplied_scalings(options):
         logger.warning("ropewalk: %s", multiply)
 
     def load(_: str) -> Any:
-        model = from_pretrained(folder, **options)
+        model = from_pretrained(folder, options=options)
         model.logits_by_default = 1  # the web UI reads the last row only, here and in the token tabs
         return model
 
