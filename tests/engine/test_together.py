@@ -128,8 +128,10 @@ def test_a_running_reply_goes_on_between_the_layers_of_another_prompt(tmp_path: 
     stream = engine.stream("rope", SamplingParams(temperature=0, max_new_tokens=20, ignore_eos=True))
     next(stream)
     tokens_seen: list[int] = []
+    begun = threading.Event()
 
     def watch(done: int, total: int) -> None:
+        begun.set()
         deadline = time.monotonic() + 10
         while not engine._step_line.num_waiting and stream.finish_reason is None and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -138,6 +140,7 @@ def test_a_running_reply_goes_on_between_the_layers_of_another_prompt(tmp_path: 
     prompt = "A ropewalk is a long straight lane " * 2
     other = threading.Thread(target=lambda: engine.generate(prompt, progress=watch, params=GREEDY), daemon=True)
     other.start()
+    assert begun.wait(30)  # else the reply could be over before the other prompt is read
     stream.complete()
     other.join(timeout=30)
     assert tokens_seen[:10] == list(range(tokens_seen[0], tokens_seen[0] + 10))

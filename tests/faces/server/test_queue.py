@@ -100,20 +100,15 @@ def test_past_the_limit_a_request_gets_429_and_when_to_come_again(server: Runnin
     assert complete(server).status_code == 200
 
 
-def test_requests_are_answered_in_the_order_of_coming(server: RunningServer, model: GatedModel) -> None:
-    finished: list[int] = []
-
-    def ask(number: int) -> None:
-        complete(server)
-        finished.append(number)
-
+def test_requests_are_computed_in_the_order_of_arrival(server: RunningServer, model: GatedModel) -> None:
+    prompts = [[10 + number] * 3 for number in range(3)]
     model.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        for number in range(3):
-            pool.submit(ask, number)
+        for number, prompt in enumerate(prompts):
+            pool.submit(complete, server, prompt=prompt)
             until(lambda number=number: sum(busy(server)) == number + 1)
         model.gate.set()
-    assert finished == [0, 1, 2]
+    assert [call for call in model.calls if len(call) == 3] == prompts  # the others are single tokens of replies
 
 
 def test_a_stream_that_waits_tells_its_position(server: RunningServer, model: GatedModel, monkeypatch) -> None:
