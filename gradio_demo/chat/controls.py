@@ -22,7 +22,7 @@ class ConversationControls:
             self.chosen = gr.Dropdown(
                 [],
                 label="Conversations",
-                info="Kept on this computer. Pick one to go on with it.",
+                info="Kept on this computer. Pick one to continue it.",
                 elem_id="conversations",
             )
         with gr.Row():
