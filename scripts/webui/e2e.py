@@ -59,7 +59,7 @@ class Table:
         return not self.rows or any(status == "fail" for _, _, status, _ in self.rows)
 
     def print_table(self, title: str) -> None:
-        """The whole, as markdown."""
+        """The whole table, as markdown."""
         print(f"\n| {title}: check | result | seen |\n|---|---|---|")
         for scene, name, status, seen in self.rows:
             flat = " ".join(seen.split()).replace("|", "\\|")
@@ -117,7 +117,7 @@ def extension_scene(table: Table, copy: WebuiCopy) -> None:
 
 
 def launcher_scene(table: Table, copy: WebuiCopy) -> None:
-    """`ropewalk webui run`: --model with our loader and flags, a LoRA, unloading for idleness."""
+    """`ropewalk webui run`: --model with our loader and flags, a LoRA, unloading when idle."""
     scene, context = "launcher", flag(copy, context_name(copy))
     command = ("-m", "ropewalk", "webui", "run", str(copy.webui), "--")
     flags = ["--model", MODEL, "--loader", "ropewalk", context, "1024", flag(copy, "alpha_value"), "2.5"]
@@ -149,7 +149,7 @@ def startup_file_scene(table: Table, copy: WebuiCopy) -> None:
 
 def uninstalled_scene(table: Table, copy: WebuiCopy) -> None:
     """A model saved with our loader, first with `ropewalk webui enable` and then after `uninstall`; and `enable` in the
-    Python below, which is another's business."""
+    underlying Python, which must not matter here."""
     scene, saved = "uninstalled", copy.models(MODEL).parent / "config-user.yaml"
     context = context_name(copy)
     saved.write_text(f"{MODEL}$:\n  loader: ropewalk\n  {context}: 640\n  alpha_value: 2\n  rope_method: config\n")
@@ -272,8 +272,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--label", help="what the table calls it (default: the folder's name)")
     parser.add_argument("--page", metavar="DIR", help="drive the page too, and put screenshots there")
-    parser.add_argument("--scene", default="", help="only scenes whose name has this")
-    parser.add_argument("--only", default="", help="only checks whose name has this")
+    parser.add_argument("--scene", default="", help="only scenes whose name contains this")
+    parser.add_argument("--only", default="", help="only checks whose name contains this")
     parser.add_argument("--keep", metavar="DIR", help="run in this new folder and keep it, with the consoles")
     return parser.parse_args()
 
