@@ -63,7 +63,7 @@ class ReplyControls:
                 elem_id="template",
             )
             self.system = gr.Textbox(
-                label="System prompt", info="Said to the model before the conversation.", lines=2, elem_id="system"
+                label="System prompt", info="Given to the model before the conversation.", lines=2, elem_id="system"
             )
         with gr.Accordion("Sampling", open=False):
             values = PRESETS[BALANCED]

@@ -205,7 +205,7 @@ def _problem(error: RopewalkError) -> list[str]:
 
 
 def _field_notes(error: RopewalkError | None) -> list[Any]:
-    """What stands under each label: the explanation, or what is wrong with the value."""
+    """The text under each label: the explanation, or what is wrong with the value."""
     wrong = error.field if isinstance(error, FieldError) else None
     return [
         gr.update(info=f"✗ {error}", elem_classes=["rw-wrong"])

@@ -148,7 +148,7 @@ class Access:
 
 
 def _resolved(path: Path) -> Path | None:
-    """Without links; None where that is impossible (missing, a loop of links, a name that no file can have)."""
+    """Without links; None if that is impossible (missing, a loop of links, a name that no file can have)."""
     try:
         return path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):

@@ -158,7 +158,9 @@ def uninstalled_scene(table: Table, copy: WebuiCopy) -> None:
         if subject is not None:
             table.check(scene, "before that, a saved model starts", lambda: _loaded(subject, 640, []))
     table.check(scene, "ropewalk webui uninstall", lambda: _uninstalled(copy))
-    table.check(scene, "a saved model does not end the server over our name", lambda: _starts_without_us(copy))
+    table.check(
+        scene, "the name of our loader, saved for a model, does not end the server", lambda: _starts_without_us(copy)
+    )
     copy.ropewalk("webui", "enable", python=copy.base_python)
     with served(table, scene, copy) as subject:
         if subject is not None:
@@ -196,7 +198,7 @@ def _uninstalled(copy: WebuiCopy) -> str:
 
 
 def _starts_without_us(copy: WebuiCopy) -> str:
-    """With a GPTQ model and without us, some versions end over the model; but none may over our name."""
+    """With a GPTQ model and without us, some versions fail on the model, but none may fail on our name."""
     server = WebuiServer(copy, ("--model", MODEL))
     try:
         with server:

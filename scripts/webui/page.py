@@ -467,7 +467,7 @@ def _add_sample_text(copy: WebuiCopy) -> None:
 
 @contextmanager
 def chromium(width: int = 1280, height: int = 900) -> Iterator[Page]:
-    """A fresh headless Chromium: the system's where it is, else playwright's own."""
+    """A fresh headless Chromium: the system's if there is one, else playwright's own."""
     if not Path(CHROMIUM).exists() and shutil.which("chromium") is None:
         raise Skip("no Chromium")
     with sync_playwright() as playwright:
