@@ -77,7 +77,7 @@ def hopeless(model_name: str, loader: str) -> str | None:
     reason = refusal(folder)
     ours = f"choose {LOADER} as Model loader" if reason is None else f"{LOADER} does not read it either: {reason}"
     packages = " or ".join(READERS[loader])
-    return f"{loader} needs {packages} for the quantised weights of {model_name}, which this Python lacks: {ours}"
+    return f"{loader} needs {packages}, which this Python lacks, for the quantised weights of {model_name}: {ours}"
 
 
 def load_with_reason(model_name: str) -> Iterator[str]:
