@@ -1,4 +1,4 @@
-"""The demo page: `session.py` and what it holds behave and know no Gradio; layouts and `app.py` show it.
+"""The demo page. `session.py` and what it holds are its behaviour, without Gradio; layouts and `app.py` display it.
 
     shared <- model_bar <- replies <- chat, notebook, documents, context_lab, layers <- session (behaviour)
     shared <- model_bar <- replies <- chat, notebook, documents, context_lab, layers <- app     (layouts)

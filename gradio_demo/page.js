@@ -13,14 +13,14 @@
       event.preventDefault();
       document.getElementById(button)?.click();
     }
-    // Gradio sends on Shift+Enter, where every other program starts a line: it must not hear of it.
+    // Gradio sends on Shift+Enter, where every other program starts a new line: the event must not reach it.
     if (button || event.shiftKey) event.stopPropagation();
   }
   window.addEventListener("keydown", keyPressed, true);
   window.addEventListener("keypress", keyPressed, true); // Gradio listens to this one
 
-  const END_PX = 60; // who comes down as far as this, while the text runs on, wants the end
-  const JUMPS = "#send, #again, #undo, #new, #conversations [role=option]"; // after these the end is what is wanted
+  const END_PX = 60; // a reader who scrolls down this close to the end wants to follow it
+  const JUMPS = "#send, #again, #undo, #new, #conversations [role=option]"; // after these the reader wants to see the end
 
   let following = true, last = 0;
 
@@ -41,7 +41,7 @@
       else if (log.scrollTop > last) following ||= log.scrollHeight - log.scrollTop - log.clientHeight <= END_PX;
       last = log.scrollTop;
     });
-    // The event of scrolling comes a frame later than the wheel, and text may come between them.
+    // The scroll event comes a frame later than the wheel event, and text may arrive between them.
     log.addEventListener("wheel", (event) => {
       if (event.deltaY < 0 && log.scrollTop > 0) following = false;
     }, { passive: true });

@@ -22,8 +22,8 @@ from ropewalk.gradio_demo.theme import make_theme
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")
 WORKERS = 64  # each running reply, measurement and load takes one while it lasts
-# What Gradio remembers of a page takes half a MiB, and it cannot tell a closed page from a quiet one. The pages that
-# asked last are kept: open ones ask for news every two seconds.
+# What Gradio remembers of a page takes half a MiB, and Gradio cannot tell a closed page from a quiet one. So it keeps
+# the pages that asked last: open ones ask for news every two seconds.
 OPEN_PAGES = 128
 
 
@@ -64,7 +64,7 @@ def serve_demo(
 
 
 def launch(page: gr.Blocks, address: Address) -> str:
-    """Serve the page in the background; the address to open.
+    """Serve the page in the background, and return the address to open.
 
     Raises:
         RequestError: the port is taken.

@@ -40,7 +40,7 @@ class Session:
 
 def make_session(access: Access, data: Path, exports: Path, num_caches: int = 4, owner: Owner | None = None) -> Session:
     """A session without a model. data: where conversations are kept; num_caches: see `Workbench`; owner: who may change
-    the model, if not as `Owner` decides by itself."""
+    the model; default: `Owner()`."""
     workbench, running, owner = Workbench(access, num_caches), Running(), owner or Owner()
     return Session(
         workbench=workbench,

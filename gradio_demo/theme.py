@@ -23,7 +23,7 @@ def make_theme() -> gr.themes.Base:
     return theme.set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
-        # Hints and placeholders are read, too: 4.5:1 at least against what they stand on (a test measures it).
+        # Hints and placeholders must be readable too: a contrast of at least 4.5:1 (a test measures it).
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
         block_info_text_color="*neutral_600",

@@ -71,7 +71,7 @@ def save(page: Page, path: Path) -> None:
 
 
 def choose(page: Page, tab: str) -> None:
-    """Open a tab; on a narrow page those that have no room are in a menu."""
+    """Open a tab; a narrow page has some of them in a menu."""
     button = page.get_by_role("tab", name=tab, exact=True)
     if not button.first.is_visible():
         page.locator("#tabs .overflow-menu > button").first.click()
@@ -82,7 +82,7 @@ def choose(page: Page, tab: str) -> None:
 
 
 def wait_text(page: Page, selector: str, text: str) -> None:
-    """Until the element says so."""
+    """Wait until the element shows the text."""
     page.locator(selector, has_text=text).first.wait_for(timeout=PATIENCE_MS)
 
 

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: makes .venv and installs the package into it, again only when its sources changed.
+# Sourced by demo.sh and test.sh: makes .venv and installs the package into it, and again only if its sources changed.
 # Usage: source scripts/environment.sh EXTRAS        (EXTRAS: "" or "[test]")
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +24,7 @@ if ! grep -qsxF "$digest" "${valid[@]}"; then
     echo "Installing ropewalk$extras into .venv (compiles the core; the first time this also installs torch)" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$TORCH"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check ".$extras"
-    for other in .venv/ropewalk-installed*; do  # what was installed with other extras, of these sources, is there still
+    for other in .venv/ropewalk-installed*; do  # installs of the same sources with other extras still count
         if ! grep -qsxF "$digest" "$other"; then rm -f "$other"; fi
     done
     echo "$digest" > "$stamp"

@@ -1,4 +1,4 @@
-"""What the chat tab does: ask, ask again, edit, take back; open, save and hand out conversations."""
+"""What the chat tab does: ask, ask again, edit, take back; open, save and export conversations."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Chats:
         return conversation
 
     def open(self, visitor: Visitor, conversation_id: str) -> Conversation:
-        """One of `choices`.
+        """Open one of `choices`.
 
         Raises:
-            RequestError: there is none of that id.
+            RequestError: no conversation has that id.
         """
         conversation = self._store.load(visitor.person, conversation_id)
         self._store.set_current(visitor.person, conversation_id)
@@ -57,7 +57,7 @@ class Chats:
         return [(_label(conversation), conversation.id) for conversation in self._store.list(visitor.person)]
 
     def delete(self, visitor: Visitor, doomed: Conversation, open_now: Conversation) -> Conversation:
-        """Forget `doomed` for good; the conversation to show: the open one, or a new one if that was doomed."""
+        """Delete `doomed` for good. Returns what to show: the open conversation, or a new one if that was deleted."""
         self._store.delete(visitor.person, doomed.id)
         return self.new(visitor) if open_now.id == doomed.id else open_now
 
@@ -65,7 +65,7 @@ class Chats:
         """(name, text) of a JSON file to download.
 
         Raises:
-            RequestError: there is nothing in it yet.
+            RequestError: the conversation is empty.
         """
         if not conversation.turns:
             raise RequestError("there is nothing to export yet: the conversation is empty")
@@ -82,7 +82,7 @@ class Chats:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RequestError(f"{path.name} is not UTF-8 text, and so no exported conversation") from error
+            raise RequestError(f"{path.name} is not UTF-8 text, so it is not an exported conversation") from error
         read = read_conversation(text, path.name)
         conversation = Conversation(turns=read.turns, system=read.system, template=read.template)
         self._store.save(visitor.person, conversation)
@@ -108,7 +108,7 @@ class Chats:
     def edit(
         self, visitor: Visitor, conversation: Conversation, index: int, text: str, request: ReplyRequest
     ) -> Iterator[ChatView]:
-        """Put another text in the place of a message. A question is asked again from there, a reply is kept so."""
+        """Replace the text of a message. A question is asked again from there; a reply is kept as it was edited."""
         if not 0 <= index < len(conversation.turns):
             yield self._refused(conversation, "that message is not there any more")
             return
@@ -132,9 +132,10 @@ class Chats:
     def _answer(
         self, visitor: Visitor, before: Conversation, asked: Conversation, request: ReplyRequest
     ) -> Iterator[ChatView]:
-        """Views of the reply to `asked`; of `before` where there is none.
+        """Views of the reply to `asked`; if there is no reply, of `before`.
 
-        The question is saved before and the reply after it, also if nobody looks any more; both before the last view.
+        The question is saved when the reply begins and the reply when it ends, even if nobody is looking any more. Both
+        are saved before the last view.
         """
         latest, view = asked, None
         try:
@@ -166,7 +167,7 @@ class Chats:
 
 
 def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
-    """The turns as a chat component takes them. Bare strings would lose indentation: they are taken for docstrings."""
+    """The turns as a chat component takes them. Bare strings lose indentation: Gradio treats them as docstrings."""
     return [{"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in conversation.turns]
 
 

@@ -22,7 +22,7 @@ class ConversationControls:
             self.chosen = gr.Dropdown(
                 [],
                 label="Conversations",
-                info="Kept on this computer. Pick one to go on with it.",
+                info="Kept on this computer. Pick one to continue it.",
                 elem_id="conversations",
             )
         with gr.Row():
@@ -63,7 +63,7 @@ class ReplyControls:
                 elem_id="template",
             )
             self.system = gr.Textbox(
-                label="System prompt", info="Said to the model before the conversation.", lines=2, elem_id="system"
+                label="System prompt", info="Given to the model before the conversation.", lines=2, elem_id="system"
             )
         with gr.Accordion("Sampling", open=False):
             values = PRESETS[BALANCED]

@@ -2,8 +2,8 @@
 
     DATA/conversations/<person>/<id>.json     DATA/conversations/<person>/current
 
-A file is written beside its place, flushed to the disk and then moved there, so that a process killed at any moment
-leaves either the old or the new conversation, never a part of one.
+A file is written next to its final place, flushed to the disk and then moved there, so that a process killed at any
+moment leaves either the old or the new conversation, never part of one.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Conversation:
         return opening + [{"role": turn.role, "content": turn.content} for turn in self.turns]
 
     def with_turn(self, turn: Turn) -> Conversation:
-        """With one message more."""
+        """The conversation with one more message."""
         return replace(self, turns=(*self.turns, turn), updated=time.time())
 
     def before_last_question(self) -> tuple[Conversation, str]:
-        """(the conversation up to the last question, that question); the question is "" where there is none."""
+        """(the conversation up to the last question, that question); the question is "" if there is none."""
         return self.before(max((i for i, turn in enumerate(self.turns) if turn.role == "user"), default=0))
 
     def before(self, index: int) -> tuple[Conversation, str]:
@@ -127,7 +127,7 @@ class ConversationStore:
         """Read one back.
 
         Raises:
-            RequestError: there is none of that id, or its file is damaged.
+            RequestError: no conversation has that id, or its file is damaged.
         """
         path = self._path(person, conversation_id)
         try:
@@ -136,11 +136,11 @@ class ConversationStore:
             raise RequestError(f"the conversation {conversation_id} cannot be read: {error}") from error
 
     def delete(self, person: str, conversation_id: str) -> None:
-        """Forget one; nothing happens if there is none."""
+        """Delete one; nothing happens if there is none."""
         self._path(person, conversation_id).unlink(missing_ok=True)
 
     def list(self, person: str) -> list[Conversation]:
-        """All that can be read, the one used last first. Damaged files are left alone and left out."""
+        """All that can be read, the most recently used first. Damaged files are left alone and not listed."""
         found = []
         for path in self._folder(person).glob("*.json"):
             try:
@@ -157,7 +157,7 @@ class ConversationStore:
             return Conversation()
 
     def set_current(self, person: str, conversation_id: str) -> None:
-        """Remember which conversation is open; "" or an unsaved one: a new one."""
+        """Remember which conversation is open; "" or an unsaved one means a new one."""
         folder = self._folder(person)
         if folder.is_dir():
             _replace_file(folder / "current", conversation_id)
@@ -167,12 +167,12 @@ class ConversationStore:
 
     def _path(self, person: str, conversation_id: str) -> Path:
         if not _is_id(conversation_id):
-            raise RequestError(f"{_shown(conversation_id)} is no id of a conversation")
+            raise RequestError(f"{_shown(conversation_id)} is not the id of a conversation")
         return self._folder(person) / f"{conversation_id}.json"
 
 
 def _replace_file(path: Path, text: str) -> None:
-    """All or nothing, also if the machine stops."""
+    """Replace the whole file or nothing, even if the machine stops."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:

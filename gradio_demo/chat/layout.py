@@ -30,10 +30,10 @@ from ropewalk.gradio_demo.shared.pictures import live_line
 PLACEHOLDER = """### Ask something
 The embedded model continues Python: try `def read_lines(path):`
 
-A GPTQ chat model of yours answers questions."""
+A GPTQ chat model of your own answers questions."""
 
 
-# Made in the browser: a download button of Gradio would hand out the file of the click before.
+# Made in the browser: a download button of Gradio would give out the file of the previous click.
 DOWNLOAD = """(file) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([file.text], {type: "application/json"}));
@@ -67,7 +67,7 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
             meter = gr.HTML(elem_id="chat-meter", elem_classes=["rw-tight"])
             question = gr.Textbox(
                 show_label=False,
-                placeholder="Write here. Enter sends, Shift+Enter starts a line.",
+                placeholder="Write here. Enter sends, Shift+Enter starts a new line.",
                 lines=2,
                 max_lines=12,
                 elem_id="question",
@@ -112,7 +112,7 @@ def _connect_replies(
             return
         for view in work(replace(conversation, system=system, template=template), chat_request):
             shown = _shown(view)
-            # The list is read again once the reply is saved, which is when its last view comes.
+            # The list is read again with the last view: by then the reply has been saved.
             shown = shown if view.running else [*shown[:-1], _list(session, request, view.conversation)]
             yield [*shown, view.error or ""]
 
@@ -213,7 +213,7 @@ def _connect_files(
 def _connect_reload(
     session: Session, views: list[gr.components.Component], settings: ReplyControls, page: gr.Blocks
 ) -> None:
-    """The conversation that was open last comes back; what is typed before it is there stays."""
+    """The conversation that was open last comes back; what was typed before it arrives stays."""
     system = Filling([settings.system])
 
     def run_reload(request: gr.Request) -> list[Any]:

@@ -16,7 +16,7 @@ from ropewalk.gradio_demo.replies.templates import chat_template, prompt_ids
 from ropewalk.text.chat import Template
 from ropewalk.text.tokenizer.load import Tokenizer
 
-LEAST_ROOM = 16  # tokens that a reply must at least have
+LEAST_ROOM = 16  # tokens that a reply must at least have room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def fitting_prompt(
     """(prompt of at most `limit` tokens, number of the oldest turns left out of it).
 
     Raises:
-        RequestError: it is longer, and may not be shortened or would be without any question.
+        RequestError: it is longer and may not be shortened, or no question would be left.
     """
     turns, dropped = conversation.turns, 0
     while True:

@@ -1,7 +1,7 @@
-"""The context lab: what a scaling does to perplexity by length, and to finding a key again by depth and length.
+"""The context lab: perplexity by length, and pass keys found by depth and length, under the scalings that one chooses.
 
-The measuring is `ropewalk.measure.compare` and `ropewalk.measure.retrieval`. It runs on a variant of the loaded model
-that shares its weights, so that conversations go on meanwhile.
+`ropewalk.measure.compare` and `ropewalk.measure.retrieval` do the measuring. It runs on a variant of the loaded model
+that shares its weights, so that conversations can go on meanwhile.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ContextLab:
         """The text to measure on: a dropped file, else pasted text, else what comes with the embedded model.
 
         Raises:
-            RequestError: the file is no text; there is nothing at all.
+            RequestError: the file is not text, or too large.
         """
         if file is not None:
             return read_text_file(self._workbench.access.check_upload(file))
@@ -74,7 +74,7 @@ class ContextLab:
         factor: str,
         max_tokens: float,
     ) -> Iterator[LabView]:
-        """Perplexity by length, one curve per scaling. factor: of each; empty: longest / original length."""
+        """Perplexity by length, one curve per scaling. factor: for each of them; empty: longest / original length."""
 
         def work(progress: Any, cancelled: Any) -> list[Curve]:
             loaded, wanted = self._workbench.require(), read_lengths(lengths)
@@ -127,7 +127,7 @@ class ContextLab:
         columns: tuple[str, ...],
         name: str,
     ) -> Iterator[LabView]:
-        """Views while it runs, then one with plot and table, also of what a cancelled one has measured."""
+        """Views while it runs, then one with plot and table; if it was cancelled, of what was measured until then."""
         measurement = Measurement(work)
         try:
             with self._running.hold(visitor.tab, measurement):
@@ -164,7 +164,7 @@ def read_factor(text: str) -> float | None:
     """A number, or None for an empty text.
 
     Raises:
-        RequestError: neither.
+        RequestError: it is neither.
     """
     try:
         return float(text) if text.strip() else None

@@ -18,7 +18,7 @@ from ropewalk.gradio_demo.shared.pictures import problem
 from ropewalk.model.variants import AS_LOADED
 
 ABOUT = (
-    "How far does the context reach? A model reads positions that it never saw in training badly, and RoPE scaling "
+    "How far does the context reach? A model copes badly with positions that it never saw in training; RoPE scaling "
     "brings them back into the range that it knows. Both measurements run on the loaded model; conversations go on."
 )
 MAX_CHOSEN_ADAPTERS = 3
@@ -37,7 +37,7 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
             factor = gr.Textbox(
                 label="Scaling factor",
                 placeholder="longest / trained length",
-                info="Of every method.",
+                info="For every method.",
                 elem_id="lab-factor",
             )
             with gr.Accordion("Text to read", open=False):
@@ -60,17 +60,17 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                     4096,
                     step=2048,
                     label="Tokens to read",
-                    info="Of the text, per line and length: more is smoother.",
+                    info="From the text, per line and length: more is smoother.",
                     elem_id="lab-tokens",
                 )
                 curves.show()
             with gr.Tab("Finding a pass key"):
                 cells = _Measurement("retrieval", "cells")
                 scaling = gr.Dropdown(
-                    [], label="Scaling", info="Under which keys are looked for.", elem_id="lab-scaling"
+                    [], label="Scaling", info="The one that the model reads with.", elem_id="lab-scaling"
                 )
                 trials = gr.Slider(
-                    1, 16, 4, step=1, label="Keys per cell", info="More keys, finer shares.", elem_id="lab-trials"
+                    1, 16, 4, step=1, label="Keys per cell", info="More keys, finer percentages.", elem_id="lab-trials"
                 )
                 cells.show()
     text = [file, pasted]

@@ -1,4 +1,4 @@
-"""How far a measurement is, as a bar."""
+"""The progress of a measurement, as a bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ropewalk.gradio_demo.replies.measuring import Measured
 
 
 def progress_bar(measured: Measured, unit: str) -> str:
-    """How far a measurement is."""
+    """The progress of a measurement, or why there is none."""
     if measured.error is not None:
         return f'<p class="rw-line rw-error">{escape(measured.error)}</p>'
     part = 100 * measured.done / measured.total if measured.total else 0

@@ -56,8 +56,8 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A document behind an answer. cited: its title, url or date stands in the answer; shared: which part of the
-    answer's longer words stands in its text."""
+    """A document behind an answer. cited: its title, url or date occurs in the answer; shared: the fraction of the
+    answer's longer words that occur in its text."""
 
     document: Document
     cited: bool
@@ -66,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class AnswerView:
-    """What is shown at one moment; sources come with the end."""
+    """What is shown at one moment; sources come at the end."""
 
     text: str
     line: str
@@ -77,7 +77,7 @@ class AnswerView:
 
 
 class Documents:
-    """Questions to documents. Each stands for itself: nothing is remembered from one to the next."""
+    """Questions about documents. Each stands alone: nothing is remembered from one to the next."""
 
     def __init__(self, workbench: Workbench, running: Running) -> None:
         self._workbench = workbench
@@ -87,7 +87,7 @@ class Documents:
         """Dropped files, titled by their names.
 
         Raises:
-            RequestError: one of them is no text, or too large.
+            RequestError: one of them is not text, or too large.
         """
         checked = [self._workbench.access.check_upload(path) for path in paths]
         return [Document(path.name, read_text_file(path)) for path in checked]

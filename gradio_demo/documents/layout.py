@@ -43,7 +43,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
                     url = gr.Textbox(label="Address", info="Optional.", min_width=120)
                     date = gr.Textbox(label="Date", info="Optional.", min_width=120)
                 text = gr.Textbox(
-                    label="Text", info="What the answer is to come from.", lines=5, elem_id="documents-text"
+                    label="Text", info="What the answer should come from.", lines=5, elem_id="documents-text"
                 )
                 add = gr.Button("Add this text", size="sm", elem_id="documents-add")
             listed = gr.CheckboxGroup(
@@ -54,7 +54,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
         with gr.Column(scale=1, min_width=320):
             question = gr.Textbox(
                 label="Question",
-                info="About the ticked documents. Enter asks, Shift+Enter starts a line.",
+                info="About the ticked documents. Enter asks, Shift+Enter starts a new line.",
                 lines=3,
                 elem_id="documents-question",
             )
@@ -100,7 +100,7 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
             read = session.documents.read([Path(path) for path in paths or []])
         except RopewalkError as error:
             return [gr.skip(), gr.skip(), problem(str(error)), None]
-        return [*added(documents, chosen, read), None]  # the field is emptied: it would bring these again next time
+        return [*added(documents, chosen, read), None]  # the field is emptied, or it would bring these again next time
 
     def run_add(documents: list[Document], chosen: list[str], title: str, url: str, date: str, text: str) -> list[Any]:
         if not text.strip():

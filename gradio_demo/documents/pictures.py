@@ -27,7 +27,7 @@ def sources_list(sources: Sequence[Source]) -> str:
     items = "".join(
         f"<li><b>{escape(source.document.title)}</b>{_about(source)}"
         f'<span class="rw-line">{"named in the answer · " if source.cited else ""}'
-        f"{source.shared:.0%} of the answer's longer words stand in it</span></li>"
+        f"{source.shared:.0%} of the answer's longer words occur in it</span></li>"
         for source in sources
     )
     return f'<ol class="rw-sources">{items}</ol>'

@@ -1,4 +1,4 @@
-"""The layers tab: an order as a list of bars, what it takes, and the same prompt before and after."""
+"""The layers tab: an order as a list of bars, what it costs, and the same prompt before and after."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Pair:
 
 
 class LayerLab:
-    """Orders of the loaded model. Applying one changes the model for everybody, comparing changes nothing."""
+    """Orders of the loaded model. Applying one changes the model for everybody; comparing changes nothing."""
 
     def __init__(self, workbench: Workbench, running: Running, owner: Owner) -> None:
         self._workbench = workbench
@@ -66,10 +66,10 @@ class LayerLab:
         return "" if loaded is None else str(loaded.model.layer_order)
 
     def rewind(self, recompute: float | None, rewind: float | None) -> str:
-        """The order of running some layers, going back by some, and so on.
+        """The order that runs some layers, goes back by some, and so on.
 
         Raises:
-            ConfigError: numbers that do not fit the model. RequestError: no model.
+            ConfigError: the numbers do not fit the model. RequestError: no model is loaded.
         """
         config = self._workbench.require().model.config
         order = rewinding_order(int(recompute or 0), int(rewind or 0), config.num_layers, None)
@@ -85,8 +85,8 @@ class LayerLab:
         return OrderView(str(order), _bars(order), loaded.model.config.num_layers, _cost(loaded, order))
 
     def apply(self, visitor: Visitor, text: str) -> OrderView:
-        """Run the model in this order from now on, if the visitor may change it. Waits for the replies that run; a
-        mistake changes nothing."""
+        """Run the model in this order from now on, if the visitor may change it. Waits for running replies to end; an
+        invalid order changes nothing."""
         try:
             self._owner.require(visitor)
             loaded = self._workbench.require()
@@ -97,7 +97,7 @@ class LayerLab:
         return self.view(text)
 
     def compare(self, visitor: Visitor, text: str, prompt: str, params: SamplingParams) -> Iterator[Pair]:
-        """The same prompt and seed under the order that runs and under another one, which is not applied."""
+        """The same prompt and seed under the current order and under another one, which is not applied."""
         texts = ["", ""]
 
         def work(progress, cancelled) -> bool:

@@ -38,14 +38,14 @@ def build_layers(session: Session, bar: ModelBar) -> None:
             picture = gr.HTML(order_picture(lab.view(lab.current())), elem_id="order-picture")
         with gr.Column(scale=2, min_width=260):
             with gr.Row():
-                recompute = gr.Number(4, precision=0, label="Run layers", info="So many in a row,", min_width=110)
-                rewind = gr.Number(2, precision=0, label="Go back", info="then so many back.", min_width=110)
+                recompute = gr.Number(4, precision=0, label="Run layers", info="This many in a row,", min_width=110)
+                rewind = gr.Number(2, precision=0, label="Go back", info="then this many back.", min_width=110)
             with gr.Row():
                 fill = gr.Button("Write that order", size="sm", min_width=110, elem_id="order-fill")
                 reset = gr.Button("Order of the files", size="sm", min_width=110, elem_id="order-reset")
             apply = gr.Button("Apply to the loaded model", variant="primary", elem_id="order-apply")
             applied = gr.HTML(elem_id="order-applied")
-    gr.Markdown("**Side by side:** the same prompt and the same seed, in the order that runs and in the one above.")
+    gr.Markdown("**Side by side:** the same prompt and the same seed, in the current order and in the one above.")
     prompt = gr.Textbox(EXAMPLE, label="Prompt", info="Both orders continue it.", lines=2, elem_id="order-prompt")
     settings = ReplySettings("order", 64, "Most likely")
     with gr.Row():

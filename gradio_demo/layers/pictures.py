@@ -6,7 +6,7 @@ from html import escape
 
 from ropewalk.gradio_demo.layers.behaviour import Bar, OrderView
 
-HUES = 320  # degrees of the circle that the layers share: less than all of it, or first and last would look alike
+HUES = 320  # degrees of the colour circle for all layers; over the whole circle, first and last would look alike
 MAX_BARS = 400
 
 

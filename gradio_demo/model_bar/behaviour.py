@@ -1,4 +1,4 @@
-"""What a visitor does in the model bar: load and unload the model that all share, where that is theirs to do."""
+"""What a visitor does in the model bar: load and unload the model that all share, if they may."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Loading:
         """As `Workbench.load`.
 
         Raises:
-            RequestError: this visitor may not, someone else is loading, too little memory. FieldError: names the field
-                that is wrong.
+            RequestError: this visitor may not load, or someone else is loading. FieldError: a setting is wrong, or
+                there is too little memory; names the field.
         """
         self._owner.require(visitor)
         return self._workbench.load(name, values, progress)

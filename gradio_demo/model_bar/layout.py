@@ -18,7 +18,7 @@ from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visit
 from ropewalk.gradio_demo.shared.pictures import problem
 
 HEAD = '<div class="rw-head"><h1>ropewalk</h1><span>GPTQ models at long context, on this machine</span></div>'
-LOOK_S = 2.0  # how often a page asks what others do
+LOOK_S = 2.0  # how often a page asks for news
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
                 multiselect=True,
                 allow_custom_value=True,
                 label="Adapters",
-                info="LoRAs for the replies of this page, without loading anew; storm:0.5 uses half of one.",
+                info="LoRAs for the replies of this page, without reloading; storm:0.5 applies one at half weight.",
                 elem_id="adapters",
             )
         with gr.Column(scale=2, min_width=260):
@@ -199,13 +199,13 @@ def shown_value(value: Any) -> str:
 
 
 def _problem(error: RopewalkError) -> list[str]:
-    """The text under the folder; empty where the mistake stands at another field."""
+    """The text under the folder; empty if the error is shown at another field."""
     at_field = isinstance(error, FieldError) and error.field != FOLDER
     return [problem("" if at_field else str(error))]
 
 
 def _field_notes(error: RopewalkError | None) -> list[Any]:
-    """What stands under each label: the explanation, or what is wrong with the value."""
+    """The text under each label: the explanation, or what is wrong with the value."""
     wrong = error.field if isinstance(error, FieldError) else None
     return [
         gr.update(info=f"✗ {error}", elem_classes=["rw-wrong"])

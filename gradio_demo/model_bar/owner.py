@@ -1,7 +1,7 @@
 """Who may change the model that all visitors share: load another one, unload it, run another layer order.
 
-With logins it is those named at the start. Without, browsers are all that can be told apart: the first one to come owns
-the model while it keeps asking for news, and when it has been quiet for a while the next one that asks does.
+With logins, it is those named at the start. Without, only browsers can be told apart: the first one owns the model as
+long as it keeps asking for news. Once it has been quiet for a while, the next one that asks becomes the owner.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ABSENT_S = 150.0
 
 
 class Owner:
-    """anyone: everybody may. logins: the names that may, where people log in. Safe to use from many threads."""
+    """anyone: everybody may. logins: the names that may, if people log in. Safe to use from many threads."""
 
     def __init__(
         self, anyone: bool = False, logins: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
@@ -51,10 +51,10 @@ class Owner:
 
     @property
     def explanation(self) -> str:
-        """For those who may not."""
+        """Who may, in words for those who may not."""
         if self._logins:
             return f"everybody here talks to this model, and only {' or '.join(self._logins)} may change it"
         return (
             "everybody here talks to this model, and only the browser that opened the page first may change it, until "
-            f"it has been away for {ABSENT_S / 60:g} minutes (starting with --anyone-may-load lets all do it)"
+            f"it has been away for {ABSENT_S / 60:g} minutes (start with --anyone-may-load to let everybody do it)"
         )

@@ -39,7 +39,7 @@ def queue_line(loaded: Loaded | None) -> str:
 
 
 def note_line(text: str) -> str:
-    """What a visitor should know about the model bar; nothing for no text."""
+    """What a visitor should know about the model bar; nothing for an empty text."""
     return f'<p class="rw-line">{escape(text)}</p>' if text else ""
 
 

@@ -1,8 +1,8 @@
-"""The settings of loading that people know from other loaders: one table of fields, and what they mean to load_model.
+"""The settings of loading that people know from other loaders: one table of fields, and what they mean for load_model.
 
     checkpoint -> values shown -> values as changed by a person -> LoadOptions: only what differs
 
-Every field of the page is text; what is wrong with one is a FieldError that names it.
+Every field of the page is text; a wrong value raises a FieldError that names the field.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FieldError(RopewalkError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """What stands in the fields of the model bar. None: an empty field, the default is taken."""
+    """The values in the fields of the model bar. None: the field is empty, and the default is taken."""
 
     max_seq_len: int | None = None
     compress_pos_emb: float | None = None
@@ -82,7 +82,7 @@ FIELDS = (
     Field(
         "second_folder",
         "Second model",
-        "A folder of equal shapes; the order names b:0-9.",
+        "A model of equal shapes; the order names its layers b:0-9.",
         placeholder="none",
     ),
 )
@@ -92,7 +92,7 @@ def checkpoint_settings(folder: Path) -> LoadSettings:
     """What the files of a folder ask for.
 
     Raises:
-        ConfigError, UnsupportedError: as `load_model`, of what config.json says.
+        ConfigError, UnsupportedError: as `load_model`, for what config.json says.
     """
     rope = plan_loading(folder).rope
     declared = load_model_config(folder).raw.get("layer_order")
@@ -106,7 +106,7 @@ def checkpoint_settings(folder: Path) -> LoadSettings:
 
 
 def suggested_settings(folder: Path, is_embedded: bool) -> LoadSettings:
-    """What the page starts with: the checkpoint's settings, and for the embedded model a context worth talking in."""
+    """What the page starts with: the checkpoint's settings, and for the embedded model a context for conversations."""
     found = checkpoint_settings(folder)
     if not is_embedded:
         return found
@@ -118,7 +118,7 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
     """Settings from what the fields hold: text, as it was typed or picked.
 
     Raises:
-        FieldError: a number that is none, is not whole where it must be, or is out of range.
+        FieldError: a value is not a number, or not a whole one where it must be, or out of range.
     """
     numbers = {
         "max_seq_len": _whole(values, "max_seq_len", 1, MAX_SEQ_LEN),
@@ -134,7 +134,7 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
 
 
 def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
-    """The options of loading; what stands as in `original`, the checkpoint's own, is left to the checkpoint.
+    """The options of loading. Values equal to those in `original`, the checkpoint's own, are left to the checkpoint.
 
     Raises:
         FieldError: a factor without a method, or two scalings at once.
@@ -153,7 +153,7 @@ def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
 
 
 def field_of(message: str) -> str | None:
-    """The field that an error of loading speaks of, by the names in its message; None: of none of them."""
+    """The field that a loading error is about, by the names in its message; None if it names no field."""
     spellings = {"rope_method": ("rope_scaling", "rope_type"), "layer_order": ("layer_order", "layer order")}
     found = [
         (position, field.name)

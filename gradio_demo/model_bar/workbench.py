@@ -30,7 +30,7 @@ from ropewalk.model.model import Model
 from ropewalk.model.options import LoadOptions
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 
-FOLDER = "folder"  # the field that a mistake belongs to where it is of none of the settings
+FOLDER = "folder"  # the field for errors that belong to none of the settings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,9 +52,9 @@ class Loaded:
 
 
 class Workbench:
-    """Loads, holds and unloads. Replies that run keep the model that they began with until they end.
+    """Loads, holds and unloads. Running replies keep the model that they began with until they end.
 
-    num_caches: how many replies may run at a time, and how many conversations keep their tokens computed.
+    num_caches: how many replies may run at a time, and how many conversations keep their computed tokens.
     """
 
     def __init__(self, access: Access, num_caches: int = 4) -> None:
@@ -106,13 +106,14 @@ class Workbench:
         return self._info(folder, options)
 
     def load(self, name: str, values: Mapping[str, Any], progress: Progress | None = None) -> Loaded:
-        """Load and put in place; the model there was stays if anything is wrong.
+        """Load a model and put it in place; if anything is wrong, the old one stays.
 
         Raises:
-            FieldError: names the field that is wrong. RequestError: someone else is loading, too little memory.
+            FieldError: names the field that is wrong, or the folder if memory is too small. RequestError: someone else
+                is loading.
         """
         if not self._loading.acquire(blocking=False):
-            raise RequestError("another model is being loaded at this moment: wait until it is there")
+            raise RequestError("another model is being loaded at this moment: wait until it is ready")
         try:
             folder, settings, options = self._options(name, values)
             info = self._info(folder, options)
@@ -133,7 +134,7 @@ class Workbench:
         gc.collect()
 
     def set_layer_order(self, order: LayerOrder) -> None:
-        """Run the loaded model in that order from now on, once the replies that run have ended.
+        """Run the loaded model in that order from now on, once running replies have ended.
 
         Raises:
             RequestError: no model. ConfigError: the order does not fit it.
@@ -147,10 +148,11 @@ class Workbench:
         return list(self.access.adapter_folders(loaded.folder))
 
     def use_adapters(self, loaded: Loaded, chosen: Sequence[str]) -> list[tuple[str, float]]:
-        """Load what is chosen and not loaded yet; the `adapters` of a request. "storm:0.5" is storm with that weight.
+        """Load the chosen adapters that are not loaded yet; returns the `adapters` of a request. "storm:0.5" is storm
+        with that weight.
 
         Raises:
-            RequestError: an unknown adapter, a weight that is no number. Others as `Model.load_adapter`.
+            RequestError: an unknown adapter, or a weight that is not a number. Others as `Model.load_adapter`.
         """
         folders, wanted = self.access.adapter_folders(loaded.folder), []
         for text in chosen:
@@ -196,7 +198,7 @@ class Workbench:
             )
 
     def _affordable_caches(self, model: Model) -> int:
-        """As many conversations are kept computed, and run at a time, as memory has room for; at least one."""
+        """How many conversations may run at a time and stay computed: as many as memory has room for, at least one."""
         free = available_bytes()
         each = max(1, model.cache_bytes(model.max_seq_len))
         return self._num_caches if free is None else max(1, min(self._num_caches, free // 2 // each))

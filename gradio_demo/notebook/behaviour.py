@@ -40,7 +40,7 @@ class NotebookView:
 
 
 class Notebook:
-    """Continuations; nothing is kept of them."""
+    """Continuations; nothing of them is kept."""
 
     def __init__(self, workbench: Workbench, running: Running) -> None:
         self._workbench = workbench
@@ -69,7 +69,7 @@ class Notebook:
 
 
 class _TokenTexts:
-    """Tokens as they are shown, those seen before kept."""
+    """Tokens as they are shown; each is converted once."""
 
     def __init__(self, token_bytes) -> None:
         self._token_bytes = token_bytes

@@ -24,7 +24,7 @@ def build_notebook(session: Session, bar: ModelBar) -> None:
             text = gr.Textbox(
                 EXAMPLE,
                 label="Text",
-                info="The model goes on from its end; no roles, no template. Ctrl+Enter continues it.",
+                info="The model continues it from its end: no roles, no template. Ctrl+Enter starts.",
                 lines=16,
                 max_lines=16,
                 elem_id="notebook-text",

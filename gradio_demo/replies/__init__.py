@@ -1,1 +1,1 @@
-"""What tabs with a model's words in them share: replies and measurements that are followed, stopped and described."""
+"""What the tabs that run the model share: replies and measurements that are followed, stopped and described."""

@@ -1,4 +1,4 @@
-"""The settings of a reply that every tab with a model's words in it shares: length, preset, seed."""
+"""The settings that every tab with replies shares: length, preset, seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLE = 'def read_lines(path):\n    """Return the lines of a text file."""\n' 
 
 
 class ReplySettings:
-    """Three controls. `name` tells the ids of one tab from those of another."""
+    """Three controls. name: the tab's, which keeps its element ids apart from those of other tabs."""
 
     def __init__(self, name: str, longest: int, preset: str = BALANCED) -> None:
         with gr.Group():

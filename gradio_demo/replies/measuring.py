@@ -1,4 +1,4 @@
-"""A measurement as `Work`, followed like a reply: how far it is, and what it found."""
+"""A measurement as `Work`, followed like a reply: its progress, and what it found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Measure = Callable[[Progress, Cancelled], Any]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A measurement at one moment. result: what was measured, once it is over; error: why nothing was."""
+    """A measurement at one moment. result: what was measured, once it is over; error: why there is no result."""
 
     done: int = 0
     total: int = 0
@@ -37,10 +37,10 @@ class Measurement:
         self._work.cancel()
 
     def follow(self) -> Iterator[Measured]:
-        """Until the end; the last one has the result or the error. Leaving the iteration early cancels it.
+        """Views until the end; the last one has the result or the error. Leaving the iteration early cancels it.
 
         Raises:
-            Exception: whatever went wrong apart from errors that are explained.
+            Exception: an unexpected error; those that ropewalk explains are in the last view.
         """
         yield from self._work.follow(self._measured, LOOK_S)
 

@@ -38,8 +38,8 @@ class Snapshot:
 
 
 class Reply:
-    """Made with what starts the stream, given `cancelled`, `progress` and a place in the queue of the engine; runs
-    while it is followed."""
+    """A reply that runs while it is followed. start: makes the stream, given `cancelled`, `progress` and a place in the
+    engine's queue."""
 
     def __init__(self, engine: Engine, start: StartStream) -> None:
         self._engine = engine
@@ -58,7 +58,7 @@ class Reply:
         """Snapshots until the end; the last one is of the phase DONE. Leaving the iteration early cancels the reply.
 
         Raises:
-            Exception: whatever went wrong in the engine apart from errors that are explained.
+            Exception: an unexpected error in the engine; those that ropewalk explains are in the last snapshot.
         """
         yield from self._work.follow(self._snapshot, LOOK_S)
 

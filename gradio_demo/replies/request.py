@@ -1,4 +1,4 @@
-"""How a reply is wanted: settings of the sampler, adapters, and what is done when the context is full."""
+"""How a reply is to be made: settings of the sampler, adapters, and what to do when the context is full."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class ReplyRequest:
 
 
 def with_stop(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:
-    """With the words that end a turn of a template."""
+    """The settings with the words that end a template's turn as further stops."""
     return replace(params, stop=tuple(dict.fromkeys(params.stop + stop)))

@@ -28,10 +28,10 @@ class Running:
 
     @contextmanager
     def hold(self, tab: str, work: Cancellable) -> Iterator[None]:
-        """`work` is what this tab does meanwhile.
+        """Count `work` as what this tab is doing, within this context.
 
         Raises:
-            RequestError: it does something else already.
+            RequestError: the tab is already doing something else.
         """
         with self._lock:
             if tab in self._by_tab:
@@ -44,7 +44,7 @@ class Running:
                 self._by_tab.pop(tab, None)
 
     def stop(self, tab: str) -> bool:
-        """End what this tab does; False if it does nothing."""
+        """End what this tab is doing; False if it is doing nothing."""
         with self._lock:
             work = self._by_tab.get(tab)
         if work is not None:

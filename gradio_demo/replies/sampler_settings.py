@@ -1,4 +1,4 @@
-"""Sampler settings of the page: the fields, and presets with what they are good for."""
+"""Sampler settings of the page: the fields, and presets of their values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 SLIDERS = (
     ("temperature", "Temperature", 0.0, 2.0, 0.05, "0 always takes the most likely token; higher is more surprising."),
     ("top_p", "Top-p", 0.05, 1.0, 0.01, "Choose among the likeliest tokens that together have this probability."),
-    ("top_k", "Top-k", 0, 200, 1, "Choose among so many tokens at most. 0: no limit."),
-    ("min_p", "Min-p", 0.0, 0.5, 0.01, "Leave out tokens less likely than this part of the likeliest one."),
+    ("top_k", "Top-k", 0, 200, 1, "Choose among at most this many tokens. 0: no limit."),
+    ("min_p", "Min-p", 0.0, 0.5, 0.01, "Leave out tokens less likely than this fraction of the likeliest."),
     ("repetition_penalty", "Repetition penalty", 1.0, 1.5, 0.01, "Above 1: avoid tokens that came before."),
 )
 

@@ -1,4 +1,4 @@
-"""Where a reply is: one line in words, and how it fills the context."""
+"""The state of a reply: one line in words, and how it fills the context."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Meter:
 
 
 def describe(snapshot: Snapshot, dropped: int = 0) -> str:
-    """One line about where a reply is, and how fast it got there."""
+    """One line about how far a reply is, and how fast it got there."""
     if snapshot.error is not None:
         return snapshot.error
     forgotten = [f"{dropped} oldest messages left out"] if dropped else []

@@ -17,7 +17,7 @@ ALL_TEMPLATES = (FROM_CHECKPOINT, PLAIN, *(shown for shown in _FORMATS if shown 
 
 
 def template_names(tokenizer: Tokenizer) -> list[str]:
-    """What can be chosen for a model, what suits it best first: its own, else what the other faces fall back to."""
+    """What can be chosen for a model, the most suitable first: its own, else what the other faces fall back to."""
     best = FROM_CHECKPOINT
     if _own_template(tokenizer) is None:
         fallback = fallback_name(tokenizer.source.parent)
@@ -26,10 +26,10 @@ def template_names(tokenizer: Tokenizer) -> list[str]:
 
 
 def chat_template(name: str, engine: Engine) -> Template:
-    """The template of that name; "" is the first of `template_names`. That of the checkpoint is the engine's.
+    """The template of that name; "" is the first of `template_names`. The checkpoint's own is the engine's.
 
     Raises:
-        UnsupportedError: no such name, or the checkpoint brings none. ConfigError: the one it brings is broken.
+        UnsupportedError: no such name, or the checkpoint has no template. ConfigError: its template is broken.
     """
     tokenizer = engine.tokenizer
     name = name or template_names(tokenizer)[0]

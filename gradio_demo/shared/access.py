@@ -19,7 +19,7 @@ from ropewalk.files.embedded import demo_model_path
 
 EMBEDDED = "embedded model"
 MAX_LISTED = 500
-# What a page takes over the network fills the disk of the machine it runs on; larger models are put there by hand.
+# Uploads fill the disk of the machine that the page runs on; larger models are copied there by hand.
 MAX_UPLOAD_BYTES = 4 * 2**30
 MAX_FOLDER_BYTES = 8 * 2**30
 MAX_DEPTH = 3  # --models/publisher/model/adapter
@@ -39,7 +39,7 @@ class Access:
         """The folder that a person means by a name of `model_names`, a path, or a path below --models.
 
         Raises:
-            RequestError: outside of what may be read, or no folder; says what can be typed.
+            RequestError: it may not be read, or is not a folder; the message says what can be typed.
         """
         name = text.strip()
         if name in ("", EMBEDDED):
@@ -84,7 +84,7 @@ class Access:
         if resolved.is_file() and resolved.stat().st_size > MAX_UPLOAD_BYTES:
             raise RequestError(
                 f"{path.name} is larger than the {format_bytes(MAX_UPLOAD_BYTES)} that a dropped file may have: "
-                "copy it to where --models leads"
+                "copy it to the directory of --models"
             )
         return resolved
 
@@ -107,13 +107,13 @@ class Access:
         return folder
 
     def _check_dropped(self, paths: Sequence[Path]) -> list[Path]:
-        """Dropped files without those that came twice. A page tells their names, but not in which folder each was."""
+        """Dropped files without duplicates. A browser tells their names, but not which folder each was in."""
         checked = list(dict.fromkeys(self.check_upload(path) for path in paths))
         size = sum(path.stat().st_size for path in checked)
         if size > MAX_FOLDER_BYTES:
             raise RequestError(
-                f"the dropped files have {format_bytes(size)}, and {format_bytes(MAX_FOLDER_BYTES)} are taken at most: "
-                "copy the folder to where --models leads"
+                f"the dropped files have {format_bytes(size)}, and at most {format_bytes(MAX_FOLDER_BYTES)} are "
+                "accepted: copy the folder to the directory of --models"
             )
         by_name: dict[str, Path] = {}
         for path in checked:
@@ -144,11 +144,11 @@ class Access:
     def _accepted(self) -> str:
         if self.models is None:
             return 'only the embedded model and dropped folders can be opened: start with "ropewalk demo --models DIR"'
-        return f"there is no such folder under {self.models}, and others may not be read: pick one of the list"
+        return f"there is no such folder under {self.models}, and others may not be read: pick one from the list"
 
 
 def _resolved(path: Path) -> Path | None:
-    """Without links; None where that is impossible (missing, a loop of links, a name that no file can have)."""
+    """Without links; None if that is impossible (missing, a loop of links, a name that no file can have)."""
     try:
         return path.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):
@@ -160,7 +160,7 @@ def _below(path: Path, root: Path) -> bool:
 
 
 def _folders_with(root: Path, file_name: str, depth: int = MAX_DEPTH) -> list[Path]:
-    """Folders below `root` that hold that file, not looked for deeper than `depth`, in the order of their names."""
+    """Folders at most `depth` levels below `root` that hold that file, sorted by name."""
     try:
         entries = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError:

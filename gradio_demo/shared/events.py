@@ -22,18 +22,18 @@ def visitor(request: gr.Request) -> Visitor:
 
 
 class Filling:
-    """New values for fields that people type in. An answer of the server comes late, perhaps after somebody has begun
-    to type; so it brings what stood in the fields before, and a field that holds something else by now stays."""
+    """New values for fields that people type in. The server's answer may come after somebody has begun to type. So it
+    carries what the fields held before, and a field that holds something else by then is left alone."""
 
     def __init__(self, fields: Sequence[gr.components.Component]) -> None:
         self._fields = list(fields)
         self.answer = gr.JSON(visible=False)  # an output of the event, given a value of `answer_of`
 
     def after(self, event: Any) -> None:
-        """Fill the fields when `event`, whose outputs hold `self.answer`, is through."""
+        """Fill the fields when `event`, whose outputs hold `self.answer`, has finished."""
         event.then(None, [self.answer, *self._fields], self._fields, js=_FILL, **HIDDEN)
 
 
 def answer_of(before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
-    """What a `Filling` is given: values of its fields, those that may be replaced and those in their place."""
+    """The answer that a `Filling` takes: the values of its fields that may be replaced, and the new values."""
     return {"before": list(before), "after": list(after)}

@@ -12,5 +12,5 @@ def live_line(text: str, running: bool, error: bool) -> str:
 
 
 def problem(text: str) -> str:
-    """A mistake, explained; nothing for no text."""
+    """An error message; nothing for an empty text."""
     return f'<p class="rw-line rw-error">{escape(text)}</p>' if text else ""

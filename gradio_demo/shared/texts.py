@@ -24,5 +24,5 @@ def read_text_file(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise RequestError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if "\0" in text:
-        raise RequestError(f"{path.name} is not a text: it holds NUL characters")
+        raise RequestError(f"{path.name} is not text: it holds NUL characters")
     return text.replace("\r\n", "\n")

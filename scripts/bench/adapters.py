@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="one thread, measured by the time that the processor gave it: for machines that others keep busy",
+        help="one thread, measured in processor time: for machines that are busy with other work",
     )
     parser.add_argument("--rounds", type=int, default=9, help="of prefill; decode takes eight times as many")
     args = parser.parse_args()
@@ -76,7 +76,7 @@ def write_adapter(folder: Path, config: ModelConfig, rank: int, seed: int) -> Pa
 
 
 def report(model: Model, args: argparse.Namespace) -> None:
-    """One compute mode: speeds, and the costs beside what they may be."""
+    """One compute mode: speeds, and the costs beside their targets."""
     print(f"\n{model.backend.compute}, {model.backend.runtime.isa}, {args.threads} threads")
     clock = time.thread_time if args.processor_time else time.perf_counter
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def print_cost(name: str, seconds: list[float], base: list[float], bound: float 
 
 
 def decoder(model: Model, context: int, adapters: str) -> Callable[[], object]:
-    """A work that decodes one token after `context` cached ones."""
+    """A function that decodes one token after `context` cached ones."""
     cache, chosen = model.new_cache(context + 1), adapters or None
     model.forward([i % 31000 + 1 for i in range(context)], cache, logits="none", adapters=chosen)
 
@@ -118,7 +118,7 @@ def decoder(model: Model, context: int, adapters: str) -> Callable[[], object]:
 
 
 def prefiller(model: Model, tokens: int, adapters: str) -> Callable[[], object]:
-    """A work that runs a prompt of `tokens` tokens."""
+    """A function that runs a prompt of `tokens` tokens."""
     cache, chosen = model.new_cache(tokens), adapters or None
     ids = [i % 31000 + 1 for i in range(tokens)]
 

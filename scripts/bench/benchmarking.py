@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the measurements of prefill and decode have in common."""
+    """The options that the measurements of prefill and decode have in common."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa")
@@ -35,7 +35,7 @@ def print_head(title: str) -> None:
 
 
 def commit() -> str:
-    """The commit checked out, with a plus where the tree differs from it."""
+    """The commit checked out, with a plus if the tree differs from it."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -65,10 +65,10 @@ def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_cou
 def paired(
     works: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each of `rounds` rounds, after one warm-up round.
+    """Seconds that each function takes in each of `rounds` rounds, after one warm-up round.
 
-    The works take turns, so that whatever else the machine is doing touches all of them; compare within a round.
-    clock: `time.thread_time` counts what the calling thread was given, where a machine is too busy to wait for.
+    The functions take turns, so that whatever else the machine is doing affects all of them; compare within a round.
+    clock: `time.thread_time` counts the processor time of the calling thread, for machines that are busy otherwise.
     """
     for work in works.values():
         work()
@@ -88,6 +88,6 @@ def spread(values: list[float]) -> str:
 
 
 def memory_reader(num_bytes: int = 1 << 30) -> Callable[[], object]:
-    """A work that reads `num_bytes` from memory once: the yardstick of decoding."""
+    """A function that reads `num_bytes` from memory once: the yardstick of decoding."""
     data = torch.ones(num_bytes // 8, dtype=torch.int64)
     return data.sum

@@ -3,9 +3,9 @@
     python scripts/bench/hf_overhead.py                     # the embedded model
     python scripts/bench/hf_overhead.py --prompt-tokens 4096 --max-seq-len 5000 --rounds 5
 
-Three works take turns: greedy replies of our own loop (`generate.Generation`), of `ropewalk.hf` through transformers'
-`generate`, and of transformers again with a tokens-only streamer. Each has a model of its own on the same files and
-starts with an empty cache. The prompt is timed apart and left out. The text of all three is compared.
+Three loops take turns writing greedy replies: our own (`generate.Generation`), transformers' `generate` on
+`ropewalk.hf`, and transformers again with a tokens-only streamer. Each has a model of its own on the same files and
+starts with an empty cache. The prompt is timed separately and left out. The texts of all three are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ropewalk.model.model import Model
 
 
 class Count(BaseStreamer):
-    """A streamer that does as little as one can."""
+    """A streamer that does as little as possible."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -86,7 +86,7 @@ def their_loop(
     """The same through transformers; its time runs from the end of the prompt to the return of `generate`."""
 
     def work() -> tuple[list[int], float]:
-        model(torch.tensor([[0]]))  # what is cached of the last round goes
+        model(torch.tensor([[0]]))  # drops what the last round cached
         options = {"streamer": Count()} if streamed else {}
         ids = model.generate(
             prompt,
@@ -102,7 +102,7 @@ def their_loop(
 
 
 def report(works: dict[str, Callable[[], tuple[list[int], float]]], args: argparse.Namespace) -> None:
-    """Medians of all works, and of the differences within a round."""
+    """Medians of all loops, and of the differences within a round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     texts = {name: work()[0] for name, work in works.items()}  # the warm-up round
     for _ in range(args.rounds):

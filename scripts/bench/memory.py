@@ -3,7 +3,8 @@
     python scripts/bench/random_checkpoint.py FOLDER --shape 7b
     python scripts/bench/memory.py FOLDER
 
-With --order also what a layer order costs: every layer twice beside every layer once, and the time to change it.
+With --order it also measures what a layer order costs: every layer twice beside every layer once, and the time that a
+change of the order takes.
 
 Every measurement runs in a process of its own, because a process's peak never falls. Reading and loading are timed
 twice: from the disk (the system is asked to forget the files before each run), and with the files in the page cache;
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=2048, help="for loading")
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="prompt lengths to prefill")
     parser.add_argument("--rounds", type=int, default=3, help="of loading; 0: leave it out")
-    parser.add_argument("--order", type=int, metavar="TOKENS", help="measure layer orders, over a prompt so long")
+    parser.add_argument("--order", type=int, metavar="TOKENS", help="measure layer orders, with a prompt this long")
     parser.add_argument("--child", choices=("load", "read", "hold", "import", "order"), help=argparse.SUPPRESS)
     parser.add_argument("--prompt", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -129,7 +130,7 @@ def run_child(args: argparse.Namespace, work: str, prompt: int = 0, cold: bool =
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Seconds, peak bytes and cache bytes of one work."""
+    """Seconds, peak bytes and cache bytes of one measurement."""
     if args.child == "read":
         start = time.perf_counter()
         for file in weight_files(args.folder):

@@ -79,7 +79,7 @@ def linear_weights(model: Model) -> int:
 
 
 def decoder(model: Model, context: int) -> Callable[[], object]:
-    """A work that decodes one token after `context` cached ones."""
+    """A function that decodes one token after `context` cached ones."""
     cache = model.new_cache(context + 1)
     model.forward([i % 31000 + 1 for i in range(context)], cache, logits="none")
 
@@ -91,7 +91,7 @@ def decoder(model: Model, context: int) -> Callable[[], object]:
 
 
 def prefiller(model: Model, tokens: int) -> Callable[[], object]:
-    """A work that runs a prompt of `tokens` tokens."""
+    """A function that runs a prompt of `tokens` tokens."""
     cache = model.new_cache(tokens)
     ids = [i % 31000 + 1 for i in range(tokens)]
 
@@ -103,7 +103,7 @@ def prefiller(model: Model, tokens: int) -> Callable[[], object]:
 
 
 def bf16_products(model: Model, tokens: int) -> Callable[[], object]:
-    """A work that multiplies activations of `tokens` rows with one bf16 weight per linear of the model."""
+    """A function that multiplies activations of `tokens` rows with one bf16 weight per linear of the model."""
     shapes = linear_shapes(model)
     weights = {shape: torch.randn(shape[1], shape[0], dtype=torch.bfloat16) for shape in set(shapes)}
     inputs = {k: torch.randn(tokens, k, dtype=torch.bfloat16) for k, _ in weights}

@@ -87,7 +87,7 @@ def _source_paths(folder: Path) -> list[Path]:
 
 
 def _read_text(path: Path) -> str | None:
-    """The file as text with `\\n` line ends and HTML tags removed, or None where it is not UTF-8."""
+    """The file as text with `\\n` line ends and HTML tags removed, or None if it is not UTF-8."""
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 """Held-out perplexity of the float and the quantised embedded model through transformers, in float32.
 
 The text is cut into blocks of equal length that do not overlap; within a block every token but the first is predicted
-from the block's earlier ones. A shorter rest at the end is left out. `ropewalk perplexity` counts in the same way.
+from the block's earlier ones. A shorter remainder at the end is left out. `ropewalk perplexity` counts in the same way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make the embedded model from nothing: text, tokenizer, training, GPTQ, evaluation, model card.
+"""Make the embedded model from scratch: text, tokenizer, training, GPTQ, evaluation, model card.
 
 Every stage reads what the earlier ones left in the work folder, so they can run one by one, also under different
 interpreters. `quantize` needs gptqmodel, which asks for its own virtual environment:
@@ -86,7 +86,7 @@ def stage_tokenizer(options: argparse.Namespace) -> None:
 
 
 def stage_train(options: argparse.Namespace) -> None:
-    """float/ (the float model) and training.json; goes on from checkpoint.pt where there is one."""
+    """float/ (the float model) and training.json; continues from checkpoint.pt if there is one."""
     import training
 
     tokenizer = _tokenizer(options)

@@ -52,7 +52,7 @@ def quantise(float_folder: Path, calibration: np.ndarray, out: Path) -> None:
 def dequantised_state(folder: Path) -> dict[str, torch.Tensor]:
     """float32 state dict for transformers: every quantised linear of `folder` as scale * (code - zero), [N, K].
 
-    Written apart from the package's reader, so that the numbers of the model card check it.
+    Written independently of the package's reader, so that the numbers of the model card check that reader.
     """
     packed = load_file(folder / "model.safetensors")
     state = {}

@@ -1,6 +1,6 @@
 """Perplexity of the embedded model's held-out text by context length, through the engine: with and without LoRAs.
 
-Each curve is one line of `ropewalk perplexity`, whose numbers it has: `Curve.command` prints it.
+Each curve has the numbers that one `ropewalk perplexity` command prints; `Curve.command` is that command.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Curve:
 
     @property
     def command(self) -> str:
-        """The command that measures the same. The notes of the adapters say their scaling by themselves."""
+        """The command that measures the same. Adapters need no option for their scaling: they note it themselves."""
         options = [f"--adapter {self.adapter}"] if self.adapter else []
         if self.rope_scaling is not None and not self.adapter:
             options = [f"--rope-scaling '{json.dumps(self.rope_scaling)}'"]
@@ -60,7 +60,7 @@ class Point:
 def measure(folder: Path, path: Path) -> None:
     """All curves of the model in `folder`, into the CSV at `path`.
 
-    A curve that stands there already is kept, so that an interrupted run goes on; one whose LoRA has not been trained
+    A curve that is there already is kept, so that an interrupted run can continue; one whose LoRA has not been trained
     yet is left out.
     """
     known = read_csv(path) if path.is_file() else []

@@ -9,9 +9,9 @@ engine, with and without them. Stages, each of which reads what the earlier ones
     python scripts/demo_model/superhot_experiment.py                    # train, evaluate, report
     python scripts/demo_model/superhot_experiment.py --stage evaluate,report
 
-`train` goes on from a checkpoint where there is one, `evaluate` after the last curve. For weights or LoRAs made anew,
-first remove superhot/ of the work folder and docs/context-extension.csv. `train` needs peft and transformers (the extra
-`test`), `report` matplotlib (the extra `plots`). The MALLOC settings are those of make.py.
+`train` continues from a checkpoint if there is one, `evaluate` after the last curve. To make weights or LoRAs anew,
+first remove superhot/ from the work folder, and docs/context-extension.csv. `train` needs peft and transformers (the
+extra `test`), `report` needs matplotlib (the extra `plots`). The MALLOC settings are those of make.py.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def commands() -> str:
 
 
 def write_table(points: Sequence[Point], path: Path) -> None:
-    """Replace what stands between the marks of the guide."""
+    """Replace what is between the marks in the guide."""
     text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -77,7 +77,7 @@ def batches(windows: np.ndarray, batch: int, first_step: int) -> Iterator[torch.
 
 
 def scaled_model(folder: Path, rope_scaling: Mapping[str, Any]) -> LlamaForCausalLM:
-    """The dequantised model of `folder` in transformers, turning by the frequencies that the engine would use."""
+    """The dequantised model of `folder` in transformers, with the RoPE frequencies that the engine would use."""
     model = quantised_model(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     frequencies, scale = ropewalk.resolve_rope(config, rope_scaling=rope_scaling).inverse_frequencies(LENGTH)
@@ -90,7 +90,7 @@ def scaled_model(folder: Path, rope_scaling: Mapping[str, Any]) -> LlamaForCausa
 def train_adapter(
     folder: Path, variant: Variant, windows: np.ndarray, held_out: np.ndarray, plan: TrainingPlan, work: Path
 ) -> tuple[peft.PeftModel, dict[str, float]]:
-    """Train the LoRA of a variant on the model in `folder`, or go on from the checkpoint in `work`.
+    """Train the LoRA of a variant on the model in `folder`, or continue from the checkpoint in `work`.
 
     windows: [windows, plan.length + 1]; held_out: [tokens], for the log alone.
     """
@@ -119,7 +119,7 @@ def save_adapter(model: peft.PeftModel, variant: Variant, folder: Path) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.half()
     model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"rope_scaling": dict(variant.rope_scaling), "target_modules": sorted(config["target_modules"])}

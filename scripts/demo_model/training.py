@@ -116,7 +116,7 @@ def train_tokenizer(documents: list[Document]) -> bytes:
 
 
 def write_tokenizer(proto: bytes, folder: Path) -> None:
-    """tokenizer.model, the only truth about the tokens, and the tokenizer_config.json that says how to use it."""
+    """tokenizer.model, the only source of the tokens, and the tokenizer_config.json that says how to use it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(proto)
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
@@ -157,7 +157,7 @@ def batches(stream: np.ndarray, plan: TrainingPlan, first_step: int) -> Iterator
 
 
 def train(stream: np.ndarray, held_out: np.ndarray, plan: TrainingPlan, folder: Path) -> dict[str, float]:
-    """Train, or go on from `folder`/checkpoint.pt; save the float model under `folder`/float and return its numbers."""
+    """Train, or continue from `folder`/checkpoint.pt; save the model under `folder`/float and return its numbers."""
     torch.manual_seed(plan.seed)
     torch.set_num_threads(plan.threads)
     model = LlamaForCausalLM(model_config()).train()
@@ -183,7 +183,7 @@ def run_steps(
     checkpoint: Path,
     measured_loss: Callable[[], float],
 ) -> dict[str, float]:
-    """The steps of a plan, going on from `checkpoint` where there is one; how many, of how many tokens, in which time.
+    """Run the steps of a plan, continuing from `checkpoint` if there is one. Returns steps, tokens and minutes.
 
     batches_from: the batches [plan.batch, plan.length + 1] int64 from a step on. Parameter groups hold their "peak_lr".
     measured_loss: called now and then for the log.
@@ -255,7 +255,7 @@ def _lr_factor(progress: float, warmup: float) -> float:
 
 
 def _restore(path: Path, model: torch.nn.Module, optimizers) -> tuple[int, float]:
-    """(step, seconds trained) of the checkpoint, loaded into model and optimizers; (0, 0) where there is none."""
+    """(step, seconds trained) of the checkpoint, loaded into model and optimizers; (0, 0) if there is none."""
     if not path.is_file():
         return 0, 0.0
     saved = torch.load(path, weights_only=True)

@@ -30,7 +30,7 @@ for library in libasan.so libubsan.so libstdc++.so; do
   preload+="${preload:+ }$(readlink -f "$path")"
 done
 
-# Python's own allocations at exit are no leaks of ours; allocations beyond memory are tested to be MemoryError.
+# Python's own allocations at exit are not leaks of ours; tests expect a MemoryError for allocations beyond memory.
 export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}"
 export UBSAN_OPTIONS="print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}"
 export PYTHONPATH="build/asan/lib${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -1,4 +1,4 @@
-"""The bits of everything that the fixtures lead to, one line each: does a change of the code change a result?
+"""The bits of every result that the fixtures give, one line each: does a change of the code change a result?
 
     python scripts/press/fixture_bits.py > before.txt                       # on the tree before the change
     python scripts/press/fixture_bits.py --against before.txt               # on the tree after it, same machine
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EMBEDDED = REPOSITORY / "loader_plugin" / "ropewalk" / "demo_model"
 FIXTURES = (REPOSITORY / "tests" / "data", REPOSITORY.parent / "shared" / "fixtures")
 TEXT = "def parse(text, *, strict=True):\n        return [word for word in text.split() if word]\n" * 4
-CHUNK = 13  # no multiple of anything that kernels block by
+CHUNK = 13  # not a multiple of any block size of the kernels
 SCALINGS = ({"rope_type": "yarn", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0})
 
 
@@ -106,7 +106,7 @@ def rope_results(root: str, cases: list[dict[str, Any]]) -> Iterator[tuple[str, 
 
 
 def ids_of(folder: Path) -> list[int]:
-    """The prompt that a fixture brings, else a text."""
+    """The prompt that comes with a fixture, else that of TEXT."""
     expected = folder / "expected.npz"
     if expected.is_file():
         with np.load(expected) as arrays:

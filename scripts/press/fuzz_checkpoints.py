@@ -4,8 +4,8 @@
     scripts/press/check_asan.sh scripts/press/fuzz_checkpoints.py --count 220 --memory-limit-mib 0 --time-limit-s 120
 
 Each case must end in an error of ropewalk that says what and where, or in finite results (tests/support/front_door.py),
-within a time and without taking memory. Cases run in a process of their own, so that a crash or a hang is one of the
-results. Prints a table by kind of damage and every case that ended otherwise; the exit status is 1 if there were any.
+within limits on time and memory. Cases run in a process of their own, so that a crash or a hang is one of the results.
+Prints a table by kind of damage and every case that ended otherwise; the exit status is 1 if there were any.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to repeat one")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another corpus")
     parser.add_argument("--time-limit-s", type=float, default=20.0, help="per case")
-    parser.add_argument("--memory-limit-mib", type=int, default=300, help="growth per case; 0: not looked at")
+    parser.add_argument("--memory-limit-mib", type=int, default=300, help="growth per case; 0: no limit")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:

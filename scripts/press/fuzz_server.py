@@ -3,7 +3,7 @@
     python scripts/press/fuzz_server.py --count 2000
 
 Requests are made by schemathesis from the server's own OpenAPI document: bodies that break its schema, bodies that keep
-it with the oddest values, and on top of both some that are damaged as bytes. Every answer that is an error must have
+to it with the oddest values, and bodies of both kinds with damaged bytes. Every answer that is an error must have
 OpenAI's shape, and none may tell where files of this machine lie. Prints a table of the statuses and what was wrong;
 the exit status is 1 if anything was.
 """
@@ -31,7 +31,7 @@ from benchmarking import print_head  # noqa: E402
 from ropewalk.files.embedded import demo_model_path  # noqa: E402
 from server_process import ServerProcess  # noqa: E402
 
-PATIENCE_S = 5.0  # a request that is right may ask for a long reply; leaving it is one more thing to survive
+PATIENCE_S = 5.0  # a valid request may ask for a long reply; a client that leaves is one more thing to survive
 FOLDERS = tuple(str(folder) for folder in (demo_model_path(), Path.home(), Path.cwd(), sys.prefix))
 JSON_HEADERS = {"Content-Type": "application/json"}
 
@@ -39,7 +39,7 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="number of requests, about")
+    parser.add_argument("--count", type=int, default=2000, help="approximate number of requests")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other requests")
     options = parser.parse_args(arguments)
     print_head("malformed requests against the server")
@@ -124,7 +124,7 @@ def has_shape(response: httpx.Response) -> bool:
 
 
 def sender(url: str, change: Callable[[bytes, random.Random], bytes]) -> Callable[..., httpx.Response]:
-    """Sends a case to the server, its body through `change`."""
+    """A function that sends a case to the server, its body changed by `change`."""
 
     def send(case: Case, client: httpx.Client, rng: random.Random) -> httpx.Response:
         path = case.formatted_path
@@ -147,7 +147,7 @@ def as_it_is(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Bytes cut, changed, repeated or put in."""
+    """Bytes cut, changed, repeated or inserted."""
     at = rng.randrange(len(content))
     kinds = (
         content[:at],

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for the scripts that press it."""
+"""A server in a process of its own, for the scripts that put it under load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The id of its process."""
         return self._process.pid
 
     @property
@@ -38,7 +38,7 @@ class ServerProcess:
         return self._process.poll()
 
     def health(self) -> dict[str, object]:
-        """What the server says of itself."""
+        """What the server says about itself."""
         return httpx.get(f"{self.url}/health", timeout=10).json()
 
     def metrics(self) -> dict[str, float]:
@@ -53,7 +53,7 @@ class ServerProcess:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
 
     def end(self, patience_s: float = 60) -> None:
-        """Gracefully.
+        """End the server gracefully.
 
         Raises:
             RuntimeError: it does not end.

@@ -3,7 +3,7 @@
     python scripts/press/soak_demo.py --users 10 --minutes 10
 
 Starts a page of its own on the embedded model and talks to it through gradio_client. Every user keeps one conversation
-whose questions name the user, and asks greedily with a reply length of its own; the reply that comes back must be the
+whose questions name the user, and asks for greedy replies of a length of its own; the reply that comes back must be the
 one that the same conversation gets when it is alone. One user stops each of its replies, one leaves in the middle of
 them (closes its connection). Prints a table and exits with 1 if anything was lost, mixed up or refused.
 """
@@ -30,7 +30,7 @@ from gradio_client import Client
 START_S = 120
 REPLY_S = 180
 STOPPER, LEAVER = 0, 1  # the users with bad manners
-CONTEXT_TURNS = 6  # a user starts anew after so many turns, as people do
+CONTEXT_TURNS = 6  # a user starts anew after this many turns, as people do
 SAMPLERS = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--port", type=int, default=7917)
-    parser.add_argument("--pause", type=float, default=2.0, help="seconds that a user thinks, at most")
+    parser.add_argument("--pause", type=float, default=2.0, help="the longest that a user thinks, in seconds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, page(args.port, Path(folder)) as process:
         url = f"http://127.0.0.1:{args.port}/"

@@ -1,11 +1,11 @@
-"""Many clients at once, some of which leave early, for as long as you like: is every reply its own, and memory flat?
+"""Many clients at once, some of which leave early, for as long as you like: is every reply right, and memory flat?
 
     python scripts/press/soak_server.py --seconds 300 --clients 32
 
 Starts `ropewalk serve` on the embedded model and talks to it through the official client. Every request is one of a
 catalogue whose replies were computed alone beforehand; each reply, and each beginning of one that a client did not wait
-for, is compared with it. At the end no place may be taken, no reply lost, and memory must not have grown. Prints what
-was seen; the exit status is 1 if anything was wrong.
+for, is compared with it. At the end every place must be free, no reply may be lost, and memory must not have grown.
+Prints what was seen; the exit status is 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPTS = (
     "for name in names:\n",
 )
 MODEL = "demo_model"
-GROWTH_BYTES = 16 * 2**20  # beyond this memory counts as growing: allocators keep a little of what they had
+GROWTH_BYTES = 16 * 2**20  # growth beyond this counts: allocators keep a little of what they had
 DRAIN_S = 30.0
 
 
@@ -69,7 +69,7 @@ class Record:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300, help="how long clients come")
+    parser.add_argument("--seconds", type=float, default=300, help="how long clients send requests")
     parser.add_argument("--clients", type=int, default=32, help="how many at a time")
     parser.add_argument("--caches", type=int, default=4, help="of the server")
     parser.add_argument("--leaving", type=float, default=0.3, help="share of the requests that are not waited for")
@@ -124,7 +124,7 @@ async def soak(server: ServerProcess, cases: Sequence[Case], options: argparse.N
 
 
 async def watch_memory(server: ServerProcess, end: float, record: Record) -> None:
-    """The server's memory, all along."""
+    """Record the server's memory all the time."""
     while time.monotonic() < end:
         record.memory.append(server.resident_bytes())
         await asyncio.sleep(0.5)
@@ -133,7 +133,7 @@ async def watch_memory(server: ServerProcess, end: float, record: Record) -> Non
 async def run_client(
     client: openai.AsyncOpenAI, cases: Sequence[Case], rng: random.Random, end: float, leaving: float, record: Record
 ) -> None:
-    """One client: a request after the other."""
+    """One client: one request after another."""
     while time.monotonic() < end:
         case, streams, leaves = rng.choice(cases), rng.random() < 0.6, rng.random() < leaving
         try:
@@ -221,7 +221,7 @@ def report(
     )
     print("memory in MiB, medians of the fifths of the time: " + ", ".join(f"{part / 2**20:.1f}" for part in memory))
     pauses = [after - before for before, after in zip(record.ends, record.ends[1:], strict=False)]
-    print(f"longest time without a complete reply of any client: {max(pauses, default=0.0):.2f} s")
+    print(f"longest time without a complete reply to any client: {max(pauses, default=0.0):.2f} s")
     for line in record.wrong[:10]:
         print(f"WRONG {line}")
     grown = memory[-1] - memory[1] > GROWTH_BYTES

@@ -1,5 +1,5 @@
-"""What is checked of a running web UI through its API. Each check is a function of a Subject; it returns what it saw,
-and raises AssertionError, or Skip where this version of the web UI has no such thing."""
+"""What is checked in a running web UI through its API. Each check is a function of a Subject; it returns what it saw,
+and raises AssertionError, or Skip if this version of the web UI has no such thing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Subject:
         return self.server.api.post("/v1/completions", **body)["choices"][0]
 
     def text(self, prompt: str = PROMPT, **options: Any) -> str:
-        """The text of it."""
+        """The text of a completion."""
         return self.complete(prompt, **options)["text"]
 
     def ids(self, text: str) -> list[int]:
@@ -330,7 +330,7 @@ def broken_folders_are_refused(subject: Subject) -> str:
         assert name in reason, f"{name}: the answer has no reason: {reason}"
         assert subject.text() == base, f"after {name} another text"
         seen.append(name.removeprefix("broken-"))
-    return f"{', '.join(seen)}: the reason in the answer, the model before still there"
+    return f"{', '.join(seen)}: the reason in the answer, the previous model still there"
 
 
 def unsupported_folders_are_refused_without_being_asked_for(subject: Subject) -> str:
@@ -362,12 +362,12 @@ def a_misspelt_argument_is_refused(subject: Subject) -> str:
 
 
 def _refusal(subject: Subject, name: str, **arguments: Any) -> str:
-    """What the API answers to a load that must fail, while the model before is still there."""
+    """What the API answers to a load that must fail and leave the previous model in place."""
     try:
         subject.load(name, **arguments)
     except Refused as error:
         assert subject.server.alive, f"{name} ended the server"
-        assert subject.info()["model_name"] == MODEL, f"{name}: the model before is gone"
+        assert subject.info()["model_name"] == MODEL, f"{name}: the previous model is gone"
         return str(error)
     raise AssertionError(f"{name} was accepted")
 

@@ -59,7 +59,7 @@ class Table:
         return not self.rows or any(status == "fail" for _, _, status, _ in self.rows)
 
     def print_table(self, title: str) -> None:
-        """The whole, as markdown."""
+        """The whole table, as markdown."""
         print(f"\n| {title}: check | result | seen |\n|---|---|---|")
         for scene, name, status, seen in self.rows:
             flat = " ".join(seen.split()).replace("|", "\\|")
@@ -117,7 +117,7 @@ def extension_scene(table: Table, copy: WebuiCopy) -> None:
 
 
 def launcher_scene(table: Table, copy: WebuiCopy) -> None:
-    """`ropewalk webui run`: --model with our loader and flags, a LoRA, unloading for idleness."""
+    """`ropewalk webui run`: --model with our loader and flags, a LoRA, unloading when idle."""
     scene, context = "launcher", flag(copy, context_name(copy))
     command = ("-m", "ropewalk", "webui", "run", str(copy.webui), "--")
     flags = ["--model", MODEL, "--loader", "ropewalk", context, "1024", flag(copy, "alpha_value"), "2.5"]
@@ -149,7 +149,7 @@ def startup_file_scene(table: Table, copy: WebuiCopy) -> None:
 
 def uninstalled_scene(table: Table, copy: WebuiCopy) -> None:
     """A model saved with our loader, first with `ropewalk webui enable` and then after `uninstall`; and `enable` in the
-    Python below, which is another's business."""
+    underlying Python, which must not matter here."""
     scene, saved = "uninstalled", copy.models(MODEL).parent / "config-user.yaml"
     context = context_name(copy)
     saved.write_text(f"{MODEL}$:\n  loader: ropewalk\n  {context}: 640\n  alpha_value: 2\n  rope_method: config\n")
@@ -158,7 +158,9 @@ def uninstalled_scene(table: Table, copy: WebuiCopy) -> None:
         if subject is not None:
             table.check(scene, "before that, a saved model starts", lambda: _loaded(subject, 640, []))
     table.check(scene, "ropewalk webui uninstall", lambda: _uninstalled(copy))
-    table.check(scene, "a saved model does not end the server over our name", lambda: _starts_without_us(copy))
+    table.check(
+        scene, "the name of our loader, saved for a model, does not end the server", lambda: _starts_without_us(copy)
+    )
     copy.ropewalk("webui", "enable", python=copy.base_python)
     with served(table, scene, copy) as subject:
         if subject is not None:
@@ -196,7 +198,7 @@ def _uninstalled(copy: WebuiCopy) -> str:
 
 
 def _starts_without_us(copy: WebuiCopy) -> str:
-    """With a GPTQ model and without us, some versions end over the model; but none may over our name."""
+    """With a GPTQ model and without us, some versions fail on the model, but none may fail on our name."""
     server = WebuiServer(copy, ("--model", MODEL))
     try:
         with server:
@@ -272,8 +274,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--label", help="what the table calls it (default: the folder's name)")
     parser.add_argument("--page", metavar="DIR", help="drive the page too, and put screenshots there")
-    parser.add_argument("--scene", default="", help="only scenes whose name has this")
-    parser.add_argument("--only", default="", help="only checks whose name has this")
+    parser.add_argument("--scene", default="", help="only scenes whose name contains this")
+    parser.add_argument("--only", default="", help="only checks whose name contains this")
     parser.add_argument("--keep", metavar="DIR", help="run in this new folder and keep it, with the consoles")
     return parser.parse_args()
 

@@ -114,11 +114,11 @@ class Browser:
         return self.page.locator("#chat .message-body").last.inner_text()
 
     def replies(self) -> int:
-        """How many replies the console has seen the end of."""
+        """How many replies have ended, by the console."""
         return len(CONSOLE_LINE.findall(self.server.console()))
 
     def reply_after(self, before: int) -> int:
-        """Wait for the end of the next reply, and until the page has it; its tokens."""
+        """Wait for the end of the next reply, and until the page has it; returns its number of tokens."""
         deadline = time.monotonic() + 90
         while self.replies() <= before:
             assert time.monotonic() < deadline, "the reply does not end"
@@ -127,7 +127,7 @@ class Browser:
         return int(CONSOLE_LINE.findall(self.server.console())[before][2])
 
     def see(self, text: str | re.Pattern[str], timeout: int = WAIT_MS) -> str:
-        """Wait until a text is shown; the paragraph or item that has it."""
+        """Wait until a text is shown; returns the paragraph or item that has it."""
         found = self.page.get_by_text(text).locator("visible=true").first
         expect(found).to_be_visible(timeout=timeout)
         return " ".join(found.inner_text().split())
@@ -467,7 +467,7 @@ def _add_sample_text(copy: WebuiCopy) -> None:
 
 @contextmanager
 def chromium(width: int = 1280, height: int = 900) -> Iterator[Page]:
-    """A fresh headless Chromium: the system's where it is, else playwright's own."""
+    """A fresh headless Chromium: the system's if there is one, else playwright's own."""
     if not Path(CHROMIUM).exists() and shutil.which("chromium") is None:
         raise Skip("no Chromium")
     with sync_playwright() as playwright:

@@ -26,18 +26,18 @@ DEMO_MODEL = PACKAGE / "ropewalk" / "demo_model"
 START_S = 240
 REPLY_S = 300
 PYTHON = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
-# The console is watched for it: a request for the page while it starts delays it, and gradio asks its own server then
-# and ends if that takes more than three seconds, as it may on a busy machine.
+# The console is watched for this line instead of asking for the page, which would delay its start: gradio then queries
+# its own server, and ends if that takes more than three seconds, as it may on a busy machine.
 PAGE_IS_UP = "Running on local URL"
 PAGE_GIVES_UP_S = 4
 PAGE_STARTS = 4
-# So it gets more time here.
+# So gradio gets more time here.
 PATIENCE = """import httpx
 
 _head = httpx.head
 httpx.head = lambda url, **options: _head(url, **{**options, "timeout": 120})
 """
-# Of a folder that somebody uses: models, settings, and the environment of the one-click installer.
+# Not copied from a folder in use: models, settings, and the environment of the one-click installer.
 LEFT_OUT = (
     *("*.safetensors", "*.gguf", "*.bin", "*.pt", "installer_files", ".git", "__pycache__", "cache", "logs"),
     *("settings.yaml", "config-user.yaml", "CMD_FLAGS.txt"),
@@ -74,7 +74,7 @@ class WebuiCopy:
 
     @property
     def base_python(self) -> Path:
-        """That of the environment below, whose packages it sees."""
+        """The interpreter of the underlying environment, whose packages it sees."""
         return self.scratch / "base" / PYTHON
 
     def startup_files(self, environment: str) -> list[Path]:
@@ -83,7 +83,7 @@ class WebuiCopy:
 
     @property
     def user_data(self) -> Path:
-        """Where models, LoRAs and settings are: user_data/ where the version has it."""
+        """Where models, LoRAs and settings are: user_data/ if the version has it."""
         own = self.webui / "user_data"
         return own if own.is_dir() else self.webui
 

@@ -139,5 +139,5 @@ def test_a_dropped_folder_of_more_than_the_limit_is_refused_with_what_to_do(tree
         paths.append(tree / f"uploads/1/model-{number}.safetensors")
         paths[-1].touch()
         os.truncate(paths[-1], MAX_UPLOAD_BYTES)
-    with pytest.raises(RequestError, match="have 12.0 GiB, and 8.0 GiB are taken at most: copy the folder to where"):
+    with pytest.raises(RequestError, match="have 12.0 GiB, and at most 8.0 GiB are accepted: copy the folder to"):
         access(tree).dropped_folder(paths)

@@ -104,7 +104,7 @@ def test_names_of_people_and_ids_lead_to_no_other_place(tmp_path: Path) -> None:
     store.save("../../elsewhere/\0", Conversation())
     assert [path.name for path in tmp_path.iterdir()] == ["conversations"]
     for bad in ("../x", "", "A" * 32, "0" * 31, None):
-        with pytest.raises(RequestError, match="is no id of a conversation"):
+        with pytest.raises(RequestError, match="is not the id of a conversation"):
             store.load("me", bad)
 
 

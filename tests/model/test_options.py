@@ -38,7 +38,7 @@ def test_a_model_is_loaded_alike_by_options_and_by_keywords(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("call", [ropewalk.load_model, model_info])
 def test_a_misspelt_option_is_refused_with_the_one_that_may_be_meant(tmp_path: Path, call: Any) -> None:
-    with pytest.raises(TypeError, match="'compres_pos_emb' is not an option of loading: is compress_pos_emb meant"):
+    with pytest.raises(TypeError, match="'compres_pos_emb' is not a loading option: did you mean compress_pos_emb"):
         call(tmp_path, compres_pos_emb=4)
 
 

@@ -86,7 +86,7 @@ def test_shapes_that_allow_no_inference_are_listed_with_the_rest(tmp_path):
 
 def test_a_module_stored_twice_is_refused(tmp_path):
     write_checkpoint(tmp_path, extra_tensors={f"{Q0}.weight": torch.ones(64, 64)})
-    assert f"{Q0} is there twice" in refusal(tmp_path)
+    assert f"{Q0} is stored twice" in refusal(tmp_path)
 
 
 def test_dense_weights_of_other_types_are_refused(tmp_path):

@@ -18,10 +18,10 @@ save_file({{name: tensor.contiguous() for name, tensor in tensors.items()}}, "{t
 
 
 def read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """(file, its tensors by name), in memory of their own.
+    """(file, its tensors by name). The tensors are copies in memory.
 
     Raises:
-        CheckpointError: the file is not there, or is damaged. UnsupportedError: there is only a pickled one.
+        CheckpointError: the file is missing or damaged. UnsupportedError: there is only a pickled file.
     """
     path = folder / SAFETENSORS_NAME
     if path.exists():
@@ -34,7 +34,7 @@ def read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def _pickled(path: Path) -> str:
-    """Why it is not read, and how somebody who trusts it makes it readable."""
+    """Why the file is refused, and how to convert it if you trust it."""
     snippet = CONVERSION.format(source=path.name, target=SAFETENSORS_NAME)
     return (
         f"{path} is a pickled torch file, which is not read because loading one can run code. Get the adapter as "

@@ -1,7 +1,7 @@
 """The adapters of a loaded model: any number at once, and a weighted set of them for each request.
 
-The weights of the model are never touched. The matrices of a set are packed when the set is first used. Those of the
-sets used last are kept, so switching between them costs nothing.
+The weights of the model are never touched. The matrices of a set are packed when the set is first used. The most
+recently used sets are kept, so switching between them costs nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from ropewalk.gptq.linear import DenseLinear
 AdapterKey = tuple[tuple[int, float, tuple[int, ...] | None], ...]
 Chosen = tuple[tuple[int, float], ...]  # (number of the loaded adapter, weight) of the adapters of one layer
 
-KEPT_SETS = 8  # packed sets kept for reuse; each is one more copy of its matrices
+KEPT_SETS = 8  # packed sets kept for reuse; each holds a copy of its matrices
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelChange:
-    """What a weighted set of adapters changes; `key` identifies the set. instances: by position in the layer order."""
+    """What a weighted set of adapters changes. key: identifies the set. instances: by position in the layer order."""
 
     key: AdapterKey
     instances: tuple[LayerChange, ...]
@@ -52,22 +52,22 @@ class ModelChange:
 
 
 class AdapterSets:
-    """Loaded adapters by name, and their packed combinations for the layer order that runs.
+    """Loaded adapters by name, and their packed combinations for the current layer order.
 
-    Adapters can be added and removed in any thread while another asks for sets: one of them at a time.
+    One thread may add or remove adapters while another asks for sets: a lock admits one at a time.
     """
 
     def __init__(self, config: ModelConfig, backend: Backend, instances: Sequence[LayerInstance]) -> None:
         self._config = config
         self._backend = backend
-        self._lock = threading.RLock()  # of all that follows
+        self._lock = threading.RLock()  # guards everything below
         self._loaded: dict[str, tuple[int, Adapter]] = {}
         self._num_loads = 0
         self._layers: OrderedDict[Chosen, dict[int, LayerChange]] = OrderedDict()  # by index of the weights
         self.set_instances(instances)
 
     def set_instances(self, instances: Sequence[LayerInstance]) -> None:
-        """The layer instances that run from now on. What sets change in a layer stays laid out, wherever it runs."""
+        """Run these layer instances from now on. Packed changes to a layer are kept: they fit it wherever it runs."""
         with self._lock:
             self._instances = tuple(instances)
             self._packed: OrderedDict[AdapterKey, ModelChange] = OrderedDict()
@@ -75,7 +75,7 @@ class AdapterSets:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The loaded adapters, in the order of loading."""
+        """The loaded adapters, in the order in which they were loaded."""
         with self._lock:
             return tuple(self._loaded)
 
@@ -113,11 +113,11 @@ class AdapterSets:
             )
 
     def key(self, request: Request | None) -> AdapterKey:
-        """The set in the order of loading, so that equal sets give equal bits; a weight of 0 leaves an adapter out.
+        """The key of a set, sorted so that equal sets give equal bits. Adapters with a weight of 0 are left out.
 
         Raises:
-            RequestError: as `checked_request`; an adapter that is not loaded; instances that the layer order does not
-                have, or that run layers of a second model.
+            RequestError: as `checked_request`; or an adapter is not loaded; or an instance is not in the layer order,
+                or runs a layer of a second model.
         """
         uses = []
         with self._lock:
@@ -129,7 +129,7 @@ class AdapterSets:
         return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
 
     def change(self, key: AdapterKey) -> ModelChange:
-        """The set of that key, laid out for the backend.
+        """The set of that key, packed for the backend.
 
         Raises:
             RequestError: one of its adapters has been unloaded since the key was made.

@@ -1,4 +1,4 @@
-"""Every option with a closed list of values, and its default: spelled here once, for library and all front ends."""
+"""Every option with a closed list of values, and its default: defined here once, for the library and all front ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ropewalk.base.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An option of `load_model`: its name, each value with a few words for people, and the value taken by default."""
+    """An option of `load_model`: its name, its values with a short description of each, and the default."""
 
     name: str
     meanings: Mapping[str, str]
@@ -20,12 +20,12 @@ class Choice:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """What is accepted, in the order in which it is shown."""
+        """The accepted values, in the order in which they are shown."""
         return tuple(self.meanings)
 
     @property
     def help(self) -> str:
-        """All values with their meanings, in one line."""
+        """All values with their meanings, on one line."""
         return "; ".join(f"{value}: {meaning}" for value, meaning in self.meanings.items())
 
     def check(self, value: Any) -> None:
@@ -57,4 +57,4 @@ BACKEND = Choice(
     MappingProxyType({"cpu": "compiled kernels", "reference": "plain torch on any device, slow"}),
     "cpu",
 )
-MAX_INPUT_LEN = 2048  # tokens of a prompt that are computed at once, where nobody says otherwise
+MAX_INPUT_LEN = 2048  # tokens of a prompt that are computed at once by default

@@ -1,4 +1,4 @@
-"""The architectures that are read: a file each. `FAMILIES` has them by `model_type`."""
+"""The supported architectures, one file each. `FAMILIES` maps `model_type` to them."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ from ropewalk.families.qwen2 import QWEN2
 from ropewalk.families.qwen3 import QWEN3
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)})
-UNNAMED = LLAMA  # files of 2023 do not always say what they are
+UNNAMED = LLAMA  # checkpoints of 2023 do not always name their architecture

@@ -1,7 +1,7 @@
 """What an architecture is, as data: how its config.json is read, and the names and sizes of its tensors.
 
-All families here are Llama's decoder under the same names. A family is a file of this folder; nothing outside the
-folder knows one by its name.
+All families here share Llama's decoder and its tensor names. Each family is one file of this folder, and nothing
+outside the folder refers to a family by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class NormEntry:
-    """A norm's weight: the field of LayerWeights, the name within the layer, the name of its size."""
+    """A norm's weight: its field in LayerWeights, its name within the layer, and the name of its size."""
 
     field: str
     name: str
@@ -25,8 +25,8 @@ class NormEntry:
 
 @dataclass(frozen=True, slots=True)
 class LinearEntry:
-    """A linear: the field of LayerWeights, the module within the layer, its sizes, and the ModelConfig flag that
-    says whether it has a bias."""
+    """A linear layer: its field in LayerWeights, its module name within the decoder layer, the names of its sizes, and
+    the ModelConfig flag that says whether it has a bias."""
 
     field: str
     name: str
@@ -36,7 +36,7 @@ class LinearEntry:
 
 
 class Windows(Enum):
-    """Which layers of a family have a sliding window of attention."""
+    """Which layers of a family use sliding-window attention."""
 
     NONE = "none"
     ALL = "every layer, if `sliding_window` is set"
@@ -61,13 +61,15 @@ HEAD_NORMS = (NormEntry("q_norm", "self_attn.q_norm", "head"), NormEntry("k_norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One architecture. The defaults of absent keys are those of transformers 5.23 (its `configuration_*.py`).
+    """One architecture. Defaults for absent keys are those of transformers 5.23 (its `configuration_*.py`).
 
     name, architectures: `model_type` and the class names in config.json.
     num_kv_heads: None: as many as query heads. head_dim: None: hidden_size / num_attention_heads.
     heads_divide_hidden: hidden_size must be a multiple of the heads even where head_dim is given.
-    qkv_bias: q, k and v always have biases. reads_attention_bias, reads_mlp_bias: the keys of that name count.
-    extended_in_the_wild: fine-tunes say in other ways than a scaling object that they extend it (rope/decision.py).
+    qkv_bias: q, k and v always have biases. reads_attention_bias, reads_mlp_bias: `attention_bias` and `mlp_bias` of
+        config.json are honoured.
+    extended_in_the_wild: fine-tunes may declare a longer context by other means than a scaling object
+        (rope/decision.py).
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Where the embedded model lies, and how far its context is stretched wherever one talks with it.
+"""Where the embedded model lies, and how far its context is extended for conversations.
 
-It was trained on 512 tokens, which a conversation fills at once. YaRN with a factor of 4 costs it nothing (its card),
-so the command line, the server, the page and the copy for text-generation-webui all give it 2,048. What measures it
-(`perplexity`, `retrieval`, `compare`, `info`) and `load_model` take it as its files say.
+It was trained on 512 tokens, which a conversation soon fills. YaRN with a factor of 4 costs it no quality (see its
+card), so the command line, the server, the page and the copy for text-generation-webui all give it 2,048. The commands
+that measure it (`perplexity`, `retrieval`, `compare`, `info`) and `load_model` take it as its files declare it.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ def demo_model_path() -> Path:
 
 
 def embedded_scaling() -> dict[str, Any]:
-    """Its RoPE scaling where one talks with it, as an argument of `load_model`; the context follows from it."""
+    """Its RoPE scaling for conversations, as an argument of `load_model`; the context length follows from it."""
     return {"rope_type": EMBEDDED_METHOD, "factor": EMBEDDED_FACTOR}

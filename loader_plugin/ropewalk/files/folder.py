@@ -1,4 +1,4 @@
-"""A model folder's weights: names to tensors, each read when it is asked for. Knows files and shards, not models."""
+"""A model folder's weights: names to tensors, each read on demand. Knows files and shards, not models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """The tensors of a folder, by name. Use as a context manager where `read_ahead` is called."""
+    """The tensors of a folder, by name. Use it as a context manager if you call `read_ahead`."""
 
     def __init__(self, folder: Path, base_name: str | None = None) -> None:
         """Chooses the files and reads their headers; no tensor is read.
@@ -61,7 +61,7 @@ class Checkpoint:
         return self._file(name).tensor(name)
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
-        """True if the tensor of that name is this one, bit for bit.
+        """True if the tensor stored under that name equals this one, bit for bit.
 
         Raises:
             CheckpointError: no such tensor, or a file that has changed.
@@ -69,9 +69,9 @@ class Checkpoint:
         return self._file(name).holds(name, tensor)
 
     def read_ahead(self, prefix: str) -> None:
-        """Asks the system to bring the tensors whose names begin with `prefix` from the disk, in the background.
+        """Asks the system to fetch the tensors whose names begin with `prefix` from the disk, in the background.
 
-        A hint: whoever packs one layer while the disk reads the next waits for the slower of the two, not for both.
+        A hint, so that packing one layer overlaps with reading the next.
         """
         names = [name for name in self._file_of if name.startswith(prefix)]
         self._reader.submit(self._will_need, names)
@@ -81,7 +81,7 @@ class Checkpoint:
             self._file_of[name].will_need(name)
 
     def warn_once(self, kind: str, message: str) -> None:
-        """Logs a warning, once per kind: a quirk of the writer shows in every one of hundreds of modules."""
+        """Logs a warning, once per kind: a quirk of the writer shows in hundreds of modules."""
         level = logging.DEBUG if kind in self._warned else logging.WARNING
         self._warned.add(kind)
         logger.log(level, "%s", message)
@@ -105,7 +105,7 @@ def _locate(opened: dict[str, SafetensorsFile], shard_of: dict[str, str]) -> dic
     absent = [name for name, file in shard_of.items() if name not in opened[file].tensors]
     if absent:
         raise CheckpointError(
-            f"{opened[shard_of[absent[0]]].path} is not as the index says; missing there or in other shards: "
+            f"{opened[shard_of[absent[0]]].path} does not match the index; missing there or in other shards: "
             f"{listed(absent)}. Index and shards belong to different models or downloads"
         )
     located: dict[str, SafetensorsFile] = {}

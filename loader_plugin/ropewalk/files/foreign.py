@@ -1,6 +1,6 @@
 """Weight layouts that are not GPTQ, and fused projections, recognised by the names of their tensors.
 
-They are refused by name, with what to do instead; otherwise one would see a long list of missing tensors.
+They are refused by name, with advice; otherwise the error would be a long list of missing tensors.
 """
 
 from __future__ import annotations

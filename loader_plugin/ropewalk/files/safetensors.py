@@ -1,9 +1,9 @@
 """One safetensors file: names, shapes, and tensors read into memory of their own.
 
-Nothing is mapped, which is why the safetensors library, which maps every file it opens, only writes here. A mapping
-would spare a copy, but it lasts as long as a tensor does, and whoever truncates or rewrites a mapped file kills the
-process that serves from it (SIGBUS) or changes what it computes. A file that changes between two reads is an error that
-names it.
+Files are never memory-mapped. The safetensors library maps every file it opens, so it is used for writing only. A
+mapping would save a copy, but it lives as long as its tensors, and truncating or rewriting a mapped file kills the
+process that serves from it (SIGBUS) or changes what it computes. If a file changes between two reads, the error names
+it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ DTYPES = {
     **{"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
-PIECE_BYTES = 16 << 20  # read at once where a tensor is only compared
+PIECE_BYTES = 16 << 20  # read at a time when a tensor is only compared
 
 
 class SafetensorsFile:
-    """The tensors of one file. It is opened for each of them anew, and must be as it was when the header was read."""
+    """The tensors of one file. Each read opens it anew; it must not have changed since its header was read."""
 
     def __init__(self, path: Path) -> None:
         """Reads and checks the header of `path`.
 
         Raises:
-            CheckpointError: not a readable file, truncated, or a header that is not what the format allows.
+            CheckpointError: the file cannot be read or is truncated, or its header violates the format.
         """
         self.path = path
         try:
@@ -69,7 +69,7 @@ class SafetensorsFile:
         return values.view(DTYPES[info.dtype]).view(info.shape)
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
-        """True if the tensor of that name is this one, bit for bit. Takes memory for a small piece of it only.
+        """True if the tensor stored under that name equals this one, bit for bit. Reads it in small pieces.
 
         Raises:
             CheckpointError: the file has changed since its header was read.
@@ -87,7 +87,7 @@ class SafetensorsFile:
         return True
 
     def will_need(self, name: str) -> None:
-        """Ask the system to read the tensor into its cache. A hint: where that fails, nothing happens."""
+        """Ask the system to read the tensor into its cache. A hint: failures are ignored."""
         info = self.tensors[name]
         if not hasattr(os, "posix_fadvise"):
             return
@@ -105,7 +105,7 @@ class SafetensorsFile:
                     if not count:
                         break
                     rest = rest[count:]
-                # Asked after reading, so that what was read is of the file whose header was checked.
+                # Compared after reading: if it holds now, what was read belongs to the header that was checked.
                 changed = len(rest) > 0 or _state(os.fstat(file.fileno())) != self._state
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
@@ -121,7 +121,7 @@ def printable(name: object) -> str:
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:
-    """What tells whether a file is still the same: its size, and when it was last written."""
+    """What shows whether a file has changed: its size, and when it was last written."""
     return status.st_size, status.st_mtime_ns
 
 

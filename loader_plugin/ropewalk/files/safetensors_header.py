@@ -1,12 +1,12 @@
-"""The header of a safetensors file: which tensors it holds and where, checked as the format demands.
+"""The header of a safetensors file: which tensors it holds and where, checked against the format.
 
     8 bytes: n, little-endian    n bytes: JSON    the values of all tensors, one after the other, to the end of the file
 
 The JSON maps each name to {"dtype": "F16", "shape": [K, N], "data_offsets": [begin, end]}, counted from the end of the
 JSON, and "__metadata__" to anything. The values must lie side by side without gaps.
 
-It is parsed here and not by the safetensors library, which maps the file: a mapped file that is truncated kills the
-process (SIGBUS), a read one is an error.
+It is parsed here and not by the safetensors library, which maps the file: truncating a mapped file kills the process
+(SIGBUS), whereas a plain read fails with an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor; dtype as the format spells it ("F16", "I32"); offset: in the file."""
+    """What a header says about one tensor. dtype: as the format spells it ("F16", "I32"). offset: within the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -39,15 +39,15 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the values."""
+        """Size of the values in the file."""
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 def read_header(file: BinaryIO, path: Path, file_bytes: int) -> dict[str, TensorInfo]:
-    """The tensors of an open file of that size, in the order of the header.
+    """The tensors of an open file of `file_bytes` bytes, in the order of the header.
 
     Raises:
-        ValueError: says what is not as the format demands.
+        ValueError: the header violates the format; the message says how.
     """
     prefix = file.read(LENGTH_BYTES)
     length = int.from_bytes(prefix, "little")
@@ -99,7 +99,7 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int) -> TensorIn
 
 
 def _sizes(value: Any) -> bool:
-    """True for a list of numbers from 0 on."""
+    """True for a list of non-negative integers."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

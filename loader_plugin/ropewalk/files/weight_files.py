@@ -17,11 +17,11 @@ from ropewalk.files.safetensors import printable
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
-# Tried in this order after the index and the base name: the name by AutoGPTQ and GPTQModel, by transformers, and by
-# KoboldAI (4bit-128g.safetensors).
+# Tried in this order after the index and the base name: the names that AutoGPTQ and GPTQModel, transformers, and
+# KoboldAI (4bit-128g.safetensors) give.
 USUAL_NAMES = (r"gptq_model-\d+bit-(-1|\d+)g", "model", r"\d+bit.*")
 
-# Weight files of other kinds, with what to do about them.
+# Weight files of other formats, with advice.
 OTHER_FORMATS = {
     (".pt", ".pth", ".bin", ".ckpt"): (
         "a pickled torch file, which is not read because loading one can run code: convert it with torch.load(path, "

@@ -5,9 +5,9 @@
 Peak memory is therefore the packed weights plus one layer. Everything that can be refused is refused before the first
 weight is read.
 
-Files are read and never mapped. What a model keeps as it was stored (the embedding table, dense weights) lies in memory
-of its own, so a file that is truncated, rewritten or deleted under a running server changes nothing there; one that
-changes while it is being read is a CheckpointError. Loading takes as long as with a mapping (scripts/bench/memory.py).
+Files are read, never mapped. What a model keeps as it was stored (the embedding table, dense weights) is copied into
+memory, so truncating, rewriting or deleting a file does not affect a running server. If a file changes while it is
+being read, loading raises CheckpointError. It takes as long as with a mapping (scripts/bench/memory.py).
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def load_model(
     max_seq_len: longest sequence to be run (default: what config.json declares, or what an option makes the RoPE
         cover). Like every other field of `LoadOptions` it can be given here, as a keyword, or as part of `options`:
         load_model(folder, 16384, compute="exact", compress_pos_emb=4).
-    options: where many are handed on; keywords change single fields of it.
+    options: all options in one record; keywords override single fields of it.
     progress: called with (steps done, steps in all) after every layer.
 
     Raises:
-        ConfigError: an option or a key of a JSON file is wrong. CheckpointError: the weights are missing or damaged.
+        ConfigError: an option, or a key in a JSON file, is wrong. CheckpointError: the weights are missing or damaged.
         UnsupportedError: an architecture or format that is not implemented. NativeError: no compiled core for "cpu".
         TypeError: a keyword that is not an option.
     """
@@ -110,7 +110,7 @@ def _load_second_layers(
 
 @contextmanager
 def _open_weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> Iterator[Checkpoint]:
-    """The checkpoint with its tensors checked; what reading them can raise becomes a CheckpointError."""
+    """The checkpoint, its tensors checked; an OSError or MemoryError while it is in use becomes a CheckpointError."""
     try:
         with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
             check_tensors(config, quant, checkpoint)
@@ -137,7 +137,7 @@ def _pack_layers(
 
 
 def _step_counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
-    """A function that reports one more step of `total` as done."""
+    """A function that reports one more of `total` steps as done."""
     steps = count(1)
     return lambda: None if progress is None else progress(next(steps), total)
 
@@ -163,7 +163,7 @@ def _torch_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device("cpu" if device is None else device)
         torch.empty(1, device=chosen).cpu()
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        # torch answers an unknown name, an absent device and a build without it each in its own way
+        # torch raises a different error for an unknown name, an absent device, and a build without support for it
         raise ConfigError(f"device={device!r} cannot be used here: {error}") from error
     return chosen
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """What can be asked of loading; each is a keyword of `load_model`, too. None: as the folder declares.
+    """The options of loading; each is also a keyword of `load_model`. None: as the model's files declare.
 
     max_seq_len: longest sequence to be run (default: what config.json declares, or what an option below
-        makes the RoPE cover). More than the method covers logs a warning with the remedy.
+        makes the RoPE cover). A length beyond what the method covers logs a warning with the remedy.
     max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
     compute: "int8" (activations quantised in blocks of 32, integer products) or "exact" (float32 activations).
     backend: "cpu" (compiled kernels) or "reference" (plain torch, slow, any `device`).
@@ -34,8 +34,8 @@ class LoadOptions:
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
     layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
-        Default: the key `layer_order` of config.json, else each layer once. Uses share weights, and each has its own
-        cache.
+        Default: the key `layer_order` of config.json, else each layer once. A layer that runs several times shares its
+        weights, and has a cache for each time.
     recompute_n_layers, rewind_n_layers: instead of an order: run this many layers, go back by this many, and repeat.
     second_folder: a model of equal shapes whose layers an order names as "b:"; embeddings and head are the first's.
 
@@ -87,23 +87,23 @@ OPTION_NAMES = tuple(field.name for field in fields(LoadOptions))
 
 
 def options_with(options: LoadOptions | None, keywords: Mapping[str, Any]) -> LoadOptions:
-    """`options`, or the defaults, with the fields that `keywords` name.
+    """`options` (default: all defaults) with the fields that `keywords` name replaced.
 
     Raises:
-        TypeError: a keyword that is no option; says which one may be meant. ConfigError: as `LoadOptions`.
+        TypeError: a keyword is not an option; the message suggests the closest one. ConfigError: as `LoadOptions`.
     """
     for name in keywords:
         if name not in OPTION_NAMES:
             close = get_close_matches(name, OPTION_NAMES, 1)
-            hint = f": is {close[0]} meant?" if close else ""
-            raise TypeError(f"{name!r} is not an option of loading{hint or '.'} There are {', '.join(OPTION_NAMES)}")
+            hint = f": did you mean {close[0]}?" if close else "."
+            raise TypeError(f"{name!r} is not a loading option{hint} The options are {', '.join(OPTION_NAMES)}")
     if options is not None and not isinstance(options, LoadOptions):
         raise ConfigError(f"options must be LoadOptions, got {type(options).__name__}")
     return replace(options or LoadOptions(), **keywords)
 
 
 def with_options(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a function that takes options as `**keywords`, with every option in their place."""
+    """The signature of a function that takes options as `**keywords`, with every option spelled out instead."""
     given = inspect.signature(function).parameters
     singly = [
         inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)

@@ -1,1 +1,1 @@
-"""A model's weights out of a checkpoint: every tensor checked by its header, then read layer by layer."""
+"""A model's weights from a checkpoint: every tensor is checked by its header, then read layer by layer."""

@@ -1,7 +1,7 @@
 """Compares the names, shapes and dtypes in a checkpoint with what its model needs, before any weight is read.
 
-All problems are collected into one error. Whether a linear is quantised is what the file says (`.qweight` or
-`.weight`), not the configuration: `dynamic` rules, skipped modules and lm_head vary between writers.
+All problems are collected into one error. Whether a linear layer is quantised is decided by the file
+(`.qweight` or `.weight`), not by the configuration: writers differ in `dynamic` rules, skipped modules and lm_head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ropewalk.gptq.shapes import FLOATS, infer_settings, shape_problems, tensor_
 
 MAX_LISTED = 20
 
-# Buffers that tools saved along with the weights: they can be computed, or belong to a loader (TGI's scalars).
+# Buffers that tools save along with the weights: they can be computed, or belong to one loader (TGI's scalars).
 IGNORED = re.compile(
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias|.*\.wf(_unsqueeze_.*)?|"
     r"gptq_(bits|groupsize|sym|desc_act)"
@@ -33,7 +33,7 @@ def check_tensors(config: ModelConfig, quant: QuantConfig | None, checkpoint: Ch
 
     Raises:
         UnsupportedError: the tensors belong to another quantisation's layout.
-        CheckpointError: tensors are missing, unexpected, or have the wrong shape or dtype: all of them listed.
+        CheckpointError: tensors are missing, unexpected, or have the wrong shape or dtype; the message lists them.
     """
     refuse_foreign_layouts(checkpoint.names(), checkpoint.folder)
     check = _Check(config, quant, checkpoint)
@@ -50,12 +50,12 @@ def settings_of(quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in
     """How quantised module `name` is stored: as declared, or inferred from its shapes if nothing is declared for it.
 
     Raises:
-        CheckpointError: the shapes allow no inference.
+        CheckpointError: nothing can be inferred from the shapes.
     """
     if quant is None or not quant.declared:
         return infer_settings(checkpoint, name, in_features)
     settings = quant.for_module(name)
-    # Stored quantised although the rules say dense (lm_head without its flag): the format is that of the other modules.
+    # Quantised although the rules say dense (lm_head without its flag): it has the format of the other modules.
     return settings or infer_settings(checkpoint, name, in_features, quant.default)
 
 
@@ -85,7 +85,7 @@ class _Check:
         self.problems += [f"{printable(name)} is unexpected" for name in unexpected]
 
     def likely_cause(self) -> str:
-        """What the names suggest, as the end of the message."""
+        """What the names suggest, for the end of the message."""
         layers = [re.match(r"(.*?)layers\.(\d+)\.", name) for name in self.checkpoint.names()]
         prefixes = sorted({match[1] for match in layers if match})
         if prefixes and "model." not in prefixes:
@@ -109,7 +109,7 @@ class _Check:
         self.known.update(f"{name}.{part}" for part in PARTS)
         quantised, dense = f"{name}.qweight" in checkpoint, f"{name}.weight" in checkpoint
         if quantised and dense:
-            self.problems.append(f"{name} is there twice, quantised (.qweight) and dense (.weight)")
+            self.problems.append(f"{name} is stored twice, quantised (.qweight) and dense (.weight)")
         elif quantised:
             self._quantised(name, in_features, out_features)
         elif dense:

@@ -1,6 +1,6 @@
-"""A model's weights out of a checkpoint: embeddings, decoder layers one by one, and the head.
+"""A model's weights from a checkpoint: embeddings, decoder layers one by one, and the head.
 
-The names and sizes are data (families/) and were checked (weights/check.py) before anything here runs.
+The names and sizes are data (families/), and weights/check.py has checked them before anything here runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys in a browser: Enter sends, Shift+Enter starts a line, Ctrl+Enter continues a text."""
+"""Keys in a browser: Enter sends, Shift+Enter starts a new line, Ctrl+Enter continues a text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_shift_and_enter_start_a_line_in_the_question(page: Page) -> None:
 
 
 def test_the_keys_are_those_that_the_field_promises(page: Page) -> None:
-    assert "Enter sends, Shift+Enter starts a line" in field(page, "question").get_attribute("placeholder")
+    assert "Enter sends, Shift+Enter starts a new line" in field(page, "question").get_attribute("placeholder")
 
 
 @pytest.mark.usefixtures("slow_model")

@@ -68,14 +68,14 @@ def run_install(args: argparse.Namespace) -> int:
 
 
 def other_python(checkout: Checkout) -> Path | None:
-    """The environment that the web UI is started with, where it has one of its own and this Python is another."""
+    """The environment that the web UI is started with, if it has one of its own and this Python is another."""
     own = checkout.own_python
     return None if own is None or own.resolve() == Path(sys.prefix).resolve() else own
 
 
 def run_uninstall(args: argparse.Namespace) -> int:
     """Remove the extension, the startup file, and what names our loader or its settings in the yaml files: without the
-    loader the web UI ends over a model that was saved with it."""
+    loader, the web UI fails on a model that was saved with it."""
     from ropewalk.faces.webui.embedded_model import remove_model
     from ropewalk.faces.webui.extension import uninstall
     from ropewalk.faces.webui.startup_file import disable, startup_file
@@ -92,7 +92,7 @@ def run_uninstall(args: argparse.Namespace) -> int:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Say what is found: the extension, the startup file, what names the loader, hooks without what they attach to."""
+    """Say what is found: the extension, the startup file, what names the loader, hooks with nothing to attach to."""
     from ropewalk.faces.webui.extension import mentions
     from ropewalk.faces.webui.startup_file import is_enabled, startup_file
 

@@ -1,4 +1,4 @@
-"""A text-generation-webui on disk: where its things lie, by version, and what its modules define."""
+"""A text-generation-webui on disk: where its files lie in each version, and what its modules define."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "ropewalk"
 @dataclass(frozen=True, slots=True)
 class Checkout:
     """A folder with server.py and modules/. user_data: where models and settings lie, which `--user-data-dir` can move;
-    before v3.1 the folder itself. models: where `--model-dir` has put the models."""
+    before v3.1 the folder itself. models: the folder of models, which `--model-dir` can move."""
 
     folder: Path
     user_data: Path
@@ -23,12 +23,12 @@ class Checkout:
 
     @property
     def extension(self) -> Path:
-        """The folder of our extension: below user_data from v3.7 on, before that beside the built-in ones."""
+        """The folder of our extension: below user_data from v3.7 on, beside the built-in ones before that."""
         return (self.user_data if self._has_user_extensions() else self.folder) / "extensions" / NAME
 
     @property
     def settings_files(self) -> tuple[Path, ...]:
-        """The yaml files that may name our loader, and exist."""
+        """The existing yaml files that may name our loader."""
         files = (
             *(place / "settings.yaml" for place in (self.folder, self.user_data)),
             *(
@@ -40,18 +40,18 @@ class Checkout:
 
     @property
     def flag_files(self) -> tuple[Path, ...]:
-        """The files with flags of every start, where they exist."""
+        """The existing files with flags that count at every start."""
         places = dict.fromkeys((self.folder, self.user_data))
         return tuple(place / "CMD_FLAGS.txt" for place in places if (place / "CMD_FLAGS.txt").is_file())
 
     @property
     def own_python(self) -> Path | None:
-        """The environment that the installer of the web UI has made for it, where it has."""
+        """The environment that the web UI's installer made for it; None if it made none."""
         environment = self.folder / "installer_files" / "env"
         return environment if environment.is_dir() else None
 
     def knows(self, setting: str) -> bool:
-        """True if this version has a setting of that name for a loader of its own."""
+        """True if this version has a setting of that name for one of its own loaders."""
         table = self.folder / "modules" / "loaders.py"
         return table.is_file() and re.search(rf"""['"]{setting}['"]""", table.read_text(encoding="utf-8")) is not None
 
@@ -70,10 +70,10 @@ class Checkout:
 def find_checkout(folder: Path, user_data: Path | None = None, models: Path | None = None) -> Checkout:
     """The web UI in this folder.
 
-    user_data, models: what the server is given as --user-data-dir and --model-dir, if it is; relative to the folder.
+    user_data, models: the server's --user-data-dir and --model-dir, if it is started with them; relative to the folder.
 
     Raises:
-        ConfigError: it is none, or there is no such user_data or models.
+        ConfigError: the folder is not a web UI, or user_data or models does not exist.
     """
     folder = folder.expanduser().resolve()
     for needed in ("server.py", "modules/extensions.py", "modules/text_generation.py"):

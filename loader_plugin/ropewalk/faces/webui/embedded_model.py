@@ -1,4 +1,4 @@
-"""The embedded model as a folder among the models of the web UI, for who has no model at hand."""
+"""The embedded model as a folder among the models of the web UI, for people who have no model at hand."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CONFIG = "config.json"
 
 
 def copy_model(checkout: Checkout) -> Path:
-    """Copy it, with a config.json that asks for a longer context; the folder. The web UI keeps 512 tokens for the reply
-    alone, which is all that the model was trained on.
+    """Copy the model, with a config.json that asks for a longer context, and return the folder. The web UI reserves 512
+    tokens for the reply alone, which is the whole context that the model was trained on.
 
     Raises:
         ConfigError: the folder exists, there is no folder for models, or it cannot be written.
@@ -36,7 +36,7 @@ def copy_model(checkout: Checkout) -> Path:
 
 
 def remove_model(checkout: Checkout) -> str | None:
-    """Remove the copy if it is as it was made. What was done, or None if there is none."""
+    """Remove the copy if it is unchanged. Returns what was done, or None if there is no copy."""
     folder = checkout.models / FOLDER
     if not folder.is_dir():
         return None
@@ -59,7 +59,7 @@ def _extended_config() -> bytes:
 
 
 def _is_as_made(folder: Path) -> bool:
-    """True if the copy has every file, and nothing else."""
+    """True if the copy has every file, unchanged, and nothing else."""
     files = _files(demo_model_path())
     if _files(folder) != files or (folder / CONFIG).read_bytes() != _extended_config():
         return False
@@ -68,5 +68,5 @@ def _is_as_made(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """Every file below a folder, by its path in there."""
+    """Every file below a folder, by its path relative to the folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -13,13 +13,13 @@ from ropewalk.faces.webui.parameters import PARAMETERS
 # loader_plugin/script.py, which a test keeps equal.
 SCRIPT = '''"""The ropewalk model loader, as an extension of text-generation-webui."""
 
-from modules.logging_colors import logger  # of the web UI, which silences every other
+from modules.logging_colors import logger  # the web UI's own: it silences all others
 
 params = {"display_name": "ropewalk"}
 
 try:
     from ropewalk.webui import register
-except ImportError as error:  # the server would end
+except ImportError as error:  # it would end the server
     logger.error("the ropewalk loader is not installed in this Python environment: %s", error)
 else:
     register()
@@ -28,15 +28,15 @@ else:
 _OUR_LOADER = re.compile(r"""^(\s+)loader:\s*['"]?ropewalk['"]?\s*$""", re.IGNORECASE)
 _OUR_ITEM = re.compile(r"""^\s*-\s*['"]?ropewalk['"]?\s*$""")
 _OUR_PARAMS = re.compile(r"^ropewalk-[\w-]+:")
-# By all names: what is saved for a model is for the loader that is saved with it.
+# Under all names: settings saved for a model belong to the loader that is saved with them.
 _SETTINGS = frozenset(name for item in PARAMETERS for name in (item.name, *item.former_names))
 
 
 def install(checkout: Checkout) -> Path:
-    """Write the extension; its script.
+    """Write the extension, and return the path of its script.
 
     Raises:
-        ConfigError: the folder has a script of someone else, or cannot be written.
+        ConfigError: there is a script that is not ours, or the folder cannot be written.
     """
     script = checkout.extension / "script.py"
     if script.exists() and "ropewalk" not in script.read_text(encoding="utf-8", errors="replace"):
@@ -50,15 +50,15 @@ def install(checkout: Checkout) -> Path:
 
 
 def uninstall(checkout: Checkout) -> list[str]:
-    """Remove the extension and what names our loader in the yaml files, where the web UI would fail over it. What was
-    done, line by line, and what is left to the person."""
+    """Remove the extension, and from the yaml files what names our loader, as the web UI would fail on it. Returns what
+    was done and what is left to do by hand, one line each."""
     done = []
     if checkout.extension.is_dir():
         if {path.name for path in checkout.extension.iterdir()} <= {"script.py", "__pycache__"}:
             shutil.rmtree(checkout.extension)
             done.append(f"removed {checkout.extension}")
         else:
-            done.append(f"{checkout.extension} has files of someone else and was left: remove it if you do not need it")
+            done.append(f"{checkout.extension} has other files and was left: remove it if you do not need it")
     only_ours = settings_only_ours(checkout)
     for path in checkout.settings_files:
         before = path.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def uninstall(checkout: Checkout) -> list[str]:
 
 
 def mentions(checkout: Checkout) -> list[str]:
-    """Lines of yaml and flag files that name our loader, and flags that only it has, as FILE:LINE."""
+    """The lines of yaml and flag files that name our loader or a flag that only it has, as FILE:LINE."""
     flags = [name.replace("_", "[-_]") for name in settings_only_ours(checkout)]
     found = []
     for path in (*checkout.settings_files, *checkout.flag_files):
@@ -93,10 +93,10 @@ def settings_only_ours(checkout: Checkout) -> frozenset[str]:
 
 
 def clean_yaml(text: str, only_ours: frozenset[str] = frozenset()) -> str:
-    """A settings file of the web UI without our loader: the models that it was chosen for choose theirs anew, without
-    the settings that were chosen for it. Lines that are not ours stay as they are.
+    """A settings file of the web UI with our loader removed, and the settings that were saved with it: the web UI then
+    chooses a loader anew for those models. Other lines stay as they are.
 
-    only_ours: settings that this version of the web UI does not know; they go from every model.
+    only_ours: settings that this version of the web UI does not know; they are removed from every model.
     """
     blocks: list[list[str]] = []
     for line in text.splitlines(keepends=True):
@@ -108,8 +108,8 @@ def clean_yaml(text: str, only_ours: frozenset[str] = frozenset()) -> str:
 
 
 def _clean_block(block: list[str], only_ours: frozenset[str]) -> list[str]:
-    """One top-level key with what is below it. A key left with nothing below gets an empty value, as the web UI fails
-    over one without."""
+    """One top-level key and the lines below it, cleaned. If nothing is left below, the key gets an empty value: the web
+    UI fails on a key without one."""
     head, body = block[0], block[1:]
     if _OUR_PARAMS.match(head):
         return []
@@ -122,7 +122,7 @@ def _clean_block(block: list[str], only_ours: frozenset[str]) -> list[str]:
 
 
 def _without(body: list[str], settings: frozenset[str]) -> list[str]:
-    """The lines below a model without those that set one of these; a value may go on in lines that are deeper."""
+    """The lines below a model, without those that set one of `settings`; a value may continue in deeper lines."""
     kept, depth = [], None
     for line in body:
         text = line.lstrip(" ")

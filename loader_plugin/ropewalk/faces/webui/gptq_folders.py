@@ -1,4 +1,4 @@
-"""Which model folders people expect our loader to read: those are ours, to load or to refuse in words."""
+"""Which model folders people expect our loader to read. Those are ours to load, or to refuse with a reason."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ropewalk.base.json import read_json_object
 from ropewalk.config.quantisation import KOBOLD_KEYS
 from ropewalk.files.folder import Checkpoint
 
-# quant_method of config.json, by who writes what GPTQ loaders read, or are taken to read.
+# The values of quant_method in config.json for what GPTQ loaders read, or are expected to read.
 METHODS = ("gptq", "gptq_v2", "gptq_marlin", "marlin", "awq", "auto-round", "intel/auto-round")
 DECLARATIONS = ("quantize_config.json", "quant_config.json")
-# With which packages a loader of the web UI reads them. Without any of these it fails over every such folder.
+# The packages with which a loader of the web UI reads such folders. With none of them it fails on every one.
 READERS = {
     "ExLlamav2": ("exllamav2",),
     "ExLlamav2_HF": ("exllamav2",),
@@ -45,11 +45,11 @@ def is_gptq_like(folder: Path) -> bool:
 
 
 def _is_gptq_method(declared: dict[str, Any]) -> bool:
-    """True for a quantization_config of ours; the oldest have no method, but bits."""
+    """True for a quantization_config with one of METHODS; the oldest declare no method, only bits."""
     method = declared.get("quant_method", declared.get("method"))
     return str(method).lower() in METHODS if method is not None else "bits" in declared
 
 
 def reads_gptq(loader: str) -> bool:
-    """True if a loader of the web UI may read such a folder: it is one for them, and its package is installed."""
+    """True if this loader of the web UI may read such a folder: it is in READERS, and a package it needs is there."""
     return any(find_spec(package) is not None for package in READERS.get(loader, ()))

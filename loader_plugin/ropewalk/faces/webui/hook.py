@@ -14,8 +14,8 @@ from ropewalk.faces.webui.patching import require
 class Hook:
     """A concern, the module it attaches to, and the names it needs there.
 
-    change: does it; may be called more than once. around: entered while the module is executed, where the module itself
-    does what has to change.
+    change: makes the change; may be called more than once. around: a context that is entered while the module is
+    executed, for changes to what the module does at that time.
     """
 
     concern: str
@@ -25,7 +25,7 @@ class Hook:
     around: Callable[[], AbstractContextManager[None]] | None = None
 
     def attach(self, module: ModuleType) -> None:
-        """Attach to the module, which has been executed.
+        """Attach to the module after it has been executed.
 
         Raises:
             HookError: this version lacks something; the message names it.

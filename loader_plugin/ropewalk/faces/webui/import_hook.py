@@ -19,10 +19,10 @@ SIGN_OF_WEBUI = "text_generation.py"
 
 
 class WebuiFinder(MetaPathFinder):
-    """Finds what the other finders find; modules that hooks are for are handed on once they are executed.
+    """Finds what the other finders find, and passes on each module that has hooks once it has been executed.
 
-    hooks_of: the hooks for a module by its name; called for modules of the web UI only. attach_to: what is done with an
-    executed module that has any.
+    hooks_of: the hooks for a module by its name; called for modules of the web UI only. attach_to: called with each
+    executed module that has hooks.
     """
 
     def __init__(self, hooks_of: Callable[[str], list[Hook]], attach_to: Callable[[ModuleType], None]) -> None:

@@ -31,7 +31,7 @@ def run(webui: Path, flags: Sequence[str]) -> None:
     sys.path.insert(0, str(webui))
     try:
         runpy.run_path("server.py", run_name="__main__")
-    except Exception as error:  # it is shown as a plain start shows it, and not as an error of our command line
+    except Exception as error:  # shown as a plain start would show it, not as an error of our command line
         drop_our_frames(error)
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)

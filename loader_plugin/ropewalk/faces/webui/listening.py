@@ -1,4 +1,4 @@
-"""What ropewalk warns of, for the page: whoever sits there does not see the console."""
+"""The warnings of ropewalk, for the page: its users do not see the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def warnings_heard() -> Iterator[list[str]]:
-    """The warnings that ropewalk gives in this thread while this is entered, each once; they go to the console too."""
+    """The warnings that ropewalk gives in this thread within this context, each once; the console gets them too."""
     logger, ear = logging.getLogger("ropewalk"), _Ear()
     logger.addHandler(ear)
     try:

@@ -24,7 +24,7 @@ from ropewalk.rope.spellings import METHODS
 
 Settings = dict[str, int | float | str]
 
-# What fills the context field by itself. Some models declare 131072 positions, for which few machines have the memory.
+# At most this fills the context field by default. Some models declare 131072 positions; few machines have the memory.
 MAX_FILLED_CONTEXT = 32768
 # Fields round what they show: to two decimals, and the base to an integer.
 ROUNDING = 0.005 + 1e-9
@@ -46,7 +46,7 @@ def declared_settings(folder: Path) -> Settings:
 def load_options(folder: Path, values: Mapping[str, Any]) -> LoadOptions:
     """The options of loading for these values of the fields.
 
-    What is absent or empty is as the model declares it.
+    An absent or empty value means: as the model declares.
 
     Raises:
         ConfigError: a value is of the wrong type, or contradicts another. Others as `declared_settings`.
@@ -65,7 +65,7 @@ def load_options(folder: Path, values: Mapping[str, Any]) -> LoadOptions:
 
 
 def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
-    """Facts of the model as it would be loaded with these values: everything is checked that can be without weights.
+    """Facts about the model as it would be loaded with these values. Checks all that can be checked without weights.
 
     Raises:
         RopewalkError: what loading would refuse before it reads weights.
@@ -83,7 +83,7 @@ def refusal(folder: Path) -> RopewalkError | None:
 
 
 def multiplied_scalings(options: LoadOptions) -> str | None:
-    """What to know about compress_pos_emb and alpha_value when both are set; None if they are not."""
+    """A warning if both compress_pos_emb and alpha_value are set; None otherwise."""
     factor, alpha = options.compress_pos_emb or 1.0, options.alpha_value or 1.0
     if factor == 1 or alpha == 1:
         return None
@@ -110,12 +110,12 @@ def _rope_fields(rope: Rope) -> Settings:
         return fields | {"compress_pos_emb": method.factor, "alpha_value": method.alpha}
     if method.name in METHODS:
         fields["rope_method"] = method.name
-    factor = getattr(method, "factor", None)  # the dynamic ones of jquesnelle have none: it follows the length
+    factor = getattr(method, "factor", None)  # jquesnelle's dynamic methods have none: it follows the length
     return fields if factor is None else fields | {"rope_factor": factor}
 
 
 def _rope_options(chosen: Settings, declared: Settings, plan: LoadPlan) -> dict[str, Any]:
-    """Arguments for the fields that differ from what config.json declares; both knobs as soon as one of them does."""
+    """Arguments for the fields that differ from what config.json declares; if one of the two knobs does, both."""
     options: dict[str, Any] = {}
     if chosen["rope_freq_base"] and not _same(chosen, declared, "rope_freq_base", 0.5):
         options["rope_theta"] = float(chosen["rope_freq_base"])
@@ -126,7 +126,7 @@ def _rope_options(chosen: Settings, declared: Settings, plan: LoadPlan) -> dict[
     if method == declared["rope_method"] and _same(chosen, declared, "rope_factor"):
         return options
     if method == FROM_CONFIG:
-        raise ConfigError(f"rope_factor={chosen['rope_factor']:g} needs rope_method to say which scaling it is of")
+        raise ConfigError(f"rope_factor={chosen['rope_factor']:g} needs rope_method to say which scaling it is for")
     own = _declared_scaling(plan) if method == declared["rope_method"] else {"rope_type": method}
     factor = {} if method == "default" else {"factor": chosen["rope_factor"]}
     return options | {"rope_scaling": {**own, **factor}}

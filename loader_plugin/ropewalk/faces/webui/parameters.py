@@ -1,4 +1,4 @@
-"""The settings of our loader in the web UI, a line each; flags, fields, API arguments and yaml keys follow from it."""
+"""The settings of our loader in the web UI. Flags, fields, API arguments and yaml keys all follow from this table."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Slider:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A whole number, too large to be pulled on."""
+    """A whole number whose range is too wide for a slider."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of some words."""
+    """One of several words."""
 
     choices: tuple[str, ...]
 
@@ -45,10 +45,10 @@ class Text:
 class Parameter:
     """One setting.
 
-    name: of the flag, the API argument, the yaml key and the field. former_names: what older versions of the web UI
-    call the same setting of their own, which is then used. option: the argument of `ropewalk.hf.from_pretrained` that
-    takes the value as it is; None where several settings become one (RoPE). unset: the value that leaves the choice to
-    ropewalk.
+    name: of the flag, the API argument, the yaml key and the field. former_names: the names of the web UI's own setting
+    of this kind in older versions, where that setting is used. option: the argument of `ropewalk.hf.from_pretrained`
+    that takes the value as it is; None where several settings become one (RoPE). unset: the value that leaves the
+    choice to ropewalk.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Parameter:
     former_names: tuple[str, ...] = ()
 
     def read(self, value: Any) -> int | float | str:
-        """A value as flags, fields, the API and yaml files give it.
+        """The value of this setting from what a flag, a field, the API or a yaml file gives.
 
         Raises:
             ConfigError: not a number where one is needed, or not one of the choices.
@@ -156,18 +156,18 @@ PARAMETERS = (
         unset="",
     ),
 )
-# Settings of the web UI that matter to our loader as well, shown where a version has them: for the tokenizer.
+# Settings of the web UI that matter to our loader as well (for the tokenizer); shown if a version has them.
 BORROWED = ("no_use_fast",)
 
 
 def name_here(parameter: Parameter, known: Iterable[str]) -> str:
-    """What a version of the web UI that knows these settings calls this one."""
+    """The name of this setting in a version of the web UI that has the settings `known`."""
     known = set(known)
     return next((name for name in (parameter.name, *parameter.former_names) if name in known), parameter.name)
 
 
 def read_all(values: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """The settings that a mapping by the names of any version has, by their names here; without what is empty.
+    """The settings in a mapping that uses the names of any version, by our own names; empty values are left out.
 
     Raises:
         ConfigError: a value is of the wrong type or not one of the choices.

@@ -25,7 +25,7 @@ def require(module: ModuleType, *names: str) -> None:
 
 
 def is_patched(function: Any) -> bool:
-    """True for what `wrap` and `swap` have made."""
+    """True for a function made by `wrap` or changed by `swap`."""
     return hasattr(function, MARK)
 
 
@@ -47,9 +47,9 @@ def wrap(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Cal
 def swap(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Give the function `module.name` the behaviour of make(old function), once.
 
-    The function object stays and gets another code object, so that modules which imported it by name earlier change as
-    well: an extension is loaded long after they were. make receives a working copy of the old function, and returns a
-    coroutine function for one.
+    The function object stays and gets another code object, so that the change also reaches modules that have imported
+    it by name: an extension is loaded long after them. make receives a working copy of the old function; if that is a
+    coroutine function, it must return one.
 
     Raises:
         HookError: there is no such function, or not a plain one (a generator, a closure).
@@ -66,7 +66,7 @@ def swap(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Cal
     original.__kwdefaults__ = function.__kwdefaults__
     function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     function.__defaults__ = None
-    # The new code may refer to nothing but its own parameters: the globals stay those of the web UI.
+    # The new code may refer only to its own parameters: its globals remain those of the web UI.
     function.__kwdefaults__ = {"ropewalk_replacement": make(original), "ropewalk_drop_frames": drop_our_frames}
     stand_in = _await_replacement if inspect.iscoroutinefunction(function) else _call_replacement
     function.__code__ = stand_in.__code__
@@ -94,7 +94,7 @@ async def _await_replacement(
 
 
 def _leaving_no_frames(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, or generator function, with errors of what it wraps as if it had not been there."""
+    """The function or generator function, leaving no trace of ours in the errors of what it wraps."""
 
     def call(*args: Any, **options: Any) -> Any:
         try:

@@ -31,7 +31,7 @@ def hooks_of(module_name: str) -> list[Hook]:
 
 
 def attach_to(module: ModuleType) -> None:
-    """Attach the hooks of a module. One that fails is logged, and the others and the web UI go on."""
+    """Attach the hooks of a module. A failure is logged; the other hooks and the web UI carry on."""
     for hook in hooks_of(module.__name__):
         try:
             hook.attach(module)

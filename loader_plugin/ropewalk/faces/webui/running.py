@@ -1,4 +1,4 @@
-"""The running web UI: its modules, the folder behind the name of a model, whether its model is one of ours."""
+"""The running web UI: its modules, the folder of a model by name, and whether the loaded model is ours."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def model_folder(model_name: str) -> Path:
 
 
 def is_ours(model: Any) -> bool:
-    """True for a model that this loader has loaded. Nothing is imported for the answer."""
+    """True for a model that this loader has loaded. Imports nothing."""
     hf = sys.modules.get("ropewalk.faces.hf")
     return hf is not None and isinstance(model, hf.RopewalkForCausalLM)

@@ -16,8 +16,8 @@ FILE_NAME = "ropewalk_webui.pth"
 
 
 def line(environment: Path) -> str:
-    """What is in the file of an environment: one line, as site.py runs it. It may run twice, must say nothing once the
-    package is gone, and does nothing in another environment that sees these site-packages too."""
+    """The content of the file for an environment: one line, which site.py runs. It may run twice, must stay silent once
+    the package is gone, and does nothing in another environment that sees the same site-packages."""
     return (
         f"import os, sys; os.path.realpath(sys.prefix) == {os.path.realpath(environment)!r} "
         "and any(a.endswith('server.py') for a in sys.orig_argv) "

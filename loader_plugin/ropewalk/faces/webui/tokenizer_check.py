@@ -1,4 +1,4 @@
-"""Whether the web UI can load the tokenizer of a model, asked while the model before still runs."""
+"""Whether the web UI can load the tokenizer of a model; checked while the previous model still runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SETTINGS = "tokenizer_config.json"
 
 
 def check_tokenizer(model_name: str) -> None:
-    """Load it as the web UI does, and let go of it.
+    """Load the tokenizer as the web UI does, and drop it again.
 
     Raises:
-        ConfigError: there is none, or it cannot be loaded; the message says why and what to do.
+        ConfigError: there is no tokenizer, or it cannot be loaded; the message says why and what to do.
     """
     folder = model_folder(model_name)
     if not any((folder / name).is_file() for name in FILES):
@@ -38,7 +38,7 @@ def check_tokenizer(model_name: str) -> None:
 
 
 def _loader_of_webui() -> Callable[[str], Any]:
-    """Its function for that: in modules.models before v3.0."""
+    """The web UI's function that loads a tokenizer; before v3.0 it is in modules.models."""
     models = webui_module("models")
     return (
         models.load_tokenizer

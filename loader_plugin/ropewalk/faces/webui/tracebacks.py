@@ -1,5 +1,5 @@
-"""Errors of other loaders pass through our hooks, and their tracebacks do not show it: a person looks for the fault in
-the files that are named there."""
+"""Keeps our hooks out of the tracebacks of other loaders' errors, which pass through them: people look for the fault in
+the files that a traceback names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drop_our_frames(error: BaseException) -> None:
 
 
 def _raised_here(entries: list[TracebackType]) -> bool:
-    """True if ropewalk, and not what a hook called in its place, has failed."""
+    """True if ropewalk itself failed, and not a function that a hook called."""
     return _is_below(entries[-1], HOOKS) or any(
         _is_below(entry, PACKAGE) and not _is_below(entry, HOOKS) for entry in entries
     )

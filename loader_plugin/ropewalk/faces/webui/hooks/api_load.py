@@ -1,4 +1,4 @@
-"""Loading through the API: a refusal comes while the model before still runs, and the answer says why."""
+"""Loading through the API: what must fail is refused while the previous model still runs, and the answer says why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ropewalk.faces.webui.running import model_folder, webui_module
 
 logger = logging.getLogger(__name__)
 
-# Why the request that is being answered has failed. The web UI answers "Failed to load the model." for every reason.
+# Why the current request failed. The web UI answers "Failed to load the model." whatever the reason.
 FAILURE: ContextVar[str | None] = ContextVar("FAILURE", default=None)
 
 
@@ -52,7 +52,7 @@ def hook_api_loras(api_models: ModuleType) -> None:
 
 @contextmanager
 def noting_failures() -> Iterator[None]:
-    """Keep the reason of an error of ours for the answer."""
+    """Keep the message of an error of ours for the answer."""
     try:
         yield
     except RopewalkError as error:
@@ -61,7 +61,8 @@ def noting_failures() -> Iterator[None]:
 
 
 def completed(data: dict[str, Any]) -> dict[str, Any]:
-    """A request as it came, or for our loader with every setting that it leaves out as config.json declares it.
+    """The request, unchanged for other loaders; for ours, with the settings that it leaves out filled in as they were
+    saved, or as config.json declares them.
 
     Raises:
         RopewalkError: loading would fail.
@@ -90,10 +91,10 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_names(given: Mapping[str, Any]) -> None:
-    """Refuse an argument that nobody knows. Those of other loaders are ignored, as the web UI does, and named.
+    """Refuse unknown arguments. Those of other loaders are ignored, as by the web UI, with a warning that names them.
 
     Raises:
-        ConfigError: there is one; the message has what it may have been meant to be.
+        ConfigError: an argument is unknown; the message suggests the closest name.
     """
     of_others = settings_of_others(webui_module("loaders"))
     own = {"loader", *BORROWED, *(name_here(item, of_others) for item in PARAMETERS)}
@@ -108,7 +109,7 @@ def check_names(given: Mapping[str, Any]) -> None:
 
 
 def hook_answers(api_script: ModuleType) -> None:
-    """The functions of FastAPI's routes, which are swapped as the routes hold them."""
+    """Swapped, not wrapped: FastAPI's routes hold the functions themselves."""
     for name in ("handle_load_model", "handle_load_loras"):
         swap(api_script, name, with_reason)
 

@@ -18,7 +18,7 @@ NAMESPACES = ("args", "args_defaults", "original_args")
 
 @contextmanager
 def flags_added() -> Iterator[None]:
-    """While this is entered, a parser that knows --loader also knows our flags when it starts to parse."""
+    """Within this context, a parser that knows --loader gets our flags as well before it parses."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_with_ours(self: argparse.ArgumentParser, *args: Any, **options: Any) -> Any:
@@ -34,7 +34,7 @@ def flags_added() -> Iterator[None]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that the parser lacks, once. Let those that it has be spelled as ours, and take fractions if ours
+    """Add the flags that the parser lacks, once. Those that it has accept our spellings too, and fractions if ours
     do."""
     known = {action.dest: action for action in parser._actions}
     missing = []
@@ -61,13 +61,13 @@ def _add_flag(group: Any, item: Parameter) -> None:
 
 
 def spellings(item: Parameter) -> tuple[str, ...]:
-    """The flags that set it, by its name and by those that older versions have for it."""
+    """The flags that set it, under its own name and under those that older versions use."""
     names = (item.name, *item.former_names)
     return tuple(dict.fromkeys(f"--{spelled}" for name in names for spelled in (name.replace("_", "-"), name)))
 
 
 def note_given(shared: ModuleType) -> None:
-    """Let what our spellings of flags have set count as given, or the defaults of a model would replace it."""
+    """Count flags in our spellings as given; otherwise the defaults of a model would replace their values."""
     provided = getattr(shared, "provided_arguments", [])
     used = {argument.partition("=")[0] for argument in sys.argv[1:]}
     for item in PARAMETERS:
@@ -77,7 +77,7 @@ def note_given(shared: ModuleType) -> None:
 
 
 def complete_arguments(shared: ModuleType) -> None:
-    """Where the parser ran before us, give the parsed arguments our defaults; and let our loader's name be one."""
+    """Give the parsed arguments our defaults if the parser ran before us, and make the name of our loader valid."""
     for namespace in (getattr(shared, name, None) for name in NAMESPACES):
         if namespace is not None:
             known = vars(namespace)
@@ -97,7 +97,7 @@ def is_our_name(name: Any) -> bool:
 
 
 def loader_flag(shared: ModuleType) -> str | None:
-    """What was given as --loader: the web UI keeps it only from v3.15 on."""
+    """What was given as --loader; the web UI keeps it only from v3.15 on."""
     kept = getattr(getattr(shared, "original_args", None), "loader", None)
     if kept is not None:
         return kept

@@ -1,4 +1,4 @@
-"""What ropewalk has to say goes where the web UI's own messages go; it silences every other logger."""
+"""The messages of ropewalk go where the web UI's own messages go; the web UI silences every other logger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ropewalk.faces.webui.hook import Hook
 
 
 def share_console(logging_colors: ModuleType) -> None:
-    """Give the logger of our package the handlers and the level of the web UI's."""
+    """Give the logger of our package the handlers and the level of the web UI's logger."""
     theirs, ours = logging_colors.logger, logging.getLogger("ropewalk")
     ours.handlers = theirs.handlers
     ours.setLevel(theirs.getEffectiveLevel())

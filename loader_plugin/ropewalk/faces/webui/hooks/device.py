@@ -1,5 +1,5 @@
-"""Our model takes and gives tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU if there is one,
-whatever the model is; with --cpu they never do, so that is what they are told while our model is in use."""
+"""Our model takes and returns tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU if there is
+one, whatever the model. With --cpu they never do, so we make that flag true while our model is in use."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ MORE_SAMPLERS = {"prompt_lookup_num_tokens"}  # which the exllama loaders do not
 
 
 def settings_of_others(loaders: ModuleType) -> set[str]:
-    """The settings that this version has of its own."""
+    """The settings that this version has without ours."""
     return {name for loader, names in loaders.loaders_and_params.items() if loader != LOADER for name in names}
 
 
@@ -34,7 +34,7 @@ def add_loader(loaders: ModuleType) -> None:
 
 
 def forget_cached_lists(loaders: ModuleType) -> None:
-    """Let lists that were made from the tables before be made anew."""
+    """Drop the cached lists that were made from the tables, so that they are made anew."""
     for name in ("get_all_params", "list_all_samplers"):
         clear = getattr(getattr(loaders, name, None), "cache_clear", None)
         if clear is not None:
@@ -42,7 +42,7 @@ def forget_cached_lists(loaders: ModuleType) -> None:
 
 
 def extend_elements(module: ModuleType) -> None:
-    """Let the list of model settings (gathered from the page, saved, allowed in the API) have ours."""
+    """Add ours to the list of model settings, which are read from the page, saved, and allowed in the API."""
     if not hasattr(module, "list_model_elements"):
         return  # it moved from modules.ui to modules.loaders in v4.1
     wrap(
@@ -53,7 +53,7 @@ def extend_elements(module: ModuleType) -> None:
 
 
 def our_names() -> list[str]:
-    """Our settings by their names in this version; those that the page has no field for only where there is no page."""
+    """Our settings by their names in this version; with a page, only those that it has fields for."""
     loaders = sys.modules["modules.loaders"]
     own, menu = settings_of_others(loaders), sys.modules.get("modules.ui_model_menu")
     names = [name_here(item, own) for item in PARAMETERS]
@@ -63,7 +63,7 @@ def our_names() -> list[str]:
 
 
 def check_elements(ui: ModuleType) -> None:
-    """`extend_elements` for the module that older versions have the list in."""
+    """`extend_elements` for modules.ui, where older versions have the list."""
     loaders = webui_module("loaders")
     if not hasattr(ui, "list_model_elements") and not hasattr(loaders, "list_model_elements"):
         raise HookError("neither modules.ui nor modules.loaders has list_model_elements")

@@ -1,8 +1,8 @@
 """Loading and unloading our model.
 
-Which loaders there are is a local variable of the web UI's `load_model`, in every version. So for our loader that
-function runs as if for "Transformers", under our name, with the helper that would load the model replaced for the
-call: tokenizer, samplers, settings and messages stay the web UI's own.
+In every version, the web UI's `load_model` keeps its table of loaders in a local variable. For our loader, that
+function therefore runs as if for "Transformers" but under our name, and the helper that would load the model is
+replaced during the call. Tokenizer, samplers, settings and messages stay the web UI's own.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ropewalk.faces.webui.tokenizer_check import check_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# What the web UI loads a model of transformers with: since v3.0, and before.
+# The function with which the web UI loads a Transformers model: since v3.0, and before.
 HELPERS = ("transformers_loader", "huggingface_loader")
 
 TOO_LATE = (
     "an extension comes too late for --model with --loader ropewalk, and another loader took the model: use "
     "`ropewalk webui enable` once, or start with `ropewalk webui run`"
 )
-# Set in modules.models by an unloading that is to be undone, for want of use.
+# Set in modules.models when an idle model is unloaded, to be loaded again when it is needed.
 RESTING = "ropewalk_resting"
 
 
@@ -60,7 +60,7 @@ def context_name() -> str:
 
 
 def check_loadable(model_name: str, values: Mapping[str, Any]) -> None:
-    """Raises RopewalkError for what would make loading with these settings fail, short of reading weights."""
+    """Raises RopewalkError if loading with these settings would fail, as far as that shows without reading weights."""
     describe(model_folder(model_name), values)
     check_tokenizer(model_name)
 
@@ -95,14 +95,14 @@ def wanted_loader(model_name: str, loader: str | None) -> str | None:
 def load_ours(
     models: ModuleType, helper: str, original: Callable[..., Any], model_name: str, *args: Any, **options: Any
 ) -> Any:
-    """(model, tokenizer). A failure leaves the settings as they were. It is raised for the page and the API to show;
-    at the start of the server, which it would end, it is logged and (None, None) is returned."""
+    """(model, tokenizer). A failure leaves the settings as they were, and is raised for the page and the API to show.
+    At the start of the server, which an error would end, it is logged and (None, None) is returned."""
     shared = webui_module("shared")
     starting = shared.generation_lock is None
     try:
         with _settings_kept(shared):
             if starting:
-                check_tokenizer(model_name)  # later, it was checked before the model in use was unloaded
+                check_tokenizer(model_name)  # in later loads it was checked before the model in use was unloaded
             load = _prepare(model_name)
             with _replaced(models, helper, load):
                 model, tokenizer = original(model_name, StandIn(LOADER), *args, **options)
@@ -120,13 +120,14 @@ def load_ours(
 
 
 def log_failure(model_name: str, error: Exception) -> None:
-    """The reason; for what nobody expected, with where it came from."""
+    """Log the reason; for an unexpected error, with its traceback."""
     unexpected = not isinstance(error, RopewalkError)
     logger.error('ropewalk: "%s" was not loaded: %s', model_name, error, exc_info=unexpected)
 
 
 def _prepare(model_name: str) -> Callable[..., Any]:
-    """What loads the model, its options decided; a context of 0 becomes the one that is used (v4.7 would take 8192)."""
+    """The function that loads the model. Options are decided here; a context of 0 becomes the one that is used (v4.7
+    would take 8192)."""
     from ropewalk.faces.hf import from_pretrained
 
     folder, args = model_folder(model_name), webui_module("shared").args
@@ -155,7 +156,7 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _settings_kept(shared: Any) -> Iterator[None]:
-    """Undo what happened to arguments and settings if the block fails; no model is then loaded."""
+    """Restore arguments and settings if the block fails; no model is loaded then."""
     args, settings = dict(vars(shared.args)), dict(shared.settings)
     try:
         yield
@@ -181,7 +182,7 @@ def hook_unloading(models: ModuleType) -> None:
 
 
 def _wake_loras(models: ModuleType, model_name: str, model: Any) -> None:
-    """Put back the LoRAs that were in use when this model was unloaded because nobody needed it."""
+    """Apply the LoRAs again that were in use when this model was unloaded for being idle."""
     resting, names = getattr(models, RESTING, None) or (None, [])
     if resting != model_name or not names:
         return

@@ -41,7 +41,7 @@ def apply(lora: ModuleType, model: Any, names: list[str]) -> None:
     names: folders of LoRAs, as the menu has them; flags and the API may say more, such as "storm:0.5@10-11".
 
     Raises:
-        RopewalkError: an adapter that cannot be loaded; the message names its file. A text that spells no adapters.
+        RopewalkError: an adapter cannot be loaded, and the message names its file; or a text does not name adapters.
     """
     chosen = [name for name in names if name not in ("None", "")]
     uses = [use for name in chosen for use in uses_of(lora, name)]
@@ -57,7 +57,7 @@ def apply(lora: ModuleType, model: Any, names: list[str]) -> None:
 
 
 def uses_of(lora: ModuleType, name: str) -> tuple[AdapterUse, ...]:
-    """The LoRA in the folder of that name; where there is none, those that the text spells."""
+    """The LoRA in the folder of that name; if there is no such folder, the LoRAs that the text names."""
     return (AdapterUse(name),) if lora.get_lora_path(name).is_dir() else parse_request(name, "LoRAs")
 
 

@@ -37,7 +37,7 @@ def hook_load_messages(menu: ModuleType) -> None:
                 logger.error("ropewalk: %s", reason)
                 yield failure(selected_model, reason)
                 return
-            more = "" if autoload else remark(selected_model)  # the loader given may be that of the model before
+            more = "" if autoload else remark(selected_model)  # the loader given may be that of the previous model
             for text in original(selected_model, loader, autoload):
                 yield append(text, more) if more else text
 
@@ -47,13 +47,13 @@ def hook_load_messages(menu: ModuleType) -> None:
 
 
 def append(text: str, more: str) -> str:
-    """Markdown after markdown; a list goes on where both have one."""
+    """Append markdown to markdown. If both meet in a list, it becomes one list."""
     in_list = text.rstrip().rpartition("\n")[2].startswith("- ") and more.startswith("- ")
     return f"{text.rstrip()}{NEXT_ITEM if in_list else NEW_PARAGRAPH}{more}"
 
 
 def remark(model_name: str) -> str:
-    """What we have to say about a model that was selected: how it would be loaded by us, or why it cannot be."""
+    """What to say about a selected model: how our loader would load it, or why it cannot."""
     if model_name in NO_MODEL or not model_folder(model_name).is_dir():
         return ""
     chosen = webui_module("models_settings").get_model_metadata(model_name).get("loader")
@@ -65,9 +65,9 @@ def remark(model_name: str) -> str:
 
 
 def hopeless(model_name: str, loader: str) -> str | None:
-    """Why another loader cannot load this folder, where we know: it has quantised weights, and the package is missing.
+    """Why another loader cannot load this folder, if we know: it has quantised weights, and the package is missing.
 
-    Asked before the model in use is unloaded; the loader itself would find out after that.
+    Asked before the model in use is unloaded; the loader itself would only find out afterwards.
     """
     if loader not in READERS or model_name in NO_MODEL:
         return None
@@ -77,11 +77,11 @@ def hopeless(model_name: str, loader: str) -> str | None:
     reason = refusal(folder)
     ours = f"choose {LOADER} as Model loader" if reason is None else f"{LOADER} does not read it either: {reason}"
     packages = " or ".join(READERS[loader])
-    return f"{loader} needs {packages} for the quantised weights of {model_name}, and this Python has none: {ours}"
+    return f"{loader} needs {packages}, which this Python lacks, for the quantised weights of {model_name}: {ours}"
 
 
 def load_with_reason(model_name: str) -> Iterator[str]:
-    """Load for the page. What can be refused without reading weights is refused while the model before still runs."""
+    """Load for the page. What can be refused without reading weights is refused while the previous model still runs."""
     shared, models = webui_module("shared"), webui_module("models")
     yield f"Loading `{model_name}` with {LOADER}..."
     try:
@@ -89,7 +89,7 @@ def load_with_reason(model_name: str) -> Iterator[str]:
             check_loadable(model_name, vars(shared.args))
             models.unload_model()
             shared.model, shared.tokenizer = models.load_model(model_name, LOADER)
-    except Exception as error:  # whatever it is, the page shows it
+    except Exception as error:  # the page shows whatever it is
         log_failure(model_name, error)
         reason = str(error) if isinstance(error, RopewalkError) else f"{type(error).__name__}: {error}"
         yield failure(model_name, reason)
@@ -108,7 +108,7 @@ def _still_loaded() -> str:
 
 
 def decision(model_name: str, heard: Sequence[str] = ()) -> str:
-    """What loading with the settings as they are means, for the page; or why it cannot be done.
+    """What loading with the current settings would give, for the page; or why it cannot be done.
 
     heard: warnings of the loading itself.
     """
@@ -146,7 +146,7 @@ def _not_readable(reason: RopewalkError) -> str:
 
 
 def as_markdown(message: str) -> str:
-    """A message to be shown as it is; what follows its first line (where in a text a mistake is) in columns."""
+    """A message, escaped to be shown as it is; lines after the first, which point into a text, keep their columns."""
     first, _, rest = message.partition("\n")
     escaped = re.sub(r"([\\`*_{}\[\]<>#@|~])", r"\\\1", first)
     return f"{escaped}\n\n```\n{rest}\n```" if rest else escaped
@@ -168,7 +168,7 @@ def hook_lora_messages(menu: ModuleType) -> None:
 
 
 def _with_warnings(texts: Iterator[str]) -> Iterator[str]:
-    """The texts, with what was warned of while each was made."""
+    """The texts, each with the warnings given while it was made."""
     while True:
         with warnings_heard() as heard:
             text = next(texts, None)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose_for_gptq(models_settings: ModuleType) -> None:
-    """Let `infer_loader` choose ours for GPTQ-like folders (it stays out of GGUF). Those that we do not read are
+    """Let `infer_loader` choose our loader for GPTQ-like folders (never for GGUF). Those that we do not read are
     refused with a reason, unless another loader reads them.
     """
 
@@ -43,7 +43,7 @@ def choose_for_gptq(models_settings: ModuleType) -> None:
 
 
 def fill_settings(models_settings: ModuleType) -> None:
-    """Let `get_model_metadata`, which every way of selecting a model calls, give our settings too."""
+    """Add our settings to what `get_model_metadata` returns; every way of selecting a model calls it."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_model_metadata(model: str, *args: Any, **options: Any) -> Any:
@@ -59,8 +59,8 @@ def fill_settings(models_settings: ModuleType) -> None:
 
 
 def fill(settings: dict[str, Any], folder: Path) -> None:
-    """Set what the person has not saved for this model. Settings that other loaders have too stay theirs, unless the
-    model is for ours."""
+    """Set what nobody has saved for this model. Settings that other loaders have too are left to them, unless the model
+    is for our loader."""
     shared = webui_module("shared")
     ours = settings.get("loader") == LOADER or is_our_name(loader_flag(shared))
     of_others = settings_of_others(webui_module("loaders"))
@@ -82,7 +82,7 @@ def fill(settings: dict[str, Any], folder: Path) -> None:
 
 
 def by_names_here(values: Settings, known: set[str]) -> Settings:
-    """Values under the names of a version that knows these settings."""
+    """The values under the names that this version uses, which has the settings `known`."""
     return {name_here(item, known): values[item.name] for item in PARAMETERS}
 
 

@@ -15,7 +15,7 @@ from ropewalk.faces.webui.running import webui_module
 
 logger = logging.getLogger(__name__)
 
-# Beside which field ours are put: those of the exllama loaders, by the names of all versions.
+# Our fields go beside the first of these that exists: those of the exllama loaders, by the names of all versions.
 NEIGHBOURS = ("cache_type", "ctx_size", "max_seq_len", "loader")
 
 
@@ -25,7 +25,7 @@ def hook_create_ui(menu: ModuleType) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_ui(*args: Any, **options: Any) -> Any:
             components = webui_module("shared").gradio
-            before = dict(components)  # after a restart these are of the page that is gone
+            before = dict(components)  # after a restart these belong to the page that is gone
             result = original(*args, **options)
             made_now = {name for name, component in components.items() if component is not before.get(name)}
             add_fields(components, made_now)
@@ -39,7 +39,7 @@ def hook_create_ui(menu: ModuleType) -> None:
 def add_fields(components: dict[str, Any], made_by_webui: set[str]) -> None:
     """Make the fields that the page lacks, and name them in the table of loaders so that they are shown.
 
-    Where that fails, values without a field take their place: the page looks all its settings up by name.
+    If that fails, values without a field take their place: the page looks up all its settings by name.
     """
     import gradio
 
@@ -49,7 +49,7 @@ def add_fields(components: dict[str, Any], made_by_webui: set[str]) -> None:
     try:
         made = _fields_beside(gradio, components, made_by_webui, missing)
         _extend_fields(components, made_by_webui, of_others)
-    except Exception:  # the page must come up without our fields
+    except Exception:  # the page must come up even without our fields
         logger.exception("ropewalk: the fields could not be added to the Model tab")
         for item in missing:
             components[item.name] = gradio.State(item.default)
@@ -72,7 +72,7 @@ def _fields_beside(
         with column:  # a block that is entered again appends to what it has
             return {item.name: _field(gradio, item) for item in items}
     finally:
-        column.parent = parent  # entering made the block that is open now the parent
+        column.parent = parent  # entering it made the currently open block its parent
 
 
 def _field(gradio: ModuleType, item: Parameter) -> Any:
@@ -94,7 +94,7 @@ def _field(gradio: ModuleType, item: Parameter) -> Any:
 
 
 def _extend_fields(components: dict[str, Any], made_by_webui: set[str], of_others: set[str]) -> None:
-    """Where the web UI has the field of a setting, say there what it means for us, and add the choices it lacks."""
+    """For settings that the web UI has fields for: say there what they mean for us, and add the choices they lack."""
     for item in PARAMETERS:
         name = name_here(item, of_others)
         if name not in made_by_webui:

@@ -14,7 +14,7 @@ from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.patching import swap
 from ropewalk.faces.webui.running import is_ours, webui_module
 
-WORD = "a"  # decoded in front of the tokens, so that what is dropped at the start is none of theirs
+WORD = "a"  # decoded in front of the tokens, so that a space dropped at the start is not theirs
 
 
 def hook_reply_text(text_generation: ModuleType) -> None:

@@ -11,8 +11,8 @@ from ropewalk.faces.webui.patching import wrap
 from ropewalk.faces.webui.running import is_ours, webui_module
 
 REFUSAL = (
-    "Error: a model loaded with ropewalk cannot be trained, it has no gradients. Load the unquantised model with the "
-    "Transformers loader, train the LoRA there, and apply it here: ropewalk runs LoRAs of PEFT."
+    "Error: a model loaded with ropewalk cannot be trained, as it has no gradients. Load the unquantised model with "
+    "the Transformers loader, train the LoRA there, and apply it here: ropewalk runs LoRAs of PEFT."
 )
 
 
