@@ -1,4 +1,4 @@
-"""tokenizer*.py: both kinds of file, streams against whole texts, special tokens, damaged folders."""
+"""text/tokenizer: both kinds of file, streams against whole texts, special tokens, damaged folders."""
 
 from __future__ import annotations
 
