@@ -73,6 +73,6 @@ def test_caches_that_the_model_does_not_accept_any_more_are_made_anew() -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "2"])
-def test_a_number_of_caches_that_is_none_is_refused(number) -> None:
+def test_an_invalid_number_of_caches_is_refused(number) -> None:
     with pytest.raises(ConfigError, match="num_caches must be a positive integer, got"):
         CachePool(FakeModel(), number)

@@ -1,4 +1,4 @@
-"""engine/turn_queue.py: turns in the order of asking."""
+"""engine/turn_queue.py: turns in order of arrival."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""engine/work.py: work in a thread of its own, its progress, its end, and those who follow it."""
+"""engine/work.py: work in a thread of its own, its progress, its end, and those that follow it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_an_explained_error_is_kept_for_people_and_any_other_is_raised() -> None
 
 
 def test_an_event_loop_is_woken_by_changes_of_work_in_a_thread_of_a_pool() -> None:
-    """The way of a server: no thread waits, the loop is told."""
+    """As a server does it: no thread waits, the loop is woken."""
 
     async def serve() -> list[tuple[int, int]]:
         loop, news = asyncio.get_running_loop(), asyncio.Event()

@@ -73,7 +73,7 @@ def test_who_may_not_load_changes_nothing(tmp_path: Path) -> None:
     [
         (["--owner", "anna"], "--owner anna: give --auth anna:PASSWORD too"),
         (["--owner", "anna", "--auth", "ben:secret"], "--owner anna: give --auth anna:PASSWORD too"),
-        (["--owner", "anna", "--auth", "anna:secret", "--anyone-may-load"], "exclude each other"),
+        (["--owner", "anna", "--auth", "anna:secret", "--anyone-may-load"], "cannot be used together"),
     ],
 )
 def test_options_that_name_nobody_are_explained(

@@ -1,4 +1,4 @@
-"""Templates that come with a model are programs of strangers: each of these ends soon, with an error of ours, and takes
+"""Templates that come with a model are programs of strangers: each of these ends soon, with an error of ours, and uses
 no more time, memory and output than it may, whichever thread renders it."""
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def test_a_template_that_cannot_be_parsed_is_an_error_of_ours(name: str) -> None
 
 
 def test_a_template_longer_than_any_known_is_refused_unread() -> None:
-    with pytest.raises(ConfigError, match="has 262,145 characters, 262,144 are accepted"):
+    with pytest.raises(ConfigError, match="has 262,145 characters, at most 262,144 are accepted"):
         ChatTemplate("x" * (MAX_TEMPLATE + 1), "evil")
 
 
@@ -163,7 +163,7 @@ def test_a_template_is_ended_off_the_main_thread_too() -> None:
 
 
 def test_other_threads_go_on_while_a_template_hangs() -> None:
-    """The step of the interpreter that hangs holds its lock, but that of another process."""
+    """The hanging step holds the interpreter's lock, but that of another process."""
     waiting = threading.Thread(target=refusal, args=[LONG["a power that never ends"]])
     waiting.start()
     longest, last = 0.0, time.monotonic()
@@ -259,7 +259,7 @@ def test_no_process_is_left_behind_by_a_program_that_ends(tmp_path: Path) -> Non
 
 
 def is_running(pid: int) -> bool:
-    """A zombie, which nobody may have waited for where the machine has no init, has ended."""
+    """A zombie has ended too: without an init process, nobody may have waited for it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""tokenizer*.py: both kinds of file, streams against whole texts, special tokens, damaged folders."""
+"""text/tokenizer: both kinds of file, streams against whole texts, special tokens, damaged folders."""
 
 from __future__ import annotations
 
@@ -323,13 +323,13 @@ def test_a_tokenizer_of_a_larger_vocabulary_belongs_to_another_model(tmp_path: P
 
 
 @pytest.mark.parametrize("text", [None, b"bytes", 5, "half \ud83d"])
-def test_what_is_no_text_is_refused(tokenizer: Tokenizer, text: object) -> None:
+def test_anything_but_text_is_refused(tokenizer: Tokenizer, text: object) -> None:
     with pytest.raises(RequestError, match="text"):
         tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("ids", [[-1], ["1"], [1.5], [True]])
-def test_what_is_no_token_id_is_refused(tokenizer: Tokenizer, ids: list) -> None:
+def test_anything_but_token_ids_is_refused(tokenizer: Tokenizer, ids: list) -> None:
     with pytest.raises(RequestError, match="non-negative integers"):
         tokenizer.decode(ids)
 

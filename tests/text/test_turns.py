@@ -1,5 +1,5 @@
 """Conversations in the orders that role-playing programs send: the exact prompts of every named format, and what a
-model's own template gets when it refuses them."""
+model's own template gets after it refuses them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Text in, text out: requests, their queue, their caches, their pieces of text."""
+"""Text in, text out: requests, the queue they wait in, the caches they use, the text they stream; work in threads."""

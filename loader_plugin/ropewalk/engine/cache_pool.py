@@ -1,8 +1,8 @@
-"""Several caches of one model, so that conversations which take turns each keep what they have computed.
+"""Several caches of one model, so that conversations that alternate each keep what they have computed.
 
-A request gets, of the caches that are free, the one of which it can use the longest prefix, provided that it keeps at
-least as many tokens as it throws away; else the one that was used the longest time ago. Without that condition a
-beginning that all conversations share, be it the bos token alone, would let a new one overwrite a long one.
+A request gets the free cache that shares the longest prefix with its prompt, provided that this keeps at least as many
+tokens as it throws away; otherwise the least recently used one. Without that condition, a beginning that all
+conversations share, be it the bos token alone, would let a new conversation overwrite a long one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class EngineModel(ModelLike, Protocol):
 
 
 class CachePool:
-    """`num_caches` caches of the model's full context. Their memory is set aside now and used as they fill.
+    """`num_caches` caches, each for the model's full context. Their memory is reserved now and used as they fill.
 
     Raises:
-        ConfigError: not a positive number, or more than there is memory for.
+        ConfigError: `num_caches` is not a positive integer, or there is not enough memory.
     """
 
     def __init__(self, model: EngineModel, num_caches: int = 1) -> None:
@@ -36,15 +36,15 @@ class CachePool:
             raise ConfigError(f"num_caches must be a positive integer, got {num_caches!r}")
         self._model = model
         self._lock = threading.Lock()
-        self._free: list[CacheLike] = [model.new_cache() for _ in range(num_caches)]  # the longest unused first
+        self._free: list[CacheLike] = [model.new_cache() for _ in range(num_caches)]  # least recently used first
         self.capacity = self._free[0].capacity
 
     @contextmanager
     def lend(self, prompt_ids: Sequence[int], adapters: Request | None) -> Iterator[CacheLike]:
-        """The best free cache for this prompt, for one request at a time.
+        """Lend the best free cache for this prompt to one request.
 
         Raises:
-            RequestError: none is free, because one ticket was used for two streams at once; unknown adapters.
+            RequestError: no cache is free, because one ticket was used for two streams at once; unknown adapters.
         """
         with self._lock:
             if not self._free:
@@ -58,7 +58,7 @@ class CachePool:
                 self._free.append(cache)
 
     def _renew(self) -> None:
-        """Make anew what the model does not accept any more, because its layer order was changed."""
+        """Replace the caches that the model no longer accepts because its layer order has changed."""
         for index, cache in enumerate(self._free):
             if not self._model.accepts(cache):
                 self._free[index] = self._model.new_cache(self.capacity)

@@ -1,4 +1,4 @@
-"""Texts that end a repetition (see `generate/dry.py`), found in tokens by the bytes that these stand for."""
+"""Texts that end a repetition (see `generate/dry.py`), found in the bytes that tokens stand for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ropewalk.text.tokenizer.load import Tokenizer
 
 
 class TextBreakers:
-    """The breakers of a request. A token is one if its text holds one; others are found where their last byte is."""
+    """The breakers of a request. They may lie within one token or span several; they count where their last byte is."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -17,14 +17,14 @@ class TextBreakers:
         self._known: dict[int, bool] = {}
 
     def is_breaker(self, token_id: int) -> bool:
-        """Whether this token alone is one."""
+        """Whether this token by itself contains a breaker."""
         if token_id not in self._known:
             data = self._tokenizer.token_bytes(token_id)
             self._known[token_id] = any(text in data for text in self._texts)
         return self._known[token_id]
 
     def end_in_last(self, token_ids: Sequence[int]) -> bool:
-        """Whether the last of these tokens ends one."""
+        """Whether a breaker ends in the last of these tokens."""
         if not token_ids:
             return False
         if self.is_breaker(token_ids[-1]):

@@ -1,10 +1,10 @@
 """Text in, text out: a model, its tokenizer and some caches.
 
-    text -> ids -> queue -> cache -> generate.py -> ids -> text pieces, without stop strings
+    text -> ids -> queue -> cache -> generate/generate.py -> ids -> pieces of text, without stop strings
 
-As many requests run at a time as there are caches; the others wait in the order of coming. Those that run compute one
-step at a time in rotation (a token, or a layer of a prompt), so all of them proceed, and each gets the tokens that it
-would get alone. Caches outlive requests: a conversation that goes on computes only what is new.
+As many requests run at once as there are caches; the others wait in order of arrival. Running requests take turns, one
+step each (a token, or a layer of a prompt), so all of them make progress, and each gets the same tokens as if it ran
+alone. Caches outlive requests: a conversation that continues computes only what is new.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from ropewalk.text.continuation import render_continued
 from ropewalk.text.tokenizer.length import encode_fitting
 from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
 
-WAIT_STEP_S = 0.05  # how often a request that waits for its turn asks whether it is cancelled
+WAIT_STEP_S = 0.05  # how often a waiting request checks whether it has been cancelled
 
 
 class Engine:
-    """Generates text. `last_stats` and `last_finish_reason` speak of the newest request that was started.
+    """Generates text. `last_stats` and `last_finish_reason` describe the request that was started last.
 
-    chat_template: a name of `chat_formats` or a template; default: the one of the model's folder, else, with a warning,
-        the format "plain".
-    num_caches: how many conversations keep their tokens computed, and how many requests run at a time; each cache
-        takes the memory of a full context once it is full.
-    queue_limit: how many requests may wait besides (None: any number).
+    chat_template: a name from `chat_formats`, or a template; default: the one in the model's folder, or, with a
+        warning, the format "plain".
+    num_caches: how many conversations stay computed, and how many requests run at once; each cache takes the memory
+        of a full context once it is full.
+    queue_limit: how many further requests may wait (None: any number).
 
     Raises:
-        ConfigError: the tokenizer belongs to another model, or no memory for the caches. UnsupportedError: no chat
-            template of that name.
+        ConfigError: the tokenizer belongs to another model, or there is not enough memory for the caches.
+        UnsupportedError: there is no chat template of that name.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Engine:
             chat_template = named_template(chat_template, tokenizer.special_tokens)
         self._chat_template: Template | None = chat_template
         self._template_lock = threading.Lock()
-        self._holders: list[int] = []  # the threads of requests that run without a ticket of the caller's
+        self._holders: list[int] = []  # threads whose requests run without a ticket from the caller
         self._last: TextRequest | None = None
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.end_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
@@ -80,10 +80,10 @@ class Engine:
 
     @property
     def chat_template(self) -> Template:
-        """The template of conversations. A model without one is warned of once.
+        """The template that conversations are written with. The log warns once of a model without one.
 
         Raises:
-            ConfigError: the one that the model brings is broken.
+            ConfigError: the model's own template is broken.
         """
         with self._template_lock:
             if self._chat_template is None:
@@ -91,20 +91,21 @@ class Engine:
             return self._chat_template
 
     def enter(self, on_turn: Callable[[], None] | None = None) -> Ticket:
-        """A place in the queue before there is a stream: to show its position, and to give up waiting.
+        """Join the queue before there is a stream, to show the position in it or to give up waiting.
 
-        on_turn: called once, from any thread, when the turn has come. The caller closes the ticket.
+        on_turn: called once, from any thread, when the turn comes. The caller closes the ticket.
 
         Raises:
-            QueueFullError: `queue_limit` requests wait already.
+            QueueFullError: `queue_limit` requests are already waiting.
         """
         return self.queue.enter(on_turn)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """While active no request runs, so that adapters and the layer order can be changed.
+        """While active, no request runs, so adapters and the layer order can be changed.
 
-        Waits in the queue, at its place, for the requests before. A thread with an open stream must not ask for it.
+        Waits in the queue behind earlier requests. A thread with an open stream must not use this: it would wait for
+        itself.
         """
         with self.queue.enter(turns=self.queue.num_turns) as ticket:
             ticket.wait()
@@ -132,17 +133,17 @@ class Engine:
     ) -> TextStream:
         """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
 
-        prompt: text (the bos token is added where the tokenizer's files say so), or token ids as they are.
-        cancelled: asked between the steps of the model; True ends the reply with what there is.
+        prompt: text (the bos token is added where the tokenizer's files say so), or token ids, used as they are.
+        cancelled: called between the steps of the model; True ends the reply, which keeps the text so far.
         progress: called with (tokens done, tokens to do) while the prompt is read.
         adapters: as for `Model.forward`, such as "storm+poet:0.5@10-11"; "auto" chooses the loaded adapter, or none,
-            that finds the prompt least surprising, and reports it as `routing` of the stream.
+            that finds the prompt least surprising; the stream's `routing` tells which.
         ticket: a place in the queue from `enter`, which the caller closes; it serves one stream after another.
-            Default: the stream enters the queue when its first piece is asked for, and leaves at its end.
+            Default: the stream enters the queue when its first piece is requested, and leaves it at its end.
 
         Raises:
-            RequestError: the prompt is empty, does not fit, or holds unknown ids; adapters that are not loaded.
-            QueueFullError: with the first piece, if `queue_limit` requests wait already.
+            RequestError: the prompt is empty, does not fit, or contains unknown ids; adapters that are not loaded.
+            QueueFullError: at the first piece, if `queue_limit` requests are already waiting.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         return self._start(ids, params, cancelled, progress, adapters, ticket)
@@ -167,9 +168,9 @@ class Engine:
         adapters: Request | None = None,
         ticket: Ticket | None = None,
     ) -> list[Step] | None:
-        """The tokens of a prompt, each but the first with its log probability and the `count` most likely in its place.
+        """The tokens of a prompt, each but the first with its log probability and the `count` most likely tokens there.
 
-        None once cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
+        None if cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
         `stream`.
         """
         ids = checked_prompt(self.model, self.context_size, prompt_ids)
@@ -195,7 +196,7 @@ class Engine:
         ticket: Ticket | None = None,
         **variables: Any,
     ) -> TextStream:
-        """The assistant's next turn, as a stream. `variables` are those of `chat_ids`, the rest is as for `stream`.
+        """The assistant's next turn, as a stream. `variables` are those of `chat_ids`; the rest is as for `stream`.
 
         Raises:
             RequestError: as for `stream`; messages that the template refuses. ConfigError: a broken template.
@@ -209,8 +210,8 @@ class Engine:
     ) -> list[int]:
         """The prompt of a conversation in token ids, up to the beginning of the assistant's turn.
 
-        continue_final_message: up to the end of the last message, so that the reply is the rest of it.
-        variables: handed to the chat template; add_generation_prompt=False ends before the assistant's turn.
+        continue_final_message: end with the last message itself, so that the reply continues it.
+        variables: passed to the chat template; add_generation_prompt=False ends before the assistant's turn.
 
         Raises:
             RequestError: as for `chat`; continue_final_message together with add_generation_prompt.
@@ -219,14 +220,14 @@ class Engine:
         template = self.chat_template
         if continue_final_message:
             if variables.pop("add_generation_prompt", False):
-                raise RequestError("continue_final_message and add_generation_prompt exclude each other: give one")
+                raise RequestError("continue_final_message and add_generation_prompt cannot be used together: give one")
             text = render_continued(template, messages, **variables)
         else:
             text = template.render(messages, **variables)
         return self.encode(text, add_bos=False if template.writes_bos else None)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """The tokens of a text, as `Tokenizer.encode`; a text that cannot fit the context is refused unread.
+        """The tokens of a text, as `Tokenizer.encode`; one that cannot fit the context is not tokenised but refused.
 
         Raises:
             ContextLengthError: it has more tokens than the context. RequestError: as `Tokenizer.encode`.
@@ -250,7 +251,7 @@ class Engine:
         return TextStream(self._last, self._pieces(self._last))
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
-        """The text of a request, piece by piece, with a turn and a cache held meanwhile."""
+        """The text of a request, piece by piece; holds a turn and a cache until its end."""
         try:
             with self._turn(request) as has_turn:
                 steps = StepTurns(self._step_line)
@@ -280,7 +281,7 @@ class Engine:
         )
 
     def _choose_adapters(self, request: TextRequest, steps: StepTurns, cancelled: Cancelled) -> bool:
-        """Replace "auto" by the choice; False once cancelled."""
+        """Replace "auto" by the adapters chosen; False if cancelled."""
         if request.adapters != AUTO:
             return True
         with steps:
@@ -291,7 +292,7 @@ class Engine:
 
     @contextmanager
     def _turn(self, request: TextRequest) -> Iterator[bool]:
-        """The request's place in the queue, with its turn; False if cancelled while waiting."""
+        """Wait for the request's turn and hold it; gives False if cancelled while waiting."""
         ticket = request.ticket
         if ticket is not None:
             yield self._await(ticket, request)
@@ -310,7 +311,7 @@ class Engine:
                 self._holders.remove(thread)
 
     def _await(self, ticket: Ticket, request: TextRequest) -> bool:
-        """Wait for the turn; False if cancelled meanwhile.
+        """Wait for the turn; False if cancelled while waiting.
 
         Raises:
             RequestError: the ticket is closed, so its turn will never come.
@@ -334,7 +335,7 @@ def _adapters_or_auto(adapters: Request | None) -> str | tuple[AdapterUse, ...]:
 
 
 def _gives_way(request: TextRequest, steps: StepTurns) -> Cancelled:
-    """Asks whether the request is cancelled; between the layers of its prompt, which take long, others may go on."""
+    """A check for cancellation that also lets other requests compute between the slow layers of a prompt."""
 
     def cancelled() -> bool:
         if not request.steps:
@@ -345,7 +346,7 @@ def _gives_way(request: TextRequest, steps: StepTurns) -> Cancelled:
 
 
 def _in_turns(generation: Generation, steps: StepTurns) -> Iterator[Step]:
-    """The steps of a reply, each computed when it is this request's turn to compute."""
+    """The steps of a reply, each computed when it is this request's turn."""
     while True:
         with steps:
             step = next(generation, None)

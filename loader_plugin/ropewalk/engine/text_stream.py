@@ -1,4 +1,4 @@
-"""One reply as text: its request as it proceeds, and the stream of pieces that a caller iterates over."""
+"""One reply as text: the state of its request, and the stream of pieces that a caller iterates over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ropewalk.text.tokenizer.load import StreamDecoder, Tokenizer
 class Completion:
     """A whole reply. finish_reason: "stop", "length", "context" or "cancelled"; steps: its tokens.
 
-    routing: which adapter was chosen, where adapters="auto" was asked for.
+    routing: which adapter was chosen, if adapters="auto" was requested.
     """
 
     text: str
@@ -31,15 +31,15 @@ class Completion:
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens of the reply; where a stop string ended it, those of the stop string included."""
+        """The tokens of the reply, including those of a stop string that ended it."""
         return [step.token_id for step in self.steps]
 
 
 @dataclass(slots=True)
 class TextRequest:
-    """One request as it proceeds. Apart from its stream, so that a stream that is dropped ends at once.
+    """The state of one request. Kept apart from its stream, so that nothing holds a stream that the caller drops.
 
-    ticket: the caller's place in the queue, if it brought one. token_texts: what each step added to the text.
+    ticket: the caller's place in the queue, if it has one. token_texts: the text that each step added.
     """
 
     prompt_ids: list[int]
@@ -58,7 +58,7 @@ class TextRequest:
 
 
 class TextStream(Iterator[str]):
-    """The pieces of one reply. Holds a turn of the engine from the first piece to the end, to `close()`, or until
+    """The pieces of one reply. Holds a turn of the engine from its first piece until it ends, is closed or is
     dropped."""
 
     def __init__(self, request: TextRequest, pieces: Iterator[str]) -> None:
@@ -71,9 +71,10 @@ class TextStream(Iterator[str]):
         return tuple(self._request.steps)
 
     def tokens(self, start: int = 0) -> list[tuple[Step, str]]:
-        """The tokens from number `start` on, each with what it added to the text.
+        """The tokens from index `start` on, each with the text that it added.
 
-        A token within a character adds nothing, the one that ends it adds all of it. A stop string is included.
+        A token that ends within a character adds none of it; the token that completes it adds all of it. Stop strings
+        are included.
         """
         return list(zip(self._request.steps[start:], self._request.token_texts[start:], strict=True))
 
@@ -84,12 +85,12 @@ class TextStream(Iterator[str]):
 
     @property
     def queue_s(self) -> float:
-        """How long the request has waited for its turn, since its first piece was asked for."""
+        """How long the request waited for its turn, from when its first piece was requested."""
         return self._request.queue_s
 
     @property
     def routing(self) -> Routing | None:
-        """The adapter chosen and all scores, where adapters="auto" was asked for and the request has begun."""
+        """The adapter chosen, with all scores, if adapters="auto" was requested and the request has begun."""
         return self._request.routing
 
     @property
@@ -119,7 +120,7 @@ class TextStream(Iterator[str]):
 
 
 def shown_text(tokenizer: Tokenizer, request: TextRequest, steps: Iterator[Step]) -> Iterator[str]:
-    """The text of the steps, piece by piece and without stop strings; notes how the reply ended."""
+    """The text of the steps, piece by piece and without stop strings; the request then knows how its reply ended."""
     decoder = StreamDecoder(tokenizer, context_ids=request.prompt_ids)
     stops = StopStrings(request.params.stop)
     for step in steps:

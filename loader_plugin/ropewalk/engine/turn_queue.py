@@ -1,9 +1,9 @@
-"""First come, first served: who has a turn, who waits for one, and at which position.
+"""A first-come, first-served queue: who has a turn, who waits for one, and in which position.
 
     enter -> [ waiting: position 1, 2, ... ] -> called: has its turns -> close
 
-A ticket may be closed at any time: one that waits leaves the queue, one that has its turn hands it on. Nothing here
-knows what a turn is good for. All methods may be called from any thread.
+A ticket may be closed at any time: a waiting one leaves the queue, one with its turn passes it on. Nothing here
+knows what a turn is for. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ropewalk.base.errors import QueueFullError
 
 
 class TurnQueue:
-    """Hands out `num_turns` turns in the order of asking. limit: how many tickets may wait (None: any number)."""
+    """Gives out `num_turns` turns in order of arrival. limit: how many tickets may wait (None: any number)."""
 
     def __init__(self, num_turns: int = 1, limit: int | None = None) -> None:
         self.num_turns = num_turns
@@ -28,7 +28,7 @@ class TurnQueue:
 
     @property
     def num_waiting(self) -> int:
-        """How many tickets wait."""
+        """How many tickets are waiting."""
         return len(self._waiting)
 
     @property
@@ -37,13 +37,13 @@ class TurnQueue:
         return self.num_turns - self._free
 
     def enter(self, on_turn: Callable[[], None] | None = None, turns: int = 1) -> Ticket:
-        """Stand at the end of the queue.
+        """Join the end of the queue.
 
         on_turn: called once, by whichever thread frees the turn (this one, before `enter` returns, if one is free).
-        turns: how many are needed at once, at most `num_turns`; whoever comes later waits behind.
+        turns: how many are needed at once, at most `num_turns`; later tickets wait behind this one.
 
         Raises:
-            QueueFullError: a turn would have to be waited for, and as many tickets as allowed wait already.
+            QueueFullError: the ticket would have to wait, and as many as allowed are already waiting.
         """
         ticket = Ticket(self, on_turn, turns)
         with self._lock:
@@ -76,7 +76,7 @@ class TurnQueue:
         _call(called)
 
     def _take_turns(self) -> list[Ticket]:
-        """Give free turns to the first in the queue; with the lock held."""
+        """Give free turns to the front of the queue. The caller holds the lock."""
         called = []
         while self._waiting and self._waiting[0].turns <= self._free:
             ticket = self._waiting.popleft()
@@ -87,7 +87,7 @@ class TurnQueue:
 
 
 class Ticket:
-    """A place in a `TurnQueue`, made by its `enter`. Used in a `with` block, it is closed at the end."""
+    """A place in a `TurnQueue`, from its `enter`. Used in a `with` block, it is closed at the end."""
 
     def __init__(self, queue: TurnQueue, on_turn: Callable[[], None] | None, turns: int) -> None:
         self.turns = turns
@@ -99,7 +99,7 @@ class Ticket:
 
     @property
     def position(self) -> int:
-        """1 for the first of those that wait; 0 once it has its turn, or is closed."""
+        """1 for the first in line; 0 once it has its turn or is closed."""
         return self._queue._position(self)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -108,7 +108,7 @@ class Ticket:
         return self.has_turn
 
     def close(self) -> None:
-        """Leave the queue, or hand on the turn; whoever waits on this ticket wakes. Closing twice does nothing."""
+        """Leave the queue, or pass the turn on; threads waiting on this ticket wake. Closing twice does nothing."""
         self._queue._close(self)
         self._called.set()
 
@@ -122,9 +122,9 @@ class Ticket:
 
 
 class StepTurns:
-    """One request's steps among those of others: in a `with` block it computes alone.
+    """Interleaves the steps of one request with those of others: in a `with` block it computes alone.
 
-    All requests that share `line`, a queue of one turn, get a step each in rotation.
+    The requests that share `line`, a queue with one turn, get one step each in rotation.
     """
 
     def __init__(self, line: TurnQueue) -> None:
@@ -144,7 +144,7 @@ class StepTurns:
             self._ticket = None
 
     def give_way(self) -> None:
-        """Within the block: let those who wait have a step each, then go on."""
+        """Within the block: let each waiting request have one step, then continue."""
         if self._line.num_waiting and self._ticket is not None:
             self._ticket.close()
             self._ticket = self._line.enter()

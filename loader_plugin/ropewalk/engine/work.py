@@ -1,9 +1,9 @@
-"""Work in a thread of its own: it says how far it is, can be cancelled, and is followed by whoever asked for it.
+"""Work in a thread of its own: it reports progress, can be cancelled, and can be followed by its caller.
 
     start() or run() -> progress, changed, ... -> over, with `result`, `error` or `failure`
 
-Two kinds of followers: one that may block looks a few times a second (`follow`); an event loop gives `on_change`, which
-wakes it, and then reads the same fields.
+There are two ways to follow it: a caller that may block looks a few times a second (`follow`); an event loop passes
+`on_change`, which wakes it, and then reads the same fields.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Look = TypeVar("Look")
 
 
 class Work(Generic[Result]):
-    """Runs `function(work)` once. The function gives `work.progress` and `work.is_cancelled` to what it calls, and
+    """Runs `function(work)` once. The function passes `work.progress` and `work.is_cancelled` to what it calls, and
     calls `work.changed()` when there is something new to look at.
 
-    on_change: called in the working thread after each change and at the end; it must not block and must not raise.
+    on_change: called in the working thread after each change and at the end; it must not block or raise.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Work(Generic[Result]):
         self._over = threading.Event()
         self.done_of: tuple[int, int] = (0, 0)
         self.result: Result | None = None
-        self.error: RopewalkError | None = None  # explained: for people
-        self.failure: Exception | None = None  # anything else: a mistake of ours
+        self.error: RopewalkError | None = None  # an expected error, whose message is for people
+        self.failure: Exception | None = None  # anything else: a bug in ropewalk
 
     @property
     def is_over(self) -> bool:
@@ -48,20 +48,20 @@ class Work(Generic[Result]):
         return self._over.is_set()
 
     def is_cancelled(self) -> bool:
-        """What long calls ask between their steps."""
+        """Whether `cancel` was called; long calls check this between their steps."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Ask it to end soon; what it has made until then stays."""
+        """Ask it to end soon; what it has produced by then is kept."""
         self._cancelled.set()
 
     def progress(self, done: int, total: int) -> None:
-        """So many steps of so many are done."""
+        """Report that `done` of `total` steps are done."""
         self.done_of = (done, total)
         self.changed()
 
     def changed(self) -> None:
-        """There is something new for followers."""
+        """Tell followers that there is something new."""
         self._news.set()
         if self._on_change is not None:
             self._on_change()
@@ -71,20 +71,20 @@ class Work(Generic[Result]):
         threading.Thread(target=self.run, name=self._name, daemon=True).start()
 
     def run(self) -> None:
-        """Run it in the caller's thread, such as one of a pool. Raises nothing: see `error` and `failure`."""
+        """Run it in the caller's thread, such as a thread of a pool. Raises nothing: see `error` and `failure`."""
         try:
             self.result = self._function(self)
         except RopewalkError as error:
             self.error = error
-        except Exception as error:  # handed to the follower, who is asked for it
+        except Exception as error:  # kept for the follower
             self.failure = error
         finally:
             self._over.set()
             self.changed()
 
     def follow(self, look: Callable[[bool], Look], every_s: float) -> Iterator[Look]:
-        """Start it, and give `look(is it over?)` when there is news or `every_s` seconds have passed, but no sooner
-        than that after the look before. The last look, and only that, is given True. Leaving the iteration cancels.
+        """Start it, and yield `look(is_over)` when there is news, or after `every_s` seconds without any, but leave at
+        least `every_s` seconds between looks. Only the last look gets True. Leaving the iteration cancels the work.
 
         Raises:
             Exception: the `failure`, in place of the last look.

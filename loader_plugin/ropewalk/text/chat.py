@@ -1,4 +1,4 @@
-"""From messages to a prompt: the model's own chat template, or one of the named ones for models without.
+"""From messages to a prompt: the model's own chat template, or a named format for models without one.
 
 A message is {"role": "system" | "user" | "assistant", "content": text}; a template may accept more. Templates come
 with the model and are untrusted: they run in a process of their own (`template_process.py`), and see plain data only.
@@ -28,17 +28,17 @@ from ropewalk.text.turns import Message, plain_turns, stricter_messages
 
 logger = logging.getLogger(__name__)
 
-MAX_TEMPLATE = 256 * 1024  # characters; the longest that are known have 30,000
-# Templates refuse in words of their own; those that speak of these can mean the order or the kinds of roles.
+MAX_TEMPLATE = 256 * 1024  # characters; the longest known templates have 30,000
+# Templates word their refusals freely: one with any of these words may be about the order or the kinds of roles.
 ROLE_WORDS = re.compile(r"\b(roles?|alternat\w*|turns?|system|user|assistant|first)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A jinja2 template with where it came from. It runs in a process of its own, which starts with the first prompt.
+    """A jinja2 template and where it came from. It runs in a process of its own, which starts with the first prompt.
 
-    stop: text at which a reply ends besides the model's end tokens, for formats that mark turns by plain words.
-    writes_bos: the template writes the bos token where the model wants one, so encoding must not add it.
+    stop: texts that end a reply, like the model's end tokens, for formats that mark turns with plain words.
+    writes_bos: the template writes the bos token if the model wants one, so encoding must not add it.
 
     Raises:
         ConfigError: the template is not valid jinja2, or longer than `MAX_TEMPLATE`.
@@ -55,12 +55,12 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         if len(self.text) > MAX_TEMPLATE:
             raise ConfigError(
-                f"the chat template of {self.source} has {len(self.text):,} characters, {MAX_TEMPLATE:,} are accepted; "
-                f"choose a named one ({', '.join(NAMED_FORMATS)})"
+                f"the chat template of {self.source} has {len(self.text):,} characters, at most {MAX_TEMPLATE:,} are "
+                f"accepted; choose a named one ({', '.join(NAMED_FORMATS)})"
             )
         try:
             template_environment().parse(self.text)
-        except Exception as error:  # besides jinja2's own: nested too deeply, a number of too many digits
+        except Exception as error:  # not only jinja2's own: nesting too deep, a number with too many digits
             line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ConfigError(
                 f"the chat template of {self.source} is not valid jinja2{line}: {error}; repair it, or choose a named "
@@ -70,14 +70,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt for a conversation.
 
-        Where the template refuses the order of the roles, the conversation is tried in the stricter forms of
-        `turns.stricter_messages`, and the log says so once.
+        If the template refuses the order of the roles, the stricter forms of `turns.stricter_messages` are tried, and
+        the log says so once.
 
-        add_generation_prompt: end with the beginning of the assistant's turn. variables: what else the template
-        reads, such as `tools` or `enable_thinking`; plain data.
+        add_generation_prompt: end with the beginning of the assistant's turn. variables: other values that the
+        template reads, such as `tools` or `enable_thinking`; plain data.
 
         Raises:
-            RequestError: messages of the wrong form; the template refuses them, fails, or goes beyond a limit.
+            RequestError: messages have the wrong form; the template refuses them, fails, or exceeds a limit.
         """
         messages = checked_messages(messages)
         values = {"tools": None, "documents": None, **self.special_tokens, **variables}
@@ -110,8 +110,8 @@ class ChatTemplate:
         if not self._adapted.is_set():
             self._adapted.set()
             logger.warning(
-                "the chat template of %s refuses some conversations (%s): for those, messages of equal roles in a row "
-                "are joined and system texts are moved into the user's turns (said once)",
+                "the chat template of %s refuses some conversations (%s): for those, consecutive messages of the same "
+                "role are joined and system texts are moved into the user's turns (said once)",
                 self.source,
                 refusal,
             )
@@ -123,7 +123,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class NamedTemplate:
-    """One of the formats in `chat_formats`, in the place of a `ChatTemplate`."""
+    """One of the formats in `chat_formats`, used like a `ChatTemplate`."""
 
     source: str
     format: ChatFormat
@@ -131,19 +131,19 @@ class NamedTemplate:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """As of `ChatTemplate`."""
+        """As in `ChatTemplate`."""
         return self.format.stop
 
     @property
     def writes_bos(self) -> bool:
-        """As of `ChatTemplate`."""
+        """As in `ChatTemplate`."""
         return self.format.writes_bos
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt for a conversation in any order of roles; `variables` change nothing.
+        """The prompt for a conversation in any order of roles; `variables` have no effect.
 
         Raises:
-            RequestError: messages of the wrong form, or with roles or content besides text.
+            RequestError: messages have the wrong form, an unknown role, or content other than text.
         """
         turns = plain_turns(checked_messages(messages))
         return self.format.write(turns, self.tokens, add_generation_prompt)
@@ -156,7 +156,7 @@ def named_template(name: str, special_tokens: Mapping[str, str] | None = None) -
     """One of the formats in `chat_formats`, for models that bring no template.
 
     Raises:
-        UnsupportedError: no such name; lists them.
+        UnsupportedError: no such name; the message lists them all.
     """
     if name not in NAMED_FORMATS:
         raise UnsupportedError(f"chat template {name!r} is not known; accepted are {', '.join(NAMED_FORMATS)}")
@@ -169,13 +169,13 @@ def fallback_name(folder: Path) -> str:
     """The format for a folder that brings no template: the embedded model only ever continues a text."""
     try:
         is_embedded = folder.resolve() == demo_model_path().resolve()
-    except CheckpointError:  # this installation has none
+    except CheckpointError:  # this installation has no embedded model
         is_embedded = False
     return CONTINUED_TEXT if is_embedded else FALLBACK
 
 
 def model_template(folder: Path, special_tokens: Mapping[str, str]) -> Template:
-    """The template that a model folder brings, or the fallback, of which the log warns.
+    """The template that a model folder brings, or the fallback, with a warning in the log.
 
     Raises:
         ConfigError: as `load_chat_template`.
@@ -187,7 +187,7 @@ def model_template(folder: Path, special_tokens: Mapping[str, str]) -> Template:
     if name == FALLBACK:
         logger.warning(
             "%s brings no chat template: conversations are written in the format %r, which the model may not know; "
-            "choose the one that it was trained with by --chat-template NAME (%s)",
+            "choose the one that it was trained with: --chat-template NAME (%s)",
             folder.name,
             name,
             ", ".join(NAMED_FORMATS),
@@ -202,7 +202,7 @@ def load_chat_template(folder: Path, special_tokens: Mapping[str, str], name: st
     transformers. name: which of several (default: "default").
 
     Raises:
-        ConfigError: a damaged file, an invalid template, or several templates of which none has that name.
+        ConfigError: a damaged file, an invalid template, or several templates, none of which has that name.
     """
     found = _find_templates(folder)
     if found is None:
@@ -211,7 +211,7 @@ def load_chat_template(folder: Path, special_tokens: Mapping[str, str], name: st
     wanted = name or ("default" if "default" in templates or len(templates) > 1 else next(iter(templates)))
     if wanted not in templates:
         raise ConfigError(f"{source} has no chat template named {wanted!r}; it has {', '.join(map(repr, templates))}")
-    # Clients read the source in errors: they are not told where on this machine the folder lies.
+    # Clients of a server see the source in errors: they must not learn where on this machine the folder is.
     return ChatTemplate(templates[wanted], f"{folder.name}/{source.name}", special_tokens=special_tokens)
 
 

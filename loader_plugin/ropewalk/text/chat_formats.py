@@ -1,6 +1,6 @@
 """Prompt formats by name, for models that bring no chat template, and the closed-context format of airoboros models.
 
-A format takes every order of roles (see `turns.py`): a system text that comes later stands at its place.
+A format accepts roles in any order (see `turns.py`): a later system text stays where it is.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _ALPACA_SYSTEM = (
 def _on_one_line(default_system: str) -> Callable[[Sequence[Turn], FormatTokens, bool], str]:
     """SYSTEM USER: ... ASSISTANT: ...</s>USER: ...
 
-    A prompt in the closed-context format ends with a line of its own, and so the assistant's turn begins a line, as in
-    the example on the model card of airophin-13b-pntk-16k.
+    A prompt in the closed-context format ends with a delimiter on a line of its own, so the assistant's turn begins a
+    new line, as in the example on the model card of airophin-13b-pntk-16k.
     """
 
     def write(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
@@ -70,7 +70,7 @@ def _on_one_line(default_system: str) -> Callable[[Sequence[Turn], FormatTokens,
 def _llama_2(turns: Sequence[Turn], tokens: FormatTokens, is_prompt: bool) -> str:
     """<s>[INST] <<SYS>> ... <</SYS>> ... [/INST] ... </s><s>[INST] ... [/INST]
 
-    A question ends with the beginning of the assistant's turn in any case.
+    A user turn always ends with the beginning of the assistant's turn.
     """
     opening, rest = alternating(turns)
     system = "" if opening is None else f"<<SYS>>\n{opening}\n<</SYS>>\n\n"

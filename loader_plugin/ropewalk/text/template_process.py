@@ -1,11 +1,11 @@
 """A chat template in a process of its own, with limits on its time, its memory and what it writes.
 
-Templates come with the model and are untrusted programs. jinja2's sandbox keeps them from the machine, not from its
+Templates come with the model and are untrusted programs. jinja2's sandbox denies them the machine, but not its
 time and memory: `9**9**9` or `'x' * 10**9` is one step of the interpreter, which no check between steps and no signal
-can interrupt, and the ways to such a step (operators, filters, methods of strings, macros, constants that are folded
-while compiling) are too many to guard one by one. A process can be ended from any thread, and the system bounds its
-memory. It starts with the first conversation (about 50 ms), then stays: a rendering costs a millisecond, most of it
-the template's own.
+can interrupt, and the ways to such a step (operators, filters, string methods, macros, constants folded at compile
+time) are too many to guard one by one. A process can be killed from any thread, and the system limits its memory. It
+starts with the first conversation (about 50 ms), then stays: a rendering takes a millisecond, most of it spent in the
+template itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ START_S = 60.0  # importing jinja2, on a machine that is busy with other things
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """What one rendering may take. max_output: characters, several times the longest context that there is."""
+    """The limits of one rendering. max_output: in characters, several times the longest context that there is."""
 
     max_seconds: float = 2.0
     max_output: int = 4_000_000
@@ -41,15 +41,15 @@ class TemplateLimits:
 
 
 class TemplateFailure(Exception):
-    """A template did not end well: it failed, or went beyond a limit. Says which."""
+    """A template failed or exceeded a limit; the message says which."""
 
 
 class TemplateRefusal(Exception):
-    """A template refused its messages by `raise_exception`; with its reason."""
+    """A template refused its messages with `raise_exception`; the message is its reason."""
 
 
 class TemplateProcess:
-    """Runs one template, one rendering at a time; callers of several threads wait for each other."""
+    """Runs one template, one rendering at a time; calls from several threads wait for each other."""
 
     def __init__(self, text: str, limits: TemplateLimits) -> None:
         self._text = text
@@ -58,10 +58,11 @@ class TemplateProcess:
         self._worker: _Worker | None = None
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """What the template makes of the values.
+        """The text that the template makes of the values.
 
         Raises:
-            TemplateRefusal, TemplateFailure: it does not. TypeError, ValueError: values that are not plain data.
+            TemplateRefusal: it refuses them. TemplateFailure: it fails or exceeds a limit. TypeError, ValueError:
+            values that are not plain data.
         """
         request = json.dumps({"values": values}).encode("ascii") + b"\n"
         with self._lock:
@@ -82,7 +83,7 @@ class TemplateProcess:
 
 
 class _Worker:
-    """A running `template_worker.py`. It is ended when an answer does not come in time, and with its owner."""
+    """A running `template_worker.py`. It is killed when an answer is late, and when its owner ends."""
 
     def __init__(self, limits: TemplateLimits) -> None:
         self._limits = limits
@@ -133,7 +134,7 @@ class _Worker:
             stdin.flush()
             line = stdout.readline(4 * self._limits.max_output + 2**16)
         except OSError:
-            pass  # it has ended; why is told below
+            pass  # it has ended; the reason is reported below
         except BaseException:
             self._give_up()
             raise
@@ -159,7 +160,7 @@ def _end_late(process: subprocess.Popen[bytes], late: threading.Event) -> None:
 
 
 def _end_process(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Also at the end of the interpreter; a fork of the owner leaves the process alone."""
+    """Runs also when the interpreter exits; a fork of the owner leaves the process alone."""
     if os.getpid() != owner:
         return
     process.kill()

@@ -5,7 +5,7 @@ Lines of JSON: the template comes first, then each request on standard input get
     {"text": template}
     {"values": {...}}   ->   {"rendered": text} | {"refused": why} | {"failed": why} | {"over": what}
 
-The process imports nothing of ropewalk, so that it starts in 50 ms and holds nothing worth stealing; a template sees
+The process imports nothing from ropewalk, so that it starts in 50 ms and holds nothing worth stealing; a template sees
 jinja2's immutable sandbox and the values of the request.
 """
 
@@ -23,12 +23,12 @@ import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SHOWN_CHARACTERS = 500  # of what a template says when it refuses, or of its error
+SHOWN_CHARACTERS = 500  # of a template's refusal or error
 OUTPUT, MEMORY = "output", "memory"
 
 
 class Refusal(Exception):
-    """What `raise_exception` of a template raises."""
+    """Raised by `raise_exception` in a template."""
 
 
 class TooMuchOutput(Exception):
@@ -58,7 +58,8 @@ def template_environment() -> ImmutableSandboxedEnvironment:
 
 
 def main(max_output: int, max_memory: int, max_seconds: float) -> None:
-    """Answer requests until standard input ends. Limits: characters, bytes beyond what is taken now, CPU time each."""
+    """Answer requests until standard input ends. Limits: characters of output and CPU seconds for each request, and
+    bytes of memory beyond those in use now."""
     _bound_memory(max_memory)
     _send({"ready": True})
     text = json.loads(sys.stdin.buffer.readline() or '{"text": ""}')["text"]
@@ -66,7 +67,7 @@ def main(max_output: int, max_memory: int, max_seconds: float) -> None:
     for line in sys.stdin.buffer:
         _bound_cpu_time(max_seconds)
         try:
-            template = template or template_environment().from_string(text)  # which evaluates constants: it can hang
+            template = template or template_environment().from_string(text)  # evaluates constants, so it can hang
             answer = {"rendered": _rendered(template, json.loads(line)["values"], max_output)}
         except Refusal as error:
             answer = {"refused": _shown(error)}
@@ -90,7 +91,7 @@ def _rendered(template: jinja2.Template, values: dict[str, Any], max_output: int
 
 
 def _bound_memory(max_memory: int) -> None:
-    """On Linux; elsewhere the limit on time has to do, for the others do not enforce one on memory."""
+    """On Linux only: other systems do not enforce a limit on memory, so there the limit on time has to do."""
     try:
         import resource
 
@@ -104,7 +105,7 @@ def _bound_memory(max_memory: int) -> None:
 
 
 def _bound_cpu_time(max_seconds: float) -> None:
-    """The one who asks ends this process in time; this is for when that one has gone itself."""
+    """The parent kills this process when it takes too long; this is for when the parent itself has gone."""
     try:
         import resource
     except ImportError:
@@ -115,14 +116,14 @@ def _bound_cpu_time(max_seconds: float) -> None:
 
 
 def _send(answer: dict[str, Any]) -> None:
-    """UTF-8, lone surrogates included, which messages may hold."""
+    """Write one line of UTF-8, including unpaired surrogates, which messages may contain."""
     line = json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass")
     sys.stdout.buffer.write(line + b"\n")
     sys.stdout.buffer.flush()
 
 
 def _shown(error: Exception) -> str:
-    """The message of an error, which may be long, or fail itself (a number of too many digits)."""
+    """The message of an error. It may be long, and making it may fail (a number with too many digits)."""
     try:
         return str(error)[:SHOWN_CHARACTERS]
     except Exception:

@@ -1,8 +1,8 @@
-"""Conversations as turns of text, and what is made of those that are not "a system text, then user and assistant in
-turn": role-playing programs send several system messages, a greeting of the assistant first, equal roles in a row.
+"""Conversations as turns of text, and how those are normalised that are not "a system text, then user and assistant
+alternating": role-playing programs send several system messages, let the assistant greet first, or repeat a role.
 
-Without loss of text: neighbours of one role become one turn, with a blank line between their texts; messages without
-text are left out.
+No text is lost: consecutive turns of one role become one, with a blank line between their texts; messages without text
+are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plain_turns(messages: Sequence[Message]) -> list[Turn]:
     """Messages of text, one turn each.
 
     Raises:
-        RequestError: another role, or content that is not text.
+        RequestError: an unknown role, or content that is not text.
     """
     turns = []
     for number, message in enumerate(messages, 1):
@@ -46,7 +46,7 @@ def plain_turns(messages: Sequence[Message]) -> list[Turn]:
 
 
 def joined(turns: Sequence[Turn]) -> list[Turn]:
-    """Neighbours of one role as one turn, those without text left out."""
+    """Consecutive turns of one role as one turn; turns without text are left out."""
     result: list[Turn] = []
     for turn in turns:
         if not turn.text.strip():
@@ -66,10 +66,10 @@ def opening_and_rest(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
 
 
 def alternating(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
-    """(the system text in front, or None; turns of user and assistant by turns, at least one, the user's first).
+    """(the system text in front, or None; alternating turns of user and assistant, at least one, the user's first).
 
-    Later system texts become part of the user's turn beside which they stand. Where the assistant speaks first, the
-    user's turn before is empty.
+    Later system texts become user turns, joined with those next to them. If the assistant speaks first, an empty user
+    turn is put before it.
     """
     opening, rest = opening_and_rest(turns)
     rest = joined([Turn(USER if turn.role == SYSTEM else turn.role, turn.text) for turn in rest])
@@ -79,8 +79,8 @@ def alternating(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
 
 
 def stricter_messages(messages: Sequence[Message]) -> Iterator[list[dict[str, str]]]:
-    """The conversation as templates that refuse it may still take it, the closest first; nothing where it is not all
-    plain text (calls of tools and their results have an order of their own).
+    """Forms of the conversation that a template which refuses it may still accept, the closest first; none if it is
+    not all plain text (tool calls and their results have an order of their own).
 
     First the form of `alternating`, then the same with the system text as the beginning of the first user turn.
     """

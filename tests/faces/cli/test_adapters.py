@@ -69,8 +69,8 @@ def test_perplexity_is_that_under_the_adapters(folder: Path, tmp_path: Path, cap
         (["--adapter", "{}/nowhere"], "does not exist"),
         (["--adapter", "{}/storm", "--adapter", "{}/storm"], "'storm' is named twice"),
         (["--adapters", "auto"], "name each with --adapter FOLDER"),
-        (["--adapter", "{}/storm:0.5", "--adapters", "auto"], "auto runs all with weight 1"),
-        (["--adapter", "{}/storm@1", "--adapters", "auto"], "and everywhere: give folders"),
+        (["--adapter", "{}/storm:0.5", "--adapters", "auto"], "auto runs each with weight 1"),
+        (["--adapter", "{}/storm@1", "--adapters", "auto"], "on all layers: give folders alone"),
         (["--adapter", "{}/storm@x"], "the number of a layer instance is needed"),
     ],
 )

@@ -1,4 +1,4 @@
-"""cli*.py: the commands, in this process where that is enough and from the outside where it is not."""
+"""faces/cli: the commands, in this process where that is enough and from the outside where it is not."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ropewalk.faces.cli.chat import Conversation
 from ropewalk.faces.cli.main import main
 from ropewalk.faces.cli.options import add_sampling_arguments, progress_bar, sampling_params
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.text.chat_formats import NAMED_FORMATS
 from ropewalk.text.tokenizer.load import load_tokenizer
 from tokenizer_writer import LLAMA_CONFIG, write_config, write_sentencepiece
 
@@ -348,3 +349,12 @@ def test_importing_the_package_and_its_command_stays_light() -> None:
     code = "import sys, ropewalk, ropewalk.faces.cli.main; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_the_help_lists_every_named_chat_format(command: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    formats = shown.partition("--chat-template NAME one of ")[2].partition("; default")[0]
+    assert [name.split(" (")[0] for name in formats.split(", ")] == list(NAMED_FORMATS)

@@ -93,9 +93,9 @@ def test_adapters_are_model_names_and_give_what_the_engine_gives(client: openai.
     assert texts["tiny"] != texts["tiny+storm"]
 
 
-def test_names_of_adapters_that_are_none_are_refused(client: openai.OpenAI) -> None:
+def test_invalid_names_of_adapters_are_refused(client: openai.OpenAI) -> None:
     for name in ("tiny+nobody", "tiny+storm+nobody:2", "tinystorm", "other+storm"):
-        with pytest.raises(openai.NotFoundError, match="there are tiny, tiny.storm"):
+        with pytest.raises(openai.NotFoundError, match="available are tiny, tiny.storm"):
             client.completions.create(model=name, prompt="x")
     for name in ("tiny+", "tiny+storm:x", "tiny+storm:", "tiny+storm@", "tiny+storm+storm"):
         with pytest.raises(openai.BadRequestError) as refused:
@@ -192,7 +192,7 @@ def test_what_is_wrong_with_the_options_is_told(folder: Path, tmp_path: Path, ca
     assert "no-file cannot be read" in refusal(capsys, "--api-key-file", str(tmp_path / "no-file"))
     (tmp_path / "empty").write_text("\n")
     assert "holds no key: write one per line" in refusal(capsys, "--api-key-file", str(tmp_path / "empty"))
-    assert "--max-body-size must be a number above 0 to 1024 (MiB), got 0" in refusal(capsys, "--max-body-size", "0")
+    assert "--max-body-size must be above 0 and at most 1024 (MiB), got 0" in refusal(capsys, "--max-body-size", "0")
     assert "--queue-limit must be at least 0, got -1" in refusal(capsys, "--port", "0", "--queue-limit", "-1")
     options = [str(folder), "--port", "0", *RUN]
     assert "num_caches must be a positive integer, got 0" in refusal(capsys, *options, "--caches", "0")

@@ -176,7 +176,7 @@ def test_a_change_of_adapters_within_a_history_is_noticed(adapter) -> None:
     assert torch.equal(out.logits[0], expected)
     model.unload_adapter("storm")
     assert model.adapters == () and model.used_adapters == ()
-    model.load_adapter_folder(adapter, "storm")  # another one of the same name is another one
+    model.load_adapter_folder(adapter, "storm")  # the new one of the same name is a different one
     model.set_adapters(["storm"])
     assert torch.equal(model(ids).logits[0, 15:], expected)
 

@@ -12,7 +12,7 @@ from hf_checkpoint import fresh_logits, ours, tokens
 from ropewalk.base.errors import RequestError
 from ropewalk.hf import RopewalkForCausalLM, TokenHistory
 
-IDS = st.lists(st.integers(3, 9), min_size=1, max_size=12)  # few values, so that prefixes are common by chance
+IDS = st.lists(st.integers(3, 9), min_size=1, max_size=12)  # few values, so that prefixes coincide by chance
 CALL = st.tuples(st.just("extend"), st.integers(0, 2), IDS, st.integers(0, 5))
 CROP = st.tuples(st.just("crop"), st.integers(0, 2), st.integers(-12, 12), st.none())
 NEW = st.tuples(st.just("new"), st.integers(0, 2), st.none(), st.none())

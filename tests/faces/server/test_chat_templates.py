@@ -1,4 +1,4 @@
-"""Chats of models that bring no template, and in the orders of roles that other programs send, through the server."""
+"""Chats through the server: of models that bring no template, and in the orders of roles that other programs send."""
 
 from __future__ import annotations
 

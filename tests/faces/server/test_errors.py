@@ -1,4 +1,4 @@
-"""Everything that goes wrong is told in OpenAI's shape, and the official client raises what it should."""
+"""Everything that goes wrong is reported in OpenAI's shape, and the official client raises what it should."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def error_of(response: httpx.Response, status: int) -> dict:
         ({"prompt": "x", "n": True}, "n", "valid integer"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"prompt": "x", "stop": [""]}, "stop", "at least 1 character"),
-        ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "'a' is no token id: the model knows 0 to"),
-        ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "'99999' is no token id"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "'a' is not a token id: the model knows 0 to"),
+        ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "'99999' is not a token id"),
         ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
         ({"prompt": [10**6]}, None, "token id 1000000 at position 0 is out of range"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported: text is continued at its end only"),
         ({"prompt": "x", "best_of": 3}, "best_of", "best_of is not supported: all replies are returned"),
         ({"prompt": "x", "grammar": "root ::= x"}, "grammar", "replies are not constrained"),
-        ({"prompt": "\ud800"}, None, "half a surrogate pair"),
+        ({"prompt": "\ud800"}, None, "an unpaired surrogate"),
     ],
 )
 def test_wrong_completions_are_refused_by_the_name_of_the_field(server: RunningServer, body, param, message) -> None:
@@ -92,11 +92,11 @@ def test_wrong_completions_are_refused_by_the_name_of_the_field(server: RunningS
         ),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not constrained to a format"),
-        ({"functions": [{"name": "f"}]}, "functions", "use tools, which are handed to the chat template"),
+        ({"functions": [{"name": "f"}]}, "functions", "use tools, which are passed to the chat template"),
         ({"tool_choice": "required"}, "tool_choice", 'use "auto" or "none"'),
         ({"modalities": ["text", "audio"]}, "modalities", "replies are text"),
         ({"web_search_options": {}}, "web_search_options", "no web search"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages is not set here"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages cannot be set here"),
     ],
 )
 def test_wrong_chats_are_refused_by_the_name_of_the_field(server: RunningServer, change, param, message) -> None:
@@ -131,7 +131,7 @@ def test_the_official_client_raises_its_own_errors(server: RunningServer) -> Non
     assert bad.value.code == "context_length_exceeded" and "more than the context of 512" in bad.value.message
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4o", messages=TALK)
-    assert missing.value.code == "model_not_found" and "there are tiny" in missing.value.message
+    assert missing.value.code == "model_not_found" and "available are tiny" in missing.value.message
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
     with pytest.raises(openai.BadRequestError, match="this server has no embeddings") as embeddings:

@@ -1,4 +1,4 @@
-"""server/hosts.py: under which names the server may be addressed."""
+"""faces/server/hosts.py: the names by which the server may be addressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that are far too large, many at once: each is refused soon, and nobody else waits for that."""
+"""Requests that are far too large, many at once: each is refused soon, and nobody else has to wait."""
 
 from __future__ import annotations
 

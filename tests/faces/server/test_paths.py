@@ -1,4 +1,4 @@
-"""server/paths.py: no answer tells where the server's files lie; its log does."""
+"""faces/server/paths.py: no answer tells where the server's files lie; its log does."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_the_list_of_models_holds_what_can_be_asked_for() -> None:
         ModelNames("base").adapters_of("base+auto")
 
 
-def test_a_base_with_a_plus_sign_is_no_trap() -> None:
+def test_a_base_name_may_contain_a_plus_sign() -> None:
     names = ModelNames("l+storm", ("storm",))
     assert names.adapters_of("l+storm") is None
     assert names.adapters_of("l+storm+storm") == (AdapterUse("storm"),)
@@ -238,9 +238,9 @@ def test_the_last_message_goes_on_where_that_is_asked_for(desk: Desk) -> None:
         work = chat(other, messages=messages, continue_final_message=True, **more)
         assert prompt_of(other, work).endswith("assistant: Once upon")
     both = refused(chat, other, messages=messages, continue_final_message=True, add_generation_prompt=True)
-    assert both.param == "continue_final_message" and "exclude each other" in both.message
+    assert both.param == "continue_final_message" and "cannot be used together" in both.message
     hidden = {"continue_final_message": True}
-    assert "continue_final_message is not set here" in refused(chat, other, chat_template_kwargs=hidden).message
+    assert "continue_final_message cannot be set here" in refused(chat, other, chat_template_kwargs=hidden).message
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_the_last_message_goes_on_where_that_is_asked_for(desk: Desk) -> None:
         ({"content": "what is this", "images": ["aGk="]}, "images"),
     ],
 )
-def test_what_is_no_text_gets_a_sentence(desk: Desk, message, kind) -> None:
+def test_content_other_than_text_gets_a_sentence(desk: Desk, message, kind) -> None:
     error = refused(chat, desk, messages=[*TALK, {"role": "user"} | message])
     assert error.code == "unsupported_content" and error.param.startswith("messages.1")
     assert error.message.startswith("this model reads text only, and messages.1.") and repr(kind) in error.message

@@ -44,7 +44,7 @@ class Conversation:
         return True
 
     def ask(self, text: str) -> str:
-        """Stream the reply to stdout; the line about its speed."""
+        """Stream the reply to stdout; returns a line about its speed."""
         self.messages.append({"role": "user", "content": text})
         try:
             reply, line = self._reply()

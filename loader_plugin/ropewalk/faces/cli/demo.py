@@ -17,32 +17,34 @@ def add_demo_command(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
     parser = commands.add_parser("demo", help="the demo page in the browser", description=run_demo.__doc__)
     parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded one)")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="folders below may be opened from the page")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="folders below DIR may be opened from the page")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, metavar="N", help="port (default: the first free one from 7860)")
     parser.add_argument(
-        "--auth", action="append", default=[], metavar="USER:PASSWORD", help="ask for it; may be repeated"
+        "--auth", action="append", default=[], metavar="USER:PASSWORD", help="require this login; may be repeated"
     )
     parser.add_argument(
         "--owner",
         action="append",
         default=[],
         metavar="USER",
-        help="who of --auth may load models and apply layer orders; may be repeated (default: the first)",
+        help="a user of --auth who may load models and apply layer orders; may be repeated (default: the first)",
     )
     parser.add_argument(
         "--anyone-may-load",
         action="store_true",
-        help="every visitor may (default without --auth: the browser that opened the page first)",
+        help="every visitor may do that (default without --auth: only the browser that opened the page first)",
     )
     parser.add_argument(
         "--root-path", metavar="PATH", help="path under which a proxy shows the page, such as /ropewalk"
     )
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"conversations (default: {DATA})")
     parser.add_argument(
-        "--caches", type=int, default=NUM_CACHES, metavar="N", help="replies that run at a time (default: 4)"
+        "--data", type=Path, default=DATA, metavar="DIR", help=f"where conversations are kept (default: {DATA})"
     )
-    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    parser.add_argument(
+        "--caches", type=int, default=NUM_CACHES, metavar="N", help="replies that run at once (default: %(default)s)"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.set_defaults(run=run_demo)
 
 
@@ -57,7 +59,7 @@ def run_demo(args: argparse.Namespace) -> int:
         raise RequestError(INSTALL) from error
     for name, folder in (("MODEL", args.model), ("--models", args.models)):
         if folder is not None and not folder.is_dir():
-            raise RequestError(f"{name}: {folder} is no folder")
+            raise RequestError(f"{name}: {folder} is not a folder")
     if args.caches < 1:
         raise RequestError(f"--caches must be at least 1, got {args.caches}")
     auth = tuple(_user_and_password(text) for text in args.auth)
@@ -69,15 +71,15 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def _owners(named: list[str], users: list[str], anyone: bool) -> list[str]:
     if named and anyone:
-        raise RequestError("--owner and --anyone-may-load exclude each other: give one of them")
+        raise RequestError("--owner and --anyone-may-load cannot be used together: give one of them")
     for name in named:
         if name not in users:
-            raise RequestError(f"--owner {name}: give --auth {name}:PASSWORD too, so that they can be told apart")
+            raise RequestError(f"--owner {name}: give --auth {name}:PASSWORD too, so that users can be told apart")
     return named or users[:1]
 
 
 def _user_and_password(text: str) -> tuple[str, str]:
     user, colon, password = text.partition(":")
     if not user or not colon or not password:
-        raise RequestError("--auth takes USER:PASSWORD, both of them not empty")
+        raise RequestError("--auth takes USER:PASSWORD, neither of them empty")
     return user, password

@@ -1,4 +1,4 @@
-"""`ropewalk compare` and `ropewalk retrieval`: what scalings of the context do to a model, as tables and plots."""
+"""`ropewalk compare` and `ropewalk retrieval`: what RoPE scalings do to a model, as tables and plots."""
 
 from __future__ import annotations
 
@@ -38,11 +38,23 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
         metavar="NAME,NAME,...",
         help="as loaded, none, linear, ntk, dynamic, ntk-by-parts, yarn",
     )
-    compare.add_argument("--factor", type=float, metavar="X", help="of each (default: longest / original length)")
     compare.add_argument(
-        "--lora", action="append", default=[], metavar="NAME", help="one more line: a LoRA, with the scaling it notes"
+        "--factor", type=float, metavar="X", help="factor of each scaling (default: longest / original length)"
     )
-    compare.add_argument("--max-tokens", type=int, default=32768, metavar="N", help="of the text (default: 32768)")
+    compare.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one more curve: a LoRA, with the RoPE scaling that its folder asks for",
+    )
+    compare.add_argument(
+        "--max-tokens",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="use at most N tokens of the text (default: %(default)s)",
+    )
     compare.set_defaults(run=run_compare, adapter=[])  # the model itself is loaded without adapters
 
     retrieval = commands.add_parser(
@@ -50,8 +62,8 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     )
     _add_common(retrieval, "256,512,1024,2048")
     retrieval.add_argument("--depths", type=_depths, default="0,0.25,0.5,0.75,1", metavar="X,X,...", help="0 to 1")
-    retrieval.add_argument("--trials", type=int, default=4, metavar="N", help="keys per cell (default: 4)")
-    retrieval.add_argument("--seed", type=int, default=0, metavar="N", help="of the keys (default: 0)")
+    retrieval.add_argument("--trials", type=int, default=4, metavar="N", help="keys per cell (default: %(default)s)")
+    retrieval.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the keys (default: %(default)s)")
     add_adapter_arguments(retrieval, routes=False)
     retrieval.set_defaults(run=run_retrieval)
 
@@ -93,7 +105,7 @@ def _add_common(parser: argparse.ArgumentParser, lengths: str) -> None:
     )
     parser.add_argument("--lengths", type=_lengths, default=lengths, metavar="N,N,...", help="context lengths")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there (default: standard output)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there: .svg, .png or .pdf")
     add_load_arguments(parser)
 
 

@@ -1,7 +1,7 @@
 """The command `ropewalk`: generate, chat, serve, demo, info, perplexity, compare, retrieval, export-layers, webui.
 
 Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
-after Ctrl-C, 141 when the reader of stdout went away.
+after Ctrl-C, 141 when the reader of stdout has gone.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from ropewalk.faces.cli.webui import add_webui_command
 from ropewalk.files.embedded import demo_model_path
 
 DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
-GENERATE_TOKENS = 128  # enough to see that it works; a reply that should be longer says so
+GENERATE_TOKENS = 128  # enough to see that it works; --max-new-tokens asks for more
 LONG_PREFILL = 1024  # a prompt of fewer tokens is read before a bar would help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line; returns the exit code."""
     logging.basicConfig(format="ropewalk: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.addLevelName(logging.WARNING, "warning")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a mark instead of ending us
+        stream.reconfigure(errors="replace")  # a character that the terminal lacks becomes a mark, not an error
     try:
         args = _parser().parse_args(arguments)
         code = args.run(args)
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note("")
         return 130
     except BrokenPipeError:
-        # Python would write what is buffered once more at exit, and complain.
+        # Python would try to write the rest of the buffer at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Stream the continuation of a prompt to stdout, a line about its speed to stderr."""
+    """Stream the continuation of a prompt to stdout, and a line about its speed to stderr."""
     from ropewalk.engine.engine import Engine
 
     params = sampling_params(args, max_new_tokens=GENERATE_TOKENS)
@@ -101,7 +101,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Say what would be loaded."""
+    """Show what would be loaded."""
     from ropewalk.model.info import model_info
 
     info = model_info(model_folder(args), options=load_options(args))
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(generate)
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a file that holds it (-: standard input)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text (-: standard input)")
     generate.add_argument("--echo", action="store_true", help="show the prompt before its continuation")
     add_sampling_arguments(generate)
     add_load_arguments(generate)
@@ -188,13 +188,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a UTF-8 text (-: standard input; default, without MODEL: the embedded model's held-out text)",
     )
     measure.add_argument("--lengths", type=_lengths, default="512,1024,2048", metavar="N,N,...", help="context lengths")
-    measure.add_argument("--max-tokens", type=int, metavar="N", help="use at most so many tokens of the text")
+    measure.add_argument("--max-tokens", type=int, metavar="N", help="use at most N tokens of the text")
     measure.add_argument("--json", action="store_true", help="as JSON")
     add_load_arguments(measure)
     add_adapter_arguments(measure, routes=False)
     measure.set_defaults(run=run_perplexity)
 
-    export = commands.add_parser("export-layers", help="write a layer order out", description=run_export_layers.__doc__)
+    export = commands.add_parser("export-layers", help="write out a layer order", description=run_export_layers.__doc__)
     export.add_argument("model", type=Path, metavar="MODEL", help="model folder")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
     add_order_arguments(export)
@@ -209,11 +209,11 @@ def _measured_file(args: argparse.Namespace) -> Path:
     """The text that perplexity is measured on; MODEL and FILE may be given in either order, and each may be left out.
 
     Raises:
-        RequestError: a model folder of one's own, and no text.
+        RequestError: a model folder was given, but no text.
     """
     folders = [path for path in (args.model, args.file) if path is not None and path.is_dir()]
     files = [path for path in (args.model, args.file) if path is not None and path not in folders]
-    if len(files) == 2:  # neither is a folder: the loader says so of the first
+    if len(files) == 2:  # neither is a folder: the loader reports the first
         return args.file
     args.model = folders[0] if folders else None
     if files:
@@ -224,7 +224,7 @@ def _measured_file(args: argparse.Namespace) -> Path:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt by option; else standard input for a named model, and an example for the embedded one."""
+    """The prompt given by option; otherwise standard input for a named model, or an example for the embedded one."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is not None:

@@ -14,34 +14,35 @@ from typing import TYPE_CHECKING, Any
 from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, Choice
 from ropewalk.base.errors import RequestError
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
+from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
 
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
-    ("max_new_tokens", int, "end after so many tokens"),
+    ("max_new_tokens", int, "end after N tokens"),
     ("temperature", float, "0: always the most likely token"),
     ("top_k", int, "choose among the k most likely (0: off)"),
     ("top_p", float, "choose among the most likely that together have this probability (1: off)"),
-    ("min_p", float, "choose among those at least so likely, relative to the most likely (0: off)"),
+    ("min_p", float, "choose among those at least this likely, relative to the most likely (0: off)"),
     ("typical", float, "locally typical sampling (1: off)"),
     ("repetition_penalty", float, "above 1: avoid tokens that came before"),
-    ("repetition_range", int, "look back so many tokens for that (default: all)"),
-    ("frequency_penalty", float, "lower a token's logit by this each time it came in the reply"),
-    ("presence_penalty", float, "lower a token's logit by this once it came in the reply"),
+    ("repetition_range", int, "look back N tokens for that (default: all)"),
+    ("frequency_penalty", float, "lower a token's logit by this for each time it occurred in the reply"),
+    ("presence_penalty", float, "lower a token's logit by this if it occurred in the reply"),
     ("dry_multiplier", float, "DRY: strength of a penalty against repeating sequences (0: off; usual: 0.8)"),
     ("dry_base", float, "DRY: the penalty grows by this with each token repeated (1.75)"),
-    ("dry_allowed_length", int, "DRY: so many tokens may be repeated at no cost (2)"),
-    ("dry_range", int, "DRY: look back so many tokens (default: all)"),
+    ("dry_allowed_length", int, "DRY: N tokens may be repeated at no cost (2)"),
+    ("dry_range", int, "DRY: look back N tokens (default: all)"),
     ("xtc_probability", float, "XTC: how often the most likely tokens are excluded (0: off; usual: 0.5)"),
-    ("xtc_threshold", float, "XTC: those at least so likely, but for the least likely of them (0.1)"),
-    ("seed", int, "make the draw repeatable"),
+    ("xtc_threshold", float, "XTC: exclude tokens at least this likely, except the least likely of them (0.1)"),
+    ("seed", int, "seed of the random draw, which makes replies repeatable"),
 )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and what decides the context: for every command."""
+    """MODEL and the options that decide the context: for every command."""
     parser.add_argument(
         "model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded model)"
     )
@@ -68,7 +69,7 @@ def add_order_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         dest="second_folder",
         metavar="FOLDER",
-        help='a model of equal shapes, whose layers an order names as "b:10-29"',
+        help='a model of the same shapes, whose layers an order names as "b:10-29"',
     )
 
 
@@ -80,14 +81,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-attention-size", type=int, metavar="N", help="accepted for compatibility, has no effect")
     _add_choice(group, COMPUTE, "arithmetic of the linear layers")
-    _add_choice(group, BACKEND, "what computes")
+    _add_choice(group, BACKEND, "what runs the layers")
     group.add_argument("--device", help="torch device of the reference backend")
     group.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-    group.add_argument("--isa", help="instruction set (default: the best of this machine)")
+    group.add_argument("--isa", help="instruction set (default: the best that this machine has)")
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None:
-    """Which LoRAs are used; `routes`: the command has a prompt to choose by."""
+    """Which LoRAs are used. routes: the command has a prompt by which one can be chosen."""
     group = parser.add_argument_group("adapters")
     group.add_argument(
         "--adapter",
@@ -95,7 +96,7 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None
         default=[],
         metavar="FOLDER[:WEIGHT][@INSTANCES]",
         help="use this LoRA (a PEFT folder, or the name of one that comes with the model), on these layer instances "
-        "only (such as 10-11); may be repeated, and all are added up",
+        "only (such as 10-11); may be repeated: all are added up",
     )
     if routes:
         group.add_argument(
@@ -108,16 +109,17 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None
 
 def add_template_argument(parser: argparse._ActionsContainer) -> None:
     """How conversations are written."""
+    meanings = {FALLBACK: "lines User: and Assistant:", CONTINUED_TEXT: "the messages alone"}
+    names = (f"{name} ({meanings[name]})" if name in meanings else name for name in NAMED_FORMATS)
     parser.add_argument(
         "--chat-template",
         metavar="NAME",
-        help="vicuna, llama-2, alpaca, airoboros, plain (lines User: and Assistant:) or text (the messages alone); "
-        "default: the model's, else plain",
+        help=f"one of {', '.join(names)}; default: the model's own, or {FALLBACK} if it has none",
     )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; what is not given keeps the default of SamplingParams."""
+    """How tokens are chosen; options left out keep the defaults of SamplingParams."""
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING_OPTIONS:
         group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "X", help=text)
@@ -134,7 +136,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--logit-bias", action="append", type=_bias, metavar="ID=X", help="added to a token's logit (-inf: never)"
     )
-    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    group.add_argument("--ignore-eos", action="store_true", help="continue past the model's end token")
 
 
 def model_folder(args: argparse.Namespace) -> Path:
@@ -143,7 +145,7 @@ def model_folder(args: argparse.Namespace) -> Path:
 
 
 def load_options(args: argparse.Namespace) -> LoadOptions:
-    """The options of loading among those of a command; the rest are at their defaults."""
+    """The loading options among those of a command; the rest keep their defaults."""
     from ropewalk.model.options import OPTION_NAMES, LoadOptions
 
     return LoadOptions(**{name: value for name, value in vars(args).items() if name in OPTION_NAMES})
@@ -179,11 +181,11 @@ def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
 
 
 def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:
-    """Load what --adapter names into the model; the `adapters` of its requests. A folder given twice is loaded once.
+    """Load the adapters that --adapter names; returns the `adapters` for requests. A folder given twice is loaded once.
 
     Raises:
-        RequestError: a weight or instances that are none, or given where --adapters auto chooses; a folder twice for
-            the same instances. Others as `Model.load_adapter`.
+        RequestError: an invalid weight or invalid instances, or either of them with --adapters auto; a folder twice
+            for the same instances. Other errors as for `Model.load_adapter`.
     """
     from ropewalk.adapters.request import checked_request
 
@@ -197,7 +199,7 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
     for text, (_, weight, instances) in zip(args.adapter, given, strict=True):
         if auto and not weight is instances is None:
             raise RequestError(
-                f"--adapter {text}: --adapters auto runs all with weight 1, and everywhere: give folders"
+                f"--adapter {text}: --adapters auto runs each with weight 1 on all layers: give folders alone"
             )
     chosen = [(names[folder], 1.0 if weight is None else weight, instances) for folder, weight, instances in given]
     checked_request(chosen)
@@ -207,7 +209,7 @@ def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str,
 
 
 def _adapter_names(folders: list[Path]) -> dict[Path, str]:
-    """Each folder's last part; of equal ones so many parts that they differ. Clients of the server see these names."""
+    """Each folder's last part, or as many parts as tell it from the others. Clients of the server see these names."""
     parts = {folder: [part for part in folder.parts if part != folder.anchor] for folder in folders}
     names = {}
     for folder in folders:
@@ -228,7 +230,7 @@ def _rope_of_adapters(args: argparse.Namespace) -> Mapping[str, Any] | None:
 
 
 def _adapter_option(args: argparse.Namespace, text: str) -> tuple[Path, float | None, tuple[int, ...] | None]:
-    """FOLDER[:WEIGHT][@INSTANCES]. The signs may be part of a folder's name: the longest folder that exists counts."""
+    """FOLDER[:WEIGHT][@INSTANCES]. A folder's name may contain : and @: the longest folder that exists is taken."""
     from ropewalk.adapters.config import find_adapter
     from ropewalk.adapters.request import parse_suffix
 
@@ -240,7 +242,7 @@ def _adapter_option(args: argparse.Namespace, text: str) -> tuple[Path, float | 
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> Any:
-    """SamplingParams of the options given, over `defaults` of the command."""
+    """SamplingParams from the options given, with the `defaults` of the command for the rest."""
     from ropewalk.generate.sampling import SamplingParams
 
     given = {name: getattr(args, name) for name, _, _ in SAMPLING_OPTIONS if getattr(args, name) is not None}
@@ -272,15 +274,15 @@ def read_text(path: str) -> str:
 
 
 def note(text: str) -> None:
-    """One line for people, apart from the output."""
+    """Print a line for people, apart from the output."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_bar(what: str, unit: str, at_least: int = 0) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, total) that draws a bar on stderr; None where stderr is no terminal.
+    """A callback (done, total) that draws a bar on stderr; None if stderr is not a terminal.
 
-    at_least: nothing is drawn for totals below.
+    at_least: nothing is drawn for smaller totals.
     """
     if not sys.stderr.isatty():
         yield None

@@ -1,4 +1,4 @@
-"""`ropewalk serve`: its options. What they start is in `server/launch.py`, which needs the extra `server`."""
+"""`ropewalk serve`: its options. The server itself is in `faces/server/launch.py` and needs the extra `server`."""
 
 from __future__ import annotations
 
@@ -23,48 +23,66 @@ from ropewalk.faces.cli.options import (
 if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
 
+PORT = 8080
 QUEUE_LIMIT = 64
 MOST_BODY_MIB = 1024
-MOST_CACHES = 4  # taken where memory allows: enough for a few people, or for one with several tools
+MOST_CACHES = 4  # used if memory allows: enough for a few people, or for one with several tools
 
 
 def add_serve_command(commands: Any) -> None:
     """Register the subcommand."""
+    from ropewalk.faces.server.limits import MAX_BODY_MIB
+
     serve = commands.add_parser("serve", help="an OpenAI-compatible server", description=run_serve.__doc__)
     add_model_arguments(serve)
     group = serve.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    group.add_argument("--port", type=int, default=8080, metavar="N", help="port (0: any free one; default: 8080)")
+    group.add_argument("--port", type=int, default=PORT, metavar="N", help=f"port (0: any free one; default: {PORT})")
     group.add_argument("--name", metavar="NAME", help="what clients call the model (default: its folder's name)")
-    group.add_argument("--api-key", action="append", default=[], metavar="KEY", help="accept only requests with it")
     group.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="the same, a key per line: other users see command lines"
+        "--api-key", action="append", default=[], metavar="KEY", help="accept only requests with this key"
     )
     group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="URL", help='a web page that may use it ("*": any)'
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="the same, one key per line; command lines can be seen by others",
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help='a website that may use the server ("*": any)',
     )
     group.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help='answer to this name in the Host header too, such as that of a proxy ("*": any); without it a server on '
-        "this machine only answers to localhost, and one on another address to any name",
+        help='also answer to this name in the Host header, such as that of a proxy ("*": any); without it, a server on '
+        "a loopback address answers to localhost alone, and one on another address to any name",
     )
     group.add_argument(
         "--max-body-size",
         type=float,
+        default=MAX_BODY_MIB,
         metavar="MIB",
-        help="largest request (default: 16)",
+        help="largest request (default: %(default)s)",
     )
     group.add_argument(
         "--caches",
         type=int,
         metavar="N",
-        help="conversations kept computed, and replies written at a time (default: a few, in half of the free memory)",
+        help="conversations kept computed, and replies written at once (default: as many as half of the free memory "
+        f"holds, at most {MOST_CACHES})",
     )
     group.add_argument(
-        "--queue-limit", type=int, default=QUEUE_LIMIT, metavar="N", help=f"requests that may wait ({QUEUE_LIMIT})"
+        "--queue-limit",
+        type=int,
+        default=QUEUE_LIMIT,
+        metavar="N",
+        help="requests that may wait (default: %(default)s)",
     )
     add_template_argument(group)
     group.add_argument(
@@ -80,10 +98,10 @@ def add_serve_command(commands: Any) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serve a model to other programs, through the interface that they know from OpenAI. The sampling options are for
-    what a request leaves out."""
+    """Serve a model to other programs, through an OpenAI-compatible interface. The sampling options apply to what a
+    request leaves out."""
     try:
-        from ropewalk.faces.server.app import MAX_BODY_BYTES, AppOptions
+        from ropewalk.faces.server.app import AppOptions
         from ropewalk.faces.server.launch import serve
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"serving needs the package {error.name}: pip install 'ropewalk[server]'") from error
@@ -96,7 +114,7 @@ def run_serve(args: argparse.Namespace) -> int:
         keys,
         tuple(args.cors_origin),
         tuple(args.allowed_host) or None,
-        MAX_BODY_BYTES if args.max_body_size is None else _bytes(args.max_body_size),
+        _bytes(args.max_body_size),
         _folders(args),
     )
     return serve(args.host, args.port, lambda: _engine(args), options, note)
@@ -110,7 +128,7 @@ def _engine(args: argparse.Namespace) -> Engine:
     model, tokenizer = load(args, to_talk=True)
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
-        raise RequestError("--adapter: serve takes folders alone; clients give weight and instances in a model's name")
+        raise RequestError("--adapter: serve takes folders alone; clients give weights and instances in a model name")
     num_caches = _num_caches(model) if args.caches is None else args.caches
     engine = Engine(model, tokenizer, args.chat_template, num_caches, args.queue_limit)
     _ = engine.chat_template  # a broken or missing template is better reported here than to a client
@@ -126,12 +144,12 @@ def _num_caches(model: Any) -> int:
 
 def _bytes(mebibytes: float) -> int:
     if not 0 < mebibytes <= MOST_BODY_MIB:  # NaN fails too
-        raise RequestError(f"--max-body-size must be a number above 0 to {MOST_BODY_MIB} (MiB), got {mebibytes:g}")
+        raise RequestError(f"--max-body-size must be above 0 and at most {MOST_BODY_MIB} (MiB), got {mebibytes:g}")
     return int(mebibytes * 2**20)
 
 
 def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
-    """Those that errors can name."""
+    """The folders that errors may name."""
     given = (model_folder(args), args.second_folder, *(Path(text) for text in args.adapter))
     return tuple(folder for folder in given if folder is not None)
 

@@ -1,4 +1,4 @@
-"""`ropewalk webui`: our loader in text-generation-webui, put there, started, and taken away again."""
+"""`ropewalk webui`: install, start and remove the loader in text-generation-webui."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 def add_webui_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`ropewalk webui ...`, to be called by the command line."""
+    """Register the command and its actions."""
     webui = commands.add_parser("webui", help="the loader in text-generation-webui", description=__doc__)
     actions = webui.add_subparsers(title="actions", required=True, metavar="ACTION")
-    install = _add(actions, run_install, "write the extension, and let every start have the loader")
+    install = _add(actions, run_install, "write the extension, and make every start have the loader")
     install.add_argument(
         "--no-startup",
         action="store_true",
-        help="the extension only: then --model with --loader ropewalk, and starting with a model saved with this "
-        "loader, need `ropewalk webui run`",
+        help="write the extension only: --model with --loader ropewalk, and starting with a model saved with this "
+        "loader, then need `ropewalk webui run`",
     )
     _add(actions, run_uninstall, "remove both, and their traces")
-    _add(actions, run_status, "what is found")
-    _add(actions, run_demo, "put the embedded model among its models")
+    _add(actions, run_status, "show what is installed")
+    _add(actions, run_demo, "copy the embedded model into its folder of models")
     start = _add(actions, run_run, "start the web UI with the loader", user_data=False)
     start.add_argument("flags", nargs=argparse.REMAINDER, metavar="-- FLAGS", help="flags of server.py, after --")
-    for action, text in ((run_enable, "let a plain `python server.py` have the loader"), (run_disable, "undo that")):
+    for action, text in ((run_enable, "make a plain `python server.py` have the loader"), (run_disable, "undo that")):
         parser = actions.add_parser(_name(action), help=text, description=action.__doc__)
         parser.set_defaults(run=action)
 
@@ -37,7 +37,7 @@ def _add(actions: argparse._SubParsersAction, action, text: str, user_data: bool
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of text-generation-webui, with server.py")
     if user_data:
         for option in ("--user-data-dir", "--model-dir"):
-            parser.add_argument(option, type=Path, metavar="FOLDER", help="as it is given to server.py, if it is")
+            parser.add_argument(option, type=Path, metavar="FOLDER", help="the same as given to server.py, if any")
     parser.set_defaults(run=action)
     return parser
 
@@ -47,10 +47,10 @@ def _name(action) -> str:
 
 
 def run_install(args: argparse.Namespace) -> int:
-    """Write a script of a few lines into the folder of extensions, and the startup file of `ropewalk webui enable`.
+    """Write a short script into the folder of extensions, and the startup file of `ropewalk webui enable`.
 
-    The extension alone comes after --model: with --loader ropewalk, or a model saved with this loader, the server would
-    end there. No file of the web UI is changed.
+    The web UI reads extensions only after --model: without the startup file, the server would exit at
+    --loader ropewalk, or at a model saved with this loader. No file of the web UI is changed.
     """
     from ropewalk.faces.webui.extension import install
 
@@ -68,14 +68,14 @@ def run_install(args: argparse.Namespace) -> int:
 
 
 def other_python(checkout: Checkout) -> Path | None:
-    """The environment that the web UI is started with, if it has one of its own and this Python is another."""
+    """The environment that the web UI is started with, if it has one of its own and this Python is not from it."""
     own = checkout.own_python
     return None if own is None or own.resolve() == Path(sys.prefix).resolve() else own
 
 
 def run_uninstall(args: argparse.Namespace) -> int:
-    """Remove the extension, the startup file, and what names our loader or its settings in the yaml files: without the
-    loader, the web UI fails on a model that was saved with it."""
+    """Remove the extension, the startup file, and whatever names our loader or its settings in the yaml files: without
+    the loader, the web UI would exit at a model that was saved with it."""
     from ropewalk.faces.webui.embedded_model import remove_model
     from ropewalk.faces.webui.extension import uninstall
     from ropewalk.faces.webui.startup_file import disable, startup_file
@@ -92,7 +92,7 @@ def run_uninstall(args: argparse.Namespace) -> int:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Say what is found: the extension, the startup file, what names the loader, hooks with nothing to attach to."""
+    """Show what is installed: the extension, the startup file, files that name the loader, hooks without a target."""
     from ropewalk.faces.webui.extension import mentions
     from ropewalk.faces.webui.startup_file import is_enabled, startup_file
 
@@ -128,7 +128,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def missing_names(checkout: Checkout) -> list[str]:
-    """What hooks attach to and this version lacks, one line per hook; a concern is fine if any of its hooks is."""
+    """The targets of hooks that this version lacks, one line per concern; a concern is fine if any of its hooks is."""
     from ropewalk.faces.webui.hooks import HOOKS
 
     complaints: dict[str, list[str]] = {}
@@ -162,7 +162,7 @@ def run_enable(args: argparse.Namespace) -> int:
 
 
 def run_disable(args: argparse.Namespace) -> int:
-    """Remove that file."""
+    """Remove the file that `ropewalk webui enable` wrote."""
     from ropewalk.faces.webui.startup_file import disable, startup_file
 
     _say(f"removed {startup_file()}" if disable(startup_file()) else "it was not enabled")

@@ -1,4 +1,4 @@
-"""A loaded model for what takes a transformers model: `generate`, its streamers, samplers and stopping criteria.
+"""A loaded model, for whatever takes a transformers model: `generate`, its streamers, samplers and stopping criteria.
 
     model = ropewalk.hf.from_pretrained(folder, max_seq_len=16384)
     model.generate(input_ids, max_new_tokens=100, do_sample=True)
@@ -9,7 +9,7 @@ Needs transformers, which `import ropewalk` does not.
 from __future__ import annotations
 
 try:
-    import transformers  # noqa: F401  (asked for here, so that its absence is told in one sentence)
+    import transformers  # noqa: F401  (imported here so that its absence is reported in one sentence)
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('ropewalk.hf needs transformers: pip install "ropewalk[hf]"', name=error.name) from error
 

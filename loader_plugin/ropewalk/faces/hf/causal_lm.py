@@ -1,6 +1,6 @@
-"""The model in the shape of transformers: a `PreTrainedModel` whose forward pass is ropewalk's.
+"""The model as transformers knows models: a `PreTrainedModel` whose forward pass is ropewalk's.
 
-It holds no parameters. One sequence at a time; what transformers can ask for and this model cannot do is refused
+It has no parameters and runs one sequence at a time. What transformers can ask for and this model cannot do is refused
 (`refusals.py`).
 """
 
@@ -31,7 +31,7 @@ from ropewalk.generate.generate import Cancelled, GenerationStats, Progress
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
 
-STEP_OPTIONS = ("use_cache", "logits_to_keep", "num_logits_to_keep")  # what `generate` hands on to every step
+STEP_OPTIONS = ("use_cache", "logits_to_keep", "num_logits_to_keep")  # what `generate` passes on to every step
 
 
 def from_pretrained(folder: str | Path, **options: Any) -> RopewalkForCausalLM:
@@ -42,10 +42,10 @@ def from_pretrained(folder: str | Path, **options: Any) -> RopewalkForCausalLM:
 class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     """A loaded `Model` for transformers' `generate` and whatever else takes a causal language model.
 
-    Logits are float32 and those of `Model.forward`, bit for bit. Replies of several threads wait for each other.
+    Logits are float32 and equal those of `Model.forward` bit for bit. Replies in several threads wait for each other.
 
-    logits_by_default: for how many last tokens a direct call without `logits_to_keep` gives logits; 0 means all, as in
-        transformers. All of a long text take much memory: 4 bytes * tokens * vocabulary.
+    logits_by_default: how many of the last tokens get logits in a direct call without `logits_to_keep`; 0 means all,
+        as in transformers. Logits of a whole long text take much memory: 4 bytes * tokens * vocabulary.
     """
 
     _supports_sdpa = True  # else transformers warns that attention is slow
@@ -76,7 +76,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are expected and logits lie."""
+        """Where token ids are expected and logits are returned."""
         return self._device
 
     @property
@@ -96,38 +96,39 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
 
     @property
     def used_adapters(self) -> tuple[tuple[Any, ...], ...]:
-        """The adapters in use: (name, weight), and the instances where a use names them."""
+        """The adapters in use: (name, weight), and the instances if a use names any."""
         uses = self._loaded.adapters
         return tuple((use.name, use.weight) + ((use.instances,) if use.instances else ()) for use in uses)
 
     def load_adapter_folder(self, folder: str | Path, name: str, **options: Any) -> None:
-        """Load a PEFT folder under a name; `set_adapters` then uses it. Options, errors: `Model.load_adapter`."""
+        """Load a PEFT folder under a name; `set_adapters` then uses it. Options and errors are those of
+        `Model.load_adapter`."""
         self.ropewalk_model.load_adapter(folder, name, **options)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; it is taken out of those in use.
+        """Forget an adapter, and stop using it.
 
         Raises:
-            RequestError: there is none of that name.
+            RequestError: there is no adapter of that name.
         """
         self.ropewalk_model.unload_adapter(name)
         self._loaded.adapters = tuple(use for use in self._loaded.adapters if use.name != name)
 
     def set_adapters(self, adapters: Request | None) -> None:  # PEFT's mixin has no method of this name
-        """Use these loaded adapters from now on; None: none. For example "storm+poet:0.5", the same as
+        """Use these loaded adapters from now on; None uses none. For example "storm+poet:0.5", the same as
         [("storm", 1.0), ("poet", 0.5)], or "storm@8-11" on some instances of the layer order.
 
         Raises:
-            RequestError: no such request, or a name that is not loaded. Those in use stay.
+            RequestError: an invalid request, or a name that is not loaded. The adapters in use then stay.
         """
         runner = self._loaded
         runner.model.adapter_key(adapters)
         runner.adapters = checked_request(adapters)
 
     def watch(self, progress: Progress | None = None, cancelled: Cancelled | None = None) -> None:
-        """Be told while tokens are read, from now on; stopping criteria are asked only once a prompt has been read.
+        """From now on, report while tokens are read: stopping criteria are called only once a prompt has been read.
 
-        progress: called with (tokens done, tokens to do) after every layer. cancelled: asked before every layer; True
+        progress: called with (tokens done, tokens to do) after every layer. cancelled: called before every layer; True
             ends the call with a RequestError that begins with "cancelled", and keeps what was computed.
         """
         self._loaded.progress, self._loaded.cancelled = progress, cancelled
@@ -162,16 +163,16 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         """Logits of one sequence, or with `labels` its loss.
 
         input_ids: [1, T] integers, which follow the tokens of `past_key_values` (a `TokenHistory` of an earlier call).
-            What the cache holds of the whole is not computed again.
-        labels: [1, T], -100 where nothing is scored; the loss is the mean over the others but the first. The logits
-            are then those of the last token only, since all of a long text would not fit into memory.
-        logits_to_keep: for how many last tokens to give logits; 0: all. Within `generate` the default is 1.
+            The part of the whole that the cache holds is not computed again.
+        labels: [1, T], -100 where nothing is scored; the loss is the mean over the other labels except the first.
+            The logits are then those of the last token only, since those of a long text would not fit into memory.
+        logits_to_keep: how many of the last tokens get logits; 0: all. Within `generate` the default is 1.
             num_logits_to_keep is its name in transformers before 4.48.
         Returns logits [1, kept, V] float32, `past_key_values` (unless use_cache is False), loss.
 
         Raises:
-            RequestError: no or unknown tokens, or more than the context holds. UnsupportedError: what is not
-            implemented, by name.
+            RequestError: no tokens, unknown ones, or more than the context holds. UnsupportedError: an argument that is
+            not implemented, by name.
         """
         runner = self._loaded
         check_refused(refused)
@@ -206,7 +207,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """The arguments of `forward` for the next step: the tokens [1, T] that the history does not have yet.
 
-        A history of a conversation that was edited meanwhile is cropped to what both share.
+        If the conversation was edited meanwhile, the history is cropped to the common prefix.
         """
         history = TokenHistory() if past_key_values is None else past_key_values
         row = input_ids[0]
@@ -230,7 +231,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = TokenHistory()
 
     def _history(self, past: TokenHistory | None) -> TokenHistory:
-        """The tokens before those of a call. One within a reply that brings none is the first pass of guidance."""
+        """The tokens before those of a call. Within a reply, a call without a history is the first pass of guidance."""
         if past is None:
             return TokenHistory(GUIDANCE) if self._loaded.is_replying else TokenHistory()
         return check_history(past)

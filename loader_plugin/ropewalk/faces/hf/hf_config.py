@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from ropewalk.model.model import Model
 
-# How weights are stored and positions scaled is ropewalk's own business, in spellings that transformers may refuse.
+# How weights are stored and positions scaled concerns only ropewalk, and transformers may refuse the spellings.
 OWN_KEYS = {"quantization_config", "rope_scaling", "rope_parameters", "layer_order"}
 # The family is known by now; logits are float32, whatever the weights are.
 REPLACED_KEYS = {"model_type", "dtype", "torch_dtype"}

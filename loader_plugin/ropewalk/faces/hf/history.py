@@ -20,10 +20,10 @@ class TokenHistory(DynamicCache):
     It is a DynamicCache in name only, because transformers before 4.56 asks for that type before it crops.
     """
 
-    is_compileable = False  # there is no graph of torch to compile
+    is_compileable = False  # there is no torch graph to compile
     is_croppable = True
 
-    def __init__(self, slot: str = "main") -> None:  # not that of DynamicCache: there are no layers to set up
+    def __init__(self, slot: str = "main") -> None:  # without DynamicCache's own: there are no layers to set up
         self.slot = slot  # which of the runner's caches the sequence is computed in
         self._ids = np.empty(INITIAL_ROOM, dtype=np.int64)
         self._length = 0
@@ -41,9 +41,9 @@ class TokenHistory(DynamicCache):
         return self._length
 
     def crop(self, max_length: int) -> None:
-        """Forget tokens at the end: down to `max_length` of them, or, where it is negative, so many of them.
+        """Drop tokens at the end: keep `max_length` of them or, if it is negative, drop that many.
 
-        0 forgets nothing: transformers 5 says so where all candidates were right, and no version means "all" by it.
+        0 drops nothing: transformers 5 passes it when all candidates were right, and no version means "all" by it.
         """
         if max_length < 0:
             self._length = max(0, self._length + max_length)
@@ -51,16 +51,16 @@ class TokenHistory(DynamicCache):
             self._length = min(self._length, max_length)
 
     def activate_past_recording(self) -> None:
-        """Asked of caches before tokens are rolled back; a history can always be."""
+        """Called on caches before tokens are rolled back; a history always can be, so there is nothing to do."""
 
     def common_prefix(self, ids: np.ndarray) -> int:
-        """How many leading tokens are those of ids: [T] integers."""
+        """How many leading tokens equal those of ids: [T] integers."""
         limit = min(self._length, len(ids))
         differing = np.flatnonzero(self._ids[:limit] != ids[:limit])
         return int(differing[0]) if len(differing) else limit
 
     def truncate_(self, length: int) -> None:
-        """Keep the first `length` tokens, which may be none."""
+        """Keep the first `length` tokens; 0 keeps none."""
         self._length = min(self._length, length)
 
     def extend_(self, ids: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What transformers can ask of a model and this one does not do: each is refused by name, with what to do instead."""
+"""What transformers can ask of a model and this one cannot do: each is refused by name, with what to do instead."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RefusesTheRest:
         raise UnsupportedError(NO_TRAINING)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, if it is asked to stay where and what it is.
+        """The model itself, if the device and dtype asked for are its own.
 
         Raises:
             UnsupportedError: another device or dtype.
@@ -84,7 +84,7 @@ def check_mask(mask: torch.Tensor | None) -> None:
 
 
 def check_history(past: Any) -> TokenHistory:
-    """Raises RequestError for keys and values of another model, which have no meaning here."""
+    """Returns the history. Raises RequestError for keys and values of another model, which have no meaning here."""
     if not isinstance(past, TokenHistory):
         raise RequestError(
             f"past_key_values must be what an earlier call of this model returned, got {type(past).__name__}"
@@ -96,7 +96,7 @@ def one_sequence(ids: Any, name: str, length: int | None = None) -> list[int]:
     """The tokens of [1, T] ids.
 
     Raises:
-        RequestError: no integer tensor of that shape. UnsupportedError: several sequences.
+        RequestError: not an integer tensor of that shape. UnsupportedError: several sequences.
     """
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         got = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__

@@ -18,7 +18,7 @@ class _Prompt:
 
 
 class ReplyClock:
-    """Told of every step of one reply. The first one reads the prompt; all that follows is writing."""
+    """Counts the steps of one reply. The first step reads the prompt; the later ones write."""
 
     def __init__(self, context_size: int) -> None:
         self._context_size = context_size
@@ -30,7 +30,7 @@ class ReplyClock:
     def count(self, history: TokenHistory, keep: int, reused: int, seconds: float) -> None:
         """One step has been run: `history` is what has been computed, `reused` tokens of it came from the cache.
 
-        keep: after how many tokens logits were asked for; all but the first of them are guesses of an assistant.
+        keep: how many of the last tokens got logits; all but the first of these are guesses of an assistant.
         """
         self._history, self._latest = history, time.perf_counter()
         if self._prompt is None:

@@ -1,4 +1,4 @@
-"""Runs sequences of tokens through one model for many callers: finds what its caches hold already, computes the rest.
+"""Runs sequences of tokens through one model for many callers, and computes only what its caches do not hold yet.
 
 Two caches: "main" for conversations, "guidance" for the second pass of classifier-free guidance (made when first
 asked for). Each call finds the longest prefix of its own sequence, so callers may take turns in any order; the only
@@ -31,7 +31,7 @@ IGNORED_LABEL = -100  # the convention of torch's cross entropy
 
 @dataclass(slots=True)
 class _Slot:
-    """One cache; `holder` is the history whose tokens it holds in front, computed with the adapters of `key`."""
+    """One cache; `holder` is the history whose tokens it begins with, computed with the adapters of `key`."""
 
     cache: KvCache
     holder: TokenHistory | None = None
@@ -64,7 +64,7 @@ class Runner:
 
     @contextmanager
     def reply(self) -> Iterator[None]:
-        """The time of one reply. Replies of other threads wait: taking turns would read each prompt at every token."""
+        """Hold the model for one reply. Other threads wait: alternating would read each prompt again at every token."""
         with self._replies:
             self._replying.depth = getattr(self._replying, "depth", 0) + 1
             clock = self._clock = ReplyClock(self.model.max_seq_len)
@@ -78,7 +78,7 @@ class Runner:
         """Append tokens to a history and give the logits after the last `keep` of them, [keep, V] float32.
 
         Raises:
-            RequestError: as `Model.forward`. The history is as it was.
+            RequestError: as `Model.forward`. The history is then unchanged.
         """
         ids = checked_token_ids(token_ids, self.model.config.vocab_size)
         with self._step, torch.no_grad():
@@ -99,7 +99,7 @@ class Runner:
         Memory: logits in blocks of 64 MiB.
 
         Raises:
-            RequestError: as `Model.forward`; a label that is no token id.
+            RequestError: as `Model.forward`; a label that is not a token id.
         """
         ids = checked_token_ids(token_ids, self.model.config.vocab_size)
         targets = torch.tensor([*labels[1:], IGNORED_LABEL])
@@ -131,7 +131,7 @@ class Runner:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the size of the vocabulary."""
         return self.model.config.vocab_size
 
     def _slot(self, name: str) -> _Slot:
@@ -141,9 +141,9 @@ class Runner:
         return slot
 
     def _rewind(self, slot: _Slot, history: TokenHistory, ids: list[int], keep: int) -> list[int]:
-        """Leave in the cache what can stay, and say which tokens are to be run: the last `keep` at least.
+        """Keep in the cache what can be reused; returns the tokens to run, which are at least the last `keep`.
 
-        Where the cache was last used by the same history, its tokens lie in front, and need no comparison.
+        If the cache was last used by the same history, it begins with its tokens, and they need no comparison.
         """
         whole = len(history) + len(ids)
         if slot.holder is history and slot.key == self.model.adapter_key(self.adapters) and keep <= len(ids):
@@ -165,13 +165,13 @@ class Runner:
         return self._forward(slot, ids[-keep:], "all", end)
 
     def _forward(self, slot: _Slot, ids: list[int], mode: str, seq_len: int | None) -> torch.Tensor:
-        """`Model.forward`; whoever holds the slot holds it no longer where that does not come to its end."""
+        """`Model.forward`. If it does not complete, the slot loses its holder."""
         holder, slot.holder = slot.holder, None
         end = slot.cache.length + len(ids)
         logits = self.model.forward(
             ids, slot.cache, mode, self.progress, self.cancelled, seq_len=seq_len, adapters=self.adapters
         )
         if slot.cache.length < end:
-            raise RequestError("cancelled: the function given as `cancelled` said so while tokens were read")
+            raise RequestError("cancelled: the function given as `cancelled` returned True while tokens were read")
         slot.holder = holder
         return logits

@@ -1,4 +1,4 @@
-"""From a job to an HTTP answer: one JSON object, or server-sent events. Either way a client that goes away ends it."""
+"""From a job to an HTTP answer: one JSON object, or server-sent events. Either way, it ends if the client leaves."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class EventStream(Response):
                     yield _event(self._writer.chunk(event))
             for chunk in self._writer.closing():
                 yield _event(chunk)
-        except Exception as error:  # the status is sent already: all that is left is to say it in the stream
+        except Exception as error:  # the status has been sent: only the stream can still say it
             answer = api_error(error, self._hide)
             notes.details.append(f"error {answer.status}: {answer.for_log or answer.message}")
             yield _event(answer.body)
@@ -86,7 +86,7 @@ class EventStream(Response):
 
 
 async def watched(job: Job, metrics: Metrics, notes: Notes) -> AsyncIterator[Piece | Finished | Waiting]:
-    """The job's events; what they tell is counted and noted."""
+    """The job's events, counted and noted on their way."""
     loop = asyncio.get_running_loop()
     started, first = loop.time(), True
     try:
@@ -109,7 +109,7 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes away.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: the client went away.
     """
     tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
@@ -133,7 +133,7 @@ def _event(value: Any) -> str:
 
 
 def _comment(event: Waiting) -> str:
-    """Clients skip it; people who look at the stream see where they stand."""
+    """Clients skip it; people who watch the stream see where they stand."""
     return f": waiting at position {event.position} of the queue\n\n" if event.position else ": reading the prompt\n\n"
 
 

@@ -25,6 +25,7 @@ from ropewalk.faces.server.bodies import MAX_VALUES, openapi_body, openapi_schem
 from ropewalk.faces.server.errors import ApiError, api_error, install_error_handlers
 from ropewalk.faces.server.hosts import HostCheck
 from ropewalk.faces.server.jobs import Jobs
+from ropewalk.faces.server.limits import MAX_BODY_MIB
 from ropewalk.faces.server.metrics import Metrics
 from ropewalk.faces.server.middleware import CLIENT_GONE, AccessLog, ApiKeys, BodyLimit
 from ropewalk.faces.server.model_names import ModelNames
@@ -35,19 +36,18 @@ from ropewalk.faces.server.requests import Desk, Work
 from ropewalk.faces.server.schema import ChatRequest, CompletionRequest, EmbeddingsRequest
 from ropewalk.generate.sampling import SamplingParams
 
-MAX_BODY_BYTES = 16 * 2**20  # several times the longest prompt of a context of 128k tokens, escapes included
-PREPARING_THREADS = 2  # bodies that are parsed and tokenised at a time: each may take memory for a moment
+PREPARING_THREADS = 2  # bodies that are parsed and tokenised at once: each may take memory for a moment
 
 R = TypeVar("R", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
-    """base: the model's name. defaults: settings of what requests leave out. api_keys: none, if anyone may come.
+    """base: the model's name. defaults: the settings that requests leave out. api_keys: none, if anyone may use it.
 
-    cors_origins: the web pages that may use this server from a browser ("*": all). allowed_hosts: names under which
-    it may be addressed besides those of loopback; None: any. max_body_bytes: of one request. folders: of the files
-    that errors can name, which clients are not told.
+    cors_origins: the web pages that may use this server from a browser ("*": all). allowed_hosts: names by which it
+    may be addressed in addition to those of loopback; None: any. max_body_bytes: of one request. folders: those that
+    errors may name, which clients are not told.
     """
 
     base: str
@@ -56,7 +56,7 @@ class AppOptions:
     api_keys: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
     allowed_hosts: Sequence[str] | None = None
-    max_body_bytes: int = MAX_BODY_BYTES
+    max_body_bytes: int = MAX_BODY_MIB * 2**20
     folders: Sequence[Path] = ()
 
 
@@ -76,7 +76,7 @@ class Service:
         self.draining = False
 
     def drain(self) -> None:
-        """Finish the replies that run; those that wait are told to go elsewhere, and so is whoever comes."""
+        """Finish the running replies; waiting requests and new ones are refused."""
         self.draining = True
         self.jobs.refuse_waiting(_shutting_down())
 
@@ -86,7 +86,7 @@ class Service:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, request: Request, fields: type[R], prepare: Callable[[R], Work], shape: Shape) -> Response:
-        """The reply to a completion or chat request. fields: what its body holds. prepare: makes it work."""
+        """The reply to a completion or chat request. fields: what its body holds. prepare: turns it into `Work`."""
         notes = request.scope[NOTES]
         try:
             work = await self._work(request, fields, prepare)
@@ -108,7 +108,7 @@ class Service:
         return await whole_answer(request, job, writer, self.metrics)
 
     async def _work(self, request: Request, fields: type[R], prepare: Callable[[R], Work]) -> Work:
-        """What the body asks for; parsed, checked and tokenised apart from the event loop."""
+        """What the body asks for; parsed, checked and tokenised outside the event loop."""
         content = await read_body(request)
         content_type = request.headers.get("content-type", "")
 
@@ -124,7 +124,7 @@ class Service:
         return {"id": name, **owner, "context_length": size, "max_model_len": size}
 
     def _retry_after_s(self) -> int:
-        """About as long as the queue takes to move up by one, at the pace so far."""
+        """About as long as the queue takes to advance by one, at the pace so far."""
         seconds, count = self.metrics.request_totals()
         return max(1, round(seconds / max(count, 1) / self.engine.queue.num_turns))
 
@@ -168,12 +168,12 @@ def _shutting_down() -> ApiError:
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
-        """The model, and the adapters that are loaded beside it."""
+        """The model, alone and with each of its loaded adapters."""
         return JSONResponse({"object": "list", "data": [service.model_card(name) for name in service.names.listed]})
 
     @app.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> JSONResponse:
-        """One model; any sum of adapters is one."""
+        """One model; any sum of adapters counts as one."""
         service.names.adapters_of(model)
         return JSONResponse(service.model_card(model))
 

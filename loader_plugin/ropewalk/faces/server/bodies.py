@@ -1,7 +1,7 @@
-"""From the bytes of a request to its checked fields. Only reading them is done in the event loop.
+"""From the bytes of a request to its checked fields. Only the reading happens in the event loop.
 
-Parsing holds Python's lock from its first byte to its last, so a body of very many values is refused before: counting
-them takes 10 ms for 10 MB, making objects of them a second and 100 bytes each.
+Parsing holds Python's global lock from the first byte to the last, so a body of very many values is refused beforehand:
+for 10 MB, counting them takes 10 ms, and making objects of them takes a second and 100 bytes each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from ropewalk.faces.server.errors import ApiError, validation_error
 
-MAX_VALUES = 250_000  # of one body, where the context is not longer: numbers, texts, lists and objects
+MAX_VALUES = 250_000  # of one body, unless a longer context needs more: numbers, texts, lists and objects
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -36,7 +36,7 @@ def parse_body(content: bytes, content_type: str, fields: type[B], max_values: i
     """The body as a checked request.
 
     Raises:
-        ApiError: it is not declared as JSON, is none, has too many values, or fields of wrong types.
+        ApiError: it is not declared as JSON, is not JSON, has too many values, or has fields of wrong types.
     """
     if not content or not _is_json(content_type):
         raise validation_error([{"type": "missing", "loc": (), "msg": "Field required"}])
@@ -50,9 +50,9 @@ def parse_body(content: bytes, content_type: str, fields: type[B], max_values: i
 
 
 def count_values(content: bytes, enough: int) -> int:
-    """How many values JSON of these bytes has at most; past `enough` it is not counted further.
+    """How many values JSON of these bytes can have at most; once past `enough`, the count may stop.
 
-    What is in strings does not count, however it is escaped.
+    What is inside strings does not count, however it is escaped.
     """
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left begin and end strings
     num_strings = plain.count(b'"') // 2
@@ -63,13 +63,13 @@ def count_values(content: bytes, enough: int) -> int:
 
 
 def openapi_body(fields: type[BaseModel]) -> dict[str, Any]:
-    """How a route that reads its body itself tells what it takes."""
+    """What OpenAPI says about the body of a route that reads it itself."""
     schema = {"$ref": f"#/components/schemas/{fields.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def openapi_schemas(*fields: type[BaseModel]) -> dict[str, Any]:
-    """What these references point to, by name."""
+    """The schemas that those references point to, by name."""
     inputs = [(each, "validation") for each in fields]
     return models_json_schema(inputs, ref_template="#/components/schemas/{model}")[1]["$defs"]
 
@@ -80,7 +80,7 @@ def _parsed(content: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: no UTF-8 ({error.reason})") from error
+        raise ApiError(400, f"the body is not valid JSON: not UTF-8 ({error.reason})") from error
     except ValueError as error:  # a number of thousands of digits
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
     except RecursionError as error:
@@ -88,6 +88,6 @@ def _parsed(content: bytes) -> Any:
 
 
 def _is_json(content_type: str) -> bool:
-    """Nothing else is taken for JSON: a page of another origin can send text, but no JSON, without being asked."""
+    """Nothing else passes as JSON: without a preflight request, a page of another origin can send text but not JSON."""
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))

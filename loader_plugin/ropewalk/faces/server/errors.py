@@ -28,9 +28,9 @@ Hide = Callable[[str], str]
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error. param: the field that is to blame; code: a word for programs.
+    """An answer that is an error. param: the field at fault; code: a word for programs.
 
-    for_log: what the log says instead of the message, which is all that the client may know.
+    for_log: what the log says instead of the message, which has only what the client may know.
     """
 
     status: int
@@ -47,17 +47,17 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The same as a response. Plain ASCII: what a client sent may hold what has no UTF-8 form."""
+        """The same as a response. Plain ASCII: what a client sent may have no UTF-8 form."""
         return Response(json.dumps(self.body), self.status, dict(self.headers), "application/json")
 
 
 def api_error(error: Exception, hide: Hide, retry_after_s: int = 1) -> ApiError:
-    """What a client is told about an error of the engine. hide: takes paths of this machine out of a message."""
+    """What a client is told about an error of the engine. hide: removes paths of this machine from a message."""
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, RopewalkError):
         logger.error("a request failed", exc_info=error)
-        return ApiError(500, "the server failed on this request; its log says how", code="internal_error")
+        return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
     message = str(error)
     told = ApiError(500, hide(message), for_log=message)
     if isinstance(error, QueueFullError):
@@ -70,13 +70,13 @@ def api_error(error: Exception, hide: Hide, retry_after_s: int = 1) -> ApiError:
 
 
 def note_error(scope: Scope, error: ApiError) -> None:
-    """Leave the message for the line in the log."""
+    """Leave the message for the request's line in the log."""
     message = error.for_log or error.message
     scope[NOTES].details.append(message.encode("ascii", "backslashreplace").decode()[:SHOWN_CHARACTERS])
 
 
 def install_error_handlers(app: FastAPI, hide: Hide) -> None:
-    """Give every error of the application that shape, those of FastAPI itself included."""
+    """Give every error of the application that shape, including FastAPI's own."""
 
     def answer(request: Request, error: ApiError) -> Response:
         note_error(request.scope, error)
@@ -99,7 +99,7 @@ def install_error_handlers(app: FastAPI, hide: Hide) -> None:
 
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """A request whose JSON is none, or whose fields have the wrong types."""
+    """A request whose body is not JSON, or whose fields have the wrong types."""
     named: dict[str, dict[str, None]] = {}  # a field that may have several types has a complaint from each
     for problem in problems:
         named.setdefault(_field(problem["loc"]), {})[str(problem["msg"])] = None

@@ -1,8 +1,8 @@
-"""The names under which a server on loopback may be addressed.
+"""The names by which a server on loopback may be addressed.
 
-A page of any site can point a name of its own at 127.0.0.1 and then talk to the server as if it were its own (DNS
-rebinding): the browser still says in the Host header which name it asked for. Programs that are not browsers name
-what they were given, which is an address or "localhost".
+Any site can point a domain name of its own at 127.0.0.1, and its pages can then talk to the server as if it were theirs
+(DNS rebinding): but the browser still sends that name in the Host header. Programs that are not browsers send what they
+were given, which is an address or "localhost".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_of(header: str) -> str:
-    """The name of a Host header, or of what a person types, without port and brackets; as it is if it is neither."""
+    """The name in a Host header, or in what a person typed, without port and brackets; anything else as it is."""
     if header.startswith("["):
         return header[1:].partition("]")[0]
     name, colon, port = header.rpartition(":")
@@ -37,7 +37,7 @@ def host_of(header: str) -> str:
 
 
 class HostCheck:
-    """Refuses requests that were addressed to another name. allowed: names besides those of loopback ("*": any).
+    """Refuses requests addressed to any other name. allowed: names in addition to those of loopback ("*": any).
 
     A request without a Host header passes: browsers always send one.
     """

@@ -1,8 +1,9 @@
 """A request's way through the engine, seen from the event loop.
 
-    enter the queue -> (its turn) -> a worker thread runs the replies, one after another -> events -> the loop
+    enter the queue -> (its turn) -> a worker thread writes the replies, one after another -> events -> the loop
 
-A job that waits takes no thread. `Job.close` frees its place at once: in the queue, within a prompt, between tokens.
+The worker thread runs them as one piece of work (`engine/work.py`), which can be cancelled. A waiting job takes no
+thread. `Job.close` frees its place at once: in the queue, within a prompt, between tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ropewalk.text.tokenizer.load import StreamDecoder
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of the reply to choice `index`, with the tokens that came since the last piece, each with its text."""
+    """Text of the reply to choice `index`, with the tokens since the last piece, each with its text."""
 
     index: int
     text: str
@@ -35,7 +36,7 @@ class Piece:
 class Finished:
     """The reply to choice `index` is complete. tokens: those since the last piece; num_tokens: those of the reply.
 
-    routing: which adapter was chosen and why, where the model's name left that open.
+    routing: which adapter was chosen and why, if the model's name left that open.
     """
 
     index: int
@@ -48,7 +49,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Nothing new for a while. position: in the queue; 0 while the prompt is read."""
+    """Nothing new for a while. position: that in the queue; 0 while the prompt is read."""
 
     position: int
 
@@ -57,7 +58,7 @@ Event = Piece | Finished | Waiting
 
 
 class Jobs:
-    """Starts jobs on an engine, and knows those that are not over. Only for the event loop's thread."""
+    """Starts jobs on an engine, and knows those that are not over. Use it in the event loop's thread only."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -68,7 +69,7 @@ class Jobs:
         """Put the work into the queue.
 
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: too many are waiting.
         """
         return Job(self, self._threads, work)
 
@@ -120,7 +121,7 @@ class Job:
         self.close()
 
     async def events(self, patience_s: float) -> AsyncIterator[Event]:
-        """What happens, until all replies are complete; `Waiting` after `patience_s` without anything.
+        """What happens, until all replies are complete; `Waiting` whenever nothing does for `patience_s`.
 
         Raises:
             Exception: what went wrong in the engine.
@@ -138,7 +139,7 @@ class Job:
             yield event
 
     def _on_turn(self) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with suppress(RuntimeError):  # the loop is closed: nobody is listening any more
             self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
@@ -158,7 +159,7 @@ class Job:
             self.ticket.close()
 
     def _on_change(self) -> None:
-        """The end, or what went wrong: whatever it is, the client must hear of it."""
+        """Post the end, or what went wrong: the client must hear of either."""
         if self._running.is_over:
             self._post(self._running.error or self._running.failure)
 
@@ -179,7 +180,7 @@ class Job:
         self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, routing))
 
     def _echo(self, index: int, choice: Choice) -> None:
-        """The prompt as the first piece; with its tokens, where log probabilities are asked for."""
+        """The prompt as the first piece; with its tokens if log probabilities are requested."""
         engine, count = self._jobs.engine, choice.params.logprobs
         if count is None:
             self._post(Piece(index, choice.echo, []))
@@ -197,7 +198,7 @@ class Job:
 
 
 class _ShownTokens:
-    """Tokens in step with the text that is shown: a token belongs to it if it begins before its end."""
+    """Keeps tokens in step with the text shown: a token belongs to that text if it begins before its end."""
 
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
@@ -217,7 +218,7 @@ class _ShownTokens:
         return told
 
     def rest(self) -> list[tuple[Step, str]]:
-        """All tokens that are left: they have no text."""
+        """All remaining tokens, which have no text."""
         told = self._stream.tokens(self.num_told)
         self.num_told += len(told)
         return told

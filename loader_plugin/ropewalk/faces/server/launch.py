@@ -24,13 +24,13 @@ KEEP_ALIVE_S = 30  # for connections without a request
 def serve(
     host: str, port: int, make_engine: Callable[[], Engine], options: AppOptions, say: Callable[[str], None]
 ) -> int:
-    """Run the server until it is told to end; the exit code. The address is taken before the model is loaded.
+    """Run the server until it is told to end; returns the exit code. Takes the address before it loads the model.
 
     options: its adapters are those of the engine; its allowed_hosts become `checked_hosts`. say: shows the lines that
-    tell where the server is.
+    say where the server is.
 
     Raises:
-        ConfigError: the address is wrong or taken. Errors of `make_engine`.
+        ConfigError: the address is wrong or taken. Also the errors of `make_engine`.
     """
     with _listen(host, port) as listener:
         engine = make_engine()
@@ -48,10 +48,10 @@ def serve(
 
 
 def checked_hosts(allowed: Sequence[str] | None, host: str, address: str) -> tuple[str, ...] | None:
-    """The names besides those of loopback under which a server may be addressed; None: any.
+    """The names by which a server may be addressed, apart from those of loopback; None: any.
 
-    On loopback no page of the web may reach it under a name of its own. Elsewhere a server has names that it does not
-    know, so they are checked only if some are `allowed`. host, address: as it was told to listen, and what that is.
+    On loopback, no web page may reach it by a domain name of its own. Elsewhere a server has names that it does not
+    know, so they are checked only if some are `allowed`. host, address: what it was told to listen on, and its address.
     """
     if allowed is None and not is_loopback(address):
         return None
@@ -59,7 +59,7 @@ def checked_hosts(allowed: Sequence[str] | None, host: str, address: str) -> tup
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The socket, before the model is loaded: a port that is taken is told at once."""
+    """The socket. It is opened before the model is loaded, so that a port in use is reported at once."""
     if not 0 <= port <= MAX_PORT:
         raise ConfigError(f"--port must be from 0 to {MAX_PORT}, got {port}")
     try:
@@ -100,4 +100,4 @@ def _banner(options: AppOptions, engine: Engine, names: list[str], url: str, is_
     rows = [f"  {name:<9} {value}" for name, value in lines.items() if value]
     if is_open:
         rows.append("  warning: anyone who reaches this address can use the model: give --api-key KEY")
-    return "\n".join(["", "ropewalk serve", *rows, "  Ctrl-C ends it after the replies that run (twice: at once)", ""])
+    return "\n".join(["", "ropewalk serve", *rows, "  Ctrl-C ends it after the running replies (twice: at once)", ""])

@@ -1,4 +1,4 @@
-"""What Prometheus is told, in a registry of our own: several servers in one process do not mix."""
+"""Metrics for Prometheus, in a registry of their own: several servers in one process do not mix."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ class Metrics:
         self.requests = Counter(
             "ropewalk_requests", "HTTP requests by endpoint and status", ("endpoint", "status"), registry=registry
         )
-        self.disconnects = Counter("ropewalk_disconnects", "Clients that went away too early", registry=registry)
+        self.disconnects = Counter(
+            "ropewalk_disconnects", "Clients that left before their reply was complete", registry=registry
+        )
         self.queue_seconds = self._histogram("queue", "waiting for a turn")
         self.first_text_seconds = self._histogram("first_text", "from the request to the first text of its reply")
         self.request_seconds = self._histogram("request", "from the request to the end of its reply")
         self._tokens = Counter(
             "ropewalk_tokens",
-            "Tokens: of prompts that were computed, of prompts that were in a cache, of replies",
+            "Tokens by kind: of prompts, computed or found in a cache, and of replies",
             ("kind",),
             registry=registry,
         )
@@ -45,7 +47,7 @@ class Metrics:
         self._tokens.labels("reply").inc(done.num_tokens)
 
     def request_totals(self) -> tuple[float, float]:
-        """(seconds, number) of the requests that were answered to the end."""
+        """(seconds, number) of the requests that were answered in full."""
         samples = {sample.name: sample.value for metric in self.request_seconds.collect() for sample in metric.samples}
         return samples["ropewalk_request_seconds_sum"], samples["ropewalk_request_seconds_count"]
 

@@ -1,4 +1,4 @@
-"""Around every request: the API key, the largest body, and one line and one count when it is over.
+"""Around every request: its API key, the limit on its body, and a log line and a count when it is over.
 
 Plain ASGI: a wrapper that reads the request would hide the client's disconnect from the routes.
 """
@@ -21,11 +21,11 @@ access_log = logging.getLogger("ropewalk.faces.server.access")
 
 OPEN_PATHS = ("/health",)
 QUIET_PATHS = ("/health", "/metrics")
-CLIENT_GONE = 499  # nginx's word for a client that did not wait
+CLIENT_GONE = 499  # nginx's status for a client that did not wait
 
 
 class AccessLog:
-    """Counts each request and writes its line. `Notes` in the scope are for the routes to fill."""
+    """Counts each request and writes its line in the log. The routes fill the `Notes` in the scope."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -71,7 +71,7 @@ class AccessLog:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys. /health is open, and so are the questions of browsers (OPTIONS)."""
+    """Refuses requests without one of the keys. /health is open, and so are browsers' preflight requests (OPTIONS)."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -93,13 +93,13 @@ class ApiKeys:
 
     def _accepts(self, header: bytes) -> bool:
         scheme, _, given = header.partition(b" ")
-        # All keys are compared, each in constant time: the time says nothing about any of them.
+        # All keys are compared, each in constant time: the time reveals nothing about any of them.
         matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
 
 
 class BodyLimit:
-    """Refuses larger bodies, declared or not, before they are in memory."""
+    """Refuses bodies of more than `max_bytes`, declared or not, before they are in memory."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -125,7 +125,7 @@ class BodyLimit:
         if not too_large:
             await self._app(scope, counting_receive, limited_send)
         if too_large:
-            scope[NOTES].client_gone = False  # the route took the cut for that
+            scope[NOTES].client_gone = False  # the route took the cut-off body for a disconnect
             message = f"the body is larger than {self._max_bytes} bytes, which is the limit here"
             error = ApiError(413, message, code="body_too_large")
             note_error(scope, error)

@@ -20,15 +20,15 @@ class ModelNames:
 
     @property
     def listed(self) -> list[str]:
-        """The names that clients are shown; weights, instances and sums of adapters can be written besides."""
+        """The names that clients are shown; they can also write weights, instances and sums of adapters."""
         names = [f"{self.base}+{format_request([AdapterUse(name)])}" for name in self.adapters]
         return [self.base, *names, *([f"{self.base}+{AUTO}"] if names else [])]
 
     def adapters_of(self, model: str | None) -> Request | None:
-        """The adapters of a request for this model; None given is the base.
+        """The adapters of a request for this model; no model means the base.
 
         Raises:
-            ApiError: no such model or adapter, or a notation that is none.
+            ApiError: no such model or adapter, or an invalid notation.
         """
         if model is None or model == self.base:
             return None
@@ -46,5 +46,5 @@ class ModelNames:
         return uses
 
     def _unknown(self, model: str) -> ApiError:
-        message = f"there is no model {model[:200]!r} here; there are {', '.join(self.listed)}"
+        message = f"there is no model {model[:200]!r} here; available are {', '.join(self.listed)}"
         return ApiError(404, message, "model", "model_not_found")

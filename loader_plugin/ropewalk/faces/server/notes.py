@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-NOTES = "ropewalk_notes"  # the key of the ASGI scope under which they lie
+NOTES = "ropewalk_notes"  # the key under which the ASGI scope has them
 
 
 @dataclass(slots=True)

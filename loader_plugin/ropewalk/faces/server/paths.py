@@ -1,4 +1,4 @@
-"""Messages name files, which helps whoever runs the server and is nothing to its clients: they get the last part."""
+"""Messages name files, which helps whoever runs the server but does not concern its clients: they get the last part."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# In quotes a path may hold spaces; outside it ends at the first, unless it begins with a folder that is known.
+# In quotes a path may contain spaces; otherwise it ends at the first space, unless it begins with a known folder.
 QUOTED = re.compile(r"""(['"])((?:/|[A-Za-z]:[\\/])[^'"]*[\\/][^'"]*|/[^'"/]+)\1""")
 BARE = re.compile(r"""(?<![\w.<~/\\-])(?:[A-Za-z]:)?[\\/](?:[^\s\\/'":;,()<>]+[\\/])+[^\s\\/'":;,()<>]*""")
 REST = r"""(?:[\\/][^\s'":;,()<>]*)?(?![\w-])"""
 
 
 class PathHider:
-    """Leaves of every path the name at its end. folders: known ones, whose names may hold spaces or be relative."""
+    """Reduces every path to its last part. folders: known ones, whose names may contain spaces or be relative."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         spelled = {str(form) for folder in folders for form in (folder, folder.absolute(), folder.resolve())}

@@ -1,7 +1,7 @@
 """Fields that this server does not implement and that would change the reply: refused by name instead of ignored.
 
-Programs send all settings that they know, most at values that do nothing; those are accepted. The names are those of
-OpenAI, vLLM, llama.cpp, text-generation-webui, KoboldCpp, Aphrodite and Ollama.
+Programs send all settings that they know, most of them with values that do nothing; those are accepted. The names are
+those of OpenAI, vLLM, llama.cpp, text-generation-webui, KoboldCpp, Aphrodite and Ollama.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Refusal:
 
 
 def _is(*neutral: Any) -> Callable[[Any], bool]:
-    """Exactly these values, where 0, 0.0 and False are one."""
+    """Exactly these values; 0, 0.0 and False count as the same."""
     return lambda value: value in neutral
 
 
@@ -74,8 +74,8 @@ _COMPLETIONS: dict[str, Refusal] = {
     **_all_of("images image_data multimodal_data", Refusal("this model reads text only", _is([]))),
 }
 _CHAT: dict[str, Refusal] = {
-    "echo": Refusal("the reply is what is new", _is(False)),
-    "functions": Refusal("this is the old form; use tools, which are handed to the chat template", _is([])),
+    "echo": Refusal("the reply holds only new text", _is(False)),
+    "functions": Refusal("this is the old form; use tools, which are passed to the chat template", _is([])),
     "function_call": Refusal("calls are not forced; leave it out", _is("auto", "none")),
     "tool_choice": Refusal('calls are not forced; use "auto" or "none"', _is("auto", "none")),
     "modalities": Refusal("replies are text", _is(["text"])),
@@ -84,7 +84,7 @@ _CHAT: dict[str, Refusal] = {
     "chat_template": Refusal("the template is chosen when the server is started, with --chat-template"),
     "documents": Refusal("put them into the messages", _is([])),
 }
-# Other spellings of fields that exist: harmless where they say the same, or nothing.
+# Other spellings of existing fields: accepted if they say the same, or nothing.
 _SPELLINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("repeat_penalty", "rep_pen"), ("repetition_penalty", _is(1))),
     **dict.fromkeys(

@@ -71,7 +71,7 @@ class ChatShape:
         return {"content": entries, "refusal": None}
 
     def joined(self, parts: Sequence[Json]) -> Json:
-        """Of several pieces."""
+        """The log probabilities of several pieces as one."""
         return {"content": [entry for part in parts for entry in part["content"]], "refusal": None}
 
     def _entry(self, token_id: int, logprob: float | None) -> Json:
@@ -99,7 +99,7 @@ class TextShape:
     message = delta
 
     def logprobs(self, tokens: Tokens, start: int) -> Json:
-        """Lists side by side. text_offset: where a token begins in the text, from the character `start` on."""
+        """Parallel lists. text_offset: where each token begins in the text, the first of them at character `start`."""
         offsets = []
         for _, text in tokens:
             offsets.append(start)
@@ -112,7 +112,7 @@ class TextShape:
         }
 
     def joined(self, parts: Sequence[Json]) -> Json:
-        """Of several pieces."""
+        """The log probabilities of several pieces as one."""
         return {key: [value for part in parts for value in part[key]] for key in self.logprobs((), 0)}
 
     def _alternatives(self, step: Step) -> Json | None:
@@ -122,7 +122,7 @@ class TextShape:
         return {self._text(token_id): logprob for token_id, logprob in step.top}
 
     def _text(self, token_id: int) -> str:
-        """As OpenAI writes tokens that are no text of their own: "bytes:\\xf0"."""
+        """A token as OpenAI writes it; if it is not text by itself: "bytes:\\xf0"."""
         data = self.tokenizer.token_bytes(token_id)
         try:
             return data.decode("utf-8")
@@ -199,7 +199,7 @@ class ReplyWriter:
         return self._head(self.shape.whole) | {"choices": choices, "usage": self.usage}
 
     def _take_logprobs(self, event: Piece | Finished) -> Json | None:
-        """Those of an event's tokens, where they are asked for."""
+        """The log probabilities of an event's tokens, if they are requested."""
         choice = self.work.choices[event.index]
         if choice.params.logprobs is None:
             return None

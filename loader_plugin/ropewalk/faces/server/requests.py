@@ -37,7 +37,7 @@ SAME_NAME = (
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply that is asked for. echo: text that it begins with, the prompt's."""
+    """One reply to write. echo: the text of the prompt, if the reply begins with it."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one HTTP request asks for. ignored: fields that meant nothing here. streams, usage: how it is answered."""
+    """What one HTTP request asks for. ignored: fields that mean nothing here. streams, usage: how it is answered."""
 
     model: str
     choices: tuple[Choice, ...]
@@ -58,14 +58,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """Turns requests into work. defaults: the settings of what a request leaves out."""
+    """Turns requests into work. defaults: the settings that a request leaves out."""
 
     engine: Engine
     names: ModelNames
     defaults: SamplingParams
 
     def completion(self, request: CompletionRequest) -> Work:
-        """Raises ApiError or RequestError for what cannot be done; so do all here."""
+        """Continuations of prompts. Raises ApiError or RequestError for what cannot be done, as all methods here do."""
         ignored = check_completion_fields(request)
         tokens = request.max_tokens
         if tokens is None:
@@ -113,7 +113,7 @@ class Desk:
         given = {name: getattr(request, name) for name in (*SAME_NAME, *RENAMED) if getattr(request, name) is not None}
         given = {RENAMED.get(name, name): value for name, value in given.items()}
         if "seed" in given:
-            given["seed"] %= 2**63  # a negative seed is one of the seeds too
+            given["seed"] %= 2**63  # negative seeds are seeds too
         if given.get("top_k") == -1:
             given["top_k"] = 0
         if given.get("top_p") == 0:
@@ -129,7 +129,7 @@ class Desk:
         biases = {}
         for key, value in given.items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < size):
-                message = f"logit_bias: {key[:40]!r} is no token id: the model knows 0 to {size - 1}"
+                message = f"logit_bias: {key[:40]!r} is not a token id: the model knows 0 to {size - 1}"
                 raise ApiError(400, message, "logit_bias")
             biases[int(key)] = float("-inf") if value == BANNED else value
         return biases
@@ -144,7 +144,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _with_seeds(params: SamplingParams, n: int) -> list[SamplingParams]:
-    """n replies differ by their seeds."""
+    """The settings of n replies, which differ in their seeds."""
     if params.seed is None:
         return [params] * n
     return [replace(params, seed=(params.seed + number) % 2**63) for number in range(n)]
@@ -182,7 +182,7 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _message(message: Message, place: str) -> dict[str, Any]:
-    """As chat templates know it: text in one piece, "system" for OpenAI's newer "developer", arguments as objects."""
+    """As chat templates expect it: text in one piece, "system" for OpenAI's newer "developer", arguments as objects."""
     plain = message.model_dump(exclude_none=True)
     for name in OTHER_MEDIA:
         if plain.get(name):
@@ -223,18 +223,18 @@ def _variables(request: ChatRequest) -> dict[str, Any]:
     """How the conversation is written, and what else the chat template sees.
 
     Raises:
-        ApiError: a name that the server gives itself; a last message that both goes on and is answered.
+        ApiError: a name that the server sets itself; a last message to be both continued and answered.
     """
     variables = dict(request.chat_template_kwargs or {})
     for name in ("messages", "add_generation_prompt", "continue_final_message", "tools", "reasoning_effort"):
         if name in variables:
-            raise ApiError(400, f"chat_template_kwargs: {name} is not set here", "chat_template_kwargs")
+            raise ApiError(400, f"chat_template_kwargs: {name} cannot be set here", "chat_template_kwargs")
     if request.tools and (request.model_extra or {}).get("tool_choice") != "none":
         variables["tools"] = request.tools
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
     if request.continue_final_message and request.add_generation_prompt:
-        message = "continue_final_message and add_generation_prompt exclude each other: set one of them"
+        message = "continue_final_message and add_generation_prompt cannot be used together: set one of them"
         raise ApiError(400, message, "continue_final_message")
     if request.continue_final_message:
         variables["continue_final_message"] = True

@@ -1,7 +1,7 @@
-"""What clients may send, as OpenAI documents it, with the settings that other local servers know besides.
+"""What clients may send, as OpenAI documents it, with further settings that other local servers know.
 
-Types are strict: "5" is no number. A field that is null counts as left out. Fields that are not here are ignored (and
-named in the log), except those in `refusals.py`, which would change what the client gets.
+Types are strict: "5" is not a number. A field that is null counts as left out. Fields that are not here are ignored
+(and named in the log), except those in `refusals.py`, which would change what the client gets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_BREAKERS = 64
 
-# A list of the wrong things has one complaint, not one for each of them.
+# A list of wrong items gets one complaint, not one for each item.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1)]
 
@@ -29,15 +29,17 @@ class StreamOptions(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """What both kinds of requests share. What is left out takes the defaults that the server was started with."""
+    """What both kinds of requests share. What is left out has the defaults that the server was started with."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str | None = Field(None, description="BASE, BASE+ADAPTER:WEIGHT+..., BASE+auto; see /v1/models")
     stream: bool | None = Field(None, description="send the reply as it is written")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="so many replies, with the seeds seed, seed + 1, ...")
-    max_tokens: int | None = Field(None, ge=0, description="end after so many tokens")
+    n: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="number of replies; their seeds are seed, seed + 1, ..."
+    )
+    max_tokens: int | None = Field(None, ge=0, description="end after this many tokens")
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the most likely token")
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 or -1: off")
@@ -60,7 +62,7 @@ class SamplingFields(BaseModel):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="token id -> added to its logit; -100 bans it"
     )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed and settings: the same reply")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed and settings give the same reply")
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
@@ -77,7 +79,7 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = Field(None, description="begin the reply with the prompt")
-    logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives for each token")
+    logprobs: int | None = Field(None, ge=0, le=20, description="number of alternatives for each token")
 
 
 class ContentPart(BaseModel):
@@ -90,7 +92,7 @@ class ContentPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a conversation. Further fields are handed to the chat template."""
+    """One turn of a conversation. Further fields are passed to the chat template."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -107,9 +109,9 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = Field(None, description="false: the prompt ends before the assistant's turn")
     max_completion_tokens: int | None = Field(None, ge=0, description="as max_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="so many alternatives for each token")
-    tools: list[dict[str, Any]] | None = Field(None, description="handed to the chat template as they are")
-    reasoning_effort: str | None = Field(None, description="handed to the chat template")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="number of alternatives for each token")
+    tools: list[dict[str, Any]] | None = Field(None, description="passed to the chat template as they are")
+    reasoning_effort: str | None = Field(None, description="passed to the chat template")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template")
 
 

@@ -1,4 +1,4 @@
-"""uvicorn, told what a graceful end means here."""
+"""uvicorn, with our meaning of a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 class GracefulServer(uvicorn.Server):
-    """At the end finishes the replies that run, and refuses those that wait. A second Ctrl-C cuts them off."""
+    """On shutdown, finishes running replies and refuses waiting requests. A second Ctrl-C cuts the replies off."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """What uvicorn calls once it is asked to end."""
+        """Called by uvicorn once it is asked to end."""
         self._service.drain()
         if self._service.engine.queue.num_running:
             logger.warning(

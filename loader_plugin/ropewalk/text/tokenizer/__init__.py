@@ -1,1 +1,1 @@
-"""A folder's tokenizer, whichever of its files hold it."""
+"""A folder's tokenizer, whichever of its files contain it."""

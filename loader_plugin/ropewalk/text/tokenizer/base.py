@@ -1,9 +1,8 @@
 """What every tokenizer does, whatever file it came from: encode, decode, and decode as a stream.
 
-Decoding is ours for both kinds of file: a token is some bytes, a text is the UTF-8 of their sequence, and where text
-starts with the space that a tokenizer puts before the first word, that space is dropped. So a stream is exactly the
-whole text in pieces, at constant cost per token, which the libraries' own decoders do not allow: they look at runs of
-tokens at once.
+Decoding is our own for both kinds of file: a token stands for some bytes, a text is their concatenation read as UTF-8,
+and the space that a tokenizer puts before the first word is dropped. So the pieces of a stream are together exactly the
+whole text, at constant cost per token. The libraries' own decoders cannot do that: they look at runs of tokens at once.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import numpy as np
 
 from ropewalk.base.errors import RequestError
 
-# What some tokenizers make fewer tokens of than its bytes call for: collapsed spaces, fused unknown characters,
-# letters that are composed or made narrow.
+# Texts that some tokenizers turn into fewer tokens than their bytes would need: collapsed spaces, fused unknown
+# characters, letters that are composed or made narrow.
 SHRINKING = (" ", "\n", "\u0001", "\U0010fffd", "e\u0301", "\uff41")
 PROBE_LENGTH = 4096
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how sentencepiece names the tokens that stand for single bytes
@@ -31,9 +30,9 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     source: the file it was read from. vocab_size: one more than the highest id. base_vocab_size: the same without
-    added tokens. bos_id, eos_id: None where there is no such token. special_tokens: "bos_token" and the like to their
-    text, as chat templates see them. adds_bos: whether a prompt starts with the bos token unless told otherwise.
-    special_ids: the tokens that `decode` leaves out. drops_first_space: see the module.
+    added tokens. bos_id, eos_id: None if there is no such token. special_tokens: maps "bos_token" and the like to
+    their texts, as chat templates see them. adds_bos: whether a prompt starts with the bos token unless told otherwise.
+    special_ids: the tokens that `decode` leaves out. drops_first_space: see the top of the module.
     """
 
     source: Path
@@ -52,7 +51,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; of a special token the UTF-8 of its name, of an unknown id none."""
+        """The bytes that a token stands for: for a special token its name in UTF-8, for an unknown id none."""
 
     @abstractmethod
     def id_of(self, token: str) -> int | None:
@@ -60,7 +59,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def longest_token_bytes(self) -> int | None:
-        """The most bytes of text that one token stands for; None where it can be more than those of its own name."""
+        """The most bytes of text that one token stands for; None if that can be more than the bytes of its own text."""
         longest = max(1, *(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size)))
         for text in SHRINKING:
             num_tokens = len(self._encode(text * PROBE_LENGTH))
@@ -71,10 +70,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text. Special tokens written out in the text ("</s>") become those tokens.
 
-        add_bos: start with the bos token; None: as the tokenizer's files say (`adds_bos`). Not added twice.
+        add_bos: start with the bos token; None: as the tokenizer's files say (`adds_bos`). It is never added twice.
 
         Raises:
-            RequestError: not a string, or one that has no UTF-8 form; `add_bos=True` without a bos token.
+            RequestError: not a string, or one that cannot be encoded as UTF-8; `add_bos=True` without a bos token.
         """
         if not isinstance(text, str):
             raise RequestError(f"text must be a string, got {type(text).__name__}")
@@ -82,7 +81,7 @@ class Tokenizer(ABC):
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"the text holds half a surrogate pair at character {error.start}, which is no Unicode text"
+                f"the text has an unpaired surrogate at character {error.start}, so it is not valid Unicode"
             ) from error
         if add_bos and self.bos_id is None:
             raise RequestError(f"add_bos=True, but {self.source} declares no bos token")
@@ -103,7 +102,7 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Decodes token by token. The pieces, with that of `flush`, are together the text that `decode` gives.
+    """Decodes token by token. The pieces, including that of `flush`, are together the text that `decode` gives.
 
     With `context_ids` (the prompt) the pieces are what the new tokens add to the text of the context: a reply that
     continues it keeps its leading space, and a character begun by its last token is completed.

@@ -61,7 +61,7 @@ class JsonTokenizer(Tokenizer):
         return None if text is None else self.id_of(text)
 
     def _bos_of_post_processor(self) -> int | None:
-        """The special token that the file's post-processor puts first, if it does."""
+        """The special token that the file's post-processor puts first, if any."""
         with _named_errors(self.source):
             ids = self._library.encode("a", add_special_tokens=True).ids
         plain = self._encode("a")
@@ -102,7 +102,7 @@ class TokenDecoder:
         return (" " + token if self._joined_by_space else token).encode()
 
     def added_bytes(self, token: str) -> bytes:
-        """What an added token stands for: its own text, where bytes are written as characters."""
+        """What an added token stands for: in a byte-level vocabulary its own text, otherwise as for any token."""
         return token.encode() if self._byte_level is not None else self.token_bytes(token)
 
 
@@ -129,7 +129,7 @@ def _library_tokenizer(path: Path, document: Mapping[str, Any]) -> LibraryTokeni
 
 
 def _flatten(decoder: Any, path: Path) -> list[Mapping[str, Any]]:
-    """The steps of a decoder, sequences resolved; the library has accepted the file, so their keys are there."""
+    """The steps of a decoder, sequences flattened; the library has accepted the file, so their keys are there."""
     if decoder is None:
         return []
     if not isinstance(decoder, Mapping) or not isinstance(decoder.get("type"), str):
@@ -155,7 +155,7 @@ def _replacement(step: Mapping[str, Any], path: Path) -> tuple[str, str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes with: printable bytes as themselves, the rest from U+0100 on."""
+    """The characters that byte-level BPE uses for bytes: printable bytes as themselves, the rest from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

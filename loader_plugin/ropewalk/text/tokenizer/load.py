@@ -1,6 +1,6 @@
 """From a model folder to its tokenizer.
 
-tokenizer.json is preferred where both kinds of file are there: it is what transformers uses, it holds the tokens that
+tokenizer.json is preferred if both kinds of file are there: it is what transformers uses, it holds the tokens that
 a fine-tune added, and it keeps runs of spaces that some tokenizer.model files collapse. The exception is a
 tokenizer.json that loses text, which quantisers have written by saving a sentencepiece vocabulary with byte-level
 rules: its words come back without their spaces. That is found by encoding and decoding a short text, and
@@ -27,10 +27,10 @@ PROBE = "The answer is 42, of course.\nNext line"
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model (see the module for which).
+    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model (the top of the module says which).
 
     Raises:
-        ConfigError: no folder, neither file, or a damaged one.
+        ConfigError: the folder or both files are missing, or a file is damaged.
         UnsupportedError: a tokenizer.json whose decoder is not implemented.
     """
     if not isinstance(folder, (str, Path)):
@@ -60,9 +60,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer of another model.
+    """Refuse a tokenizer that belongs to another model.
 
-    Added tokens beyond the model's vocabulary are only warned about: many folders of 2023 have a pad token that their
+    Added tokens beyond the model's vocabulary only cause a warning: many folders from 2023 have a pad token that their
     embeddings lack, and no prompt needs it.
 
     Raises:
@@ -70,8 +70,8 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """
     if tokenizer.base_vocab_size > vocab_size:
         raise ConfigError(
-            f"{tokenizer.source} has {tokenizer.base_vocab_size} tokens, but the model only {vocab_size} (vocab_size "
-            "of its config.json): it belongs to another model"
+            f"{tokenizer.source} has {tokenizer.base_vocab_size} tokens, but the model has only {vocab_size} "
+            "(vocab_size of its config.json): it belongs to another model"
         )
     if tokenizer.vocab_size > vocab_size:
         logger.warning(
@@ -83,7 +83,7 @@ def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def keeps_text(tokenizer: Tokenizer) -> bool:
-    """Whether a plain English text comes back from encoding and decoding as it was."""
+    """Whether encoding and decoding a plain English text gives the same text back."""
     return _round_trip(tokenizer) == PROBE
 
 

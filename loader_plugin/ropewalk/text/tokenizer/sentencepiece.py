@@ -71,7 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
         return None if text is None else self.id_of(text)
 
     def _marked_tokens(self, added: Mapping[int, AddedToken]) -> dict[str, int]:
-        """Tokens that are found in text as a whole: added ones, control ones, named ones."""
+        """Tokens that are matched in text as a whole: added, control and named ones."""
         pieces = {piece: token_id for token_id, piece in enumerate(self._pieces)}
         controls = {piece: i for piece, i in pieces.items() if self._model.is_control(i) or self._model.is_unknown(i)}
         named = {text: pieces[text] for text in self.special_tokens.values() if text in pieces}
@@ -113,6 +113,6 @@ def _pieces(processor: SentencePieceProcessor, path: Path) -> list[str]:
 
 
 def _splitter(marked: dict[str, int]) -> Callable[[str], list[str]]:
-    """A function that cuts a text at the marked tokens, which stay as parts of their own; the longest match wins."""
+    """A function that splits a text at the marked tokens and keeps them as separate parts; the longest match wins."""
     names = sorted(marked, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, names))})").split if names else lambda text: [text]

@@ -21,7 +21,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that a fine-tune added to the vocabulary, matched as a whole before the text is cut into words."""
+    """A token that a fine-tune added to the vocabulary, matched as a whole before the text is split into words."""
 
     text: str
     special: bool
@@ -29,10 +29,10 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSettings:
-    """special_tokens: "bos_token" and the like to their text. adds_bos: None where no file says so. added: by id.
+    """special_tokens: maps "bos_token" and the like to their texts. adds_bos: None if no file says. added: by token id.
 
-    declares_bos: whether a file speaks of the bos token at all (null means that there is none).
-    legacy: the old habit of a space before the text after every special token (transformers #24565).
+    declares_bos: whether any file mentions the bos token (null means that there is none).
+    legacy: the old behaviour of putting a space before the text after every special token (transformers #24565).
     """
 
     special_tokens: Mapping[str, str]
@@ -43,7 +43,7 @@ class TokenizerSettings:
 
 
 def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
-    """Gather what the files of `folder` say.
+    """Read the settings from the files of `folder`.
 
     Raises:
         ConfigError: a file is not JSON, or a value in it has the wrong type.
@@ -88,7 +88,7 @@ def _added_tokens_decoder(config: Mapping[str, Any], path: Path) -> dict[int, Ad
 
 
 def _added_tokens_file(folder: Path, special: Mapping[str, str]) -> dict[int, AddedToken]:
-    """added_tokens.json: {"<pad>": 32000}; those that are also named special tokens are special."""
+    """added_tokens.json: {"<pad>": 32000}; a token that is also a named special token is special."""
     path = folder / "added_tokens.json"
     if not path.exists():
         return {}
