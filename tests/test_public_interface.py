@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 from typing import Any
@@ -15,6 +16,7 @@ import ropewalk
 from accuracy import assert_as_accurate, error_of
 from fixtures import LOCAL_DATA
 from ropewalk import native
+from ropewalk.base import errors as base_errors
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.model import load_model_config
 from ropewalk.config.quantisation import load_quant_config
@@ -232,3 +234,15 @@ def test_the_folder_may_be_a_string(expected: dict[str, np.ndarray]) -> None:
     model = ropewalk.load_model(str(FOLDER), threads=1)
     assert model.forward(expected["input_ids"].tolist(), model.new_cache()).shape == (1, model.config.vocab_size)
     assert ropewalk.load_tokenizer(str(FOLDER)).source.parent == FOLDER
+
+
+def test_the_paths_that_people_import_stay() -> None:
+    for path, names in {
+        "ropewalk.errors": [name for name in vars(base_errors) if name.endswith("Error")],
+        "ropewalk.hf": ["RopewalkForCausalLM", "TokenHistory", "from_pretrained"],
+        "ropewalk.native": ["Linear", "KvCache", "Runtime", "pack_gptq", "rms_norm", "rotate_"],
+        "ropewalk.webui": ["register"],
+    }.items():
+        module = importlib.import_module(path)
+        assert all(hasattr(module, name) for name in names), path
+    assert all(getattr(ropewalk.errors, name) is getattr(base_errors, name) for name in ropewalk.errors.__all__)
