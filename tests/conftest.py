@@ -11,7 +11,7 @@ import torch
 
 from fixtures import gptq_fixture_folders
 
-# Models of 64 features gain nothing from more, and on busy cores torch's threads wait for each other: 30 times slower.
+# Models of 64 features gain nothing from more, and on busy cores the threads of torch wait for each other.
 torch.set_num_threads(1)
 
 
