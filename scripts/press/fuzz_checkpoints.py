@@ -103,7 +103,7 @@ def run_cases(first: int, last: int, command_from: Any) -> Iterator[Result]:
 def work(options: argparse.Namespace) -> None:
     """Run cases in this process; a line of JSON before and after each."""
     sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
-    import hostile_damage  # noqa: F401  (registers the kinds)
+    import hostile_declarations  # noqa: F401  (registers the kinds)
     from hostile_folders import KINDS, make_case
 
     logging.disable(logging.CRITICAL)

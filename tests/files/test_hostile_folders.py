@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import hostile_damage  # noqa: F401  (registers the kinds)
+import hostile_declarations  # noqa: F401  (registers the kinds)
 import ropewalk
 from fixtures import REPOSITORY
 from front_door import Unacceptable, attempt, walk

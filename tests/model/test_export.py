@@ -13,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import hostile_damage  # noqa: F401  (registers the kinds)
+import hostile_declarations  # noqa: F401  (registers the kinds)
 from accuracy import assert_as_accurate
 from gptq_writer import write_checkpoint
 from hostile_folders import KINDS, make_case

@@ -372,3 +372,13 @@ def test_added_tokens_of_a_fallback_json_may_hold_the_sign_for_a_space(tmp_path:
     tokenizer = load_tokenizer(folder)
     ids = [*tokenizer.encode("a", add_bos=False), tokenizer.id_of("▁<PRE>")]
     assert tokenizer.decode(ids) == library.decode(ids) == "a <PRE>"
+
+
+def test_a_library_that_quotes_a_whole_file_is_cut_short(tmp_path: Path) -> None:
+    folder = write_byte_level_json(tmp_path)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["vocab"] = "x" * 100_000
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="tokenizers library can use .*xxx") as caught:
+        load_tokenizer(folder)
+    assert len(str(caught.value)) < 1000

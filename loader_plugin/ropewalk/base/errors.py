@@ -49,3 +49,12 @@ class QueueFullError(RopewalkError, RuntimeError):
 
 class NativeError(RopewalkError, RuntimeError):
     """The compiled core is missing, or the asked-for instruction set does not exist on this machine."""
+
+
+def brief(error: object, most: int = 300) -> str:
+    """What another library says of a mistake, for a message of ours: on one line, and no longer than people read.
+
+    Libraries quote what they could not read, which may be a whole file.
+    """
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

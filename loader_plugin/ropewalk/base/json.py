@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ropewalk.base.errors import ConfigError
+from ropewalk.base.errors import ConfigError, brief
 
 T = TypeVar("T")
 
@@ -38,7 +38,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a configuration file") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}): it may be truncated, download it again") from error
+        raise ConfigError(
+            f"{path} is not valid JSON ({brief(error)}): it may be truncated, download it again"
+        ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, found {shown(value)}")
     return value

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from ropewalk.base.errors import CheckpointError
+from ropewalk.base.errors import CheckpointError, brief
 from ropewalk.files.safetensors_header import read_header
 
 GIT_LFS_POINTER = b"version https://git-lfs"
@@ -49,7 +49,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise CheckpointError(
-                f"{path} is damaged, truncated, or not a safetensors file ({error}): download it again"
+                f"{path} is damaged, truncated, or not a safetensors file ({brief(error)}): download it again"
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:

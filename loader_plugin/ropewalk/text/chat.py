@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from ropewalk.base.errors import CheckpointError, ConfigError, RequestError, UnsupportedError
+from ropewalk.base.errors import CheckpointError, ConfigError, RequestError, UnsupportedError, brief
 from ropewalk.base.json import read_json_object, read_small_file, shown
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS, ChatFormat, FormatTokens
@@ -63,8 +63,8 @@ class ChatTemplate:
         except Exception as error:  # not only jinja2's own: nesting too deep, a number with too many digits
             line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ConfigError(
-                f"the chat template of {self.source} is not valid jinja2{line}: {error}; repair it, or choose a named "
-                f"one ({', '.join(NAMED_FORMATS)})"
+                f"the chat template of {self.source} is not valid jinja2{line}: {brief(error)}; repair it, or "
+                f"choose a named one ({', '.join(NAMED_FORMATS)})"
             ) from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
@@ -93,18 +93,20 @@ class ChatTemplate:
                         continue
                     self._note_adapted(refusal)
                     return prompt
-            raise RequestError(f"the chat template of {self.source} refuses these messages: {refusal}") from refusal
+            raise RequestError(
+                f"the chat template of {self.source} refuses these messages: {brief(refusal)}"
+            ) from refusal
 
     def _run(self, values: Mapping[str, Any]) -> str:
         try:
             return self._process.render(values)
         except TemplateFailure as error:
             raise RequestError(
-                f"the chat template of {self.source} failed ({error}); choose a named one "
+                f"the chat template of {self.source} failed ({brief(error)}); choose a named one "
                 f"({', '.join(NAMED_FORMATS)}) instead"
             ) from error
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the variables of a chat template must be plain data: {error}") from error
+            raise RequestError(f"the variables of a chat template must be plain data: {brief(error)}") from error
 
     def _note_adapted(self, refusal: TemplateRefusal) -> None:
         if not self._adapted.is_set():
@@ -113,7 +115,7 @@ class ChatTemplate:
                 "the chat template of %s refuses some conversations (%s): for those, consecutive messages of the same "
                 "role are joined and system texts are moved into the user's turns (said once)",
                 self.source,
-                refusal,
+                brief(refusal),
             )
 
     @cached_property
@@ -233,7 +235,9 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     try:
         return json.loads(json.dumps([dict(message) for message in messages]))
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"messages must hold plain data only (text, numbers, lists, mappings): {error}") from error
+        raise RequestError(
+            f"messages must hold plain data only (text, numbers, lists, mappings): {brief(error)}"
+        ) from error
 
 
 def _find_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
@@ -243,7 +247,7 @@ def _find_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
         try:
             return path, {"default": read_small_file(path).decode("utf-8")}
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
+            raise ConfigError(f"{path} cannot be read as UTF-8 text: {brief(error)}") from error
     for file_name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / file_name
         value = read_json_object(path).get("chat_template") if path.exists() else None

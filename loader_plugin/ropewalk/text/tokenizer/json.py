@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from ropewalk.base.errors import ConfigError, UnsupportedError
+from ropewalk.base.errors import ConfigError, UnsupportedError, brief
 from ropewalk.base.json import read_json_object, shown
 from ropewalk.text.tokenizer.base import BYTE_TOKEN, Tokenizer
 from ropewalk.text.tokenizer.settings import TokenizerSettings
@@ -115,8 +115,8 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         raise ConfigError(
-            f"{path} is not a tokenizer that the tokenizers library can use ({error}): download it again, or update "
-            "the library if the file is newer"
+            f"{path} is not a tokenizer that the tokenizers library can use ({brief(error)}): download it again, "
+            "or update the library if the file is newer"
         ) from error
 
 

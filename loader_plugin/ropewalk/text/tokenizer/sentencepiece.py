@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from ropewalk.base.errors import ConfigError
+from ropewalk.base.errors import ConfigError, brief
 from ropewalk.base.json import read_small_file
 from ropewalk.text.tokenizer.base import BYTE_TOKEN, Tokenizer
 from ropewalk.text.tokenizer.settings import AddedToken, TokenizerSettings
@@ -98,7 +98,7 @@ def _processor(data: bytes, path: Path) -> SentencePieceProcessor:
             processor.load_from_serialized_proto(data)
         empty = not data or processor.vocab_size() == 0
     except (RuntimeError, OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a sentencepiece model ({error}): download it again") from error
+        raise ConfigError(f"{path} is not a sentencepiece model ({brief(error)}): download it again") from error
     if empty:
         raise ConfigError(f"{path} is not a sentencepiece model (it is empty): download it again")
     return processor
@@ -109,7 +109,9 @@ def _pieces(processor: SentencePieceProcessor, path: Path) -> list[str]:
     try:
         return [processor.id_to_piece(token_id) for token_id in range(processor.vocab_size())]
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is damaged: a piece is not UTF-8 text ({error}); download it again") from error
+        raise ConfigError(
+            f"{path} is damaged: a piece is not UTF-8 text ({brief(error)}); download it again"
+        ) from error
 
 
 def _splitter(marked: dict[str, int]) -> Callable[[str], list[str]]:
