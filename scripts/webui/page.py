@@ -310,6 +310,11 @@ def chat_regenerates(browser: Browser) -> str:
     browser.stop()
     browser.reply_after(before)
     again = _words(browser.last_message())
+    for _ in range(40):  # the page shows the end of a reply somewhat after the console has told it
+        if again and again != text:
+            break
+        browser.page.wait_for_timeout(250)
+        again = _words(browser.last_message())
     assert again and again != text, "the same reply"
     assert browser.page.locator("#chat .message-body").count() == messages, "another message"
     browser.tab("Parameters")
