@@ -24,6 +24,7 @@ from benchmarking import print_head, timed
 
 DECODED = 32  # tokens of one measurement
 VERSIONS = ("before", "after")
+MEASURED = ("load", "peak", "prefill", "decode", "python")
 
 
 class Version:
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--measure", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -66,8 +68,9 @@ def main() -> int:
         parser.error("--before and --after are needed")
     print_head("two versions of the code")
     print(f"{'':28} {'before':>10} {'after':>10}   after / before: median (range)")
-    for what in ("load", "peak", f"prefill {args.prompt_tokens}", f"decode {DECODED}", "python"):
-        report(what, pairs(what, args))
+    tokens = {"prefill": f" {args.prompt_tokens}", "decode": f" {DECODED}"}
+    for what in args.measure:
+        report(what + tokens.get(what, ""), pairs(what, args))
     return 0
 
 
@@ -132,7 +135,7 @@ def answer_measurements(args: argparse.Namespace) -> None:
 
     actions = {"load": model, "prefill": prefill, "decode": decode, "python": start_python}
     for line in sys.stdin:
-        name = line.split()[0]
+        name = line.strip()
         if name in ("prefill", "decode"):
             actions[name]()  # warm
         print(json.dumps(peak() if name == "peak" else timed(actions[name])), flush=True)
