@@ -7,11 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
-import hostile_weights  # noqa: F401  (its kinds come first)
 from hostile_folders import (
     ABSURD,
     FILE_REPLACEMENTS,
@@ -25,9 +23,7 @@ from hostile_folders import (
     spoil_json,
     weight_file,
 )
-
-Rng = np.random.Generator
-DTYPES = ("F16", "BF16", "F32", "F64", "I32", "I64", "U32", "U8", "BOOL", "F8_E4M3", "F4", "f16", "", None, 5)
+from hostile_weights import Rng  # and its kinds come first
 
 
 @damage("config: a key of config.json")

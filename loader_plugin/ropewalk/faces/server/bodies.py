@@ -1,7 +1,7 @@
 """From the bytes of a request to its checked fields. Only the reading happens in the event loop.
 
 Parsing holds Python's global lock from the first byte to the last, so a body of very many values is refused beforehand:
-for 10 MB, counting them takes 10 ms, and making objects of them takes a second and 100 bytes each.
+for 10 MB of small ones, counting takes 30 ms, and parsing 200 to 280 ms in which nothing else runs.
 """
 
 from __future__ import annotations
