@@ -1,5 +1,8 @@
 """What is checked in a running web UI through its API. Each check is a function of a Subject; it returns what it saw,
-and raises AssertionError, or Skip if this version of the web UI has no such thing."""
+and raises AssertionError, or Skip if this version of the web UI has no such thing.
+
+Over 400 lines because the checks are one sequence: each needs what those before it left in the web UI.
+"""
 
 from __future__ import annotations
 

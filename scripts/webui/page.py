@@ -1,6 +1,8 @@
 """The page of a running web UI, driven in headless Chromium as a person would. Needs playwright and a Chromium.
 
 Labels are those of v2.8 to v4.7; what differs between them is tried by all its names.
+
+Over 400 lines because the checks are one sequence: each needs what those before it left in the web UI.
 """
 
 from __future__ import annotations
