@@ -113,7 +113,7 @@ def test_a_refused_append_leaves_the_length_as_it_was():
 
 
 def test_positions_near_the_end_of_int64_are_refused_without_overflow():
-    core, cache = RUNTIME._core, _core.KvCache(2, 8, 10, "f16")
+    core, cache = RUNTIME.core, _core.KvCache(2, 8, 10, "f16")
     x, out = np.zeros((3, 2, 8), np.float32), np.zeros((3, 16), np.float32)
     for start in (2**63 - 1, 2**63 - 3, -(2**63)):
         with refused("do not fit a cache of 64"):
