@@ -1,6 +1,6 @@
 // The key/value cache and attention over it: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al.
-// 2022, arXiv:2205.14135) in KV tiles of 64 keys at fixed positions, so that a row's result does not depend on which
-// rows are computed with it, how the prompt was cut into chunks, or the number of threads.
+// 2022, arXiv:2205.14135) over pages of 64 keys, in ranges of 512 that are put together in order, at fixed positions: a
+// row's result does not depend on which rows are computed with it, how the prompt was cut into chunks, or the threads.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
