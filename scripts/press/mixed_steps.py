@@ -84,8 +84,8 @@ def press(model: Any, prompt: list[int], choose: random.Random) -> tuple[int, in
     """(steps, steps in which a row differed) until all sequences are over."""
     sequences = [_sequence(model, prompt, choose) for _ in range(NUM_SEQUENCES)]
     steps = differing = 0
-    while waiting := [sequence for sequence in sequences if not sequence.is_over]:
-        chosen = choose.sample(waiting, choose.randint(1, len(waiting)))
+    while sequences:
+        chosen = choose.sample(sequences, choose.randint(1, len(sequences)))
         spans = [sequence.span(choose.choice((1, 1, 2, 7, 64, 300))) for sequence in chosen]
         before = [sequence.cache.length for sequence in chosen]
         try:
@@ -97,6 +97,7 @@ def press(model: Any, prompt: list[int], choose: random.Random) -> tuple[int, in
         places = zip(chosen, before, results, strict=True)
         differing += any(not torch.equal(got, s.expected[at : at + len(got)]) for s, at, got in places)
         _disturb(model, choose.choice(sequences), choose)
+        sequences = [sequence for sequence in sequences if not sequence.is_over]
     return steps, differing
 
 
@@ -109,10 +110,10 @@ def _sequence(model: Any, prompt: list[int], choose: random.Random) -> Sequence:
 
 def _disturb(model: Any, sequence: Sequence, choose: random.Random) -> None:
     """Sometimes share what a sequence has, cut it back, or begin it again from what is shared."""
-    if sequence.is_over or choose.random() < 0.8:
+    if choose.random() < 0.6:
         return
     model.share(sequence.cache)
-    if choose.random() < 0.3:
+    if choose.random() < 0.5:
         _drop(sequence, choose)
         model.attach(sequence.cache, sequence.token_ids, sequence.adapters, len(sequence.token_ids))
 
