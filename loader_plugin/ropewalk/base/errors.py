@@ -43,6 +43,10 @@ class ContextLengthError(RequestError):
         )
 
 
+class CacheFullError(RequestError):
+    """The pages of the cache do not suffice, even after all that nobody uses has been evicted."""
+
+
 class QueueFullError(RopewalkError, RuntimeError):
     """As many requests as allowed wait already; the same request can succeed later."""
 
