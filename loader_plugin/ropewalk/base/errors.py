@@ -44,7 +44,7 @@ class ContextLengthError(RequestError):
 
 
 class CacheFullError(RequestError):
-    """The pages of the cache do not suffice, even after all that nobody uses has been evicted."""
+    """The pages of keys and values do not suffice, even without those that are only kept for later."""
 
 
 class QueueFullError(RopewalkError, RuntimeError):
