@@ -6,6 +6,7 @@ Its pages are as real as its caches: shared, counted, evicted and missing, with 
 from __future__ import annotations
 
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from ropewalk.base.errors import CacheFullError, RequestError
-from ropewalk.model.span import Span
+from ropewalk.model.step import Span
 
 PAGE = 64  # tokens
 Position = tuple[int, object]  # (token id, how it was computed)
@@ -29,7 +30,7 @@ class FakeCache:
         self.positions: list[Position] = []
         self.pages: list[object] = []
         self._segments: list[tuple[int, int, int]] = []
-        model.caches.append(self)
+        model.caches.add(self)
 
     @property
     def length(self) -> int:
@@ -76,14 +77,13 @@ class FakeModel:
         turns_at: int | None = None,
         max_input_len: int = 2048,
     ) -> None:
-        self.config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=eos)
+        self.config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=eos, source="fake")
         self.max_seq_len = self.capacity = capacity
         self.max_input_len, self.num_pages, self.turns_at, self.script = max_input_len, num_pages, turns_at, script
-        self.rope = SimpleNamespace(depends_on_length=turns_at is not None, inverse_frequencies=self._frequencies)
         self.adapters: tuple[str, ...] = ()
         self.calls: list[list[int]] = []
         self.steps: list[list[Span]] = []
-        self.caches: list[FakeCache] = []
+        self.caches: weakref.WeakSet[FakeCache] = weakref.WeakSet()
         self.tree: dict[tuple[Position, ...], object] = {}  # what pages hold -> page, least recently used first
         self._inside: int | None = None
 
@@ -155,7 +155,9 @@ class FakeModel:
                     else:
                         cache.pages.append(object())
                 if found > cache.length:
-                    cache.add_([token_id for token_id, _ in wanted[cache.length : found]], self._length(seq_len, found), how)
+                    cache.add_(
+                        [token_id for token_id, _ in wanted[cache.length : found]], self._length(seq_len, found), how
+                    )
             return cache.length
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:
@@ -206,17 +208,13 @@ class FakeModel:
             values[chosen] = 100.0
         return torch.from_numpy(values)
 
-    def _frequencies(self, seq_len: int) -> tuple[np.ndarray, float]:
-        turned = self.turns_at is not None and seq_len > self.turns_at
-        return np.array([seq_len if turned else 0.0]), 1.0
+    def frequencies(self, seq_len: int) -> int:
+        return seq_len if self.turns_at is not None and seq_len > self.turns_at else 0
 
     def _how(self, adapters, seq_len: int) -> object:
         """None for a plain position, else what sets it apart."""
-        frequency = float(self._frequencies(seq_len)[0][0])
-        return (repr(adapters), frequency) if adapters or frequency else None
-
-    def _length(self, seq_len: int | None, found: int) -> int:
-        return max(seq_len or 0, found)
+        frequencies = self.frequencies(seq_len)
+        return (repr(adapters), frequencies) if adapters or frequencies else None
 
     def _check(self, spans: Sequence[Span]) -> None:
         assert spans

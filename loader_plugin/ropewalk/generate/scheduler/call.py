@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import torch
 
 from ropewalk.generate.scheduler.sequence import Cancelled, Progress, SequenceState
-from ropewalk.model.span import Span
+from ropewalk.model.step import Span
 
 REPLY_ROWS = 32  # a call with more rows than this is planned like a prompt, whatever it is
 

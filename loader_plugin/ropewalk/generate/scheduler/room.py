@@ -17,7 +17,7 @@ from ropewalk.adapters.request import Request
 from ropewalk.generate.scheduler.call import Call
 from ropewalk.generate.scheduler.plan import PAGE_ROWS
 from ropewalk.generate.scheduler.sequence import CacheLike, SequenceState
-from ropewalk.model.span import Span
+from ropewalk.model.step import Span
 
 IDLE_S = 1.0  # a sequence that asked for nothing this long gives its pages up to any other that can go on
 
@@ -146,7 +146,7 @@ def _last_first(sequence: SequenceState) -> tuple[int, int]:
 
 
 def _is_idle(sequence: SequenceState, waiting: int) -> bool:
-    """Whether it will not ask soon: for a while it has not, or its thread is the one that waits for another sequence."""
+    """Whether it will not ask soon: it has not for a while, or its thread waits for another sequence."""
     if sequence.call is not None:
         return False
     return sequence.thread == waiting or time.monotonic() - sequence.called_s > IDLE_S

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 import torch
 
 from ropewalk.adapters.request import Request
+from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.scheduler.call import Call
 from ropewalk.generate.scheduler.plan import INTERACTIVE, check_priority
 from ropewalk.generate.scheduler.sequence import Cancelled, Progress, SequenceState
 from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
-from ropewalk.generate.scheduler.steps import StepModel, Steps, rotation_key
-from ropewalk.model.model import checked_token_ids
+from ropewalk.generate.scheduler.steps import StepModel, Steps
 
 NOBODY_READY_S = 0.05  # until it is asked again whether somebody could go on
 
@@ -37,7 +37,7 @@ class Scheduler:
     def __init__(self, model: StepModel) -> None:
         self.model = model
         self.vocab_size, self.capacity = model.config.vocab_size, model.max_seq_len
-        self.max_input_len = model.max_input_len
+        self.max_input_len, self.source = model.max_input_len, str(model.config.source)
         # Reentrant, because a stream that is dropped may be closed by the garbage collector while its thread is here.
         self._lock = threading.RLock()
         self._steps = Steps(model)
@@ -82,7 +82,7 @@ class Scheduler:
         Raises:
             RequestError: wrong token ids, unknown adapters or priority.
         """
-        ids = checked_token_ids(prompt_ids, self.vocab_size)
+        ids = checked_prompt(self.vocab_size, self.capacity, prompt_ids)
         key = self.model.adapter_key(adapters)
         check_priority(priority)
         cache = self.model.new_cache()
@@ -97,7 +97,7 @@ class Scheduler:
 
     def rotates_alike(self, first_len: int, last_len: int) -> bool:
         """Whether calls that reach these lengths, and all between, rotate keys in the same way."""
-        return len({rotation_key(self.model.rope, length) for length in range(first_len, last_len + 1)}) == 1
+        return len({self.model.frequencies(length) for length in range(first_len, last_len + 1)}) == 1
 
     def run(
         self,

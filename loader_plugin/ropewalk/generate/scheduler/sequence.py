@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import RequestError
 from ropewalk.generate.scheduler.plan import importance
-from ropewalk.model.model import checked_token_ids
+from ropewalk.model.token_ids import checked_token_ids
 
 if TYPE_CHECKING:
     from ropewalk.generate.scheduler.call import Call
@@ -47,6 +48,8 @@ class Runs(Protocol):
     def capacity(self) -> int: ...
     @property
     def max_input_len(self) -> int: ...
+    @property
+    def source(self) -> str: ...
     def run(
         self,
         sequence: SequenceState,
@@ -62,14 +65,14 @@ class Runs(Protocol):
 class Sequence:
     """The tokens of one reply, and the right to have them computed. Made by `Scheduler.open`; for one thread at a time.
 
-    capacity: the most tokens that it can have. prompt_ids: what it was opened for.
+    capacity: the most tokens that it can have. prompt_ids: what it was opened for. source: the model, for messages.
     """
 
     def __init__(self, scheduler: Runs, state: SequenceState) -> None:
         self._scheduler, self._state = scheduler, state
         self.prompt_ids = list(state.prompt_ids)
         self.vocab_size, self.capacity = scheduler.vocab_size, scheduler.capacity
-        self.max_input_len = scheduler.max_input_len
+        self.max_input_len, self.source = scheduler.max_input_len, scheduler.source
 
     @property
     def length(self) -> int:
@@ -80,6 +83,16 @@ class Sequence:
     def reused(self) -> int:
         """How many of its tokens did not have to be computed, because others had done it."""
         return self._state.reused
+
+    @property
+    def is_closed(self) -> bool:
+        """True once nothing more can be computed."""
+        return self._state.is_closed
+
+    @property
+    def last_step(self) -> StepShare:
+        """The step that finished the last call."""
+        return self._state.last_step
 
     def forward(
         self,
@@ -126,6 +139,15 @@ class Sequence:
             raise RequestError("this sequence is closed: open another one")
 
 
+@dataclass(frozen=True, slots=True)
+class StepShare:
+    """A step as one sequence saw it. seconds: of the model; num_others: further replies in it; prompt_rows: in it."""
+
+    seconds: float
+    num_others: int
+    prompt_rows: int
+
+
 class SequenceState:
     """What the scheduler knows of a sequence. Only the thread that leads changes it, but token_ids are its owner's
     between calls.
@@ -157,6 +179,7 @@ class SequenceState:
         self.computed = self.reused = 0
         self.made: list[Segment] = []
         self.waits_for: int | None = None
+        self.last_step = StepShare(0.0, 0, 0)
 
     @property
     def importance(self) -> tuple[int, int]:

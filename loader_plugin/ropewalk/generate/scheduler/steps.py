@@ -1,6 +1,6 @@
 """One step after another: who takes part, the model's step, what came of it. Knows nothing of threads.
 
-    begin new calls -> find whose pages others wait for -> admit to memory -> share out rows -> model.step -> results
+begin new calls -> find whose pages others wait for -> admit to memory -> share out rows -> model.step -> results
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ropewalk.base.errors import CacheFullError
 from ropewalk.generate.scheduler.call import Call
 from ropewalk.generate.scheduler.plan import Reader, Want, find_leaders, plan_rows
 from ropewalk.generate.scheduler.room import PagedModel, Room
-from ropewalk.generate.scheduler.sequence import CacheLike, SequenceState
+from ropewalk.generate.scheduler.sequence import CacheLike, SequenceState, StepShare
 from ropewalk.generate.scheduler.timing import StepTimes
-from ropewalk.model.span import Span
+from ropewalk.model.step import Span
 
 Planned = list[tuple[Call, Span]]
 
@@ -27,18 +27,26 @@ class StepModel(PagedModel, Protocol):
     """What a scheduler needs of a `model.Model`."""
 
     config: Any
-    rope: Any
     max_seq_len: int
     max_input_len: int
 
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
     def new_cache(self) -> CacheLike: ...
+    def frequencies(self, seq_len: int) -> Hashable: ...
     def adapter_key(self, adapters: Request | None) -> Any: ...
-    def step(
+    def step(self, spans: Sequence[Span]) -> list[torch.Tensor | None] | None: ...
+    def forward(
         self,
-        spans: Sequence[Span],
+        token_ids: Sequence[int],
+        cache: CacheLike,
+        logits: str = "last",
         progress: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> list[torch.Tensor | None] | None: ...
+        seq_len: int | None = None,
+        adapters: Request | None = None,
+    ) -> torch.Tensor | None: ...
 
 
 class Steps:
@@ -57,7 +65,7 @@ class Steps:
         """
         for call in calls:
             if call.is_new:
-                call.begin_(rotation_key(self.model.rope, call.seq_len))
+                call.begin_(self.model.frequencies(call.seq_len))
         going = [call for call in calls if not call.is_cancelled]
         going.sort(key=lambda call: call.sequence.importance)
         admitted = self.room.admit_(self._without_followers(going, sequences), sequences.values())
@@ -113,6 +121,7 @@ class Steps:
         """
         lengths = [call.sequence.cache.length for call, _ in planned]
         prompt_rows = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
+        num_replies = sum(call.is_reply for call, _ in planned)
         started = time.perf_counter()
         try:
             results = self._step([span for _, span in planned], alone)
@@ -126,10 +135,12 @@ class Steps:
         if results is None:  # cancelled: the caches hold what is complete
             planned[0][0].stop_()
             return
-        self.times.record(prompt_rows, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.times.record(prompt_rows, seconds)
         self.num_steps += 1
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
+            call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
             call.take_(logits)
 
     def _run_singly(self, planned: Planned, error: Exception) -> None:
@@ -140,7 +151,7 @@ class Steps:
         for call, span in planned:
             length = call.sequence.cache.length
             try:
-                call.take_(self.model.step([span])[0])
+                call.take_(self._step([span], None)[0])
             except CacheFullError:
                 continue  # it is in the next step, which makes room
             except Exception as its_own:
@@ -148,23 +159,27 @@ class Steps:
                 call.fail_(its_own)
 
     def _step(self, spans: list[Span], alone: Call | None) -> list[torch.Tensor | None] | None:
-        if alone is None or not alone.has_callbacks:
+        """`Model.step`; None once cancelled. Messages about a single span need not say which one."""
+        if len(spans) > 1:
             return self.model.step(spans)
-        before, is_repeated = alone.rows_done, alone.sequence.cache.length < alone.sequence.computed
+        end = spans[0].cache.length + len(spans[0].token_ids)
+        watched = {} if alone is None else _watched(alone)
+        only = spans[0]
+        logits = self.model.forward(
+            only.token_ids, only.cache, only.logits, seq_len=only.seq_len, adapters=only.adapters, **watched
+        )
+        return [logits] if only.cache.length == end else None
 
-        def progress(done: int, total: int) -> None:
-            if not is_repeated:
-                alone.report_progress(before + done)
 
-        return self.model.step(spans, progress, alone.asks_to_stop)
-
-
-def rotation_key(rope: Any, seq_len: int) -> Hashable:
-    """Equal exactly when keys are rotated in the same way."""
-    if not rope.depends_on_length:
-        return None
-    inverse_frequencies, attention_scale = rope.inverse_frequencies(seq_len)
-    return inverse_frequencies.tobytes(), float(attention_scale)
+def _watched(alone: Call) -> dict[str, Callable[..., Any]]:
+    """The callbacks of a call that is alone, as arguments of `Model.forward`."""
+    watched: dict[str, Callable[..., Any]] = {}
+    before, is_repeated = alone.rows_done, alone.sequence.cache.length < alone.sequence.computed
+    if alone.progress is not None and not is_repeated:
+        watched["progress"] = lambda done, total: alone.report_progress(before + done)
+    if alone.cancelled is not None:
+        watched["cancelled"] = alone.asks_to_stop
+    return watched
 
 
 def _reader(call: Call) -> Reader:

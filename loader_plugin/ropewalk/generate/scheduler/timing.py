@@ -1,6 +1,6 @@
 """How long steps take, measured as they run; and what follows from it: rows of a step, how long to wait for replies.
 
-    seconds of a step = plain (a step with replies alone) + prompt rows * seconds of a row
+seconds of a step = plain (a step with replies alone) + prompt rows * seconds of a row
 """
 
 from __future__ import annotations
