@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ropewalk.generate.sampling import SamplingParams
     from ropewalk.model.loader import load_model
     from ropewalk.model.options import LoadOptions
+    from ropewalk.model.step import Span
     from ropewalk.rope.rope import resolve_rope
     from ropewalk.text.tokenizer.load import load_tokenizer
 
@@ -31,6 +32,7 @@ _HOME = {
     "LoadOptions": "ropewalk.model.options",
     "RopewalkError": "ropewalk.base.errors",
     "SamplingParams": "ropewalk.generate.sampling",
+    "Span": "ropewalk.model.step",
     "load_model": "ropewalk.model.loader",
     "load_tokenizer": "ropewalk.text.tokenizer.load",
     "resolve_rope": "ropewalk.rope.rope",
@@ -41,6 +43,7 @@ __all__ = [
     "LoadOptions",
     "RopewalkError",
     "SamplingParams",
+    "Span",
     "load_model",
     "load_tokenizer",
     "native",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ropewalk.base.errors import (
+    CacheFullError,
     CheckpointError,
     ConfigError,
     ContextLengthError,
@@ -15,6 +16,7 @@ from ropewalk.base.errors import (
 )
 
 __all__ = [
+    "CacheFullError",
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",

@@ -69,7 +69,7 @@ def linear_shapes(model: Model) -> list[tuple[int, int]]:
     """(K, N) of every linear of the decoder layers."""
     shapes = []
     for layer in model.weights.layers:
-        shapes += [(p.in_features, p.out_features) for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        shapes += [(p.in_features, p.out_features) for p in layer.linears.values()]
     return shapes
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from gptq_writer import write_checkpoint
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.model.loader import load_model
-from ropewalk.model.model import LOGITS_ROWS, Model
+from ropewalk.model.model import Model
+from ropewalk.model.step import LOGITS_ROWS
 from variants import Variant, variants
 
 IDS = [3, 17, 99, 0, 127, 64, 5, 5, 31, 8]

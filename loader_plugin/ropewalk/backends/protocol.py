@@ -1,31 +1,37 @@
 """What a backend does: the operations of a decoder layer, on tensors whose layout is fixed here.
 
-There is one model definition (model/layers.py), and it calls nothing but these operations. A backend owns the packed
-layout of the weights and the layout of the keys and values; everything else that crosses this line is a plain torch
-tensor on `Backend.device`.
+There is one definition of a layer (in families/), recorded as a list of operations: a backend compiles the list with
+the weights of a layer and runs it for the rows of a step. A backend owns the packed layout of the weights and the
+layout of the pages of keys and values; everything else that crosses this line is a plain torch tensor on
+`Backend.device`.
 
 Letters: T rows (new tokens), S cached keys, K input features, N output features of one part, Hq and Hkv query and
 key/value heads, D head size, R rotated dims of a head, C hidden size, I intermediate size, V vocabulary.
 
-Who checks what: weights/check.py checks shapes and dtypes of weights, model/model.py checks requests, each once. An
+Who checks what: weights/check.py checks shapes and dtypes of weights, model/step.py checks requests, each once. An
 operation checks what would otherwise be read out of bounds. Results are new tensors; a name that ends in `_` writes
 in place.
 
 Reproducibility: row t of every result depends on row t of the inputs alone, bit for bit: it is the same for any T, any
-number of threads, and any split of a prompt into chunks. `reference` is exempt (a matrix product of torch changes its
-order of summation with T).
+number of threads, any split of a prompt into chunks, and whatever else is in a step. `reference` is exempt (a matrix
+product of torch changes its order of summation with T).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ropewalk.families.program import Program
+
 if TYPE_CHECKING:
     from ropewalk.gptq.linear import DenseLinear, GptqLinear
+
+
+PAGE_TOKENS = 64  # positions of a page: one tile of keys of the attention kernels
 
 
 class PackedLinear(Protocol):
@@ -60,19 +66,76 @@ class PackedLowRank(Protocol):
         """Memory of the matrices as the backend holds them."""
 
 
-class KvStore(Protocol):
-    """Keys and values of one layer instance for positions 0..capacity; the layout is the backend's own.
+class Page(Protocol):
+    """Keys and values of PAGE_TOKENS positions of all layer instances; the layout is the backend's own.
 
-    It holds the positions 0..n without gaps. Appending at an earlier position than n forgets what followed it.
+    Its memory goes back to the pool when the last reference to it is dropped.
     """
 
-    @property
-    def capacity(self) -> int:
-        """The number of positions that it has room for."""
+
+class PagePool(Protocol):
+    """Where pages come from. Several threads may take pages and drop them at once."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory set aside for keys and values of `capacity` positions."""
+        """The limit: pages in use never take more."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the pages in use."""
+
+    def page_bytes(self, num_instances: int) -> int:
+        """Memory of a page for that many layer instances."""
+
+    def take(self, num_instances: int) -> Page:
+        """A page whose keys and values are not initialised.
+
+        Raises:
+            MemoryError: the limit or the machine does not allow it.
+        """
+
+    def copy(self, page: Page) -> Page:
+        """Another page with the keys and values of `page`.
+
+        Raises:
+            MemoryError: as `take`.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSpan:
+    """Rows of a step that belong to one sequence; they follow those of the span before.
+
+    Their positions are start..start + num_rows. pages: of the positions from 0 on, enough for all of these.
+    """
+
+    num_rows: int
+    start: int
+    pages: tuple[Page, ...]
+
+
+class LayerChange(Protocol):
+    """What a set of adapters changes in one layer: an attribute for each linear of the program, under its name.
+
+    Each is a `PackedLowRank`, or None where nothing changes.
+    """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowChange:
+    """Rows first..end of a step, whose linears a set of adapters changes. Those of one call do not overlap."""
+
+    first: int
+    end: int
+    change: LayerChange
+
+
+class CompiledLayer(Protocol):
+    """A program with the weights of one layer, ready to run on a backend."""
+
+
+class BackendStep(Protocol):
+    """The rows of a step while its layers run one after the other: residual stream, positions, tables and pages."""
 
 
 class Backend(Protocol):
@@ -146,48 +209,47 @@ class Backend(Protocol):
         Returns [..., C] float32, contiguous.
         """
 
-    def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotate the pairs (i, i + R/2) of every head in place by the angles of its row; dims from R on stay.
+    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> PagePool:
+        """A pool of pages of keys and values in torch.float16 or torch.float32, of at most `num_bytes` together.
+
+        Nothing is set aside yet: a page takes memory when it is taken, or even later, when it is first written.
+        """
+
+    def compile_layer(
+        self, program: Program, weights: Mapping[str, torch.Tensor | PackedLinear], norm_eps: float
+    ) -> CompiledLayer:
+        """The program with the weights of one layer. weights: those that it names; norms are [C] or [D] float32."""
+
+    def begin_step(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]
+    ) -> BackendStep:
+        """Rows that are to go through the layers together.
+
+        x: [T, C] float32, contiguous; the layers change it in place. cos, sin: [T, R/2] float32, contiguous, the angles
+        of each row. The pages of a span must hold the positions before its start; no page may be written by two spans.
+
+        Raises:
+            ShapeError: the spans are not the T rows, the tables do not fit, or a span has too few pages.
+        """
+
+    def run_layer_(
+        self, step: BackendStep, layer: CompiledLayer, instance: int, weight: float, changes: Sequence[RowChange]
+    ) -> None:
+        """Add one layer instance to the residual stream of the step; its keys and values go to the pages.
+
+        instance: which keys and values of a page are its own. weight: multiplies what the layer adds.
+        The operations of families/program.py, row by row:
+
+        Linear: as `linear`. RmsNorm: as `rms_norm` on [T, H, size]. AddResidual: as `add_`.
+        Rotate (Su et al. 2021, arXiv:2104.09864, in the pairing of Hugging Face checkpoints); dims from R on stay:
 
             x_i  <-  x_i cos_i - x_{i+R/2} sin_i        x_{i+R/2}  <-  x_{i+R/2} cos_i + x_i sin_i
 
-        (Su et al. 2021, arXiv:2104.09864, in the pairing of Hugging Face checkpoints.)
-
-        x: [T, H, D] float32; a head is contiguous, heads follow each other, the stride of a row is free (a view of a
-        fused projection). cos, sin: [T, R/2] float32, contiguous.
-        """
-
-    def new_kv(self, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> KvStore:
-        """Room for keys and values of `capacity` positions of one layer instance, in torch.float16 or torch.float32.
-
-        Memory is set aside at once but need not be touched (the system hands out pages as they are first written).
-        """
-
-    def append_(self, kv: KvStore, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
-        """Write keys (already rotated) and values to positions start..start+T, rounded to the dtype of the store.
-
-        k, v: [T, Hkv, D] float32; a head is contiguous, heads follow each other, the stride of a row is free.
-
-        Raises:
-            ShapeError: positions beyond the capacity, a gap after the positions it holds, or heads of another shape.
-        """
-
-    def attend(self, q: torch.Tensor, kv: KvStore, start: int, window: int | None) -> torch.Tensor:
-        """Causal attention of T queries at positions start..start+T over the keys 0..start+T, which the store holds.
+        Append: keys (already rotated) and values are rounded to the dtype of the pool.
+        Attend: causal attention of a row at position i over the positions 0..i of its own sequence:
 
             out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window if there is one
 
-        q: [T, Hq, D] float32, rotated; a head is contiguous, heads follow each other, the stride of a row is free.
-        Query head h reads key/value head h // (Hq / Hkv). Returns [T, Hq * D] float32, contiguous.
-        Scratch memory does not grow with T times the number of keys.
-
-        Raises:
-            ShapeError: positions that the store does not hold, heads of another shape, or Hq not a multiple of Hkv.
-        """
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return silu(gate) * up with silu(x) = x / (1 + exp(-x)).
-
-        gate_up: [T, 2 * I] float32, contiguous: gate in the first half of a row, up in the second.
-        Returns [T, I] float32, contiguous.
+        Query head h reads key/value head h // (Hq / Hkv). Scratch memory does not grow with T times the number of keys.
+        SiluMul: silu(gate) * up with silu(x) = x / (1 + exp(-x)).
         """

@@ -43,6 +43,10 @@ class ContextLengthError(RequestError):
         )
 
 
+class CacheFullError(RequestError):
+    """The pages of keys and values do not suffice, even without those that are only kept for later."""
+
+
 class QueueFullError(RopewalkError, RuntimeError):
     """As many requests as allowed wait already; the same request can succeed later."""
 

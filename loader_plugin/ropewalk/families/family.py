@@ -1,13 +1,16 @@
-"""What an architecture is, as data: how its config.json is read, and the names and sizes of its tensors.
+"""What an architecture is: how its config.json is read, the names and sizes of its tensors, and its layer.
 
-All families here share Llama's decoder and its tensor names. Each family is one file of this folder, and nothing
-outside the folder refers to a family by name.
+All families here share Llama's decoder (families/decoder.py) and its tensor names. Each family is one file of this
+folder, and nothing outside the folder refers to a family by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+
+from ropewalk.families.decoder import decoder_layer
+from ropewalk.families.recorder import LayerFunction
 
 EMBEDDINGS = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -70,6 +73,7 @@ class Family:
         config.json are honoured.
     extended_in_the_wild: fine-tunes may declare a longer context by other means than a scaling object
         (rope/decision.py).
+    layer: the decoder layer, written against a recorder.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Family:
     extended_in_the_wild: bool = False
     norms: tuple[NormEntry, ...] = LLAMA_NORMS
     linears: tuple[LinearEntry, ...] = LLAMA_LINEARS
+    layer: LayerFunction = decoder_layer
 
 
 def layer_prefix(index: int) -> str:

@@ -1,26 +1,27 @@
-"""The key/value cache of one sequence: which tokens it holds, and how their keys and values were computed.
+"""The key/value cache of one sequence: which tokens it holds, in which pages, and how they were computed.
 
-The backend owns the memory and its layout; this module counts positions. It also remembers, span by span, the origin
+The backend owns the layout of a page; this module counts positions. It also remembers, segment by segment, the origin
 of keys and values: the adapters in use, and the frequencies that rotated the keys (RoPE methods that depend on the
-length, dynamic NTK and longrope, choose them by the length that the whole call reaches). The spans of a cache can
-differ; a prefix is reused only up to the first span whose origin is not that of the new call.
+length, dynamic NTK and longrope, choose them by the length that the whole call reaches). The segments of a cache can
+differ; a prefix is reused only up to the first one whose origin is not that of the new call.
+
+Several caches and the prefix tree may hold the same page. A page that anybody else holds is never written: the cache
+that has to append to it takes a copy first (model/store.py).
 """
 
 from __future__ import annotations
 
-import logging
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ropewalk.backends.protocol import Backend, KvStore
-from ropewalk.base.errors import ConfigError, RequestError
-from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
+from ropewalk.backends.protocol import PAGE_TOKENS, Page
+from ropewalk.base.errors import RequestError
 from ropewalk.config.layer_order import LayerOrder
-from ropewalk.config.model import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of base/choices.CACHE_TYPE
 
@@ -44,18 +45,45 @@ class Origin:
     adapters: tuple[tuple[int, float, tuple[int, ...] | None], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Positions from `start` up to the next segment. seq_len: a length that the frequencies of the origin are for."""
+
+    start: int
+    origin: Origin
+    seq_len: int
+
+
+class HeldPage:
+    """A page of the pool and who holds it. num_bytes: its memory. in_tree: the prefix tree holds it."""
+
+    __slots__ = ("caches", "in_tree", "num_bytes", "page")
+
+    def __init__(self, page: Page, num_bytes: int) -> None:
+        self.page = page
+        self.num_bytes = num_bytes
+        self.in_tree = False
+        self.caches: weakref.WeakSet[KvCache] = weakref.WeakSet()
+
+
+def num_pages(length: int) -> int:
+    """The pages that `length` positions take."""
+    return -(-length // PAGE_TOKENS)
+
+
 class KvCache:
-    """Keys and values of one sequence, per layer instance. Made by `Model.new_cache`, filled by `Model.forward`."""
+    """Keys and values of one sequence, of all layer instances. Made by `Model.new_cache`, filled by `Model.step`."""
 
     def __init__(
-        self, owner: object, stores: Sequence[KvStore], capacity: int, layer_order: LayerOrder | None = None
+        self, owner: object, lock: threading.RLock, capacity: int, layer_order: LayerOrder | None = None
     ) -> None:
         self.owner = owner
-        self.layer_order = layer_order  # each of its instances has one store
-        self.stores = tuple(stores)
+        self.layer_order = layer_order  # its pages have keys and values for each of the order's instances
         self.capacity = capacity
+        self.pages: tuple[HeldPage, ...] = ()
+        self._lock = lock  # of the store that the pages come from
         self._token_ids: list[int] = []
-        self._spans: list[tuple[int, Origin]] = []  # (first position, origin up to the next span)
+        self._segments: list[Segment] = []
 
     @property
     def length(self) -> int:
@@ -69,11 +97,20 @@ class KvCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory reserved; the system provides it as positions are filled."""
-        return sum(store.num_bytes for store in self.stores)
+        """Memory of the pages that it holds; others may hold the same."""
+        return sum(held.num_bytes for held in self.pages)
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(start, end, seq_len) of each stretch: rows start..end were computed for sequences of that length.
+
+        Appending the same tokens with the same seq_len and adapters, segment by segment, gives the same bits.
+        """
+        ends = [*(segment.start for segment in self._segments[1:]), self.length]
+        return [(segment.start, end, segment.seq_len) for segment, end in zip(self._segments, ends, strict=True)]
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on.
+        """Forget all positions from `length` on, and give back their pages.
 
         Raises:
             RequestError: the cache does not hold that many positions.
@@ -81,62 +118,55 @@ class KvCache:
         if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= self.length:
             raise RequestError(f"cannot truncate to {length!r}: the cache holds {self.length} positions (0 empties it)")
         del self._token_ids[length:]
-        self._spans = [span for span in self._spans if span[0] < length]
+        self._segments = [segment for segment in self._segments if segment.start < length]
+        self.give_back_()
 
-    def record_(self, token_ids: Sequence[int], origin: Origin) -> None:
-        """Count positions whose keys and values have just been written to every store."""
-        if not self._spans or self._spans[-1][1] != origin:
-            self._spans.append((self.length, origin))
+    def give_back_(self) -> None:
+        """Let go of the pages beyond the last position."""
+        kept = num_pages(self.length)
+        if kept < len(self.pages):
+            self.hold_(self.pages[:kept])
+
+    def hold_(self, pages: Sequence[HeldPage]) -> None:
+        """Hold exactly these pages from now on."""
+        with self._lock:
+            for held in set(self.pages).difference(pages):
+                held.caches.discard(self)
+            for held in pages:
+                held.caches.add(self)
+            self.pages = tuple(pages)
+
+    def record_(self, token_ids: Sequence[int], origin: Origin, seq_len: int) -> None:
+        """Count positions whose keys and values have just been written to the pages.
+
+        seq_len: the length that the frequencies of `origin` are for; at least that of the cache from now on.
+        """
+        last = self._segments[-1] if self._segments else None
+        if last is None or last.origin != origin:
+            self._segments.append(Segment(self.length, origin, seq_len))
+        elif last.seq_len < seq_len:
+            self._segments[-1] = Segment(last.start, origin, seq_len)
         self._token_ids.extend(token_ids)
 
     def common_prefix(self, token_ids: Sequence[int], origin: Origin) -> int:
         """How many leading positions hold exactly these tokens, computed in exactly this way."""
-        differing = (start for start, used in self._spans if used != origin)
-        limit = min(next(differing, self.length), len(token_ids))
-        pairs = zip(self._token_ids[:limit], token_ids[:limit], strict=True)
-        return next((position for position, (ours, theirs) in enumerate(pairs) if ours != theirs), limit)
+        limit = min(self.same_origin(origin), len(token_ids))
+        return common_length(self._token_ids[:limit], token_ids[:limit])
+
+    def same_origin(self, origin: Origin) -> int:
+        """How many leading positions were computed in exactly this way, whatever their tokens."""
+        return next((segment.start for segment in self._segments if segment.origin != origin), self.length)
+
+    @property
+    def first_segment(self) -> Segment | None:
+        """How its first position was computed; None if it is empty."""
+        return self._segments[0] if self._segments else None
 
 
-def cache_bytes(config: ModelConfig, num_instances: int, length: int, cache_type: str) -> int:
-    """Memory of keys and values of `length` positions, known before anything is allocated."""
-    per_position = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_type].itemsize
-    return per_position * num_instances * length
-
-
-def new_stores(
-    backend: Backend, config: ModelConfig, num_instances: int, capacity: int, cache_type: str
-) -> list[KvStore]:
-    """One store per layer instance. Memory is taken as positions are filled, so more than is free now only warns.
-
-    Raises:
-        ConfigError: the machine does not have the memory; says how much is needed and how many positions would fit.
-    """
-    needed = cache_bytes(config, num_instances, capacity, cache_type)
-    on_cpu = backend.device.type == "cpu"
-    limit, free = (physical_bytes(), available_bytes()) if on_cpu else (None, None)
-    if limit is not None and needed > limit:
-        raise ConfigError(_too_large(config, num_instances, capacity, cache_type, limit))
-    if free is not None and needed > free:
-        logger.warning(
-            "the %s cache of %d positions takes %s once it is full, and %s are free: ask for a smaller max_seq_len",
-            cache_type,
-            capacity,
-            format_bytes(needed),
-            format_bytes(free),
-        )
-    dtype = CACHE_DTYPES[cache_type]
-    try:
-        return [backend.new_kv(config.num_kv_heads, config.head_dim, capacity, dtype) for _ in range(num_instances)]
-    except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as a RuntimeError
-        raise ConfigError(_too_large(config, num_instances, capacity, cache_type, limit)) from error
-
-
-def _too_large(config: ModelConfig, num_instances: int, capacity: int, cache_type: str, limit: int | None) -> str:
-    needed = cache_bytes(config, num_instances, capacity, cache_type)
-    per_position = cache_bytes(config, num_instances, 1, cache_type)
-    have = "could not be allocated" if limit is None else f"this machine has {format_bytes(limit)}"
-    advice = "" if limit is None else f" (at most {limit // per_position})"
-    return (
-        f"max_seq_len: a {cache_type} cache of {capacity} positions takes {format_bytes(needed)} "
-        f"({format_bytes(per_position)} per position), {have}; ask for a smaller max_seq_len{advice}"
-    )
+def common_length(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """How many leading elements are equal."""
+    limit = min(len(ours), len(theirs))
+    if ours[:limit] == theirs[:limit]:
+        return limit
+    pairs = zip(ours, theirs, strict=False)
+    return next((position for position, (one, other) in enumerate(pairs) if one != other), limit)

@@ -14,8 +14,8 @@ from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.model.cache import cache_bytes
 from ropewalk.model.options import LoadOptions, options_with
+from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.weights.check import check_tensors, settings_of
 
@@ -163,7 +163,7 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_type: str)
         files={path.name: path.stat().st_size for path in checkpoint.files},
         weight_bytes=checkpoint.total_bytes,
         cache_type=cache_type,
-        cache_bytes={n: cache_bytes(config, len(order), n, cache_type) for n in lengths},
+        cache_bytes={n: planned_bytes(config, len(order), n, cache_type) for n in lengths},
     )
 
 

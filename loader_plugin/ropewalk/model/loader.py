@@ -37,6 +37,7 @@ from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.layers import PackedLayer, pack_layer
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.model.options import LoadOptions, options_with, with_options
+from ropewalk.model.pages import check_cache_memory, context_pages
 from ropewalk.model.plan import plan_loading
 from ropewalk.weights.read import check_tensors, read_embeddings, read_head, read_layer
 
@@ -73,7 +74,9 @@ def load_model(
     ops = _make_backend(options)
     plan = plan_loading(folder, options)
     logger.info("%s", plan.rope.describe())
-    limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_type)
+    limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_type, options.cache_memory)
+    context = context_pages(ops, plan.config, len(plan.order), limits.max_seq_len, limits.cache_type)
+    check_cache_memory(context, limits.cache_memory, ops)
     second = plan.second
     report = _step_counter(progress, plan.config.num_layers + (second.num_layers if second else 0) + 1)
     lent = () if second is None else _load_second_layers(Path(options.second_folder), second, ops, report)
@@ -175,8 +178,9 @@ def _summary(model: Model) -> str:
     plain = model.layer_order.is_plain(model.config.num_layers)
     order = "" if plain else f" run as {shown(str(model.layer_order))} ({len(model.instances)})"
     cache_size = format_bytes(model.cache_bytes(model.max_seq_len))
+    memory = format_bytes(model.cache_memory)
     return (
         f"{model.config.family}, {model.config.num_layers} layers{order}, {kind}: {format_bytes(model.weight_bytes)}; "
-        f"{model.cache_type} cache of {model.max_seq_len} positions: {cache_size}; "
+        f"{model.cache_type} cache of {model.max_seq_len} positions: {cache_size}, {memory} for all; "
         f"backend {model.backend.name}, compute {model.backend.compute}"
     )

@@ -1,16 +1,14 @@
-"""The decoder: token ids in, logits out, keys and values in a cache.
+"""The decoder: token ids in, logits out, keys and values in caches.
 
     x = Embed(ids);  x = Layer_i(x) for every layer instance;  logits = RMSNorm(x) Head
 
-A prompt is run in chunks of `max_input_len` tokens, so scratch memory depends on the chunk and never on the context.
-The residual stream is float32. Rotation tables are made for the rows of a chunk only; methods whose frequencies depend
-on the length take them for the length that the whole call reaches, so chunking never changes a result.
+model/step.py computes; this module holds what a loaded model consists of, and what can be asked of it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import numpy as np
 import torch
 
 from ropewalk.adapters.lora import read_adapter
-from ropewalk.adapters.low_rank import embed_changed, head_changed
 from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange
 from ropewalk.backends.protocol import Backend, PackedLinear
@@ -29,15 +26,15 @@ from ropewalk.config.instances import instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import Frequencies, KvCache, Origin, cache_bytes, new_stores
-from ropewalk.model.layers import PackedLayer, Rotation, run_layer_
+from ropewalk.model.cache import CACHE_DTYPES, Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.layers import PackedLayer
+from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
+from ropewalk.model.store import PageStore
+from ropewalk.model.token_ids import TokenIds, checked_token_ids
 from ropewalk.rope.rope import Rope, resolve_rope
 
 logger = logging.getLogger(__name__)
-
-LOGITS_ROWS = 256  # rows of the head computed at once: 131 MB for a vocabulary of 128,256
-LOGITS_MODES = ("last", "all", "none")
-INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +60,20 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model was loaded for: the longest sequence, the chunk size of a prefill, the dtype of keys and values."""
+    """What a model was loaded for: the longest sequence, the rows of a chunk, the dtype of keys and values, and bytes
+    for all pages of them (default: see `pages.choose_cache_memory`)."""
 
     max_seq_len: int
     max_input_len: int
     cache_type: str
+    cache_memory: int | None = None
 
 
 class Model:
-    """A decoder ready to run. Made by `load_model`; not safe to call from two threads at once."""
+    """A decoder ready to run. Made by `load_model`.
+
+    One thread at a time may compute (`step`, `forward`); others may share, attach, truncate and drop caches meanwhile.
+    """
 
     def __init__(
         self,
@@ -94,6 +96,11 @@ class Model:
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._adapters = AdapterSets(config, backend, self.instances)
+        self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
+        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_type)
+        memory = choose_cache_memory(context, limits.cache_memory, backend)
+        pool = backend.new_pool(config.num_kv_heads, config.head_dim, CACHE_DTYPES[limits.cache_type], memory)
+        self.store = PageStore(pool, len(self.instances))
 
     def set_layer_order(
         self,
@@ -106,13 +113,18 @@ class Model:
         Caches belong to the order under which they were made: under another one they are refused.
 
         Raises:
-            ConfigError: as `layer_order.choose_layer_order`. The model is as it was.
+            ConfigError: as `layer_order.choose_layer_order`; or one context of the order is more than `cache_memory`.
+                The model is as it was.
         """
         second_layers = len(self.weights.layers) - self.config.num_layers or None
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
-        self.instances = instances_of(order, self.config.num_layers)
+        instances = instances_of(order, self.config.num_layers)
+        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_type)
+        check_holds_one(context, self.cache_memory)
+        self.instances = instances
         self.layer_order = order
         self._adapters.set_instances(self.instances)
+        self.store.num_instances = len(self.instances)
 
     @property
     def weight_bytes(self) -> int:
@@ -152,6 +164,14 @@ class Model:
         """
         return self._adapters.key(adapters)
 
+    def adapter_change(self, adapters: Request | None) -> ModelChange:
+        """What a weighted set of loaded adapters changes, packed for the backend.
+
+        Raises:
+            RequestError: as `adapter_key`.
+        """
+        return self._adapters.change(self._adapters.key(adapters))
+
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. What it computed stays in caches but is not used again.
 
@@ -175,14 +195,31 @@ class Model:
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the keys and values of `length` positions."""
-        return cache_bytes(self.config, len(self.instances), length, self.cache_type)
+        """Memory of the keys and values of `length` positions, in whole pages."""
+        return num_pages(length) * self.store.page_bytes
+
+    @property
+    def cache_memory(self) -> int:
+        """The limit of all pages of keys and values together, in bytes."""
+        return self.store.num_bytes
+
+    @property
+    def cache_used(self) -> int:
+        """Memory of the pages in use, by caches or for prefixes that are shared."""
+        return self.store.used_bytes
+
+    @property
+    def cache_shared(self) -> int:
+        """Memory of the pages that no cache holds: they are kept for prompts that begin alike, until it is needed."""
+        return self.store.shared_bytes
 
     def new_cache(self, max_seq_len: int | None = None) -> KvCache:
         """An empty cache for at most `max_seq_len` positions (default: what the model was loaded for).
 
+        It takes pages as it grows, and gives them back when it is truncated or dropped.
+
         Raises:
-            ConfigError: not a positive integer, more than the model was loaded for, or more than fits into memory.
+            ConfigError: not a positive integer, or more than the model was loaded for.
         """
         capacity = self.max_seq_len if max_seq_len is None else max_seq_len
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
@@ -192,19 +229,13 @@ class Model:
                 f"max_seq_len: a cache of {capacity} positions was asked for, but the model was loaded for "
                 f"{self.max_seq_len}; load it with max_seq_len={capacity}"
             )
-        stores = new_stores(self.backend, self.config, len(self.instances), capacity, self.cache_type)
-        return KvCache(self, stores, capacity, self.layer_order)
+        return KvCache(self, self.store.lock, capacity, self.layer_order)
 
     def accepts(self, cache: KvCache) -> bool:
         """True if `cache` was made by this model under its present layer order."""
         return isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
 
-    def reusable_prefix(
-        self,
-        cache: KvCache,
-        token_ids: Sequence[int] | np.ndarray | torch.Tensor,
-        adapters: Request | None = None,
-    ) -> int:
+    def reusable_prefix(self, cache: KvCache, token_ids: TokenIds, adapters: Request | None = None) -> int:
         """How many leading positions of `cache` a call with `token_ids` can keep and give the result of a fresh call.
 
         At most len(token_ids) - 1: the last token must be run for its logits. Positions whose keys were rotated for
@@ -214,109 +245,104 @@ class Model:
         Raises:
             RequestError: as `forward`, except that any number of ids is accepted.
         """
-        self._check_owner(cache)
+        self.check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
-        return cache.common_prefix(ids[:-1], Origin(self._frequencies(len(ids)), self._adapters.key(adapters)))
+        return cache.common_prefix(ids[:-1], Origin(self.frequencies(len(ids)), self._adapters.key(adapters)))
+
+    def share(self, cache: KvCache) -> None:
+        """Keep what `cache` holds, for `attach`: until the memory is needed, even if the cache is dropped.
+
+        A cache that was computed in several ways (adapters, frequencies) is kept up to the first change.
+
+        Raises:
+            RequestError: a cache of another model or layer order.
+        """
+        self.check_owner(cache)
+        self.store.share(cache)
+
+    def attach(
+        self, cache: KvCache, token_ids: TokenIds, adapters: Request | None = None, seq_len: int | None = None
+    ) -> int:
+        """Extend `cache`, which holds a prefix of `token_ids`, by what was shared of the rest; returns its length.
+
+        At most len(token_ids) - 1: the last token must be run for its logits. adapters, seq_len: those of the calls
+        that are to follow (see `Span`; default: the length of `token_ids`): only what was computed in the same way is
+        used, so what follows has the bits of a fresh call. A cache computed in another way stays as it is.
+
+        Raises:
+            RequestError: as `forward`; or the cache holds other tokens.
+        """
+        self.check_owner(cache)
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        if cache.token_ids != ids[: cache.length]:
+            raise RequestError(
+                f"the cache holds {cache.length} tokens that are not the first of the {len(ids)} given: truncate it to "
+                "what reusable_prefix says"
+            )
+        length = max(len(ids), checked_seq_len(seq_len) or 0)
+        origin = Origin(self.frequencies(length), self._adapters.key(adapters))
+        if cache.same_origin(origin) == cache.length:
+            self.store.attach(cache, ids[: min(len(ids) - 1, cache.capacity)], origin, length)
+        return cache.length
+
+    def missing_bytes(self, spans: Sequence[Span]) -> int:
+        """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none."""
+        return self.store.missing_bytes([(span.cache, span.cache.length + len(span.token_ids)) for span in spans])
 
     def forward(
         self,
-        token_ids: Sequence[int] | np.ndarray | torch.Tensor,
+        token_ids: TokenIds,
         cache: KvCache,
         logits: str = "last",
-        progress: Callable[[int, int], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
         seq_len: int | None = None,
         adapters: Request | None = None,
     ) -> torch.Tensor | None:
-        """Append tokens to the cache and compute logits.
+        """Append tokens to the cache and compute logits: a step with one span.
 
-        token_ids: [T] integers, appended at position `cache.length`.
-        logits: "last" -> [1, V], "all" -> [T, V], "none" -> None; float32, on the device of the backend.
-        progress: called with (tokens done, T) after every layer; a chunk counts in equal parts per layer.
-        cancelled: asked before every layer; once it returns True, forward returns None. The cache then holds the
-            complete chunks and stays usable.
-        seq_len: the length that later calls will reach, if one sequence is passed in several calls: RoPE methods that
-            depend on the length then use it from the start (default: the length that this call reaches).
-        adapters: loaded adapters with their weights and, if they are not for every layer, their layer instances:
-            [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see adapters/request.py).
+        token_ids, cache, logits, seq_len, adapters: see `Span`. progress, cancelled: see `step`.
 
         Raises:
-            RequestError: ids of a wrong type or out of range, none at all, more than the cache has room for, a cache of
-                another model or layer order, an unknown `logits`, adapters that are not loaded. The cache is as it was.
+            RequestError, CacheFullError: as `step`. The cache is as it was.
         """
-        ids = self._checked_request(token_ids, cache, logits)
-        change = self._adapters.change(self._adapters.key(adapters))
-        if seq_len is not None and (not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1):
-            raise RequestError(f"seq_len must be a positive integer or None, got {seq_len!r}")
-        end = max(cache.length + len(ids), seq_len or 0)
-        origin = Origin(self._frequencies(end), change.key)
-        out = self._new_logits(len(ids), logits)
-        for first in range(0, len(ids), self.max_input_len):
-            chunk = ids[first : first + self.max_input_len]
-            steps = _Steps(first, len(chunk), len(ids), len(self.instances), progress, cancelled)
-            x = self._run_chunk(chunk, cache, end, steps, change)
-            if x is None:
-                return None
-            cache.record_(chunk, origin)
-            self._write_logits_(x, first, len(ids), logits, change, out)
-        return out
+        span = Span(token_ids, cache, logits, adapters, seq_len)
+        results = run_step(self, [span], progress, cancelled, named=False)
+        return None if results is None else results[0]
 
-    def _run_chunk(
-        self, ids: list[int], cache: KvCache, seq_len: int, steps: _Steps, change: ModelChange
-    ) -> torch.Tensor | None:
-        """The residual stream after all layers, [T, C] float32; None once cancelled."""
-        start, device = cache.length, self.backend.device
-        tables = self.rope.rotation_tables(start, start + len(ids), seq_len)
-        rotation = Rotation(*(torch.from_numpy(table).to(device) for table in tables))  # [T, R/2] each
-        token_ids = torch.tensor(ids, device=device)
-        x = embed_changed(self.backend, self.weights.embeddings, token_ids, change.embeddings)  # [T, C]
-        for done, (instance, changed) in enumerate(zip(self.instances, change.instances, strict=True)):
-            if steps.is_cancelled():
-                return None
-            layer, kv = self.weights.layers[instance.weights_index], cache.stores[instance.cache_index]
-            run_layer_(x, self.backend, layer, kv, rotation, start, instance.residual_weight, changed)
-            steps.report(done + 1)
-        return x
+    def step(
+        self, spans: Sequence[Span], progress: Progress | None = None, cancelled: Cancelled | None = None
+    ) -> list[torch.Tensor | None] | None:
+        """Append the tokens of every span to its cache; the logits of each, in the order of the spans.
 
-    def _new_logits(self, num_tokens: int, logits: str) -> torch.Tensor | None:
-        rows = {"last": 1, "all": num_tokens, "none": 0}[logits]
-        if not rows:
-            return None
-        try:
-            return torch.empty(rows, self.config.vocab_size, device=self.backend.device)
-        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as a RuntimeError
-            raise RequestError(
-                f'logits="all" of {rows} tokens takes {4 * rows * self.config.vocab_size} bytes, which could not be '
-                f"allocated; call forward with fewer tokens at a time"
-            ) from error
+        Each result has the bits that `forward` would give that span alone ("reference": up to rounding).
 
-    def _write_logits_(
-        self,
-        x: torch.Tensor,
-        first: int,
-        num_tokens: int,
-        logits: str,
-        change: ModelChange,
-        out: torch.Tensor | None,
-    ) -> None:
-        """Logits of the chunk x: [T, C] that starts at token `first` of the call, written to their rows of `out`."""
-        if out is None:
-            return
-        if logits == "last":
-            if first + x.shape[0] < num_tokens:
-                return
-            first, x = 0, x[-1:]
-        for row in range(0, x.shape[0], LOGITS_ROWS):
-            block = x[row : row + LOGITS_ROWS]  # [rows, C]
-            normed = self.backend.rms_norm(block, self.weights.final_norm, self.config.rms_norm_eps)
-            rows = slice(first + row, first + row + len(block))
-            out[rows] = head_changed(self.backend, normed, self.weights.head, change.head)
+        progress: called with (rows done, rows of all spans) after every layer; a chunk counts in equal parts per layer.
+        cancelled: asked before every layer; once it returns True, step returns None. The caches then hold the complete
+            chunks and stay usable.
 
-    def _frequencies(self, seq_len: int) -> Frequencies:
+        Raises:
+            RequestError: ids of a wrong type or out of range, none at all, more than a cache has room for, a cache of
+                another model or layer order, the same cache twice, an unknown `logits`, adapters that are not loaded.
+            CacheFullError: all spans together need more pages than there are. The message names the span, counted from
+                0; all caches are as they were.
+        """
+        return run_step(self, spans, progress, cancelled)
+
+    def frequencies(self, seq_len: int) -> Frequencies:
+        """The identity of the rotation tables of a call that reaches `seq_len` positions."""
+        last = self._frequencies
+        if last is not None and (last[0] == seq_len or not self.rope.depends_on_length):
+            return last[1]
         inverse_frequencies, attention_scale = self.rope.inverse_frequencies(seq_len)
-        return Frequencies(np.asarray(inverse_frequencies, dtype=np.float64).tobytes(), float(attention_scale))
+        found = Frequencies(np.asarray(inverse_frequencies, dtype=np.float64).tobytes(), float(attention_scale))
+        self._frequencies = seq_len, found
+        return found
 
-    def _check_owner(self, cache: KvCache) -> None:
+    def check_owner(self, cache: KvCache) -> None:
+        """Raises:
+        RequestError: not a cache of this model under its present layer order.
+        """
         if not isinstance(cache, KvCache):
             raise RequestError(f"cache must be made by model.new_cache(), got {type(cache).__name__}")
         if cache.owner is not self:
@@ -326,67 +352,3 @@ class Model:
                 f"the cache was made for the layer order {shown(str(cache.layer_order))}, the model now has "
                 f"{shown(str(self.layer_order))}: make another cache with new_cache()"
             )
-
-    def _checked_request(self, token_ids: Any, cache: KvCache, logits: str) -> list[int]:
-        self._check_owner(cache)
-        if logits not in LOGITS_MODES:
-            raise RequestError(f"logits must be one of {', '.join(map(repr, LOGITS_MODES))}, got {logits!r}")
-        ids = checked_token_ids(token_ids, self.config.vocab_size)
-        needed = cache.length + len(ids)
-        if needed > cache.capacity:
-            raise RequestError(
-                f"{len(ids)} tokens do not fit: the cache holds {cache.length} of at most {cache.capacity} positions, "
-                f"{needed} are needed; truncate the cache, shorten the input, or load the model with a max_seq_len of "
-                f"at least {needed}"
-            )
-        return ids
-
-
-def checked_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
-    """Token ids as a list of ints, each in 0..vocab_size.
-
-    token_ids: a list, tuple or range of integers, a 1-D integer numpy array or a 1-D integer torch tensor.
-
-    Raises:
-        RequestError: of another type or shape, empty, or out of range (names position and id).
-    """
-    if isinstance(token_ids, (np.ndarray, torch.Tensor)):
-        if token_ids.ndim != 1 or str(token_ids.dtype).removeprefix("torch.") not in INTEGER_DTYPES:
-            raise RequestError(
-                f"token ids must be one-dimensional integers, got {token_ids.dtype} of shape {list(token_ids.shape)}"
-            )
-        token_ids = token_ids.tolist()
-    if not isinstance(token_ids, (list, tuple, range)):
-        raise RequestError(
-            "token ids must be a list, tuple, 1-D numpy array or 1-D tensor of integers, "
-            f"got {type(token_ids).__name__}"
-        )
-    if not len(token_ids):
-        raise RequestError("there are no token ids; at least one is needed")
-    for position, token_id in enumerate(token_ids):
-        if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-            raise RequestError(f"token id {token_id!r} at position {position} is not an integer")
-        if not 0 <= token_id < vocab_size:
-            raise RequestError(
-                f"token id {token_id} at position {position} is out of range: the model knows ids 0 to {vocab_size - 1}"
-            )
-    return [int(token_id) for token_id in token_ids]
-
-
-@dataclass(frozen=True, slots=True)
-class _Steps:
-    """The place of a chunk within its call, for the two callbacks."""
-
-    first: int
-    chunk_tokens: int
-    total_tokens: int
-    num_instances: int
-    progress: Callable[[int, int], None] | None
-    cancelled: Callable[[], bool] | None
-
-    def is_cancelled(self) -> bool:
-        return self.cancelled is not None and self.cancelled()
-
-    def report(self, instances_done: int) -> None:
-        if self.progress is not None:
-            self.progress(self.first + self.chunk_tokens * instances_done // self.num_instances, self.total_tokens)

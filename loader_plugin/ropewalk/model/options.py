@@ -31,6 +31,8 @@ class LoadOptions:
     threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
     rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `resolve_rope`.
     cache_type: "fp16" or "fp32", the dtype of cached keys and values.
+    cache_memory: bytes for the keys and values of all sequences together (default: what is left beside the weights,
+        within a bound: at most 16 contexts or 4 GiB, whichever is more); at least one context.
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
     layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
@@ -54,6 +56,7 @@ class LoadOptions:
     alpha_value: float | None = None
     rope_theta: float | None = None
     cache_type: str = CACHE_TYPE.default
+    cache_memory: int | None = None
     device: str | torch.device | None = None
     max_attention_size: int | None = None
     layer_order: str | Sequence[int] | LayerOrder | None = None
@@ -62,7 +65,7 @@ class LoadOptions:
     second_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads"):
+        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads", "cache_memory"):
             value = getattr(self, name)
             optional = name != "max_input_len"
             if not (optional and value is None or _is_positive(value)):

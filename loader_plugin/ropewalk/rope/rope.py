@@ -64,8 +64,12 @@ class Rope:
         start, end = _length(start, "start", 0), _length(end, "end", 0)
         if end < start:
             raise ConfigError(f"rotation_tables: end must be at least start, {start}, found {end}")
+        return self.tables_at(np.arange(start, end), seq_len)
+
+    def tables_at(self, positions: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of any positions: [T] integers -> [T, R/2] float32 each. See `rotation_tables`."""
         inv, scale = self.inverse_frequencies(seq_len)
-        angles = np.arange(start, end, dtype=np.float64)[:, None] * inv  # [end - start, R/2]
+        angles = positions.astype(np.float64)[:, None] * inv  # [T, R/2]
         return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
 
     def describe(self) -> str:

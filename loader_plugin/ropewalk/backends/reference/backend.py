@@ -1,0 +1,82 @@
+"""The operations in plain torch, on any device: the executable specification that other backends are compared with.
+
+Written to be read, not to be fast. Quantised weights stay packed as stored and are dequantised anew in every call, so
+memory is that of the checkpoint plus one dequantised linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
+from ropewalk.backends.reference import layers, linear
+from ropewalk.backends.reference.layers import ReferenceLayer, ReferenceStep
+from ropewalk.backends.reference.linear import ReferenceLinear, ReferenceLowRank
+from ropewalk.backends.reference.pages import ReferencePool
+from ropewalk.families.program import Program
+from ropewalk.gptq.linear import DenseLinear, GptqLinear
+
+
+class ReferenceBackend:
+    """The protocol of `backends/protocol.py` in plain torch. `device` is any that torch knows."""
+
+    name = "reference"
+
+    def __init__(self, compute: str = "exact", device: torch.device | str = "cpu") -> None:
+        self.compute = compute
+        self.device = torch.device(device)
+
+    def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> ReferenceLinear:
+        """Move the parts to the device; nothing is rearranged."""
+        return linear.pack(parts, self.device)
+
+    def pack_low_rank(self, parts: Sequence[LowRankPart]) -> ReferenceLowRank:
+        """Move the matrices to the device."""
+        return ReferenceLowRank(tuple(LowRankPart(p.a.to(self.device), p.b.to(self.device)) for p in parts))
+
+    def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: ReferenceLowRank) -> None:
+        """y += (x A^T) B^T for every part; x: [T, K], y: [T, N] float32."""
+        y.add_(linear.low_rank_product(x, change))
+
+    def linear(self, x: torch.Tensor, weight: ReferenceLinear, change: ReferenceLowRank | None = None) -> torch.Tensor:
+        """y = x W + bias and the change; x: [T, K] float32 -> [T, N] float32."""
+        y = linear.product(x, weight, self.compute)
+        if change is not None:
+            self.add_low_rank_(y, x, change)
+        return y
+
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """table: [V, C], token_ids: [T] int64 -> [T, C] float32."""
+        return table[token_ids].float()
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+        """x += weight * y; x, y: [T, C] float32."""
+        x.add_(y, alpha=weight)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
+        return layers.rms_norm(x, weight, eps)
+
+    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> ReferencePool:
+        """A pool of pages on the device."""
+        return ReferencePool(num_kv_heads, head_dim, dtype, num_bytes, self.device)
+
+    def compile_layer(
+        self, program: Program, weights: Mapping[str, torch.Tensor | ReferenceLinear], norm_eps: float
+    ) -> ReferenceLayer:
+        """The program and its weights side by side: it is interpreted."""
+        return ReferenceLayer(program, dict(weights), norm_eps)
+
+    def begin_step(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]
+    ) -> ReferenceStep:
+        """x: [T, C] float32, cos, sin: [T, R/2] float32."""
+        return layers.begin_step(x, cos, sin, spans)
+
+    def run_layer_(
+        self, step: ReferenceStep, layer: ReferenceLayer, instance: int, weight: float, changes: Sequence[RowChange]
+    ) -> None:
+        """Add one layer instance to the residual stream of the step."""
+        layers.run_layer_(step, layer, instance, weight, changes, self.compute)

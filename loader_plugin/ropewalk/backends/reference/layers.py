@@ -1,0 +1,185 @@
+"""Runs a recorded layer: its operations one by one, in torch, on the rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ropewalk.backends.protocol import PAGE_TOKENS, RowChange, RowSpan
+from ropewalk.backends.reference.attention import attend, rotate_
+from ropewalk.backends.reference.linear import ReferenceLinear, low_rank_product, product
+from ropewalk.backends.reference.pages import append_, gathered
+from ropewalk.base.errors import ShapeError
+from ropewalk.families.program import (
+    RESIDUAL,
+    AddResidual,
+    Append,
+    Attend,
+    Linear,
+    Operation,
+    Program,
+    RmsNorm,
+    Rotate,
+    SiluMul,
+    View,
+)
+
+# Rows of a step that go through a layer together: the inner activations are wide (2 * I floats a row), and a step may
+# have thousands of rows.
+BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferenceLayer:
+    """A program, and the weights of one layer by the names that it uses."""
+
+    program: Program
+    weights: Mapping[str, torch.Tensor | ReferenceLinear]
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReferenceStep:
+    """Rows of several sequences. x: [T, C] float32; cos, sin: [T, R/2] float32."""
+
+    x: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    spans: tuple[RowSpan, ...]
+
+    def blocks(self, num_rows: int) -> Iterator[tuple[int, ReferenceStep]]:
+        """(first row, the rows from there on as a step of their own), `num_rows` at a time."""
+        for first in range(0, self.x.shape[0], num_rows):
+            rows = slice(first, first + num_rows)
+            spans = tuple(_spans_within(self.spans, first, min(first + num_rows, self.x.shape[0])))
+            yield first, ReferenceStep(self.x[rows], self.cos[rows], self.sin[rows], spans)
+
+
+def begin_step(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> ReferenceStep:
+    """Check that rows, tables, spans and pages fit each other."""
+    num_rows = sum(span.num_rows for span in spans)
+    if x.ndim != 2 or x.shape[0] != num_rows or cos.shape != sin.shape or cos.shape[:1] != x.shape[:1]:
+        raise ShapeError(
+            f"begin_step: x {list(x.shape)} and tables {list(cos.shape)}, {list(sin.shape)} do not fit {num_rows} rows"
+        )
+    for index, span in enumerate(spans):
+        if span.start < 0 or span.start + span.num_rows > PAGE_TOKENS * len(span.pages):
+            raise ShapeError(
+                f"begin_step: span {index}: positions {span.start} to {span.start + span.num_rows} lie outside its "
+                f"{len(span.pages)} pages of {PAGE_TOKENS}"
+            )
+    return ReferenceStep(x, cos, sin, tuple(spans))
+
+
+def run_layer_(
+    step: ReferenceStep,
+    layer: ReferenceLayer,
+    instance: int,
+    weight: float,
+    changes: Sequence[RowChange],
+    compute: str,
+) -> None:
+    """Add one layer instance to the residual stream, a block of rows after the other."""
+    for first, block in step.blocks(BLOCK_ROWS):
+        last = first + block.x.shape[0]
+        overlapping = (change for change in changes if change.first < last and first < change.end)
+        moved = [
+            replace(change, first=max(change.first, first) - first, end=min(change.end, last) - first)
+            for change in overlapping
+        ]
+        _Run(block, layer, instance, weight, moved, compute).run_()
+
+
+class _Run:
+    """One block of rows on its way through one layer; a buffer exists from the first result in it."""
+
+    def __init__(
+        self,
+        step: ReferenceStep,
+        layer: ReferenceLayer,
+        instance: int,
+        weight: float,
+        changes: Sequence[RowChange],
+        compute: str,
+    ) -> None:
+        self._step = step
+        self._layer = layer
+        self._instance = instance
+        self._weight = weight
+        self._changes = changes
+        self._compute = compute
+        self._buffers = {RESIDUAL: step.x}
+
+    def run_(self) -> None:
+        for operation in self._layer.program.operations:
+            self._run_(operation)
+
+    def _run_(self, operation: Operation) -> None:
+        match operation:
+            case RmsNorm(x, weight, out):
+                self._write(out, rms_norm(self._read(x), self._layer.weights[weight], self._layer.norm_eps))
+            case Linear(x, weight, out):
+                self._write(out, self._linear(self._read(x).flatten(1), weight))
+            case Rotate(x):
+                rotate_(self._read(x), self._step.cos, self._step.sin)
+            case Append(k, v):
+                for rows, span in self._spans():
+                    append_(span.pages, self._instance, self._read(k)[rows], self._read(v)[rows], span.start)
+            case Attend(q, out, window):
+                for rows, span in self._spans():
+                    keys, values = gathered(span.pages, self._instance, span.start + span.num_rows)
+                    seen = attend(self._read(q)[rows], keys, values, span.start, window)  # [rows, Hq * D]
+                    self._read(out)[rows] = seen.view(-1, out.heads, out.size)  # [rows, Hq, D]
+            case SiluMul(gate_up, out):
+                self._write(out, silu_mul(self._read(gate_up).flatten(1)))
+            case AddResidual(y):
+                self._step.x.add_(self._read(y).flatten(1), alpha=self._weight)
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x: [T, K] -> [T, N], changed in the rows whose adapters change this linear."""
+        y = product(x, self._layer.weights[name], self._compute)
+        for rows in self._changes:
+            change = getattr(rows.change, name)
+            if change is not None:
+                y[rows.first : rows.end] += low_rank_product(x[rows.first : rows.end], change)
+        return y
+
+    def _spans(self) -> Iterator[tuple[slice, RowSpan]]:
+        first = 0
+        for span in self._step.spans:
+            yield slice(first, first + span.num_rows), span
+            first += span.num_rows
+
+    def _read(self, view: View) -> torch.Tensor:
+        """[T, heads, size]; what is written to it is written to the buffer."""
+        if view.buffer not in self._buffers:
+            width = self._layer.program.widths[view.buffer]
+            self._buffers[view.buffer] = torch.empty(self._step.x.shape[0], width, device=self._step.x.device)
+        columns = self._buffers[view.buffer][:, view.first : view.end]  # [T, heads * size]
+        return columns.view(-1, view.heads, view.size)  # [T, heads, size]
+
+    def _write(self, view: View, values: torch.Tensor) -> None:
+        self._read(view).copy_(values.view(-1, view.heads, view.size))  # [T, heads, size]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up: [T, 2 * I] -> silu(first half) * second half, [T, I]."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _spans_within(spans: Sequence[RowSpan], first: int, end: int) -> Iterator[RowSpan]:
+    """The parts of the spans that lie in rows first..end."""
+    row = 0
+    for span in spans:
+        low, high = max(first, row), min(end, row + span.num_rows)
+        if low < high:
+            yield RowSpan(high - low, span.start + low - row, span.pages)
+        row += span.num_rows

@@ -1,0 +1,115 @@
+"""Writes a layer function down: each call notes an operation and answers where its result will be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ropewalk.families.program import (
+    RESIDUAL,
+    AddResidual,
+    Append,
+    Attend,
+    Linear,
+    Operation,
+    Program,
+    RmsNorm,
+    Rotate,
+    SiluMul,
+    View,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """The sizes of one decoder layer, and what else tells its kind from others of the same family."""
+
+    hidden: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qk_norm: bool
+    window: int | None
+
+
+class Recorder:
+    """The operations of a layer as methods. They compute nothing: arguments and results are places in buffers.
+
+    hidden: C, the width of the residual stream. linears: N of all linears that are packed together, by their name.
+    """
+
+    def __init__(self, hidden: int, linears: Mapping[str, int]) -> None:
+        self._linears = linears
+        self._widths = [hidden]
+        self._operations: list[Operation] = []
+        self.residual = View(RESIDUAL, 0, 1, hidden)  # [T, 1, C]
+
+    @property
+    def program(self) -> Program:
+        """What has been recorded so far."""
+        return Program(tuple(self._widths), tuple(self._operations))
+
+    def rms_norm(self, x: View, weight: str) -> View:
+        """x: [T, H, size] -> the same, each head normalised and multiplied by the norm of that name."""
+        out = self._new(x.heads, x.size)
+        self._operations.append(RmsNorm(x, weight, out))
+        return out
+
+    def linear(self, x: View, weight: str) -> View:
+        """x: [T, H, size] -> [T, 1, N]; a row of x is the H * size = K input features."""
+        out = self._new(1, self._linears[weight])
+        self._operations.append(Linear(x, weight, out))
+        return out
+
+    def split(self, x: View, *heads: int, size: int) -> tuple[View, ...]:
+        """Columns of x as neighbouring groups of so many heads each: [T, heads, size]. Nothing is copied."""
+        if sum(heads) * size != x.heads * x.size:
+            raise ValueError(f"split: {heads} heads of {size} are not the {x.heads * x.size} columns of {x}")
+        firsts = [x.first + size * sum(heads[:index]) for index in range(len(heads))]
+        return tuple(View(x.buffer, first, count, size) for first, count in zip(firsts, heads, strict=True))
+
+    def rotate_(self, x: View) -> None:
+        """Rotate x: [T, H, D] in place."""
+        self._operations.append(Rotate(x))
+
+    def append(self, k: View, v: View) -> None:
+        """Keep keys and values, [T, Hkv, D] each, for this and later calls."""
+        self._operations.append(Append(k, v))
+
+    def attend(self, q: View, window: int | None) -> View:
+        """q: [T, Hq, D] -> what its rows see of the kept values, [T, Hq, D]."""
+        out = self._new(q.heads, q.size)
+        self._operations.append(Attend(q, out, window))
+        return out
+
+    def silu_mul(self, gate_up: View) -> View:
+        """gate_up: [T, 1, 2 * I] -> silu(gate) * up, [T, 1, I]."""
+        out = self._new(1, gate_up.size // 2)
+        self._operations.append(SiluMul(gate_up, out))
+        return out
+
+    def add_residual_(self, y: View) -> None:
+        """x += w * y: [T, 1, C], with the weight w of the layer instance."""
+        self._operations.append(AddResidual(y))
+
+    def _new(self, heads: int, size: int) -> View:
+        self._widths.append(heads * size)
+        return View(len(self._widths) - 1, 0, heads, size)
+
+
+LayerFunction = Callable[[Recorder, LayerShape], None]
+
+
+def record(layer: LayerFunction, shape: LayerShape) -> Program:
+    """The program of a layer function for layers of this shape."""
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    linears = {
+        "qkv": heads * shape.head_dim,
+        "o": shape.hidden,
+        "gate_up": 2 * shape.inner,
+        "down": shape.hidden,
+    }
+    recorder = Recorder(shape.hidden, linears)
+    layer(recorder, shape)
+    return recorder.program

@@ -1,0 +1,115 @@
+"""How much memory the pages of keys and values may take: what is chosen, and what is refused at load."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from ropewalk.backends.protocol import PAGE_TOKENS, Backend
+from ropewalk.base.errors import ConfigError
+from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
+from ropewalk.config.model import ModelConfig
+from ropewalk.model.cache import CACHE_DTYPES, num_pages
+
+logger = logging.getLogger(__name__)
+
+MOST_CONTEXTS = 16  # by default the pool holds no more contexts than this,
+LEAST_BOUND = 4 << 30  # unless they are small: then up to 4 GiB, so that many short prefixes stay
+
+
+@dataclass(frozen=True, slots=True)
+class ContextPages:
+    """The pages of one sequence that fills the context."""
+
+    max_seq_len: int
+    cache_type: str
+    page_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of one context, in whole pages."""
+        return num_pages(self.max_seq_len) * self.page_bytes
+
+
+def planned_bytes(config: ModelConfig, num_instances: int, length: int, cache_type: str) -> int:
+    """Memory of the pages of `length` positions, known without a backend; one may pad heads of an odd size."""
+    per_position = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_type].itemsize
+    return per_position * num_instances * PAGE_TOKENS * num_pages(length)
+
+
+def context_pages(
+    backend: Backend, config: ModelConfig, num_instances: int, max_seq_len: int, cache_type: str
+) -> ContextPages:
+    """The pages of one context as the backend lays them out."""
+    pool = backend.new_pool(config.num_kv_heads, config.head_dim, CACHE_DTYPES[cache_type], 0)
+    return ContextPages(max_seq_len, cache_type, pool.page_bytes(num_instances))
+
+
+def check_cache_memory(context: ContextPages, cache_memory: int | None, backend: Backend) -> None:
+    """Refuse what cannot work on this machine, before a weight is read.
+
+    cache_memory: bytes for all pages; None: chosen later, at least one context.
+
+    Raises:
+        ConfigError: more than the machine has, or less than one context takes.
+    """
+    machine = physical_bytes() if backend.device.type == "cpu" else None
+    if cache_memory is None:
+        if machine is not None and context.num_bytes > machine:
+            raise ConfigError(_too_long(context, machine))
+        return
+    if machine is not None and cache_memory > machine:
+        raise ConfigError(
+            f"cache_memory: {cache_memory} bytes ({format_bytes(cache_memory)}) are more than this machine has "
+            f"({format_bytes(machine)}); leave it out, or give at most what is left beside the weights"
+        )
+    check_holds_one(context, cache_memory)
+
+
+def check_holds_one(context: ContextPages, cache_memory: int) -> None:
+    """Raises:
+    ConfigError: `cache_memory` bytes do not hold one sequence that fills the context; says what would.
+    """
+    if cache_memory < context.num_bytes:
+        fitting = cache_memory // context.page_bytes * PAGE_TOKENS
+        shorter = f", or ask for a max_seq_len of at most {fitting}" if fitting else ""
+        raise ConfigError(
+            f"cache_memory: {cache_memory} bytes hold {fitting} positions of the {context.cache_type} cache in pages "
+            f"of {PAGE_TOKENS}, and one context of {context.max_seq_len} takes {context.num_bytes} "
+            f"({format_bytes(context.num_bytes)}); give cache_memory={context.num_bytes} or more{shorter}"
+        )
+
+
+def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend: Backend) -> int:
+    """Bytes for all pages: as given, or by default what is left beside the weights within a sensible bound.
+
+    The default is half of what is free, but at most MOST_CONTEXTS contexts or LEAST_BOUND, whichever is more, and never
+    less than one context. Memory is taken as pages are written, so a context that is more than is free only warns.
+
+    Raises:
+        ConfigError: as `check_cache_memory`.
+    """
+    check_cache_memory(context, cache_memory, backend)
+    if cache_memory is not None:
+        return cache_memory
+    free = available_bytes() if backend.device.type == "cpu" else None
+    if free is None:
+        return MOST_CONTEXTS * context.num_bytes
+    if context.num_bytes > free:
+        logger.warning(
+            "the %s cache of %d positions takes %s once it is full, and %s are free: ask for a smaller max_seq_len",
+            context.cache_type,
+            context.max_seq_len,
+            format_bytes(context.num_bytes),
+            format_bytes(free),
+        )
+    return max(context.num_bytes, min(free // 2, max(MOST_CONTEXTS * context.num_bytes, LEAST_BOUND)))
+
+
+def _too_long(context: ContextPages, machine: int) -> str:
+    fitting = machine // context.page_bytes * PAGE_TOKENS
+    return (
+        f"max_seq_len: a {context.cache_type} cache of {context.max_seq_len} positions takes "
+        f"{format_bytes(context.num_bytes)} ({format_bytes(context.page_bytes / PAGE_TOKENS)} per position), this "
+        f"machine has {format_bytes(machine)}; ask for a smaller max_seq_len (at most {fitting})"
+    )

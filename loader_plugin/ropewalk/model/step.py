@@ -1,0 +1,311 @@
+"""A step: new tokens of several sequences go through the model together.
+
+    spans -> checked -> pages -> chunks of rows -> layers -> each span's logits
+
+What a row gives depends on its own sequence alone, so a span has the result that it would have by itself. Spans with
+the same adapters are put side by side, so that what adapters change is computed once for all their rows; results come
+in the order of the spans. A step is computed in chunks of `max_input_len` rows, which may begin and end inside a span:
+scratch memory depends on the chunk and never on the context. The residual stream is float32. RoPE methods whose
+frequencies depend on the length take them for the length that a whole span reaches, so chunks never change a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ropewalk.adapters.low_rank import UNCHANGED, embed_changed, head_changed
+from ropewalk.adapters.request import Request
+from ropewalk.adapters.sets import AdapterKey, ModelChange
+from ropewalk.backends.protocol import BackendStep, RowChange, RowSpan
+from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.model.cache import KvCache, Origin
+from ropewalk.model.token_ids import TokenIds, checked_token_ids
+
+if TYPE_CHECKING:
+    from ropewalk.model.model import Model
+
+LOGITS_ROWS = 256  # rows of the head computed at once: 131 MB for a vocabulary of 128,256
+LOGITS_MODES = ("last", "all", "none")
+
+Progress = Callable[[int, int], None]
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Tokens that a step appends to the cache of one sequence.
+
+    token_ids: [T] integers, appended at position `cache.length`.
+    logits: "last" -> [1, V], "all" -> [T, V], "none" -> None; float32, on the device of the backend.
+    adapters: loaded adapters with their weights and, if they are not for every layer, their layer instances:
+        [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see adapters/request.py).
+    seq_len: the length that later calls will reach, if one sequence is passed in several calls: RoPE methods that
+        depend on the length then use it from the start (default: the length that this call reaches).
+    """
+
+    token_ids: TokenIds
+    cache: KvCache
+    logits: str = "last"
+    adapters: Request | None = None
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """A span that can be computed. seq_len: the length that the frequencies are for. out: rows for the logits."""
+
+    index: int  # in the order given
+    ids: list[int]
+    cache: KvCache
+    change: ModelChange
+    origin: Origin
+    seq_len: int
+    out: torch.Tensor | None
+
+    @property
+    def first_row(self) -> int:
+        """The first of its rows whose logits are wanted."""
+        return len(self.ids) - (0 if self.out is None else self.out.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows first..end of a span, at rows row..row + (end - first) of the chunk."""
+
+    span: Checked
+    first: int
+    end: int
+    row: int
+
+    @property
+    def last_row(self) -> int:
+        """The row of the chunk after its last."""
+        return self.row + self.end - self.first
+
+
+def run_step(
+    model: Model,
+    spans: Sequence[Span],
+    progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+    named: bool = True,
+) -> list[torch.Tensor | None] | None:
+    """The logits of each span; None once cancelled. named: refusals name the span, counted from 0.
+
+    Raises:
+        RequestError: as `Model.step`. Nothing has been written.
+    """
+    checked = check_spans(model, spans, named)
+    _reserve_(model, checked, named)
+    rows = _side_by_side(checked)
+    total = sum(len(span.ids) for span in rows)
+    try:
+        done = 0
+        for pieces in _chunks(rows, model.max_input_len):
+            num_rows = pieces[-1].last_row
+            steps = _Steps(done, num_rows, total, len(model.instances), progress, cancelled)
+            x = _run_layers(model, pieces, steps)
+            if x is None:
+                return None
+            for piece in pieces:
+                span = piece.span
+                span.cache.record_(span.ids[piece.first : piece.end], span.origin, span.seq_len)
+            _write_logits_(model, x, pieces)
+            done += num_rows
+    finally:
+        for span in rows:
+            span.cache.give_back_()
+    return [span.out for span in checked]
+
+
+def check_spans(model: Model, spans: Sequence[Span], named: bool) -> list[Checked]:
+    """Everything that a step needs to know of its spans, decided before anything is written."""
+    if not isinstance(spans, (list, tuple)):
+        raise RequestError(f"spans must be a list of ropewalk.Span, got {type(spans).__name__}")
+    checked: list[Checked] = []
+    seen: dict[int, int] = {}
+    for index, span in enumerate(spans):
+        try:
+            if not isinstance(span, Span):
+                raise RequestError(f"a step takes ropewalk.Span, got {type(span).__name__}")
+            if id(span.cache) in seen:
+                raise RequestError(
+                    f"its cache is that of span {seen[id(span.cache)]} too; every span of a step needs its own"
+                )
+            checked.append(_checked(model, index, span))
+            seen[id(span.cache)] = index
+        except RequestError as error:
+            if not named:
+                raise
+            raise type(error)(f"span {index}: {error}") from error
+    return checked
+
+
+def _checked(model: Model, index: int, span: Span) -> Checked:
+    cache, logits, seq_len = span.cache, span.logits, span.seq_len
+    model.check_owner(cache)
+    if logits not in LOGITS_MODES:
+        raise RequestError(f"logits must be one of {', '.join(map(repr, LOGITS_MODES))}, got {logits!r}")
+    ids = checked_token_ids(span.token_ids, model.config.vocab_size)
+    needed = cache.length + len(ids)
+    if needed > cache.capacity:
+        raise RequestError(
+            f"{len(ids)} tokens do not fit: the cache holds {cache.length} of at most {cache.capacity} positions, "
+            f"{needed} are needed; truncate the cache, shorten the input, or load the model with a max_seq_len of "
+            f"at least {needed}"
+        )
+    change = model.adapter_change(span.adapters)
+    end = max(needed, checked_seq_len(seq_len) or 0)
+    origin = Origin(model.frequencies(end), change.key)
+    return Checked(index, ids, cache, change, origin, end, _new_logits(model, len(ids), logits))
+
+
+def checked_seq_len(seq_len: Any) -> int | None:
+    """Raises:
+    RequestError: not a positive integer or None.
+    """
+    if seq_len is not None and (not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 1):
+        raise RequestError(f"seq_len must be a positive integer or None, got {seq_len!r}")
+    return seq_len
+
+
+def _reserve_(model: Model, spans: Sequence[Checked], named: bool) -> None:
+    """Give the caches all pages that the step will write."""
+    wanted = [(span.cache, span.cache.length + len(span.ids)) for span in spans]
+    try:
+        model.store.reserve_(wanted)
+    except CacheFullError as error:
+        if not named:
+            raise
+        ends = (end for end in range(1, len(wanted)) if model.store.missing_bytes(wanted[:end]))
+        raise CacheFullError(f"span {next(ends, len(wanted)) - 1}: {error}") from error
+
+
+def _side_by_side(spans: Sequence[Checked]) -> list[Checked]:
+    """The spans, those with the same adapters together, in the order of their first."""
+    places: dict[AdapterKey, int] = {}
+    for span in spans:
+        places.setdefault(span.change.key, len(places))
+    return sorted(spans, key=lambda span: places[span.change.key])
+
+
+def _new_logits(model: Model, num_tokens: int, logits: str) -> torch.Tensor | None:
+    rows = {"last": 1, "all": num_tokens, "none": 0}[logits]
+    if not rows:
+        return None
+    try:
+        return torch.empty(rows, model.config.vocab_size, device=model.backend.device)
+    except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as a RuntimeError
+        raise RequestError(
+            f'logits="all" of {rows} tokens takes {4 * rows * model.config.vocab_size} bytes, which could not be '
+            f"allocated; give fewer tokens at a time"
+        ) from error
+
+
+def _chunks(spans: Sequence[Checked], most_rows: int) -> Iterator[list[Piece]]:
+    """The rows of all spans one after the other, cut after every `most_rows`."""
+    pieces: list[Piece] = []
+    row = 0
+    for span in spans:
+        first = 0
+        while first < len(span.ids):
+            end = min(len(span.ids), first + most_rows - row)
+            pieces.append(Piece(span, first, end, row))
+            row, first = row + end - first, end
+            if row == most_rows:
+                yield pieces
+                pieces, row = [], 0
+    if pieces:
+        yield pieces
+
+
+def _run_layers(model: Model, pieces: Sequence[Piece], steps: _Steps) -> torch.Tensor | None:
+    """The residual stream of a chunk after all layers, [T, C] float32; None once cancelled."""
+    groups = _groups(pieces)
+    x = _embedded(model, groups)  # [T, C]
+    step = _begin(model, x, pieces)
+    changed = [(change, rows) for change, rows in groups if change.key]
+    for done, instance in enumerate(model.instances):
+        if steps.is_cancelled():
+            return None
+        changes = [
+            RowChange(rows[0].row, rows[-1].last_row, change.instances[done])
+            for change, rows in changed
+            if change.instances[done] is not UNCHANGED
+        ]
+        layer = model.weights.layers[instance.weights_index].compiled
+        model.backend.run_layer_(step, layer, instance.cache_index, instance.residual_weight, changes)
+        steps.report(done + 1)
+    return x
+
+
+def _groups(pieces: Sequence[Piece]) -> list[tuple[ModelChange, list[Piece]]]:
+    """Neighbouring pieces with the same adapters."""
+    grouped = groupby(pieces, key=lambda piece: piece.span.change.key)
+    listed = (list(group) for _, group in grouped)
+    return [(group[0].span.change, group) for group in listed]
+
+
+def _embedded(model: Model, groups: Sequence[tuple[ModelChange, list[Piece]]]) -> torch.Tensor:
+    parts = []
+    for change, pieces in groups:
+        ids = [token_id for piece in pieces for token_id in piece.span.ids[piece.first : piece.end]]
+        token_ids = torch.tensor(ids, device=model.backend.device)
+        parts.append(embed_changed(model.backend, model.weights.embeddings, token_ids, change.embeddings))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, C]
+
+
+def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendStep:
+    spans, tables = [], []
+    for _, group in groupby(pieces, key=lambda piece: piece.span.origin.frequencies):
+        alike, positions = list(group), []
+        for piece in alike:
+            start, num_rows = piece.span.cache.length, piece.end - piece.first
+            positions.append(np.arange(start, start + num_rows))
+            spans.append(RowSpan(num_rows, start, tuple(held.page for held in piece.span.cache.pages)))
+        tables.append(model.rope.tables_at(np.concatenate(positions), alike[0].span.seq_len))  # [rows, R/2] each
+    cos, sin = (torch.from_numpy(np.concatenate(parts)).to(x.device) for parts in zip(*tables, strict=True))
+    return model.backend.begin_step(x, cos, sin, spans)
+
+
+def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> None:
+    """Logits of the rows of a chunk that are asked for, written to the spans' `out`. x: [T, C]."""
+    for change, group in _groups(pieces):
+        wanted = [
+            (piece.span.out, row - piece.span.first_row, piece.row + row - piece.first)
+            for piece in group
+            for row in range(max(piece.first, piece.span.first_row), piece.end)
+        ]  # (where to, its row there, row of the chunk)
+        for first in range(0, len(wanted), LOGITS_ROWS):
+            block = wanted[first : first + LOGITS_ROWS]
+            normed = model.backend.rms_norm(
+                x[[row for *_, row in block]], model.weights.final_norm, model.config.rms_norm_eps
+            )  # [rows, C]
+            logits = head_changed(model.backend, normed, model.weights.head, change.head)  # [rows, V]
+            for (out, low, _), row_logits in zip(block, logits, strict=True):
+                out[low] = row_logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """The place of a chunk within its step, for the two callbacks."""
+
+    first: int
+    chunk_tokens: int
+    total_tokens: int
+    num_instances: int
+    progress: Progress | None
+    cancelled: Cancelled | None
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled is not None and self.cancelled()
+
+    def report(self, instances_done: int) -> None:
+        if self.progress is not None:
+            self.progress(self.first + self.chunk_tokens * instances_done // self.num_instances, self.total_tokens)

@@ -1,0 +1,166 @@
+"""The pages of one model: taken from the backend's pool for its caches, shared through the prefix tree.
+
+One lock guards the tree, the lists of pages and who holds them, so that one thread may share or attach prefixes while
+another computes a step. A page is written only by the step of the one cache that holds it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from ropewalk.backends.protocol import PAGE_TOKENS, PagePool
+from ropewalk.base.errors import CacheFullError
+from ropewalk.base.memory import format_bytes
+from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
+from ropewalk.model.prefixes import PrefixTree
+
+Wanted = Sequence[tuple[KvCache, int]]  # caches, and the length that each is to reach
+
+
+class PageStore:
+    """Pages for caches of one model, with keys and values for so many layer instances each."""
+
+    def __init__(self, pool: PagePool, num_instances: int) -> None:
+        self.lock = threading.RLock()
+        self.num_instances = num_instances  # of the pages that are taken from now on
+        self._pool = pool
+        self._tree = PrefixTree()
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of a page."""
+        return self._pool.page_bytes(self.num_instances)
+
+    @property
+    def num_bytes(self) -> int:
+        """The limit of all pages together."""
+        return self._pool.num_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the pages in use, by caches or by the tree."""
+        return self._pool.used_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory of the pages that only the tree holds."""
+        with self.lock:
+            return self._tree.idle_bytes
+
+    def missing_bytes(self, wanted: Wanted) -> int:
+        """What is missing even if the tree forgets all it can; 0 if caches can grow to these lengths."""
+        with self.lock:
+            needed = self._needed(wanted)
+            free = self._pool.num_bytes - self._pool.used_bytes
+            if needed <= free:
+                return 0
+            # A page that only this cache and the tree hold need not be copied once the tree has forgotten it.
+            unshared = sum(self.page_bytes for cache, _ in wanted if _forgettable(cache))
+            return max(0, needed - unshared - free - self._tree.idle_bytes)
+
+    def reserve_(self, wanted: Wanted) -> None:
+        """Give every cache the pages to grow to its length, and a page of its own to write to next; or change none.
+
+        Raises:
+            CacheFullError: there are not so many pages, even if the tree forgets all that no cache holds.
+        """
+        with self.lock:
+            if self.missing_bytes(wanted):
+                raise CacheFullError(self._full(wanted))
+            self._make_room(self._needed(wanted))
+            if self._needed(wanted) > self._pool.num_bytes - self._pool.used_bytes:
+                for cache, _ in wanted:
+                    if _forgettable(cache):
+                        self._tree.forget(_next_page(cache))
+            before = [(cache, cache.pages) for cache, _ in wanted]
+            try:
+                for cache, length in wanted:
+                    self._grow_(cache, length)
+            except MemoryError as error:  # the machine has less than the limit
+                for cache, pages in before:
+                    cache.hold_(pages)
+                raise CacheFullError(self._full(wanted)) from error
+
+    def share(self, cache: KvCache) -> None:
+        """Keep what the cache holds for others, as far as all of it was computed in one way."""
+        first = cache.first_segment
+        if first is not None:
+            with self.lock:
+                self._tree.add(cache, cache.same_origin(first.origin), self._copied_if_room)
+
+    def attach(self, cache: KvCache, token_ids: Sequence[int], origin: Origin, seq_len: int) -> None:
+        """Extend the cache by what the tree has of the tokens that follow: full pages shared, the last as a copy.
+
+        The cache holds a prefix of `token_ids`, all of that origin.
+        """
+        with self.lock:
+            pages, length = list(cache.pages), cache.length
+            for index, (held, agreeing) in enumerate(self._tree.find(cache.layer_order, origin, token_ids)):
+                end = index * PAGE_TOKENS + agreeing
+                if end <= length:
+                    continue
+                mine = held if agreeing == PAGE_TOKENS else self._copied_if_room(held)
+                if mine is None:
+                    break
+                pages[index:] = [mine]
+                length = end
+            if length > cache.length:
+                cache.hold_(pages)
+                cache.record_(token_ids[cache.length : length], origin, seq_len)
+
+    def _needed(self, wanted: Wanted) -> int:
+        """Memory of the pages that these caches lack."""
+        added = sum(max(0, num_pages(length) - len(cache.pages)) for cache, length in wanted)
+        copies = sum(_must_copy(cache) for cache, _ in wanted)
+        return self.page_bytes * (added + copies)
+
+    def _make_room(self, num_bytes: int, before: int | None = None) -> None:
+        short = num_bytes - (self._pool.num_bytes - self._pool.used_bytes)
+        if short > 0:
+            self._tree.evict(short, before)
+
+    def _grow_(self, cache: KvCache, length: int) -> None:
+        if _must_copy(cache):
+            index = cache.length // PAGE_TOKENS
+            copy = HeldPage(self._pool.copy(cache.pages[index].page), cache.pages[index].num_bytes)
+            cache.hold_((*cache.pages[:index], copy, *cache.pages[index + 1 :]))
+        added = range(num_pages(length) - len(cache.pages))
+        new = [HeldPage(self._pool.take(self.num_instances), self.page_bytes) for _ in added]
+        if new:
+            cache.hold_((*cache.pages, *new))
+
+    def _copied_if_room(self, held: HeldPage) -> HeldPage | None:
+        """A copy of a page; None if there is no memory for it without what was of use just now."""
+        self._make_room(held.num_bytes, before=self._tree.moment)
+        try:
+            return HeldPage(self._pool.copy(held.page), held.num_bytes)
+        except MemoryError:
+            return None
+
+    def _full(self, wanted: Wanted) -> str:
+        needed, missing = self._needed(wanted), self.missing_bytes(wanted)
+        free = self._pool.num_bytes - self._pool.used_bytes + self._tree.idle_bytes
+        short = f"{format_bytes(missing)} too few" if missing else "and the machine has no more memory"
+        return (
+            f"the cache is full: {format_bytes(needed)} are needed for {len(wanted)} "
+            f"{'sequence' if len(wanted) == 1 else 'sequences'}, and {format_bytes(free)} of "
+            f"{format_bytes(self._pool.num_bytes)} are free or only hold prefixes for later, {short}; truncate or drop "
+            "other caches, give fewer tokens, or load the model with a larger cache_memory"
+        )
+
+
+def _next_page(cache: KvCache) -> HeldPage | None:
+    """The page that the next token is written to, if the cache holds a part of it already."""
+    return cache.pages[cache.length // PAGE_TOKENS] if cache.length % PAGE_TOKENS else None
+
+
+def _must_copy(cache: KvCache) -> bool:
+    held = _next_page(cache)
+    return held is not None and (held.in_tree or len(held.caches) > 1)
+
+
+def _forgettable(cache: KvCache) -> bool:
+    """The next page must be copied only because the tree holds it as well."""
+    held = _next_page(cache)
+    return held is not None and held.in_tree and len(held.caches) <= 1
