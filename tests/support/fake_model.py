@@ -56,6 +56,8 @@ class FakeCache:
             self._segments = [(a, min(b, length), n) for a, b, n in self._segments if a < length]
 
     def add_(self, token_ids: Sequence[int], seq_len: int, how: object) -> None:
+        if not token_ids:
+            return
         self._segments.append((self.length, self.length + len(token_ids), seq_len))
         self.positions += [(int(token_id), how) for token_id in token_ids]
 
@@ -139,25 +141,22 @@ class FakeModel:
             if tuple(cache.positions) != wanted[: cache.length]:
                 return cache.length
             found = max((_common(key, wanted) for key in self.tree), default=0)
+            pages = cache.pages[: cache.length // PAGE]
+            for number in range(len(pages), found // PAGE):
+                key = wanted[: (number + 1) * PAGE]
+                if key not in self.tree:  # a longer part of a page matches than the full pages before it
+                    found = number * PAGE
+                    break
+                self.tree[key] = self.tree.pop(key)
+                pages.append(self.tree[key])
             if found > cache.length:
-                full = found // PAGE
-                del cache.pages[cache.length // PAGE :]
-                for number in range(len(cache.pages), full):
-                    key = wanted[: (number + 1) * PAGE]
-                    if key not in self.tree:  # its page has been evicted, and it hangs below another one
-                        found = number * PAGE
-                        break
-                    self.tree[key] = self.tree.pop(key)
-                    cache.pages.append(self.tree[key])
-                if found % PAGE:
-                    if not self._has_room(1):
-                        found = found // PAGE * PAGE
-                    else:
-                        cache.pages.append(object())
-                if found > cache.length:
-                    cache.add_(
-                        [token_id for token_id, _ in wanted[cache.length : found]], self._length(seq_len, found), how
-                    )
+                cache.pages = pages
+                if found % PAGE and not self._has_room(1):
+                    found = found // PAGE * PAGE
+                elif found % PAGE:
+                    pages.append(object())
+                added = list(token_ids[cache.length : found])
+                cache.add_(added, max(len(token_ids), seq_len or 0), how)
             return cache.length
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:

@@ -36,7 +36,7 @@ class Guesses:
         return guesses
 
     def settle(self, sequence: Sequence, guessed: int, accepted: int) -> None:
-        """Of the guesses made last, so many were right. A step that also read a prompt says nothing about their price."""
+        """Of the guesses made last, so many were right. A step that read a prompt too says nothing of the price."""
         step = sequence.last_step
         if not step.prompt_rows:
             self._pace.record(guessed, accepted, step.seconds, self._guess_s, step.num_others)

@@ -27,20 +27,21 @@ from ropewalk.generate.scheduler.plan import INTERACTIVE, check_priority
 from ropewalk.generate.scheduler.sequence import Cancelled, Progress, SequenceState
 from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
 from ropewalk.generate.scheduler.steps import StepModel, Steps
+from ropewalk.generate.scheduler.timing import PATIENCE
 
 NOBODY_READY_S = 0.05  # until it is asked again whether somebody could go on
 
 
 class Scheduler:
-    """Runs the sequences of one model. All methods may be called from any thread."""
+    """Runs the sequences of one model. All methods may be called from any thread. patience: see `StepTimes`."""
 
-    def __init__(self, model: StepModel) -> None:
+    def __init__(self, model: StepModel, patience: float = PATIENCE) -> None:
         self.model = model
         self.vocab_size, self.capacity = model.config.vocab_size, model.max_seq_len
         self.max_input_len, self.source = model.max_input_len, str(model.config.source)
         # Reentrant, because a stream that is dropped may be closed by the garbage collector while its thread is here.
         self._lock = threading.RLock()
-        self._steps = Steps(model)
+        self._steps = Steps(model, patience)
         self._calls: list[Call] = []  # in the order of arrival
         self._sequences: dict[int, SequenceState] = {}  # those that are open, by number
         self._ended: deque[SequenceState] = deque()  # whose pages are still to be freed

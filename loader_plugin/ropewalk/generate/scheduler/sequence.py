@@ -80,6 +80,11 @@ class Sequence:
         return len(self._state.token_ids)
 
     @property
+    def token_ids(self) -> list[int]:
+        """A copy of its tokens."""
+        return list(self._state.token_ids)
+
+    @property
     def reused(self) -> int:
         """How many of its tokens did not have to be computed, because others had done it."""
         return self._state.reused

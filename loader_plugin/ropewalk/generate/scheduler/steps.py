@@ -52,10 +52,10 @@ class StepModel(PagedModel, Protocol):
 class Steps:
     """Used by the thread that leads. num_steps, num_rows: so far."""
 
-    def __init__(self, model: StepModel) -> None:
+    def __init__(self, model: StepModel, patience: float) -> None:
         self.model = model
         self.room = Room(model)
-        self.times = StepTimes()
+        self.times = StepTimes(patience)
         self.num_steps = self.num_rows = 0
 
     def take_(self, calls: Sequence[Call], sequences: Mapping[int, SequenceState], mine: Call) -> bool:

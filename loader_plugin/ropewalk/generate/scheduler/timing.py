@@ -9,14 +9,17 @@ WEIGHT = 0.25  # of a new measurement in its moving average
 MOST_PLAIN_STEPS = 3.0  # a step with prompt rows takes about this many times a plain one
 LEAST_ROWS, MOST_ROWS = 32, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
 LEAST_MEASURED_ROWS = 16  # fewer say little about the time of a row
-PATIENCE = 0.25  # of the last step's time
+PATIENCE = 0.25  # of the last step's time, to choose a token in
+DRAFT_PATIENCE = 1.0  # likewise, if a draft model guesses meanwhile
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.002, 0.05  # a thread needs the former to wake; the latter, people would notice
 
 
 class StepTimes:
-    """Moving averages of the two times. `last_s`: of the last step."""
+    """Moving averages of the two times. last_s: of the last step. patience: how long replies may take between steps, in
+    such times."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self._patience = patience
         self.plain_s: float | None = None
         self.row_s: float | None = None
         self.last_s = 0.0
@@ -46,7 +49,7 @@ class StepTimes:
     @property
     def patience_s(self) -> float:
         """How long the next step waits for replies that took part in the last one and have not asked again."""
-        return min(max(PATIENCE * self.last_s, LEAST_PATIENCE_S), MOST_PATIENCE_S)
+        return min(max(self._patience * self.last_s, LEAST_PATIENCE_S), MOST_PATIENCE_S * self._patience / PATIENCE)
 
 
 def _averaged(average: float | None, value: float) -> float:
