@@ -29,13 +29,17 @@ INCLUDES = ["native/include"]
 # Extra flags for every file, such as -fsanitize=address (scripts/press/check_asan.sh).
 EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
+SOURCES = ("attention", "cache", "layer", "linear", "packed", "rows", "runtime")
 HEADERS = [
-    *(f"native/include/ropewalk/{name}.hpp" for name in ("kernels", "limits", "tables", "runtime", "operations")),
+    *(
+        f"native/include/ropewalk/{name}.hpp"
+        for name in ("cache", "kernels", "layer", "limits", "operations", "runtime", "tables")
+    ),
     *(
         f"native/cpu/generic/{name}.inl.hpp"
         for name in ("attention", "linear", "load", "low_rank", "pack", "rows", "table")
     ),
-    *(f"native/bindings/{name}.hpp" for name in ("checks", "linears")),
+    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "layers", "linears")),
 ]
 
 
@@ -54,7 +58,7 @@ def kernel_library(isa: str, flags: list[str]) -> tuple[str, dict]:
 
 core = Pybind11Extension(
     "ropewalk._core",
-    sources=["native/bindings/core.cpp", *(f"native/cpu/{name}.cpp" for name in ("runtime", "packed", "operations"))],
+    sources=["native/bindings/core.cpp", *(f"native/cpu/{name}.cpp" for name in SOURCES)],
     include_dirs=INCLUDES,
     extra_compile_args=[*COMMON, *EXTRA],
     extra_link_args=["-pthread", *EXTRA],

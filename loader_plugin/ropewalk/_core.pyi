@@ -11,6 +11,9 @@ import numpy
 LIMITS: dict[str, int]
 """The largest FEATURES, HEADS, HEAD_DIM, POSITIONS and THREADS that are taken."""
 
+Columns = Sequence[int]
+"""Of a buffer: (buffer, first column, heads, size of a head)."""
+
 def available_isas() -> list[str]:
     """The instruction sets that this machine can run, best first; "scalar" is last."""
 
@@ -114,6 +117,75 @@ class KvCache:
         """The positions that it holds, 0 to length."""
     @property
     def num_bytes(self) -> int: ...
+
+class Page:
+    """Keys and values of 64 positions in all layer instances; its memory goes back to its pool when it is freed."""
+
+class PagePool:
+    """At most so many bytes of pages, for one format of keys and values."""
+
+    def __init__(self, num_heads: int, head_dim: int, type: str, num_bytes: int) -> None:
+        """type: "f16" or "f32"."""
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def used_bytes(self) -> int:
+        """Of pages that exist."""
+    @property
+    def instance_bytes(self) -> int:
+        """Of a page, for each layer instance."""
+    def take(self, num_instances: int) -> Page:
+        """Not initialised; MemoryError beyond the limit."""
+    def copy(self, page: Page) -> Page:
+        """page: of this pool."""
+
+class Step:
+    """Rows of several sequences on their way through the layers."""
+
+    def __init__(
+        self,
+        x: numpy.ndarray,
+        cos: numpy.ndarray,
+        sin: numpy.ndarray,
+        spans: Sequence[tuple[int, int, Sequence[Page]]],
+    ) -> None:
+        """x: [T, C] float32, the residual stream, written by the layers. cos, sin: [T, R / 2].
+
+        spans: number of rows, first position, and pages from position 0 on, of each sequence; all rows are T together.
+        A page that one sequence writes must be in no other.
+        """
+
+class Layer:
+    """The operations of a decoder layer over buffers; buffer 0 is the residual stream."""
+
+    def __init__(self, widths: Sequence[int], compute: str) -> None:
+        """widths: floats in a row of each buffer."""
+    def rms_norm(self, x: Columns, weight: numpy.ndarray, epsilon: float, out: Columns) -> None:
+        """weight: [size of a head of x]. out covers its buffer."""
+    def linear(self, x: Columns, weight: object, out: Columns) -> None:
+        """weight: a LinearGroup."""
+    def rotate(self, x: Columns) -> None: ...
+    def append(self, k: Columns, v: Columns) -> None: ...
+    def attend(self, q: Columns, out: Columns, window: int, scale: float) -> None:
+        """window: 0 for none. out covers its buffer."""
+    def silu_mul(self, gate_up: Columns, out: Columns) -> None:
+        """Both cover their buffers."""
+    def add_residual(self, y: Columns) -> None:
+        """y covers its buffer."""
+    def finish(self) -> None:
+        """No operation follows."""
+    def run(
+        self,
+        runtime: Runtime,
+        step: Step,
+        instance: int,
+        weight: float,
+        changes: Sequence[tuple[int, int, Sequence[object]]],
+    ) -> None:
+        """instance: of the pages. weight: of what `add_residual` adds.
+
+        changes: first row, end, and a LowRank or None for each linear, ascending.
+        """
 
 def rms_norm(runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, epsilon: float, out: numpy.ndarray) -> None:
     """x: [T, C] or [T, H, C] float32, weight: [C]. out: contiguous, of the shape of x, written."""

@@ -54,17 +54,17 @@ class Runtime:
         threads = usable_processors() if threads is None else threads
         if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
             raise NativeError(f"threads must be between 1 and {MAX_THREADS}, got {threads!r:.40}")
-        self._core = _core.Runtime(isa or "", threads)
+        self.core = _core.Runtime(isa or "", threads)
 
     @property
     def isa(self) -> str:
         """The name of the instruction set in use."""
-        return self._core.isa
+        return self.core.isa
 
     @property
     def threads(self) -> int:
         """The number of threads, the calling one included."""
-        return self._core.threads
+        return self.core.threads
 
     @property
     def scratch_bytes(self) -> int:
@@ -72,7 +72,7 @@ class Runtime:
 
         It grows with T, never with S.
         """
-        return self._core.scratch_bytes
+        return self.core.scratch_bytes
 
 
 def usable_processors() -> int:
@@ -104,7 +104,7 @@ def pack_gptq(
         ShapeError: an array of another shape, dtype or layout, or indices out of range.
     """
     return _core.pack_gptq(
-        runtime._core,
+        runtime.core,
         as_numpy(qweight),
         bits,
         planar,
@@ -138,9 +138,9 @@ class Linear:
 
     def __init__(self, runtime: Runtime, parts: Sequence[_core.PackedGptq | _core.DenseLinear]) -> None:
         self._runtime = runtime
-        self._group = _core.LinearGroup(list(parts))
-        self.in_features: int = self._group.in_features
-        self.out_features: int = self._group.out_features
+        self.core = _core.LinearGroup(list(parts))
+        self.in_features: int = self.core.in_features
+        self.out_features: int = self.core.out_features
         self.num_bytes: int = sum(part.num_bytes for part in parts)
 
     def __call__(self, x: Array, compute: str = "int8", change: LowRank | None = None) -> Array:
@@ -152,8 +152,8 @@ class Linear:
         float32 activations. Returns [T, N] float32.
         """
         out = new_result(self._runtime, x, (checked_shape(x, "x", 2)[0], self.out_features))
-        core = None if change is None else change._core
-        self._group.run(self._runtime._core, compute, as_numpy(x), as_numpy(out), core)
+        core = None if change is None else change.core
+        self.core.run(self._runtime.core, compute, as_numpy(x), as_numpy(out), core)
         return out
 
 
@@ -216,12 +216,12 @@ class LowRank:
         panels = arena.place(_panels(a).numpy())  # read before the tiles, so placed before them
         panel_scales = _placed_scales(arena, torch.cat(scales) if scales else None, 4)
         tiles = [(b.values.shape[0], *_placed_tiles(arena, b)) for _, b in held]
-        self._core = _core.LowRank(panels, panel_scales, a.shape[1], dtype, tiles)
-        self.num_bytes: int = self._core.num_bytes
+        self.core = _core.LowRank(panels, panel_scales, a.shape[1], dtype, tiles)
+        self.num_bytes: int = self.core.num_bytes
 
     def add_(self, runtime: Runtime, y: Array, x: Array) -> None:
         """Add the change alone to y: [T, N] float32, in place; x: [T, K] float32."""
-        self._core.add(runtime._core, as_numpy(x), as_numpy(y))
+        self.core.add(runtime.core, as_numpy(x), as_numpy(y))
 
 
 class _Held(NamedTuple):
@@ -292,7 +292,7 @@ def _tiles(b: torch.Tensor) -> torch.Tensor:
 def rms_norm(runtime: Runtime, x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight; x: [T, C] or [T, H, C] float32, weight: [C] float32."""
     out = new_result(runtime, x, checked_shape(x, "x", 2, 3))
-    _core.rms_norm(runtime._core, as_numpy(x), as_numpy(weight), eps, as_numpy(out))
+    _core.rms_norm(runtime.core, as_numpy(x), as_numpy(weight), eps, as_numpy(out))
     return out
 
 
@@ -301,26 +301,26 @@ def rotate_(runtime: Runtime, x: Array, cos: Array, sin: Array) -> None:
 
     x: [T, H, D] float32, rows any distance apart. cos, sin: [T, R/2] float32. Dims from R on stay as they are.
     """
-    _core.rotate(runtime._core, as_numpy(x), as_numpy(cos), as_numpy(sin))
+    _core.rotate(runtime.core, as_numpy(x), as_numpy(cos), as_numpy(sin))
 
 
 def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
     """silu(gate) * up; gate_up: [T, 2 * I] float32, gate first. Returns [T, I]."""
     num_rows, num_columns = checked_shape(gate_up, "gate_up", 2)
     out = new_result(runtime, gate_up, (num_rows, num_columns // 2))
-    _core.silu_mul(runtime._core, as_numpy(gate_up), as_numpy(out))
+    _core.silu_mul(runtime.core, as_numpy(gate_up), as_numpy(out))
     return out
 
 
 def add_(runtime: Runtime, x: Array, y: Array, weight: float = 1.0) -> None:
     """x += weight * y in place; x, y: [T, C] float32."""
-    _core.add(runtime._core, as_numpy(x), as_numpy(y), weight)
+    _core.add(runtime.core, as_numpy(x), as_numpy(y), weight)
 
 
 def embed(runtime: Runtime, table: _core.DenseLinear, token_ids: Array) -> Array:
     """Rows of a table made by `dense_linear`: [V, C] -> [T, C] float32; token_ids: [T] int64."""
     out = new_result(runtime, token_ids, (*checked_shape(token_ids, "token_ids", 1), table.in_features))
-    _core.embed(runtime._core, table, as_numpy(token_ids), as_numpy(out))
+    _core.embed(runtime.core, table, as_numpy(token_ids), as_numpy(out))
     return out
 
 
@@ -346,7 +346,7 @@ class KvCache:
     def append_(self, k: Array, v: Array, start: int) -> None:
         """Write k, v: [T, Hkv, D] float32 to positions start..start+T; start is at most `length`."""
         self._check_range(start, checked_shape(k, "k", 3)[0])
-        _core.append(self._runtime._core, self._cache, as_numpy(k), as_numpy(v), start)
+        _core.append(self._runtime.core, self._cache, as_numpy(k), as_numpy(v), start)
 
     def attend(self, q: Array, start: int, window: int | None = None) -> Array:
         """Attention of queries at positions start..start+T over the keys 0..start+T, at most `length`.
@@ -360,7 +360,7 @@ class KvCache:
             raise ShapeError(f"window is {window}; accepted: None or at least 1")
         out = new_result(self._runtime, q, (num_rows, num_heads * head_dim))
         scale = 1.0 / math.sqrt(self._head_dim)
-        _core.attend(self._runtime._core, as_numpy(q), self._cache, start, window or 0, scale, as_numpy(out))
+        _core.attend(self._runtime.core, as_numpy(q), self._cache, start, window or 0, scale, as_numpy(out))
         return out
 
     def _check_range(self, start: int, num_rows: int) -> None:
@@ -409,5 +409,5 @@ def new_result(runtime: Runtime, like: Array, shape: tuple[int, ...]) -> Array:
     is_torch = isinstance(like, torch.Tensor)
     if math.prod(shape) < LARGE_RESULT:
         return torch.empty(shape, dtype=torch.float32) if is_torch else np.empty(shape, np.float32)
-    array = runtime._core.empty(shape[0], math.prod(shape[1:])).reshape(shape)
+    array = runtime.core.empty(shape[0], math.prod(shape[1:])).reshape(shape)
     return torch.from_numpy(array) if is_torch else array

@@ -4,9 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
-
+#include "caches.hpp"
 #include "checks.hpp"
+#include "computing.hpp"
+#include "layers.hpp"
 #include "linears.hpp"
 #include "ropewalk/operations.hpp"
 
@@ -82,7 +83,7 @@ std::shared_ptr<PackedGptq> pack_gptq(CpuRuntime& runtime, const py::array& qwei
     bias_array = array_of(bias, "bias");
     source.bias = contiguous<float>(bias_array, "bias", {out_features});
   }
-  const py::gil_scoped_release release;
+  const Computing computing(runtime);
   return std::make_shared<PackedGptq>(runtime, source);
 }
 
@@ -101,7 +102,7 @@ void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weig
   args.out = writable_contiguous<float>(out, "out", shape_of(x));
   check_apart(out, "out", x, "x");
   check_apart(out, "out", weight, "weight");
-  const py::gil_scoped_release release;
+  const Computing computing(runtime);
   rms_norm(runtime, args, heads.num_rows);
 }
 
@@ -120,7 +121,7 @@ void run_rotate(CpuRuntime& runtime, py::array& x, const py::array& cos, const p
   args.sin = contiguous<float>(sin, "sin", {heads.num_rows, args.half});
   check_apart(x, "x", cos, "cos");
   check_apart(x, "x", sin, "sin");
-  const py::gil_scoped_release release;
+  const Computing computing(runtime);
   rotate(runtime, args, heads.num_rows);
 }
 
@@ -133,7 +134,7 @@ void run_silu_mul(CpuRuntime& runtime, const py::array& gate_up, py::array& out)
   args.out = writable_contiguous<float>(out, "out", shape_of(out));
   check_apart(out, "out", gate_up, "gate_up");
   const int64_t num_rows = out.shape(0);
-  const py::gil_scoped_release release;
+  const Computing computing(runtime);
   silu_mul(runtime, args, num_rows);
 }
 
@@ -146,7 +147,7 @@ void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight
   args.weight = weight;
   args.size = x.shape(1);
   const int64_t num_rows = x.shape(0);
-  const py::gil_scoped_release release;
+  const Computing computing(runtime);
   add(runtime, args, num_rows);
 }
 
@@ -167,85 +168,8 @@ void run_embed(CpuRuntime& runtime, const DenseLinear& table, const py::array& t
   args.token_ids = ids.data();
   args.out = writable_contiguous<float>(out, "out", {num_rows, args.size});
   check_apart(out, "out", table.weight, "the table");
-  const py::gil_scoped_release release;
+  const Computing computing(runtime);
   embed(runtime, args, num_rows);
-}
-
-std::string range_of(int64_t start, int64_t num_rows) {
-  // Added as unsigned numbers: these are the positions that are refused.
-  const auto end = static_cast<int64_t>(static_cast<uint64_t>(start) + static_cast<uint64_t>(num_rows));
-  return std::to_string(start) + " to " + std::to_string(end);
-}
-
-std::shared_ptr<KvCache> new_kv_cache(int64_t num_heads, int64_t head_dim, int64_t capacity,
-                                      const std::string& type) {
-  require(num_heads > 0 && num_heads <= kMostHeads, "num_heads is out of range");
-  require(head_dim > 0 && head_dim <= kMostHeadDim, "head_dim is out of range");
-  require(capacity > 0 && capacity <= kMostPositions, "capacity is out of range");
-  const FloatType element = float_type_named(type);
-  require(element != FloatType::bf16, "a cache holds 'f16' or 'f32'");
-  return std::make_shared<KvCache>(num_heads, head_dim, capacity, element);
-}
-
-// The cache's length is read and written with the GIL held, so that of two threads each sees the other's append as
-// done or as not begun.
-void run_append(CpuRuntime& runtime, KvCache& cache, const py::array& k, const py::array& v, int64_t start) {
-  const KvView& kv = cache.view();
-  const Heads<const float> keys = heads_of(k, "k", kv.head_dim);
-  const Heads<const float> values = heads_of(v, "v", kv.head_dim);
-  if (keys.num_heads != kv.num_heads || values.num_heads != kv.num_heads) {
-    throw ShapeFailure("k and v must have the cache's " + std::to_string(kv.num_heads) + " heads");
-  }
-  require(keys.num_rows == values.num_rows, "k and v differ in their number of rows");
-  if (start < 0 || start > kv.capacity - keys.num_rows) {
-    throw ShapeFailure("positions " + range_of(start, keys.num_rows) + " do not fit a cache of " +
-                       std::to_string(kv.capacity));
-  }
-  if (start > cache.length()) {
-    throw ShapeFailure("positions " + range_of(start, keys.num_rows) + " would leave a gap in a cache that holds " +
-                       std::to_string(cache.length()));
-  }
-  if (keys.num_rows == 0) return;
-  cache.set_length(start);
-  {
-    const AppendArgs args{kv, keys.data, values.data, keys.row_stride, values.row_stride, keys.num_rows, start};
-    const py::gil_scoped_release release;
-    append(runtime, args);
-  }
-  cache.set_length(start + keys.num_rows);
-}
-
-void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& cache, int64_t start, int64_t window,
-                float scale, py::array& out) {
-  const KvView& kv = cache.view();
-  const Heads<const float> queries = heads_of(q, "q", kv.head_dim);
-  if (queries.num_heads == 0 || queries.num_heads % kv.num_heads != 0) {
-    throw ShapeFailure("the number of query heads (" + std::to_string(queries.num_heads) +
-                       ") must be a multiple of the cache's " + std::to_string(kv.num_heads));
-  }
-  if (start < 0 || start > kv.capacity - queries.num_rows) {
-    throw ShapeFailure("queries at positions " + range_of(start, queries.num_rows) + " lie outside a cache of " +
-                       std::to_string(kv.capacity));
-  }
-  if (queries.num_rows > 0 && start + queries.num_rows > cache.length()) {
-    throw ShapeFailure("queries at positions " + range_of(start, queries.num_rows) +
-                       " see keys that were not appended: the cache holds " + std::to_string(cache.length()));
-  }
-  require(window >= 0, "window must be at least 0 (0: unlimited)");
-  require(std::isfinite(scale), "scale must be finite");
-  AttendArgs args{};
-  args.kv = kv;
-  args.q = queries.data;
-  args.q_stride = queries.row_stride;
-  args.num_rows = queries.num_rows;
-  args.num_query_heads = queries.num_heads;
-  args.start = start;
-  args.window = window;
-  args.scale = scale;
-  args.out = writable_contiguous<float>(out, "out", {queries.num_rows, queries.num_heads * kv.head_dim});
-  check_apart(out, "out", q, "q");
-  const py::gil_scoped_release release;
-  attend(runtime, args);
 }
 
 // The memory as an array that keeps it alive.
@@ -345,9 +269,34 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<KvCache, std::shared_ptr<KvCache>>(m, "KvCache")
       .def(py::init(&new_kv_cache), py::arg("num_heads"), py::arg("head_dim"), py::arg("capacity"), py::arg("type"))
-      .def_property_readonly("capacity", [](const KvCache& cache) { return cache.view().capacity; })
+      .def_property_readonly("capacity", &KvCache::capacity)
       .def_property_readonly("length", &KvCache::length)
       .def_property_readonly("num_bytes", &KvCache::num_bytes);
+
+  py::class_<Page, std::shared_ptr<Page>>(m, "Page");
+  py::class_<PagePool, std::shared_ptr<PagePool>>(m, "PagePool")
+      .def(py::init(&new_page_pool), py::arg("num_heads"), py::arg("head_dim"), py::arg("type"), py::arg("num_bytes"))
+      .def_property_readonly("num_bytes", &PagePool::num_bytes)
+      .def_property_readonly("used_bytes", &PagePool::used_bytes)
+      .def_property_readonly("instance_bytes", [](const PagePool& pool) { return pool.format().instance_bytes(); })
+      .def("take", &take_page, py::arg("num_instances"))
+      .def("copy", &copy_page, py::arg("page"));
+
+  py::class_<BoundStep>(m, "Step")
+      .def(py::init<py::array, const py::array&, const py::array&, const std::vector<BoundStep::Span>&>(),
+           py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("spans"));
+  py::class_<BoundLayer>(m, "Layer")
+      .def(py::init<std::vector<int64_t>, const std::string&>(), py::arg("widths"), py::arg("compute"))
+      .def("rms_norm", &BoundLayer::rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("out"))
+      .def("linear", &BoundLayer::linear, py::arg("x"), py::arg("weight"), py::arg("out"))
+      .def("rotate", &BoundLayer::rotate, py::arg("x"))
+      .def("append", &BoundLayer::append, py::arg("k"), py::arg("v"))
+      .def("attend", &BoundLayer::attend, py::arg("q"), py::arg("out"), py::arg("window"), py::arg("scale"))
+      .def("silu_mul", &BoundLayer::silu_mul, py::arg("gate_up"), py::arg("out"))
+      .def("add_residual", &BoundLayer::add_residual, py::arg("y"))
+      .def("finish", &BoundLayer::finish)
+      .def("run", &BoundLayer::run, py::arg("runtime"), py::arg("step"), py::arg("instance"), py::arg("weight"),
+           py::arg("changes"));
 
   m.def("rms_norm", &run_rms_norm, py::arg("runtime"), py::arg("x"), py::arg("weight"), py::arg("epsilon"),
         py::arg("out"));

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "checks.hpp"
+#include "computing.hpp"
 #include "ropewalk/operations.hpp"
 
 namespace ropewalk {
@@ -101,7 +102,7 @@ class LowRank {
     const Rows<float> target = writable_rows(out, "out", rows.num_rows, out_features_);
     check_apart(out, "out", x, "x");
     check_apart_from(out);
-    const py::gil_scoped_release release;
+    const Computing computing(runtime);
     add_low_rank(runtime, weights_, rows.data, rows.stride, rows.num_rows, target.data, target.stride);
   }
 
@@ -145,6 +146,11 @@ class LowRank {
   int64_t out_features_ = 0;
 };
 
+inline const LowRank& low_rank_of(const py::object& change) {
+  require(py::isinstance<LowRank>(change), "change is neither LowRank nor None");
+  return change.cast<const LowRank&>();
+}
+
 // Linears over one input, their outputs side by side.
 class LinearGroup {
  public:
@@ -176,19 +182,19 @@ class LinearGroup {
       check_apart(out, "out", dense->weight, "the weight");
       if (dense->view.bias != nullptr) check_apart(out, "out", dense->bias, "the bias");
     }
-    const LowRankWeights* weights = nullptr;
+    std::vector<RowChange> changes;
     if (!change.is_none()) {
-      require(py::isinstance<LowRank>(change), "change is neither LowRank nor None");
-      const auto& low_rank = change.cast<const LowRank&>();
-      weights = &low_rank.weights_for(plan_, in_features_);
+      const LowRank& low_rank = low_rank_of(change);
+      changes.push_back({0, rows.num_rows, &low_rank.weights_for(plan_, in_features_)});
       low_rank.check_apart_from(out);
     }
-    const py::gil_scoped_release release;
-    linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride, weights);
+    const Computing computing(runtime);
+    linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride, changes);
   }
 
   int64_t in_features() const { return in_features_; }
   int64_t out_features() const { return plan_.out_features(); }
+  const LinearPlan& plan() const { return plan_; }
 
  private:
   void check_in_features(int64_t in_features) {

@@ -1,4 +1,4 @@
-// Packed weights and the key/value cache: what lives as long as a model or a conversation.
+// Packed weights, and which of them are computed together.
 #include <algorithm>
 
 #include "ropewalk/operations.hpp"
@@ -28,7 +28,6 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
       .source_row = source_row_.data(),
       .codes = codes_.as<uint8_t>(),
   };
-  const std::lock_guard lock(runtime.mutex());
   const int64_t scratch_words = pack_scratch_words(source.in_features);
   uint32_t* scratch = runtime.activations(scratch_words * 4 * runtime.pool().num_threads()).as<uint32_t>();
   runtime.pool().run(ceil_div(source.out_features, kPackColumns), 1, [&](int64_t begin, int64_t end, int thread) {
@@ -105,17 +104,18 @@ bool PackedGptq::shares_input(const PackedGptq& other) const {
          group_starts_ == other.group_starts_;
 }
 
-KvCache::KvCache(int64_t num_heads, int64_t head_dim, int64_t capacity, FloatType type) {
-  view_.type = type;
-  view_.num_heads = num_heads;
-  view_.head_dim = head_dim;
-  view_.padded_dim = round_up(head_dim, kLanes);
-  view_.capacity = round_up(capacity, kKvTile);
-  const int64_t element = type == FloatType::f16 ? 2 : 4;
-  keys_ = AlignedBytes(num_heads * view_.capacity * head_dim * element, true);
-  values_ = AlignedBytes(num_heads * view_.capacity * view_.padded_dim * element, true);
-  view_.keys = keys_.as<void>();
-  view_.values = values_.as<void>();
+void LinearPlan::add(const PackedGptq& weights) {
+  const auto known = std::find_if(inputs_.begin(), inputs_.end(),
+                                  [&](const PackedGptq* input) { return input->shares_input(weights); });
+  const auto input = static_cast<size_t>(known - inputs_.begin());
+  if (known == inputs_.end()) inputs_.push_back(&weights);
+  parts_.push_back({&weights, nullptr, out_features_, input});
+  out_features_ += weights.weights().out_features;
+}
+
+void LinearPlan::add(const DenseWeights& weights) {
+  parts_.push_back({nullptr, &weights, out_features_, 0});
+  out_features_ += weights.out_features;
 }
 
 }  // namespace ropewalk

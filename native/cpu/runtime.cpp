@@ -222,15 +222,29 @@ void ThreadPool::run(int64_t num_items, int64_t chunk, const Job& job) {
 
 CpuRuntime::CpuRuntime(const std::string& isa, int num_threads) : table_(choose_table(isa)), pool_(num_threads) {}
 
-float* CpuRuntime::attend_scratch(int64_t floats_per_thread) {
-  const int64_t bytes = floats_per_thread * static_cast<int64_t>(sizeof(float)) * pool_.num_threads();
-  if (attend_scratch_.size() < bytes) attend_scratch_ = AlignedBytes(bytes);
-  return attend_scratch_.as<float>();
+namespace {
+
+// The old memory goes before the new is asked for.
+AlignedBytes& grown(AlignedBytes& memory, int64_t size) {
+  if (memory.size() < size) {
+    memory = AlignedBytes();
+    memory = AlignedBytes(size);
+  }
+  return memory;
 }
 
-AlignedBytes& CpuRuntime::activations(int64_t size) {
-  if (activations_.size() < size) activations_ = AlignedBytes(size);
-  return activations_;
+constexpr int64_t kFloat = sizeof(float);
+
+}  // namespace
+
+float* CpuRuntime::attend_scratch(int64_t floats_per_thread) {
+  return grown(attend_scratch_, floats_per_thread * kFloat * pool_.num_threads()).as<float>();
 }
+
+AlignedBytes& CpuRuntime::activations(int64_t size) { return grown(activations_, size); }
+
+float* CpuRuntime::buffers(int64_t floats) { return grown(buffers_, floats * kFloat).as<float>(); }
+
+float* CpuRuntime::attend_parts(int64_t floats) { return grown(attend_parts_, floats * kFloat).as<float>(); }
 
 }  // namespace ropewalk

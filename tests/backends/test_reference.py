@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from safetensors.torch import save_file
 
 from accuracy import assert_as_accurate
 from gptq_writer import Kind, quantised_linear
-from ropewalk.backends import reference
-from ropewalk.backends.reference import ReferenceBackend
+from ropewalk.backends.reference import ReferenceBackend, attention
+from ropewalk.backends.reference import linear as linear_module
+from ropewalk.backends.reference.attention import attend, rotate_
+from ropewalk.backends.reference.layers import silu_mul
+from ropewalk.backends.reference.pages import append_, gathered
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.quantisation import QuantSettings
 from ropewalk.files.folder import Checkpoint
@@ -101,11 +105,11 @@ def test_no_operation_assumes_the_default_device(tmp_path: Path) -> None:
     with torch.device("meta"):  # what does not follow its inputs ends up there, and mixing devices is an error
         results = [backend.linear(x, weight) for backend, weight in packed]
         results += [EXACT.linear(x, dense_packed), EXACT.embed(table, torch.tensor([3], device="cpu"))]
-        results += [EXACT.rms_norm(x, x[0], 1e-5), EXACT.silu_mul(x)]
-        EXACT.rotate_(k, k[:, 0, :4].contiguous(), k[:, 1, :4].contiguous())
-        kv = EXACT.new_kv(2, 8, 4, torch.float16)
-        EXACT.append_(kv, k, k, 0)
-        results.append(EXACT.attend(q, kv, 0, 3))
+        results += [EXACT.rms_norm(x, x[0], 1e-5), silu_mul(x)]
+        rotate_(k, k[:, 0, :4].contiguous(), k[:, 1, :4].contiguous())
+        page = EXACT.new_pool(2, 8, torch.float16, 1 << 20).take(1)
+        append_([page], 0, k, k, 0)
+        results.append(attend(q, *gathered([page], 0, 2), 0, 3))
     assert all(result.device.type == "cpu" for result in results)
 
 
@@ -120,7 +124,7 @@ def test_blocks_of_zeros_and_of_denormals_give_no_nan(tmp_path: Path) -> None:
 def test_dense_weights_use_float32_activations_in_both_modes(
     backend: ReferenceBackend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "SCRATCH_BYTES", 4 * K * 7)  # seven output rows at a time, 20 in all
+    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", 4 * K * 7)  # seven output rows at a time, 20 in all
     linear, x = dense(20, dtype, bias=True), rows(3, K)
     exact, plain = (x.to(each) @ linear.weight.to(each).T + linear.bias.to(each) for each in DTYPES)
     assert_as_accurate(backend.linear(x, backend.pack([linear])), exact, plain)
@@ -168,7 +172,7 @@ def test_rotation_multiplies_complex_pairs_and_leaves_the_rest(rotary_dim: int) 
     fused = rows(3, 5, 16)  # [T, H, D], two of five heads are rotated
     before, half = fused.clone(), rotary_dim // 2
     angles = torch.tensor([0.0, 1.0, 131071.0], dtype=torch.float64)[:, None] * 10000.0 ** -(torch.arange(half) / half)
-    EXACT.rotate_(fused[:, 1:3], angles.cos().float(), angles.sin().float())
+    rotate_(fused[:, 1:3], angles.cos().float(), angles.sin().float())
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     exact, plain = (
         torch.complex(part[:, 1:3, :half], part[:, 1:3, half:rotary_dim]) * turn.to(dtype)
@@ -182,9 +186,9 @@ def test_rotation_multiplies_complex_pairs_and_leaves_the_rest(rotary_dim: int) 
 
 def test_rotation_tables_of_another_size_are_refused() -> None:
     with pytest.raises(ShapeError, match="rotate"):
-        EXACT.rotate_(rows(3, 1, 16), rows(2, 8), rows(2, 8))
+        rotate_(rows(3, 1, 16), rows(2, 8), rows(2, 8))
     with pytest.raises(ShapeError, match="rotate"):
-        EXACT.rotate_(rows(3, 1, 16), rows(3, 9), rows(3, 9))
+        rotate_(rows(3, 1, 16), rows(3, 9), rows(3, 9))
 
 
 def attention_by_hand(
@@ -209,39 +213,56 @@ def attention_by_hand(
 def test_attention_is_causal_windowed_and_grouped(
     start: int, num_rows: int, window: int | None, scratch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(attention, "SCRATCH_BYTES", scratch)
     end = start + num_rows
-    kv = EXACT.new_kv(2, 8, 32, torch.float32)
     k, v, q = rows(end, 2, 8), rows(end, 2, 8, seed=2), rows(num_rows, 7, 8, seed=3)[:, 1:]
-    EXACT.append_(kv, k[:start], v[:start], 0)
-    EXACT.append_(kv, k[start:], v[start:], start)
-    got = EXACT.attend(q, kv, start, window)
+    got = attend(q, k.transpose(0, 1), v.transpose(0, 1), start, window)
     assert got.is_contiguous()
     assert_as_accurate(got, *(attention_by_hand(q, k, v, start, window, dtype) for dtype in DTYPES))
 
 
-def test_keys_and_values_are_rounded_to_the_dtype_of_the_store() -> None:
-    kv = EXACT.new_kv(2, 8, 4, torch.float16)
-    k, v, q = rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
-    EXACT.append_(kv, k, v, 0)
+def pages_of(num_pages: int, dtype: torch.dtype = torch.float32, instances: int = 2) -> list:
+    """Pages of 2 heads of 8, full of what was never written."""
+    pool = EXACT.new_pool(2, 8, dtype, 1 << 30)
+    pages = [pool.take(instances) for _ in range(num_pages)]
+    for page in pages:
+        page.keys.fill_(float("nan"))
+        page.values.fill_(float("nan"))
+    return pages
+
+
+@pytest.mark.parametrize("cuts", [(0, 1), (0, 64), (0, 65), (0, 63, 64, 130), (0, 60, 70, 150), (0, 192)])
+def test_positions_are_found_again_whatever_pages_and_calls_they_came_in(cuts: tuple[int, ...]) -> None:
+    end = cuts[-1]
+    pages, k, v = pages_of(3), rows(end, 2, 8), rows(end, 2, 8, seed=2)
+    for low, high in itertools.pairwise(cuts):
+        append_(pages, 1, k[low:high], v[low:high], low)
+    keys, values = gathered(pages, 1, end)
+    assert torch.equal(keys, k.transpose(0, 1)) and torch.equal(values, v.transpose(0, 1))
+    assert bool(gathered(pages, 0, end)[0].isnan().all())  # the other layer instance has none
+
+
+def test_keys_and_values_are_rounded_to_the_dtype_of_the_pages() -> None:
+    pages, k, v, q = pages_of(1, torch.float16), rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
+    append_(pages, 0, k, v, 0)
     expected = (attention_by_hand(q, k.half(), v.half(), 0, None, dtype) for dtype in DTYPES)
-    assert_as_accurate(EXACT.attend(q, kv, 0, None), *expected)
-    assert kv.num_bytes == 2 * 2 * 8 * 4 * 2
+    assert_as_accurate(attend(q, *gathered(pages, 0, 4), 0, None), *expected)
 
 
-def test_stores_refuse_what_does_not_fit() -> None:
-    kv = EXACT.new_kv(2, 8, 4, torch.float32)
+def test_pages_refuse_what_does_not_fit() -> None:
+    pages = pages_of(1)
+    for k, v, start in ((rows(2, 2, 8), rows(2, 2, 8), 63), (rows(2, 3, 8), rows(2, 3, 8), 0)):
+        with pytest.raises(ShapeError, match="append"):
+            append_(pages, 0, k, v, start)
     with pytest.raises(ShapeError, match="append"):
-        EXACT.append_(kv, rows(2, 2, 8), rows(2, 2, 8), 3)
-    with pytest.raises(ShapeError, match="append"):
-        EXACT.append_(kv, rows(2, 3, 8), rows(2, 3, 8), 0)
-    with pytest.raises(ShapeError, match="attend"):
-        EXACT.attend(rows(2, 4, 8), kv, 3, None)
-    with pytest.raises(ShapeError, match="attend"):
-        EXACT.attend(rows(2, 3, 8), kv, 0, None)
+        append_(pages, 0, rows(2, 2, 8), rows(1, 2, 8), 0)
+    keys, values = gathered(pages, 0, 4)
+    for q, start in ((rows(2, 4, 8), 3), (rows(2, 3, 8), 0), (rows(2, 4, 9), 0)):
+        with pytest.raises(ShapeError, match="attend"):
+            attend(q, keys, values, start, None)
 
 
 def test_silu_mul_uses_the_first_half_as_the_gate() -> None:
     x = rows(3, 10)
     exact, plain = (x[:, :5] / (1 + (-x[:, :5]).exp()) * x[:, 5:] for x in (x.double(), x))
-    assert_as_accurate(EXACT.silu_mul(x), exact, plain)
+    assert_as_accurate(silu_mul(x), exact, plain)

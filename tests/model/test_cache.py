@@ -1,25 +1,25 @@
-"""Counting positions, comparing prefixes, refusing what memory cannot hold."""
+"""Counting positions, comparing prefixes, remembering how each was computed."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import threading
 
-from gptq_writer import model_config
-from ropewalk.backends.reference import ReferenceBackend
-from ropewalk.base.errors import ConfigError, RequestError
-from ropewalk.config.model import parse_model_config
-from ropewalk.model import cache as cache_module
-from ropewalk.model.cache import Frequencies, KvCache, Origin, cache_bytes, new_stores
+import pytest
+
+from ropewalk.base.errors import RequestError
+from ropewalk.model.cache import Frequencies, KvCache, Origin
 
 SHORT, LONG = Origin(Frequencies(b"short", 1.0)), Origin(Frequencies(b"long", 1.0))
-CONFIG = parse_model_config(model_config("llama"), "config.json")  # 2 layers, 2 key/value heads of 16
+
+
+def empty() -> KvCache:
+    return KvCache(object(), threading.RLock(), 100)
 
 
 def filled(*spans: tuple[list[int], Origin]) -> KvCache:
-    cache = KvCache(object(), [], 100)
+    cache = empty()
     for token_ids, origin in spans:
-        cache.record_(token_ids, origin)
+        cache.record_(token_ids, origin, cache.length + len(token_ids))
     return cache
 
 
@@ -64,46 +64,26 @@ def test_a_prefix_is_common_in_tokens_and_in_origin(token_ids, origin, shared) -
 def test_truncation_forgets_the_origin_of_what_it_drops() -> None:
     cache = filled(([5, 6], SHORT), ([7, 8], LONG))
     cache.truncate(2)
-    cache.record_([9], SHORT)
+    cache.record_([9], SHORT, 100)
     assert cache.common_prefix([5, 6, 9], SHORT) == 3
 
 
 def test_truncation_inside_a_span_keeps_its_origin() -> None:
     cache = filled(([5, 6], SHORT), ([7, 8], LONG))
     cache.truncate(3)
-    cache.record_([9], SHORT)
+    cache.record_([9], SHORT, 100)
     assert cache.common_prefix([5, 6, 7, 9], SHORT) == 2
 
 
-@pytest.mark.parametrize("cache_type, itemsize", [("fp16", 2), ("fp32", 4)])
-def test_planned_bytes_are_those_allocated(cache_type: str, itemsize: int) -> None:
-    stores = new_stores(ReferenceBackend(), CONFIG, 3, 50, cache_type)
-    cache = KvCache(object(), stores, 50)
-    assert cache.num_bytes == cache_bytes(CONFIG, 3, 50, cache_type) == 2 * 3 * 2 * 16 * 50 * itemsize
-    assert all(store.capacity == 50 for store in stores)
-
-
-def test_a_cache_beyond_the_machine_is_refused_with_numbers_and_remedy() -> None:
-    capacity = 1 << 40  # 256 bytes per position: 256 TiB
-    with pytest.raises(ConfigError, match=r"256\.0 TiB.*256 bytes per position.*smaller max_seq_len \(at most \d+\)"):
-        new_stores(ReferenceBackend(), CONFIG, 2, capacity, "fp16")
-
-
-def test_a_cache_beyond_free_memory_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(cache_module, "available_bytes", lambda: 2559)
-    new_stores(ReferenceBackend(), CONFIG, 2, 9, "fp16")
-    assert not caplog.records
-    new_stores(ReferenceBackend(), CONFIG, 2, 10, "fp16")
-    assert "10 positions takes 2.5 KiB" in caplog.text and "smaller max_seq_len" in caplog.text
-
-
-def test_a_failed_allocation_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    class FullBackend:
-        device = torch.device("cpu")
-
-        def new_kv(self, *args: object) -> None:
-            raise MemoryError
-
-    monkeypatch.setattr(cache_module, "physical_bytes", lambda: None)
-    with pytest.raises(ConfigError, match="2.5 KiB.*could not be allocated"):
-        new_stores(FullBackend(), CONFIG, 2, 10, "fp16")
+def test_segments_are_stretches_of_equal_origin_with_a_length_that_covers_them() -> None:
+    cache = empty()
+    assert cache.segments == []
+    for count, origin, seq_len in ((2, SHORT, 10), (1, SHORT, 4), (3, SHORT, 12), (4, LONG, 30), (1, SHORT, 30)):
+        cache.record_([5] * count, origin, seq_len)
+    assert cache.segments == [(0, 6, 12), (6, 10, 30), (10, 11, 30)]
+    cache.truncate(7)
+    assert cache.segments == [(0, 6, 12), (6, 7, 30)]
+    cache.truncate(6)
+    assert cache.segments == [(0, 6, 12)]
+    cache.truncate(0)
+    assert cache.segments == []

@@ -129,10 +129,13 @@ def test_decoding_after_a_prefill_is_the_whole_prefill(folder: Path, variant: Va
 def test_repeats_cost_cache_and_no_weights(folder: Path) -> None:
     model = load_model(folder, backend="reference")
     weights, pointers = model.weight_bytes, [id(layer) for layer in model.weights.layers]
-    single = model.new_cache().num_bytes
+    before = model.new_cache()
+    model.forward(IDS, before, logits="none")
     model.set_layer_order("0-3,0-3")
     assert model.weight_bytes == weights and [id(layer) for layer in model.weights.layers] == pointers
-    assert model.new_cache().num_bytes == 2 * single == model.cache_bytes(model.max_seq_len)
+    after = model.new_cache()
+    model.forward(IDS, after, logits="none")
+    assert after.num_bytes == 2 * before.num_bytes == model.cache_bytes(len(IDS))
 
 
 def test_a_cache_is_refused_under_another_order_and_taken_under_its_own(folder: Path) -> None:

@@ -45,6 +45,8 @@ def reference(folder: Path, **options) -> Model:
         ("max_input_len", None, "max_input_len must be a positive integer"),
         ("max_input_len", 2.5, "max_input_len must be a positive integer"),
         ("max_attention_size", -1, "max_attention_size must be a positive integer"),
+        ("cache_memory", 0, "cache_memory must be a positive integer, got 0"),
+        ("cache_memory", "4G", "cache_memory must be a positive integer, got '4G'"),
         ("threads", 0, "threads must be a positive integer"),
         ("threads", True, "threads must be a positive integer"),
         ("threads", 2, 'threads=2 is an option of backend="cpu"'),
@@ -134,7 +136,11 @@ def test_loading_logs_the_rope_decision_and_the_memory(folder: Path, caplog: pyt
     model = reference(folder, compress_pos_emb=2.0)
     lines = [record.getMessage() for record in caplog.records if record.name == "ropewalk.model.loader"]
     assert lines[0] == model.rope.describe() and "compress_pos_emb" in lines[0]
-    assert "llama, 2 layers" in lines[1] and "4-bit" in lines[1] and "cache of 512 positions: 128.0 KiB" in lines[1]
+    assert (
+        "llama, 2 layers" in lines[1]
+        and "4-bit" in lines[1]
+        and "cache of 512 positions: 128.0 KiB, 4.0 GiB for all" in lines[1]
+    )
     assert len(lines) == 2
 
 
@@ -172,7 +178,10 @@ def test_weight_bytes_count_a_tied_table_once(tmp_path: Path) -> None:
 
 def test_memory_of_the_cache_is_planned_by_length(folder: Path) -> None:
     model = reference(folder)
-    assert model.cache_bytes(100) == model.new_cache(100).num_bytes == 2 * 2 * 2 * 16 * 100 * 2
+    cache = model.new_cache(100)
+    assert cache.num_bytes == 0
+    model.forward([1] * 100, cache)
+    assert model.cache_bytes(100) == cache.num_bytes == model.cache_used == 2 * 2 * 2 * 16 * 128 * 2  # two pages
 
 
 def test_a_quantised_model_takes_a_fraction_of_a_dense_one(folder: Path, tmp_path: Path) -> None:

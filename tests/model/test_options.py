@@ -58,7 +58,7 @@ def test_a_choice_is_checked_by_its_values(choice: Choice) -> None:
         LoadOptions(**{choice.name: "fp12"})
 
 
-@pytest.mark.parametrize("name", ["max_seq_len", "max_input_len", "threads", "max_attention_size"])
+@pytest.mark.parametrize("name", ["max_seq_len", "max_input_len", "threads", "max_attention_size", "cache_memory"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "8"])
 def test_a_count_must_be_a_positive_integer(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be a positive integer, got {value!r}"):

@@ -54,6 +54,9 @@ SHAPES = {
     "window-inside-a-tile": (80, 100, 4, 2, 20, 17),
     "window-over-tiles": (100, 150, 2, 2, 64, 100),
     "window-longer-than-all": (50, 50, 7, 1, 48, 1000),
+    "one-token-over-ranges-of-keys": (1, 1600, 8, 2, 64, None),
+    "prompt-over-ranges-of-keys": (90, 990, 2, 1, 32, None),
+    "window-over-ranges-of-keys": (40, 1500, 4, 2, 64, 700),
 }
 
 
@@ -130,6 +133,23 @@ def test_results_are_the_same_bits_for_any_chunks_and_threads(isa, kind, window,
             cache.append_(k[start : start + chunk], v[start : start + chunk], start)
             parts.append(cache.attend(q[start : start + chunk], start, window))
         assert same_bits(torch.cat(parts), whole)
+
+
+@every_isa
+@every_kind
+@pytest.mark.parametrize("window", [None, 100, 700])
+def test_rows_over_many_ranges_of_keys_are_the_same_bits_for_any_chunks_and_threads(isa, kind, window):
+    num_rows = 1700
+    q = random_heads(num_rows, 4, 20, 1)
+    k, v = (random_heads(num_rows, 2, 20, seed) for seed in (2, 3))
+    whole = filled_cache(isa, k, v, kind).attend(q, 0, window)
+    cache = native.KvCache(native.Runtime(isa, 3), 2, 20, num_rows, kind)
+    parts, start = [], 0
+    for chunk in (511, 1, 1, 1, 600, 16, 7, 463, 1, 99):
+        cache.append_(k[start : start + chunk], v[start : start + chunk], start)
+        parts.append(cache.attend(q[start : start + chunk], start, window))
+        start += chunk
+    assert start == num_rows and same_bits(torch.cat(parts), whole)
 
 
 @every_isa

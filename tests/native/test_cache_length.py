@@ -10,14 +10,13 @@ import torch
 
 from kernel_support import same_bits
 from ropewalk import _core, native
-from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.base.errors import ShapeError
 
 RUNTIME = native.Runtime(None, 1)
 
 
-class Native:
-    """A cache of the compiled core, 2 heads of 8."""
+class Cache:
+    """2 heads of 8, keys and values of opposite sign."""
 
     def __init__(self, capacity: int = 100) -> None:
         self._cache = native.KvCache(RUNTIME, 2, 8, capacity, "f32")
@@ -29,23 +28,6 @@ class Native:
         return self._cache.attend(q, start)
 
 
-class Reference:
-    """The same of the plain backend."""
-
-    def __init__(self, capacity: int = 100) -> None:
-        self._backend = ReferenceBackend()
-        self._cache = self._backend.new_kv(2, 8, capacity, torch.float32)
-
-    def append(self, k: torch.Tensor, start: int) -> None:
-        self._backend.append_(self._cache, k, -k, start)
-
-    def attend(self, q: torch.Tensor, start: int) -> torch.Tensor:
-        return self._backend.attend(q, self._cache, start, None)
-
-
-both = pytest.mark.parametrize("kind", [Native, Reference])
-
-
 def refused(message: str):
     return pytest.raises(ShapeError, match=re.escape(message))
 
@@ -54,9 +36,8 @@ def rows(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 2, 8, generator=torch.Generator().manual_seed(seed))
 
 
-@both
-def test_keys_that_were_never_appended_are_not_read(kind):
-    cache = kind()
+def test_keys_that_were_never_appended_are_not_read():
+    cache = Cache()
     with refused("keys that were not appended"):
         cache.attend(rows(1), 0)
     cache.append(rows(3), 0)
@@ -66,9 +47,8 @@ def test_keys_that_were_never_appended_are_not_read(kind):
             cache.attend(rows(count), start)
 
 
-@both
-def test_an_append_leaves_no_gap(kind):
-    cache = kind()
+def test_an_append_leaves_no_gap():
+    cache = Cache()
     with refused("positions 1 to 2 would leave a gap"):
         cache.append(rows(1), 1)
     cache.append(rows(3), 0)
@@ -78,24 +58,22 @@ def test_an_append_leaves_no_gap(kind):
     assert cache.attend(rows(5), 0).shape == (5, 16)
 
 
-@both
-def test_writing_a_position_again_forgets_what_followed_it(kind):
+def test_writing_a_position_again_forgets_what_followed_it():
     """The keys beyond belong to what was there before: a sequence that took another turn must not see them."""
-    cache = kind()
+    cache = Cache()
     cache.append(rows(6, 1), 0)
     cache.append(rows(2, 2), 3)
     with refused("keys that were not appended"):
         cache.attend(rows(1), 5)
-    fresh = kind()
+    fresh = Cache()
     fresh.append(torch.cat([rows(6, 1)[:3], rows(2, 2)]), 0)
     assert same_bits(cache.attend(rows(5), 0), fresh.attend(rows(5), 0))
     cache.append(rows(2), 5)
     cache.attend(rows(7), 0)
 
 
-@both
-def test_appending_nothing_changes_nothing(kind):
-    cache = kind()
+def test_appending_nothing_changes_nothing():
+    cache = Cache()
     cache.append(rows(3), 0)
     cache.append(rows(0), 1)
     cache.attend(rows(3), 0)
@@ -113,7 +91,7 @@ def test_a_refused_append_leaves_the_length_as_it_was():
 
 
 def test_positions_near_the_end_of_int64_are_refused_without_overflow():
-    core, cache = RUNTIME._core, _core.KvCache(2, 8, 10, "f16")
+    core, cache = RUNTIME.core, _core.KvCache(2, 8, 10, "f16")
     x, out = np.zeros((3, 2, 8), np.float32), np.zeros((3, 16), np.float32)
     for start in (2**63 - 1, 2**63 - 3, -(2**63)):
         with refused("do not fit a cache of 64"):

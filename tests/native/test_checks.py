@@ -13,7 +13,7 @@ from ropewalk import _core, native
 from ropewalk.base.errors import ShapeError
 
 RUNTIME = native.Runtime(None, 1)
-CORE = RUNTIME._core
+CORE = RUNTIME.core
 
 
 def refused(message: str):

@@ -18,6 +18,7 @@ SPELLINGS = {
     r"(collections\.abc|typing)\.Sequence": "Sequence",
     r"\bSequence\[object\]|\blist\[object\]": "Sequence[object]",
     r"ropewalk\._core\.": "",
+    r"typing\.Annotated\[Sequence\[int\], 'FixedSize\(4\)'\]": "Columns",
     r"\bList\[": "list[",
 }
 

@@ -18,7 +18,7 @@ from ropewalk.files.folder import Checkpoint
 from ropewalk.model.loader import load_model
 
 RUNTIME = native.Runtime(None, 1)
-CORE = RUNTIME._core
+CORE = RUNTIME.core
 HUGE = 1 << 57  # as large as numpy makes them
 
 

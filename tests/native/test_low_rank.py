@@ -245,7 +245,7 @@ def test_a_change_of_other_linears_is_refused():
     assert weight(x, "exact", change).shape == (2, 9)
     group = _core.LinearGroup([_core.dense_linear(f32(4, 8), "f32", None)])
     with pytest.raises(ShapeError, match="change is neither LowRank nor None"):
-        group.run(runtime._core, "exact", f32(2, 8), f32(2, 4), 7)
+        group.run(runtime.core, "exact", f32(2, 8), f32(2, 4), 7)
     for y, x, message in (
         (f32(2, 8), f32(2, 8), r"out has shape \[2, 8\]; expected \[2, 9\]"),
         (f32(3, 9), f32(2, 8), r"out has shape \[3, 9\]; expected \[2, 9\]"),

@@ -12,7 +12,7 @@ from ropewalk import _core, native
 from ropewalk.base.errors import ShapeError
 
 RUNTIME = native.Runtime(None, 1)
-CORE = RUNTIME._core
+CORE = RUNTIME.core
 
 
 def overlapping(written: str, read: str):

@@ -174,7 +174,7 @@ def test_what_is_kept_of_freed_results_is_bounded():
 
 
 def test_the_core_refuses_results_of_sizes_that_cannot_be():
-    core = native.Runtime(threads=1)._core
+    core = native.Runtime(threads=1).core
     for num_rows, num_columns in ((-1, 4), (4, -1), (1 << 31, 4), (4, 1 << 31)):
         with pytest.raises(ShapeError, match=rf"a result of \[{num_rows}, {num_columns}\] is out of range"):
             core.empty(num_rows, num_columns)

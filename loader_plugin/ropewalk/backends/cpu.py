@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ropewalk import native
 from ropewalk.base.errors import ShapeError
+from ropewalk.families.program import (
+    AddResidual,
+    Append,
+    Attend,
+    Linear,
+    Operation,
+    Program,
+    RmsNorm,
+    Rotate,
+    SiluMul,
+    View,
+)
 from ropewalk.gptq.linear import GptqLinear
+from ropewalk.native import _core  # from there: it says what to do where the core is missing
 
 if TYPE_CHECKING:
-    from ropewalk.backends.protocol import LowRankPart
+    from ropewalk.backends.protocol import LayerChange, LowRankPart, RowChange, RowSpan
     from ropewalk.gptq.linear import DenseLinear
 
 KV_TYPES = {torch.float16: "f16", torch.float32: "f32"}
@@ -80,22 +94,83 @@ class CpuBackend:
         """Root mean square norm over the last dimension."""
         return native.rms_norm(self.runtime, x, weight, eps)
 
-    def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotate heads in place."""
-        native.rotate_(self.runtime, x, cos, sin)
+    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> CpuPagePool:
+        """Room for pages of keys and values."""
+        return CpuPagePool(_core.PagePool(num_kv_heads, head_dim, KV_TYPES[dtype], num_bytes))
 
-    def new_kv(self, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> native.KvCache:
-        """Room for one layer instance."""
-        return native.KvCache(self.runtime, num_kv_heads, head_dim, capacity, KV_TYPES[dtype])
+    def compile_layer(
+        self, program: Program, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float
+    ) -> CpuLayer:
+        """The operations of a layer, with its weights in place of their names."""
+        return CpuLayer(program, weights, norm_eps, self.compute)
 
-    def append_(self, kv: native.KvCache, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
-        """Write keys and values to positions start..start+T."""
-        kv.append_(k, v, start)
+    def begin_step(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> _core.Step:
+        """The rows of a step on their way through the layers."""
+        rows = [(span.num_rows, span.start, span.pages) for span in spans]
+        return _core.Step(x.numpy(), cos.numpy(), sin.numpy(), rows)
 
-    def attend(self, q: torch.Tensor, kv: native.KvCache, start: int, window: int | None) -> torch.Tensor:
-        """Causal attention over the positions 0..start+T."""
-        return kv.attend(q, start, window)
+    def run_layer_(
+        self, step: _core.Step, layer: CpuLayer, instance: int, weight: float, changes: Sequence[RowChange]
+    ) -> None:
+        """One call of the core for all operations of a layer."""
+        changed = [(change.first, change.end, layer.low_ranks(change.change)) for change in changes]
+        layer.core.run(self.runtime.core, step, instance, weight, changed)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up."""
-        return native.silu_mul(self.runtime, gate_up)
+
+class CpuPagePool:
+    """A pool of the core; its pages go back to it when Python drops them."""
+
+    def __init__(self, core: _core.PagePool) -> None:
+        self._core = core
+        self.num_bytes: int = core.num_bytes
+        self.copy = core.copy
+        self.take = core.take
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the pages in use."""
+        return self._core.used_bytes
+
+    def page_bytes(self, num_instances: int) -> int:
+        """Memory of one page."""
+        return num_instances * self._core.instance_bytes
+
+
+class CpuLayer:
+    """A program as the core replays it."""
+
+    def __init__(
+        self, program: Program, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float, compute: str
+    ) -> None:
+        self.core = _core.Layer(list(program.widths), compute)
+        self._linears = [operation.weight for operation in program.operations if isinstance(operation, Linear)]
+        for operation in program.operations:
+            self._add(operation, weights, norm_eps)
+        self.core.finish()
+
+    def low_ranks(self, change: LayerChange) -> list[_core.LowRank | None]:
+        """What changes each linear, in the order of the program."""
+        found = (getattr(change, name) for name in self._linears)
+        return [None if low_rank is None else low_rank.core for low_rank in found]
+
+    def _add(self, operation: Operation, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float) -> None:
+        core = self.core
+        match operation:
+            case RmsNorm(x, weight, out):
+                core.rms_norm(_columns(x), weights[weight].numpy(), norm_eps, _columns(out))
+            case Linear(x, weight, out):
+                core.linear(_columns(x), weights[weight].core, _columns(out))
+            case Rotate(x):
+                core.rotate(_columns(x))
+            case Append(k, v):
+                core.append(_columns(k), _columns(v))
+            case Attend(q, out, window):
+                core.attend(_columns(q), _columns(out), window or 0, 1.0 / math.sqrt(q.size))
+            case SiluMul(gate_up, out):
+                core.silu_mul(_columns(gate_up), _columns(out))
+            case AddResidual(y):
+                core.add_residual(_columns(y))
+
+
+def _columns(view: View) -> tuple[int, int, int, int]:
+    return view.buffer, view.first, view.heads, view.size

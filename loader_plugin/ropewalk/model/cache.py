@@ -106,7 +106,8 @@ class KvCache:
 
         Appending the same tokens with the same seq_len and adapters, segment by segment, gives the same bits.
         """
-        ends = [*(segment.start for segment in self._segments[1:]), self.length]
+        starts = [segment.start for segment in self._segments]
+        ends = [*starts[1:], self.length][: len(starts)]
         return [(segment.start, end, segment.seq_len) for segment, end in zip(self._segments, ends, strict=True)]
 
     def truncate(self, length: int) -> None:

@@ -1,6 +1,6 @@
 // The key/value cache and attention over it: online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al.
-// 2022, arXiv:2205.14135) in KV tiles of 64 keys at fixed positions, so that a row's result does not depend on which
-// rows are computed with it, how the prompt was cut into chunks, or the number of threads.
+// 2022, arXiv:2205.14135) over pages of 64 keys, in ranges of 512 that are put together in order, at fixed positions: a
+// row's result does not depend on which rows are computed with it, how the prompt was cut into chunks, or the threads.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
@@ -27,25 +27,38 @@ struct KvElement<V, FloatType::f16> {
   static void store(uint16_t* p, typename V::F32 v) { V::store_f16(p, v); }
 };
 
+// Where a page has the keys and values of one head.
+template <class Stored>
+struct HeadPage {
+  Stored* keys;    // [4][D][16]
+  Stored* values;  // [64][padded_dim]
+};
+
+template <class Stored>
+static HeadPage<Stored> head_page(const KvView& kv, int64_t head, int64_t page) {
+  Stored* keys =
+      reinterpret_cast<Stored*>(kv.pages[page] + kv.offset) + head * kKvTile * (kv.head_dim + kv.padded_dim);
+  return {keys, keys + kKvTile * kv.head_dim};
+}
+
 template <class V, FloatType kType>
 void append_head(const AppendArgs& a, int64_t head) {
   using Element = KvElement<V, kType>;
   using Stored = typename Element::Stored;
   const KvView& kv = a.kv;
   const int64_t d_size = kv.head_dim;
-  Stored* keys = static_cast<Stored*>(kv.keys) + head * kv.capacity * d_size;
-  Stored* values = static_cast<Stored*>(kv.values) + head * kv.capacity * kv.padded_dim;
   for (int64_t t = 0; t < a.num_rows; ++t) {
-    const int64_t position = a.start + t;
+    const HeadPage<Stored> page = head_page<Stored>(kv, head, (a.start + t) / kKvTile);
+    const int64_t place = (a.start + t) % kKvTile;
     const float* k = a.k + t * a.k_stride + head * d_size;
     const float* v = a.v + t * a.v_stride + head * d_size;
-    Stored* key_lane = keys + position / kLanes * kLanes * d_size + position % kLanes;
+    Stored* key_lane = page.keys + place / kLanes * kLanes * d_size + place % kLanes;
     for (int64_t d = 0; d < d_size; d += kLanes) {
       const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
       Stored lanes[kLanes];
       Element::store(lanes, V::load_partial(k + d, count));
       for (int64_t i = 0; i < count; ++i) key_lane[(d + i) * kLanes] = lanes[i];
-      Element::store(values + position * kv.padded_dim + d, V::load_partial(v + d, count));
+      Element::store(page.values + place * kv.padded_dim + d, V::load_partial(v + d, count));
     }
   }
 }
@@ -61,39 +74,58 @@ void append(const AppendArgs& a, int64_t head_begin, int64_t head_end) noexcept 
   }
 }
 
+// The softmax of some rows so far, over the keys of one range or of all.
+struct SoftmaxState {
+  float* out;      // [rows][padded_dim], unnormalised
+  float* largest;  // [rows] running maximum of the scores
+  float* sum;      // [rows] running sum of exp(score - largest)
+};
+
+static inline SoftmaxState state_at(float* memory, int64_t num_rows, int64_t padded_dim) {
+  float* largest = memory + num_rows * padded_dim;
+  return {memory, largest, largest + num_rows};
+}
+
 // What one item works on: up to kQueryRows (token, head) rows of one key/value head, and its scratch.
 struct AttendTile {
+  int64_t head;
   int64_t num_rows;
   int64_t first_row;      // flattened: row / group = token, row % group = head within the group
   int64_t group;          // query heads per key/value head
   int64_t padded_dim;
   float* q;               // [num_rows][padded_dim], scaled
-  float* out;             // [num_rows][padded_dim], unnormalised
   float* keys;            // [kKvTile / 16][D][16] as f32
   float* values;          // [kKvTile][padded_dim] as f32
   float* scores;          // [num_rows][kKvTile]
-  float* largest;         // [num_rows] running maximum of the scores
-  float* sum;             // [num_rows] running sum of exp(score - largest)
   float* correction;      // [num_rows] exp(previous largest - largest) of this step
+  SoftmaxState state;     // of the keys that are being walked
 };
 
-static inline AttendTile carve_scratch(const KvView& kv, float* scratch) {
+static inline AttendTile tile_of(const AttendArgs& a, int64_t item) {
   AttendTile tile{};
+  const int64_t items = attend_items_per_head(a.num_rows, a.num_query_heads, a.kv.num_heads);
+  tile.group = a.num_query_heads / a.kv.num_heads;
+  tile.head = item / items;
+  tile.first_row = item % items * kQueryRows;
+  const int64_t remaining = a.num_rows * tile.group - tile.first_row;
+  tile.num_rows = remaining < kQueryRows ? remaining : kQueryRows;
+  tile.padded_dim = a.kv.padded_dim;
+  return tile;
+}
+
+// Takes the scratch of a tile; returns what is left of it, room for two states.
+static inline float* carve_scratch(AttendTile& tile, float* scratch) {
   const auto take = [&scratch](int64_t floats) {
     float* taken = scratch;
     scratch += floats;
     return taken;
   };
-  tile.padded_dim = kv.padded_dim;
-  tile.q = take(kQueryRows * kv.padded_dim);
-  tile.out = take(kQueryRows * kv.padded_dim);
-  tile.keys = take(kKvTile * kv.padded_dim);
-  tile.values = take(kKvTile * kv.padded_dim);
+  tile.q = take(kQueryRows * tile.padded_dim);
+  tile.keys = take(kKvTile * tile.padded_dim);
+  tile.values = take(kKvTile * tile.padded_dim);
   tile.scores = take(kQueryRows * kKvTile);
-  tile.largest = take(kQueryRows);
-  tile.sum = take(kQueryRows);
   tile.correction = take(kQueryRows);
-  return tile;
+  return scratch;
 }
 
 // The keys [begin, end) that a row sees.
@@ -170,7 +202,7 @@ void softmax_row(const AttendTile& tile, int64_t row, int64_t first_key, KeyRang
   for (int64_t j = 0; j < kKvTile; j += kLanes) {
     highest = V::max(highest, V::select_range(V::load(scores + j), hidden, begin - j, end - j));
   }
-  const float previous = tile.largest[row];
+  const float previous = tile.state.largest[row];
   const float candidate = V::reduce_max(highest);
   const float largest = candidate > previous ? candidate : previous;
   auto total = V::zero();
@@ -181,9 +213,9 @@ void softmax_row(const AttendTile& tile, int64_t row, int64_t first_key, KeyRang
     total = V::add(total, p);
   }
   const float correction = previous == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(previous - largest)));
-  tile.largest[row] = largest;
+  tile.state.largest[row] = largest;
   tile.correction[row] = correction;
-  tile.sum[row] = tile.sum[row] * correction + V::reduce_add(total);
+  tile.state.sum[row] = tile.state.sum[row] * correction + V::reduce_add(total);
 }
 
 // weigh_block over rows [row_begin, row_end), all dims, and keys [key_begin, key_end) of the tile.
@@ -195,7 +227,7 @@ void weigh_rows(const AttendTile& tile, int64_t row_begin, int64_t row_end,
   for_blocks<V::kAttendRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
     constexpr int kChunks = kRows == V::kAttendRows ? 2 : 4;
     const float* p = tile.scores + row * kKvTile + key_begin;
-    float* out = tile.out + row * tile.padded_dim;
+    float* out = tile.state.out + row * tile.padded_dim;
     int64_t d = 0;
     for (; d + kChunks * kLanes <= tile.padded_dim; d += kChunks * kLanes) {
       weigh_block<V, kType, kRows, kChunks>(p, tile.correction + row, first + d, tile.padded_dim, num_keys, out + d);
@@ -243,80 +275,139 @@ void kv_step(const AttendArgs& a, const AttendTile& tile, const typename KvEleme
 static constexpr int64_t kWidenRows = 16;
 
 template <class V, FloatType kType>
-void attend_tile(const AttendArgs& a, const AttendTile& tile, int64_t head) {
+void attend_typed(const AttendArgs& a, const AttendTile& tile, int64_t key_begin, int64_t key_end) {
   using Element = KvElement<V, kType>;
   const KvView& kv = a.kv;
-  const auto* keys = static_cast<const typename Element::Stored*>(kv.keys) + head * kv.capacity * kv.head_dim;
-  const auto* values = static_cast<const typename Element::Stored*>(kv.values) + head * kv.capacity * kv.padded_dim;
-  const int64_t first = visible_keys(a, tile, 0).begin / kKvTile * kKvTile;
-  const int64_t last = visible_keys(a, tile, tile.num_rows - 1).end;
-  for (int64_t key = first; key < last; key += kKvTile) {
-    const int64_t num_keys = last - key < kKvTile ? last - key : kKvTile;
-    const auto* tile_keys = keys + key * kv.head_dim;
-    const auto* tile_values = values + key * kv.padded_dim;
+  for (int64_t key = key_begin; key < key_end; key += kKvTile) {
+    const int64_t num_keys = key_end - key < kKvTile ? key_end - key : kKvTile;
+    const auto page = head_page<const typename Element::Stored>(kv, tile.head, key / kKvTile);
     if (kType == FloatType::f32 || tile.num_rows < kWidenRows) {
-      kv_step<V, kType>(a, tile, tile_keys, tile_values, key, num_keys);
+      kv_step<V, kType>(a, tile, page.keys, page.values, key, num_keys);
       continue;
     }
-    for (int64_t i = 0; i < kKvTile * kv.head_dim; i += kLanes) V::store(tile.keys + i, Element::load(tile_keys + i));
+    for (int64_t i = 0; i < kKvTile * kv.head_dim; i += kLanes) V::store(tile.keys + i, Element::load(page.keys + i));
     for (int64_t i = 0; i < num_keys * kv.padded_dim; i += kLanes) {
-      V::store(tile.values + i, Element::load(tile_values + i));
+      V::store(tile.values + i, Element::load(page.values + i));
     }
     kv_step<V, FloatType::f32>(a, tile, tile.keys, tile.values, key, num_keys);
   }
 }
 
+// The keys that any row of a tile sees, from the beginning of a page on.
+static inline KeyRange tile_keys(const AttendArgs& a, const AttendTile& tile) {
+  return {visible_keys(a, tile, 0).begin / kKvTile * kKvTile, visible_keys(a, tile, tile.num_rows - 1).end};
+}
+
+// tile.state over those keys of a range that the rows see.
 template <class V>
-void load_queries(const AttendArgs& a, const AttendTile& tile, int64_t head) {
-  const int64_t d_size = a.kv.head_dim;
+void attend_keys(const AttendArgs& a, const AttendTile& tile, int64_t range) {
+  for (int64_t i = 0; i < tile.num_rows * tile.padded_dim; i += kLanes) V::store(tile.state.out + i, V::zero());
   for (int64_t row = 0; row < tile.num_rows; ++row) {
-    const int64_t token = (tile.first_row + row) / tile.group;
-    const int64_t query_head = head * tile.group + (tile.first_row + row) % tile.group;
-    const float* q = a.q + token * a.q_stride + query_head * d_size;
+    tile.state.largest[row] = kNoScore;
+    tile.state.sum[row] = 0.0f;
+  }
+  const KeyRange keys = tile_keys(a, tile);
+  const int64_t begin = keys.begin > range * kKeyRange ? keys.begin : range * kKeyRange;
+  const int64_t end = keys.end < (range + 1) * kKeyRange ? keys.end : (range + 1) * kKeyRange;
+  if (a.kv.type == FloatType::f16) {
+    attend_typed<V, FloatType::f16>(a, tile, begin, end);
+  } else {
+    attend_typed<V, FloatType::f32>(a, tile, begin, end);
+  }
+}
+
+// total <- total with the keys of a later range.  A row takes in a range as it would alone: not at all if it sees none
+// of its keys, and as it is if it has seen no key before.
+template <class V>
+void merge_range(const AttendArgs& a, const AttendTile& tile, int64_t range, const SoftmaxState& part,
+                 const SoftmaxState& total) {
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const KeyRange seen = visible_keys(a, tile, row);
+    if (seen.begin >= (range + 1) * kKeyRange || seen.end <= range * kKeyRange) continue;
+    const bool first = seen.begin >= range * kKeyRange;
+    const float largest =
+        first || part.largest[row] > total.largest[row] ? part.largest[row] : total.largest[row];
+    const float keep = total.largest[row] == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(total.largest[row] - largest)));
+    const float take = part.largest[row] == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(part.largest[row] - largest)));
+    float* out = total.out + row * tile.padded_dim;
+    const float* more = part.out + row * tile.padded_dim;
     for (int64_t d = 0; d < tile.padded_dim; d += kLanes) {
-      const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
-      V::store(tile.q + row * tile.padded_dim + d, V::mul(V::load_partial(q + d, count), V::broadcast(a.scale)));
-      V::store(tile.out + row * tile.padded_dim + d, V::zero());
+      const auto value = V::load(more + d);
+      V::store(out + d, first ? value : V::fma(value, V::broadcast(take), V::mul(V::load(out + d), V::broadcast(keep))));
     }
-    tile.largest[row] = kNoScore;
-    tile.sum[row] = 0.0f;
+    total.sum[row] = first ? part.sum[row] : total.sum[row] * keep + part.sum[row] * take;
+    total.largest[row] = largest;
   }
 }
 
 template <class V>
-void store_outputs(const AttendArgs& a, const AttendTile& tile, int64_t head) {
+void load_queries(const AttendArgs& a, const AttendTile& tile) {
   const int64_t d_size = a.kv.head_dim;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
     const int64_t token = (tile.first_row + row) / tile.group;
-    const int64_t query_head = head * tile.group + (tile.first_row + row) % tile.group;
+    const int64_t query_head = tile.head * tile.group + (tile.first_row + row) % tile.group;
+    const float* q = a.q + token * a.q_stride + query_head * d_size;
+    for (int64_t d = 0; d < tile.padded_dim; d += kLanes) {
+      const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
+      V::store(tile.q + row * tile.padded_dim + d, V::mul(V::load_partial(q + d, count), V::broadcast(a.scale)));
+    }
+  }
+}
+
+template <class V>
+void store_outputs(const AttendArgs& a, const AttendTile& tile, const SoftmaxState& total) {
+  const int64_t d_size = a.kv.head_dim;
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const int64_t token = (tile.first_row + row) / tile.group;
+    const int64_t query_head = tile.head * tile.group + (tile.first_row + row) % tile.group;
     float* out = a.out + (token * a.num_query_heads + query_head) * d_size;
     // If every score is minus infinity (an infinite query or key), the result is NaN, as with softmax.
-    const auto inverse = V::broadcast(tile.largest[row] > kNoScore ? 1.0f / tile.sum[row] : __builtin_nanf(""));
+    const auto inverse = V::broadcast(total.largest[row] > kNoScore ? 1.0f / total.sum[row] : __builtin_nanf(""));
     for (int64_t d = 0; d < d_size; d += kLanes) {
       const int64_t count = d_size - d < kLanes ? d_size - d : kLanes;
-      V::store_partial(out + d, V::mul(V::load(tile.out + row * tile.padded_dim + d), inverse), count);
+      V::store_partial(out + d, V::mul(V::load(total.out + row * tile.padded_dim + d), inverse), count);
     }
   }
 }
 
 template <class V>
 void attend(const AttendArgs& a, int64_t item_begin, int64_t item_end, float* scratch) noexcept {
-  AttendTile tile = carve_scratch(a.kv, scratch);
-  tile.group = a.num_query_heads / a.kv.num_heads;
-  const int64_t items = attend_items_per_head(a.num_rows, a.num_query_heads, a.kv.num_heads);
   for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t head = item / items;
-    tile.first_row = item % items * kQueryRows;
-    const int64_t remaining = a.num_rows * tile.group - tile.first_row;
-    tile.num_rows = remaining < kQueryRows ? remaining : kQueryRows;
-    load_queries<V>(a, tile, head);
-    if (a.kv.type == FloatType::f16) {
-      attend_tile<V, FloatType::f16>(a, tile, head);
-    } else {
-      attend_tile<V, FloatType::f32>(a, tile, head);
+    AttendTile tile = tile_of(a, item);
+    float* rest = carve_scratch(tile, scratch);
+    const SoftmaxState total = state_at(rest, kQueryRows, tile.padded_dim);
+    const SoftmaxState part = state_at(rest + attend_part_floats(kQueryRows, a.kv.head_dim), kQueryRows, tile.padded_dim);
+    load_queries<V>(a, tile);
+    const KeyRange keys = tile_keys(a, tile);
+    const int64_t first = keys.begin / kKeyRange;
+    for (int64_t range = first; range * kKeyRange < keys.end; ++range) {
+      tile.state = range == first ? total : part;
+      attend_keys<V>(a, tile, range);
+      if (range != first) merge_range<V>(a, tile, range, part, total);
     }
-    store_outputs<V>(a, tile, head);
+    store_outputs<V>(a, tile, total);
   }
+}
+
+template <class V>
+void attend_range(const AttendArgs& a, int64_t item, int64_t range, float* part, float* scratch) noexcept {
+  AttendTile tile = tile_of(a, item);
+  carve_scratch(tile, scratch);
+  tile.state = state_at(part, tile.num_rows, tile.padded_dim);
+  load_queries<V>(a, tile);
+  attend_keys<V>(a, tile, range);
+}
+
+template <class V>
+void attend_merge(const AttendArgs& a, int64_t item, int64_t range_begin, int64_t range_end, float* parts) noexcept {
+  const AttendTile tile = tile_of(a, item);
+  const int64_t floats = attend_part_floats(tile.num_rows, a.kv.head_dim);
+  const SoftmaxState total = state_at(parts, tile.num_rows, tile.padded_dim);
+  for (int64_t range = range_begin + 1; range < range_end; ++range) {
+    const float* part = parts + (range - range_begin) * floats;
+    merge_range<V>(a, tile, range, state_at(const_cast<float*>(part), tile.num_rows, tile.padded_dim), total);
+  }
+  store_outputs<V>(a, tile, total);
 }
 
 }  // namespace ropewalk

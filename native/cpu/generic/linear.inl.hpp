@@ -46,6 +46,26 @@ void for_blocks(int64_t begin, int64_t end, Visit visit) {
   }
 }
 
+// visit.operator()<size>(first), size at most kMost.
+template <int kMost, class Visit>
+void visit_block(int64_t first, int64_t size, Visit& visit) {
+  if constexpr (kMost > 1) {
+    if (size < kMost) return visit_block<kMost - 1>(first, size, visit);
+  }
+  visit.template operator()<kMost>(first);
+}
+
+// The same over as few blocks as possible, all of about one size: 8 rows as 4 and 4 read the weights twice, as 6, 1 and
+// 1 three times.
+template <int kMost, class Visit>
+void for_even_blocks(int64_t begin, int64_t end, Visit visit) {
+  for (int64_t blocks = ceil_div(end - begin, kMost); blocks > 0; --blocks) {
+    const int64_t size = ceil_div(end - begin, blocks);
+    visit_block<kMost>(begin, size, visit);
+    begin += size;
+  }
+}
+
 // One block of 32 input features for kRows rows and kTiles tiles:
 // total[m][j] += x_scale[m] * sum over the block of codes[j] * x8[m], the sum in integers.
 template <class V, int kBits, int kRows, int kTiles>
@@ -125,7 +145,7 @@ void gptq_int8_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end,
     return;
   }
   for_blocks<V::kInt8Tiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-    for_blocks<V::kInt8Rows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+    for_even_blocks<V::kInt8Rows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
       gptq_int8_block<V, kBits, kRows, kTiles>(a, row, tile);
     });
   });
@@ -209,7 +229,7 @@ void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_en
         }
       }
       const float* x = a.gathered + b * kBlockRows;
-      for_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+      for_even_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
         exact_rows<V, kRows, kTiles>(x + row * a.x_stride, a.x_stride, weights, kTileFloats, run * kBlockRows, scale,
                                      y + (row - row_begin) * kTiles * kLanes);
       });
@@ -268,7 +288,7 @@ void dense_block(const DenseLinearArgs& a, int64_t row, int64_t out) {
 template <class V, FloatType kType>
 void dense_typed(const DenseLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t out_begin, int64_t out_end) {
   for_blocks<4>(out_begin, out_end, [&]<int kOuts>(int64_t out) {
-    for_blocks<V::kDenseRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+    for_even_blocks<V::kDenseRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
       dense_block<V, kType, kRows, kOuts>(a, row, out);
     });
   });

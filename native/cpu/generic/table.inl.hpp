@@ -27,6 +27,8 @@ constexpr KernelTable make_table(const char* name) {
       .embed = &embed<V>,
       .append = &append<V>,
       .attend = &attend<V>,
+      .attend_range = &attend_range<V>,
+      .attend_merge = &attend_merge<V>,
   };
 }
 

@@ -14,7 +14,8 @@ namespace ropewalk {
 
 static constexpr int64_t kLanes = 16;       // output features of a weight tile, keys of a K tile
 static constexpr int64_t kBlockRows = 32;   // input features quantised together
-static constexpr int64_t kKvTile = 64;      // keys per step of the online softmax
+static constexpr int64_t kKvTile = 64;      // keys of a page, and of a step of the online softmax
+static constexpr int64_t kKeyRange = 512;   // keys whose weighted values are summed apart, so that threads can share a long row
 static constexpr int64_t kQueryRows = 64;   // (token, head) rows that share one pass over a KV tile
 static constexpr int64_t kPackColumns = 64;  // columns repacked together
 static constexpr int64_t kRankTile = 4;     // ranks of a low-rank change that are computed together
@@ -159,15 +160,14 @@ struct EmbedArgs {
   float* out;                 // [T][C]
 };
 
-// The key/value cache of one layer instance; layout in native/README.md, "KV cache".
+// The keys and values of one sequence in one layer instance; layout in native/README.md, "Pages of keys and values".
 struct KvView {
   FloatType type;             // f16 or f32
   int64_t num_heads;          // Hkv
   int64_t head_dim;           // D
   int64_t padded_dim;         // D rounded up to 16: row length of V
-  int64_t capacity;           // keys, a multiple of kKvTile
-  void* keys;                 // [Hkv][capacity / 16][D][16]
-  void* values;               // [Hkv][capacity][padded_dim]
+  uint8_t* const* pages;      // of kKvTile positions each; in each, for every head: keys [4][D][16], values [64][padded_dim]
+  int64_t offset;             // bytes of a page before this layer instance
 };
 
 struct AppendArgs {
@@ -218,6 +218,11 @@ struct KernelTable {
   // One item: kQueryRows consecutive (token, head of the group) rows of one key/value head.  `scratch` holds
   // attend_scratch_floats(D) floats, 64-byte aligned.
   void (*attend)(const AttendArgs&, int64_t item_begin, int64_t item_end, float* scratch) noexcept;
+  // The same in two steps, for few rows over many keys: range `range` of the keys of an item, into a part of
+  // attend_part_floats(rows of the item, D) floats; and the parts of ranges [range_begin, range_end), one after the
+  // other in `parts`, to the outputs.  The first part is written to.
+  void (*attend_range)(const AttendArgs&, int64_t item, int64_t range, float* part, float* scratch) noexcept;
+  void (*attend_merge)(const AttendArgs&, int64_t item, int64_t range_begin, int64_t range_end, float* parts) noexcept;
 };
 
 static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -228,10 +233,16 @@ static constexpr int64_t pack_scratch_words(int64_t in_features) {
   return 2 * ceil_div(in_features, 32) * 8 * kPackColumns;
 }
 
-// q, out and the KV tile as f32, scores, and three numbers per row.
+// The weighted values of some rows over one range of keys: sums, running maxima, and sums of exp(score - maximum).
+static constexpr int64_t attend_part_floats(int64_t num_rows, int64_t head_dim) {
+  return num_rows * (round_up(head_dim, kLanes) + 2);
+}
+
+// q, the KV tile as f32, scores, corrections, and two parts.
 static constexpr int64_t attend_scratch_floats(int64_t head_dim) {
   const int64_t padded = round_up(head_dim, kLanes);
-  return 2 * kQueryRows * padded + 2 * kKvTile * padded + kQueryRows * kKvTile + 3 * kQueryRows;
+  return kQueryRows * padded + 2 * kKvTile * padded + kQueryRows * kKvTile + kQueryRows +
+         2 * attend_part_floats(kQueryRows, head_dim);
 }
 
 // (token, head) rows of one key/value head, cut into items of kQueryRows.

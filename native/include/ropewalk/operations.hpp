@@ -1,5 +1,5 @@
-// What the bindings call: packed weights, the key/value cache, and one function per operation.  Arguments have been
-// checked against the sizes given here; these functions split the work over the runtime's threads.
+// Packed weights, and one function per operation, which splits the work over the runtime's threads. Arguments have been
+// checked against the sizes given here, and the caller holds the runtime's mutex.
 #pragma once
 
 #include <memory>
@@ -98,27 +98,15 @@ struct LowRankWeights {
 
 enum class Compute { exact, int8 };
 
-// It holds the positions [0, length).  An append begins at one of them or at their end, so there are no gaps, and
-// forgets what followed: positions are written again where a sequence takes another turn, and what is left of the old
-// one beyond them must not be read.
-class KvCache {
- public:
-  // capacity is rounded up to whole KV tiles.  Throws std::bad_alloc.
-  KvCache(int64_t num_heads, int64_t head_dim, int64_t capacity, FloatType type);
-  const KvView& view() const { return view_; }
-  int64_t length() const { return length_; }
-  void set_length(int64_t length) { length_ = length; }
-  int64_t num_bytes() const { return keys_.size() + values_.size(); }
-
- private:
-  AlignedBytes keys_, values_;
-  KvView view_{};
-  int64_t length_ = 0;
+// Rows [first, end) of a linear that are changed. Changes of one call are disjoint.
+struct RowChange {
+  int64_t first, end;
+  const LowRankWeights* weights;
 };
 
-// out [T][out_stride] = x [T][x_stride] through every part, plus the change, if there is one (or null).
+// out [T][out_stride] = x [T][x_stride] through every part, plus the changes.
 void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
-            int64_t num_rows, float* out, int64_t out_stride, const LowRankWeights* change);
+            int64_t num_rows, float* out, int64_t out_stride, const std::vector<RowChange>& changes);
 // out += the change alone.
 void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float* x, int64_t x_stride,
                   int64_t num_rows, float* out, int64_t out_stride);
@@ -127,7 +115,8 @@ void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows);
 void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows);
 void add(CpuRuntime& runtime, const AddArgs& args, int64_t num_rows);
 void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows);
-void append(CpuRuntime& runtime, const AppendArgs& args);
-void attend(CpuRuntime& runtime, const AttendArgs& args);
+// Of several sequences at once.
+void append(CpuRuntime& runtime, const std::vector<AppendArgs>& sequences);
+void attend(CpuRuntime& runtime, const std::vector<AttendArgs>& sequences);
 
 }  // namespace ropewalk

@@ -95,13 +95,16 @@ class CpuRuntime {
   // Scratch memory grows to the largest call and is then kept; its size depends on rows and threads, not on context.
   float* attend_scratch(int64_t floats_per_thread);
   AlignedBytes& activations(int64_t size);
+  // What the stages of a layer hand to each other, and the parts of attention.
+  float* buffers(int64_t floats);
+  float* attend_parts(int64_t floats);
   // Results may outlive the runtime.
   const std::shared_ptr<SpareMemory>& spare() const { return spare_; }
   int64_t scratch_bytes() {
     const std::lock_guard lock(mutex_);
-    return attend_scratch_.size() + activations_.size() + spare_->num_bytes();
+    return attend_scratch_.size() + activations_.size() + buffers_.size() + attend_parts_.size() + spare_->num_bytes();
   }
-  // Held for the length of one operation: two Python threads may share a runtime.
+  // Held by whoever computes, for the length of one call: Python threads may share a runtime.
   std::mutex& mutex() { return mutex_; }
 
  private:
@@ -109,6 +112,8 @@ class CpuRuntime {
   ThreadPool pool_;
   AlignedBytes attend_scratch_;
   AlignedBytes activations_;
+  AlignedBytes buffers_;
+  AlignedBytes attend_parts_;
   std::shared_ptr<SpareMemory> spare_ = std::make_shared<SpareMemory>();
   std::mutex mutex_;
 };

@@ -1,0 +1,244 @@
+// Recorded layers, and the steps that run through them, as Python holds them.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "checks.hpp"
+#include "computing.hpp"
+#include "linears.hpp"
+#include "ropewalk/layer.hpp"
+
+namespace ropewalk {
+
+namespace py = pybind11;
+
+// The rows of some sequences: the arrays and pages are kept alive.
+class BoundStep {
+ public:
+  using Span = std::tuple<int64_t, int64_t, std::vector<std::shared_ptr<Page>>>;  // num_rows, start, pages
+
+  BoundStep(py::array x, const py::array& cos, const py::array& sin, const std::vector<Span>& spans)
+      : x_(std::move(x)), cos_(cos), sin_(sin) {
+    require(x_.ndim() == 2 && cos_.ndim() == 2, "x must be [T, C] and cos, sin [T, R / 2]");
+    check_extent(cos_, "cos");
+    step_.x = writable_contiguous<float>(x_, "x", shape_of(x_));
+    step_.num_rows = x_.shape(0);
+    step_.width = x_.shape(1);
+    step_.half = cos_.shape(1);
+    step_.cos = contiguous<float>(cos_, "cos", {step_.num_rows, step_.half});
+    step_.sin = contiguous<float>(sin_, "sin", {step_.num_rows, step_.half});
+    check_apart(x_, "x", cos_, "cos");
+    check_apart(x_, "x", sin_, "sin");
+    int64_t num_rows = 0;
+    for (const auto& [rows, start, pages] : spans) {
+      add_span(rows, start, pages);
+      num_rows += rows;
+      require(num_rows <= step_.num_rows, "the spans have more rows than x");
+    }
+    require(num_rows == step_.num_rows && num_rows > 0, "the spans have fewer rows than x, or none");
+    step_.format = pages_[0]->pool().format();
+    if (spans.size() > 1) check_written_pages();
+  }
+
+  const Step& step() const { return step_; }
+
+  void check_instance(int64_t instance) const {
+    const int64_t size = step_.format.instance_bytes();
+    for (const auto& page : pages_) {
+      if (instance >= 0 && instance < page->num_bytes() / size) continue;
+      throw ShapeFailure("instance " + std::to_string(instance) + " lies outside pages of " +
+                         std::to_string(page->num_bytes() / size) + " layer instances");
+    }
+  }
+
+ private:
+  void add_span(int64_t num_rows, int64_t start, const std::vector<std::shared_ptr<Page>>& pages) {
+    require(num_rows > 0 && num_rows <= kMostPositions, "the rows of a span are out of range");
+    const auto num_pages = static_cast<int64_t>(pages.size());
+    require(num_pages <= kMostPositions / kKvTile, "the pages of a span are out of range");
+    if (start < 0 || start > num_pages * kKvTile - num_rows) {
+      throw ShapeFailure("positions from " + std::to_string(start) + " on, " + std::to_string(num_rows) +
+                         " of them, do not fit " + std::to_string(num_pages) + " pages");
+    }
+    RowSpan& span = step_.spans.emplace_back(RowSpan{num_rows, start, {}});
+    for (const auto& page : pages) {
+      require(page != nullptr, "a page is None");
+      require(pages_.empty() || &page->pool() == &pages_[0]->pool(), "the pages are of several pools");
+      span.pages.push_back(page->data());
+      pages_.push_back(page);
+    }
+  }
+
+  // What one sequence writes, no other may read.
+  void check_written_pages() const {
+    std::map<const uint8_t*, int64_t> users;
+    for (const RowSpan& span : step_.spans) {
+      for (const uint8_t* page : span.pages) ++users[page];
+    }
+    for (const RowSpan& span : step_.spans) {
+      for (int64_t i = span.start / kKvTile; i <= (span.start + span.num_rows - 1) / kKvTile; ++i) {
+        require(users[span.pages[static_cast<size_t>(i)]] == 1, "a page that a span writes is used by another");
+      }
+    }
+  }
+
+  py::array x_, cos_, sin_;
+  std::vector<std::shared_ptr<Page>> pages_;
+  Step step_{};
+};
+
+// A layer: the weights are kept alive.
+class BoundLayer {
+ public:
+  using Columns = std::array<int64_t, 4>;  // buffer, first, heads, size
+  using Change = std::tuple<int64_t, int64_t, std::vector<py::object>>;  // first, end, LowRank or None by linear
+
+  BoundLayer(std::vector<int64_t> widths, const std::string& compute) : layer_(checked(widths), compute_named(compute)) {}
+
+  void rms_norm(const Columns& x, const py::array& weight, float epsilon, const Columns& out) {
+    const RmsNormStage stage{view(x), contiguous<float>(weight, "weight", {x[3]}), epsilon, whole(out)};
+    require(stage.x.heads == stage.out.heads && stage.x.size == stage.out.size, "a norm's views differ in shape");
+    require(epsilon >= 0.0f && epsilon <= 1.0f, "epsilon must be in [0, 1]");
+    keep(weight, stage.x, stage.out, stage);
+  }
+
+  void linear(const Columns& x, const py::object& weight, const Columns& out) {
+    require(py::isinstance<LinearGroup>(weight), "weight is not a LinearGroup");
+    const auto& group = weight.cast<const LinearGroup&>();
+    const LinearStage stage{view(x), &group.plan(), linears_.size(), view(out)};
+    require(stage.x.columns() == group.in_features() && stage.out.columns() == group.out_features(),
+            "a linear's views differ in size from its weight");
+    linears_.push_back(&group);
+    keep(weight, stage.x, stage.out, stage);
+  }
+
+  void rotate(const Columns& x) {
+    rotated_.push_back(view(x));
+    add(RotateStage{view(x)});
+  }
+
+  void append(const Columns& k, const Columns& v) {
+    appended_.push_back(view(k));
+    appended_.push_back(view(v));
+    add(AppendStage{view(k), view(v)});
+  }
+
+  void attend(const Columns& q, const Columns& out, int64_t window, float scale) {
+    const AttendStage stage{view(q), whole(out), window, scale};
+    require(stage.q.columns() == stage.out.columns(), "attention's views differ in size");
+    require(window >= 0, "window must be at least 0 (0: unlimited)");
+    require(std::isfinite(scale), "scale must be finite");
+    queries_.push_back(stage.q);
+    keep(py::none(), stage.q, stage.out, stage);
+  }
+
+  void silu_mul(const Columns& gate_up, const Columns& out) {
+    const SiluMulStage stage{whole(gate_up), whole(out)};
+    require(stage.gate_up.columns() == 2 * stage.out.columns(), "a gate has half the columns of its input");
+    keep(py::none(), stage.gate_up, stage.out, stage);
+  }
+
+  void add_residual(const Columns& y) {
+    const AddResidualStage stage{whole(y)};
+    require(stage.y.columns() == layer_.widths()[0], "what is added has the width of buffer 0");
+    keep(py::none(), stage.y, View{0, 0, 1, 1}, stage);
+  }
+
+  void finish() {
+    require(!finished_, "the layer is finished");
+    layer_.place_buffers();
+    finished_ = true;
+  }
+
+  void run(CpuRuntime& runtime, const BoundStep& bound, int64_t instance, float weight,
+           const std::vector<Change>& changes) const {
+    const Step& step = bound.step();
+    require(finished_, "the layer is not finished");
+    require(step.width == layer_.widths()[0], "the rows of the step have another width than buffer 0");
+    bound.check_instance(instance);
+    check_heads(step);
+    const std::vector<LayerChange> checked = checked_changes(step, changes);
+    const Computing computing(runtime);
+    run_layer(runtime, layer_, step, instance, weight, checked);
+  }
+
+ private:
+  static std::vector<int64_t> checked(std::vector<int64_t> widths) {
+    require(!widths.empty() && static_cast<int64_t>(widths.size()) <= kMostBuffers, "a layer has 1 to 1024 buffers");
+    for (const int64_t width : widths) {
+      require(width > 0 && width <= kMostFeatures, "the width of a buffer is out of range");
+    }
+    return widths;
+  }
+
+  View view(const Columns& columns) const {
+    const auto [buffer, first, heads, size] = columns;
+    require(buffer >= 0 && buffer < static_cast<int64_t>(layer_.widths().size()), "there is no such buffer");
+    const int64_t width = layer_.widths()[static_cast<size_t>(buffer)];
+    require(heads > 0 && heads <= kMostHeads && size > 0 && size <= width && first >= 0 && first <= width - heads * size,
+            "a view lies outside its buffer");
+    return {buffer, first, heads, size};
+  }
+
+  View whole(const Columns& columns) const {
+    const View found = view(columns);
+    require(found.columns() == layer_.widths()[static_cast<size_t>(found.buffer)], "this view must cover its buffer");
+    return found;
+  }
+
+  void keep(const py::object& weight, const View& read, const View& written, const Stage& stage) {
+    require(read.buffer != written.buffer, "a stage cannot write to the buffer that it reads");
+    if (!weight.is_none()) owners_.push_back(weight);
+    add(stage);
+  }
+
+  void add(const Stage& stage) {
+    require(!finished_, "the layer is finished");
+    layer_.add(stage);
+  }
+
+  void check_heads(const Step& step) const {
+    for (const View& x : rotated_) require(2 * step.half <= x.size, "cos has more than D / 2 columns");
+    for (const View& x : appended_) {
+      require(x.heads == step.format.num_heads && x.size == step.format.head_dim, "keys or values do not fit the pages");
+    }
+    for (const View& q : queries_) {
+      require(q.heads % step.format.num_heads == 0 && q.size == step.format.head_dim, "queries do not fit the pages");
+    }
+  }
+
+  std::vector<LayerChange> checked_changes(const Step& step, const std::vector<Change>& changes) const {
+    std::vector<LayerChange> found;
+    int64_t last = 0;
+    for (const auto& [first, end, low_ranks] : changes) {
+      require(first >= last && first < end && end <= step.num_rows, "the rows of changes must ascend within the step");
+      require(low_ranks.size() == linears_.size(), "a change names each linear of the layer");
+      LayerChange& change = found.emplace_back(LayerChange{first, end, {}});
+      for (size_t i = 0; i < low_ranks.size(); ++i) {
+        const LinearGroup& group = *linears_[i];
+        change.slots.push_back(low_ranks[i].is_none() ? nullptr
+                                                      : &low_rank_of(low_ranks[i]).weights_for(group.plan(), group.in_features()));
+      }
+      last = end;
+    }
+    return found;
+  }
+
+  Layer layer_;
+  std::vector<py::object> owners_;
+  std::vector<const LinearGroup*> linears_;
+  std::vector<View> rotated_, appended_, queries_;
+  bool finished_ = false;
+};
+
+}  // namespace ropewalk

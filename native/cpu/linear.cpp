@@ -1,0 +1,292 @@
+// Linears over one input, with their low-rank changes: what they share is computed first, then tiles of all outputs.
+#include <algorithm>
+
+#include "ropewalk/operations.hpp"
+
+namespace ropewalk {
+
+namespace {
+
+// Chunks small enough that threads finish together, large enough that taking one costs nothing.
+int64_t even_chunk(const CpuRuntime& runtime, int64_t num_items, int64_t least) {
+  const int64_t threads = const_cast<CpuRuntime&>(runtime).pool().num_threads();
+  return std::max(least, ceil_div(num_items, threads * 8));
+}
+
+// Places in the runtime's scratch, each on a cache line of its own.
+struct Places {
+  int64_t end = 0;
+  int64_t take(int64_t bytes) {
+    const int64_t place = end;
+    end = round_up(end + bytes, 64);
+    return place;
+  }
+};
+
+// The prepared activations of one input order.
+struct Prepared {
+  const PackedGptq* weights;
+  PrepareArgs args{};
+  int64_t gathered = 0, values = 0, block_scales = 0, group_sums = 0;  // places
+};
+
+// In "exact", rows without a permutation or padding are read where they are.
+bool read_in_place(const Prepared& input, Compute compute) {
+  return compute == Compute::exact && input.weights->weights().source_row == nullptr;
+}
+
+void reserve(Prepared& input, Compute compute, int64_t num_rows, Places& places) {
+  const GptqWeights& w = input.weights->weights();
+  const int64_t padded = w.num_blocks * kBlockRows;
+  if (read_in_place(input, compute)) return;
+  if (compute == Compute::exact) {
+    input.gathered = places.take(num_rows * padded * 4);
+    return;
+  }
+  input.values = places.take(num_rows * padded);
+  input.block_scales = places.take(num_rows * w.num_blocks * 4);
+  input.group_sums = places.take(num_rows * w.num_groups * 4);
+}
+
+void describe(Prepared& input, Compute compute, const float* x, int64_t x_stride, uint8_t* scratch) {
+  const GptqWeights& w = input.weights->weights();
+  input.args = {
+      .x = x,
+      .x_stride = x_stride,
+      .in_features = w.in_features,
+      .num_blocks = w.num_blocks,
+      .num_groups = w.num_groups,
+      .source_row = w.source_row,
+      .group_starts = w.group_starts,
+      .gathered = nullptr,
+      .values = nullptr,
+      .block_scales = nullptr,
+      .group_sums = nullptr,
+  };
+  if (read_in_place(input, compute)) return;
+  if (compute == Compute::exact) {
+    input.args.gathered = reinterpret_cast<float*>(scratch + input.gathered);
+    return;
+  }
+  input.args.values = reinterpret_cast<int8_t*>(scratch + input.values);
+  input.args.block_scales = reinterpret_cast<float*>(scratch + input.block_scales);
+  input.args.group_sums = reinterpret_cast<float*>(scratch + input.group_sums);
+}
+
+// Where the product with A goes for the rows of a change.
+struct Inner {
+  RowChange change;
+  LowRankInnerArgs args{};  // its row 0 is the first row of the change
+  int64_t place = 0;
+
+  int64_t num_rows() const { return change.end - change.first; }
+  int64_t panels() const { return ceil_div(change.weights->rank, kRankTile); }
+  int64_t items() const { return ceil_div(num_rows(), kPanelRows) * panels(); }
+};
+
+void describe(Inner& inner, const float* x, int64_t x_stride, uint8_t* scratch) {
+  const LowRankWeights& w = *inner.change.weights;
+  inner.args = {
+      .a = w.a,
+      .type = w.type,
+      .scales = w.scales,
+      .in_features = w.in_features,
+      .x = x + inner.change.first * x_stride,
+      .x_stride = x_stride,
+      .inner = reinterpret_cast<float*>(scratch + inner.place),
+      .inner_stride = round_up(w.rank, kRankTile),
+  };
+}
+
+void run_inner(CpuRuntime& runtime, const Inner& inner, int64_t item) {
+  const int64_t row = item / inner.panels() * kPanelRows, panel = item % inner.panels();
+  runtime.table().low_rank_inner(inner.args, row, std::min(row + kPanelRows, inner.num_rows()), panel, panel + 1);
+}
+
+// What the parts of a linear share, in one job for all threads: the prepared activations, and the inner products.
+void run_shared(CpuRuntime& runtime, std::vector<Prepared>& inputs, std::vector<Inner>& inners, Compute compute,
+                const float* x, int64_t x_stride, int64_t num_rows) {
+  const int64_t rows_of_item = num_rows > 16 ? 8 : 2;
+  Places places;
+  for (Prepared& input : inputs) reserve(input, compute, num_rows, places);
+  for (Inner& inner : inners) inner.place = places.take(inner.num_rows() * inner.panels() * kRankTile * 4);
+  uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
+  for (Prepared& input : inputs) describe(input, compute, x, x_stride, scratch);
+  for (Inner& inner : inners) describe(inner, x, x_stride, scratch);
+  std::vector<const PrepareArgs*> prepared;
+  for (const Prepared& input : inputs) {
+    if (!read_in_place(input, compute)) prepared.push_back(&input.args);
+  }
+  const int64_t row_items = ceil_div(num_rows, rows_of_item);
+  const int64_t prepare_items = static_cast<int64_t>(prepared.size()) * row_items;
+  int64_t num_items = prepare_items;
+  for (const Inner& inner : inners) num_items += inner.items();
+  runtime.pool().run(num_items, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t item = begin; item < end; ++item) {
+      if (item < prepare_items) {
+        const int64_t row = item % row_items * rows_of_item;
+        runtime.table().prepare(*prepared[static_cast<size_t>(item / row_items)], row,
+                                std::min(row + rows_of_item, num_rows));
+        continue;
+      }
+      int64_t rest = item - prepare_items;
+      auto inner = inners.begin();
+      for (; rest >= inner->items(); ++inner) rest -= inner->items();
+      run_inner(runtime, *inner, rest);
+    }
+  });
+}
+
+// The change of part `index`, as the kernel takes it: its row 0 is the first row of the change. A rank of 0: none.
+LowRankArgs part_change(const Inner& inner, size_t index, float* out, int64_t out_stride) {
+  const LowRankWeights& w = *inner.change.weights;
+  const LowRankWeights::Part& part = w.parts[index];
+  return {
+      .b = part.b,
+      .type = w.type,
+      .scales = part.scales,
+      .rank = part.rank,
+      .out_features = part.out_features,
+      .inner = inner.args.inner + part.first_rank,
+      .inner_stride = inner.args.inner_stride,
+      .out = out + inner.change.first * out_stride,
+      .out_stride = out_stride,
+  };
+}
+
+// Ask for the tiles of B that a token's outputs will need, while the linear itself is computed.
+void prefetch_tiles(const LowRankArgs& change, int64_t tile_begin, int64_t tile_end) {
+  const int64_t tile_bytes = change.rank * kLanes * (change.type == LowRankType::i8 ? 1 : 4);
+  const char* b = static_cast<const char*>(change.b);
+  for (int64_t i = tile_begin * tile_bytes; i < tile_end * tile_bytes; i += 64) __builtin_prefetch(b + i);
+}
+
+// Rows outside, tiles inside: a panel of prepared rows stays in cache while the weights stream past it.
+template <class Run>
+void run_panels(CpuRuntime& runtime, int64_t num_rows, int64_t num_tiles, int64_t chunk, const Run& run) {
+  for (int64_t row = 0; row < num_rows; row += kPanelRows) {
+    const int64_t row_end = std::min(row + kPanelRows, num_rows);
+    runtime.pool().run(num_tiles, chunk, [&](int64_t begin, int64_t end, int) { run(row, row_end, begin, end); });
+  }
+}
+
+// One part of a linear, ready to run on any of its rows and tiles.
+class PartRun {
+ public:
+  PartRun(CpuRuntime& runtime, const LinearPlan::Part& part, size_t index, Compute compute,
+          const std::vector<Prepared>& inputs, const std::vector<Inner>& inners, const float* x, int64_t x_stride,
+          float* out, int64_t out_stride)
+      : table_(runtime.table()), part_(part), compute_(compute) {
+    if (part.gptq != nullptr) {
+      describe_gptq(inputs[part.input], out, out_stride);
+    } else {
+      const DenseWeights& w = *part.dense;
+      dense_ = {w.weight, w.type, w.in_features, w.out_features, w.bias, x, x_stride, out, out_stride};
+    }
+    for (const Inner& inner : inners) {
+      const LowRankArgs args = part_change(inner, index, out, out_stride);
+      if (args.rank != 0) changes_.push_back({inner.change.first, inner.change.end, args});
+    }
+  }
+
+  int64_t num_tiles() const {
+    return part_.gptq != nullptr ? part_.gptq->weights().num_tiles : ceil_div(part_.dense->out_features, kLanes);
+  }
+
+  void run(int64_t row, int64_t row_end, int64_t tile, int64_t tile_end) const {
+    if (row_end - row == 1) {
+      for (const Change& change : changes_) prefetch_tiles(change.args, tile, tile_end);
+    }
+    if (part_.gptq == nullptr) {
+      table_.dense(dense_, row, row_end, tile * kLanes, std::min(tile_end * kLanes, dense_.out_features));
+    } else {
+      (compute_ == Compute::int8 ? table_.gptq_int8 : table_.gptq_exact)(gptq_, row, row_end, tile, tile_end);
+    }
+    for (const Change& change : changes_) {
+      const int64_t first = std::max(row, change.first), end = std::min(row_end, change.end);
+      if (first < end) table_.low_rank(change.args, first - change.first, end - change.first, tile, tile_end);
+    }
+  }
+
+ private:
+  struct Change {
+    int64_t first, end;
+    LowRankArgs args;
+  };
+
+  void describe_gptq(const Prepared& input, float* out, int64_t out_stride) {
+    const bool in_place = read_in_place(input, compute_);
+    const PrepareArgs& p = input.args;
+    gptq_ = {
+        .weights = &part_.gptq->weights(),
+        .gathered = in_place ? p.x : p.gathered,
+        .values = p.values,
+        .block_scales = p.block_scales,
+        .group_sums = p.group_sums,
+        .x_stride = in_place ? p.x_stride : p.num_blocks * kBlockRows,
+        .out = out,
+        .out_stride = out_stride,
+    };
+  }
+
+  const KernelTable& table_;
+  const LinearPlan::Part& part_;
+  Compute compute_;
+  GptqLinearArgs gptq_{};
+  DenseLinearArgs dense_{};
+  std::vector<Change> changes_;
+};
+
+// Tiles of all parts, counted through: small parts (keys and values) keep no thread waiting.
+void run_parts(CpuRuntime& runtime, const std::vector<PartRun>& parts, int64_t num_rows) {
+  int64_t num_tiles = 0;
+  for (const PartRun& part : parts) num_tiles += part.num_tiles();
+  run_panels(runtime, num_rows, num_tiles, even_chunk(runtime, num_tiles, 1),
+             [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+               int64_t before = 0;
+               for (const PartRun& part : parts) {
+                 const int64_t first = std::max(begin - before, int64_t{0});
+                 const int64_t last = std::min(end - before, part.num_tiles());
+                 if (first < last) part.run(row, row_end, first, last);
+                 before += part.num_tiles();
+               }
+             });
+}
+
+}  // namespace
+
+void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
+            int64_t num_rows, float* out, int64_t out_stride, const std::vector<RowChange>& changes) {
+  if (num_rows == 0) return;
+  std::vector<Prepared> inputs;
+  for (const PackedGptq* weights : plan.inputs()) inputs.push_back({weights});
+  std::vector<Inner> inners;
+  for (const RowChange& change : changes) inners.push_back({change});
+  run_shared(runtime, inputs, inners, compute, x, x_stride, num_rows);
+  std::vector<PartRun> parts;
+  parts.reserve(plan.parts().size());
+  for (size_t i = 0; i < plan.parts().size(); ++i) {
+    const LinearPlan::Part& part = plan.parts()[i];
+    parts.emplace_back(runtime, part, i, compute, inputs, inners, x, x_stride, out + part.column, out_stride);
+  }
+  run_parts(runtime, parts, num_rows);
+}
+
+void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float* x, int64_t x_stride,
+                  int64_t num_rows, float* out, int64_t out_stride) {
+  if (num_rows == 0) return;
+  std::vector<Prepared> none;
+  std::vector<Inner> inners{{{0, num_rows, &change}}};
+  run_shared(runtime, none, inners, Compute::exact, x, x_stride, num_rows);
+  for (size_t i = 0; i < change.parts.size(); out += change.parts[i++].out_features) {
+    const LowRankArgs args = part_change(inners[0], i, out, out_stride);
+    if (args.rank == 0) continue;
+    const int64_t tiles = ceil_div(args.out_features, kLanes);
+    run_panels(runtime, num_rows, tiles, even_chunk(runtime, tiles, 16),
+               [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
+                 runtime.table().low_rank(args, row, row_end, begin, end);
+               });
+  }
+}
+
+}  // namespace ropewalk
