@@ -36,5 +36,5 @@ def say(tokenizer: Tokenizer, text: str, **params) -> tuple[list[str], object]:
 def engine_of(folder: Path, max_running: int, **options) -> Engine:
     """A real, tiny model on the compiled core."""
     write_checkpoint(folder, {"vocab_size": 400}, desc_act=True)
-    model = Variant("reference", "int8", None).load(write_sentencepiece(folder), max_seq_len=64, max_input_len=5)
+    model = Variant("cpu", "int8", None).load(write_sentencepiece(folder), max_seq_len=64, max_input_len=5)
     return Engine(model, load_tokenizer(folder), max_running=max_running, **options)

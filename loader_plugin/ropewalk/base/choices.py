@@ -68,4 +68,5 @@ SPECULATION = Choice(
     ),
     "none",
 )
+MAX_RUNNING = 8  # requests at once by default
 MAX_INPUT_LEN = 2048  # tokens of a prompt that are computed at once by default

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
+from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.engine.dry_breakers import TextBreakers
 from ropewalk.engine.speculation import Speculation
@@ -39,7 +40,6 @@ from ropewalk.text.continuation import render_continued
 from ropewalk.text.tokenizer.length import encode_fitting
 from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
 
-MAX_RUNNING = 8  # requests at once by default
 WAIT_STEP_S = 0.05  # how often a waiting request checks whether it has been cancelled
 
 

@@ -59,7 +59,7 @@ def model(tokenizer: Tokenizer) -> Iterator[GatedModel]:
 
 @pytest.fixture
 def server(model: GatedModel, tokenizer: Tokenizer) -> Iterator[RunningServer]:
-    engine = Engine(model, tokenizer, num_caches=1, queue_limit=2)
+    engine = Engine(model, tokenizer, max_running=1, queue_limit=2)
     with RunningServer(engine, AppOptions("tiny")) as running:
         yield running
         model.gate.set()
@@ -187,7 +187,7 @@ def test_a_reply_after_a_client_that_left_is_not_touched_by_it(server, tokenizer
 
 def test_a_graceful_end_finishes_the_reply_that_runs_and_refuses_those_that_wait(tokenizer: Tokenizer) -> None:
     model = GatedModel(tokenizer.vocab_size)
-    server = RunningServer(Engine(model, tokenizer, num_caches=1), AppOptions("tiny"))
+    server = RunningServer(Engine(model, tokenizer, max_running=1), AppOptions("tiny"))
     with server:
         model.gate.clear()
         with in_background(lambda: complete(server), lambda: complete(server, stream=True)) as both:
@@ -211,7 +211,7 @@ def test_a_graceful_end_finishes_the_reply_that_runs_and_refuses_those_that_wait
 def test_many_clients_of_two_caches_get_what_they_get_alone(tokenizer: Tokenizer) -> None:
     model = FakeModel(tokenizer.vocab_size, capacity=256)
     alone = Engine(FakeModel(tokenizer.vocab_size, capacity=256), tokenizer)
-    engine = Engine(model, tokenizer, num_caches=2, queue_limit=64)
+    engine = Engine(model, tokenizer, max_running=2, queue_limit=64)
 
     def ask(number: int) -> str:
         body = {"prompt": f"rope {number % 5}", "max_tokens": 20, "seed": number, "ignore_eos": True}
