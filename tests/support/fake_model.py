@@ -173,24 +173,31 @@ class FakeModel:
         with self.alone():
             self._check(spans)
             self.steps.append(list(spans))
-            results, done = [], 0
-            for span in spans:
-                self.calls.append(list(span.token_ids))
-                end = max(span.cache.length + len(span.token_ids), span.seq_len or 0)
-                rows = []
-                for token_id in span.token_ids:
-                    if cancelled is not None and cancelled():
-                        return None
-                    span.cache.add_([token_id], end, self._how(span.adapters, end))
-                    if span.logits == "all":
-                        rows.append(self.logits_of(span.cache.positions))
-                    done += 1
-                    if progress is not None:
-                        progress(done, sum(len(other.token_ids) for other in spans))
-                if span.logits == "last":
-                    rows = [self.logits_of(span.cache.positions)]
-                results.append(torch.stack(rows) if rows else None)
-            return results
+            try:
+                return self._computed(spans, progress, cancelled)
+            finally:
+                for span in spans:
+                    del span.cache.pages[-(-span.cache.length // PAGE) :]
+
+    def _computed(self, spans: Sequence[Span], progress, cancelled) -> list[torch.Tensor | None] | None:
+        results, done = [], 0
+        for span in spans:
+            self.calls.append(list(span.token_ids))
+            end = max(span.cache.length + len(span.token_ids), span.seq_len or 0)
+            rows = []
+            for token_id in span.token_ids:
+                if cancelled is not None and cancelled():
+                    return None
+                span.cache.add_([token_id], end, self._how(span.adapters, end))
+                if span.logits == "all":
+                    rows.append(self.logits_of(span.cache.positions))
+                done += 1
+                if progress is not None:
+                    progress(done, sum(len(other.token_ids) for other in spans))
+            if span.logits == "last":
+                rows = [self.logits_of(span.cache.positions)]
+            results.append(torch.stack(rows) if rows else None)
+        return results
 
     def logits_of(self, positions: Sequence[Position]) -> torch.Tensor:
         """[V] float32."""
@@ -231,7 +238,8 @@ class FakeModel:
         """Evict what nobody uses until so many pages are free."""
         while self.num_pages is not None and self.num_pages - len(self._used()) < needed:
             evictable = self._evictable()
-            leaf = next((key for key, page in self.tree.items() if page in evictable and self._is_leaf(key)), None)
+            leaves = [key for key in self.tree if self._is_leaf(key)] if evictable else []
+            leaf = min(leaves, key=lambda key: self.tree[key] not in evictable, default=None)
             if leaf is None:
                 return False
             del self.tree[leaf]

@@ -246,7 +246,8 @@ def test_echo_with_logprobs_scores_the_prompt_as_the_perplexity_does(client, alo
     ids = alone.tokenizer.encode(PROMPT)
     assert text.startswith(PROMPT) and len(values) == len(tops) == len(offsets) == len(ids) + 2
     assert values[0] is None and tops[0] is None
-    perplexity = sequence_perplexity(alone.model, alone.model.new_cache(), ids)
+    with alone.scheduler.open(ids, keep=False) as sequence:
+        perplexity = sequence_perplexity(sequence)
     assert math.exp(-sum(values[1 : len(ids)]) / (len(ids) - 1)) == pytest.approx(perplexity, rel=1e-5)
     assert all(value <= max(top.values()) for value, top in zip(values[1:], tops[1:], strict=True))
     reply = alone.generate(PROMPT, params(seed=1, max_new_tokens=2, logprobs=2))

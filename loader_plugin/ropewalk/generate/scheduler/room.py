@@ -45,13 +45,13 @@ class Room:
 
     def admit_(self, calls: Sequence[Call], sequences: Iterable[SequenceState]) -> list[Call]:
         """Those of the calls, given the most important first, that may compute now."""
-        holders = [sequence for sequence in sequences if sequence.cache.length]
+        holders = list(sequences)
         admitted = [call for call in calls if call.sequence.is_admitted]
         for call in calls:
             if call.sequence.is_admitted:
                 continue
             try:
-                fits = self._make_room_(call, admitted, holders)
+                fits = self._make_room_(call, admitted, [other for other in holders if other.cache.length])
             except Exception as error:  # what is wrong with one call is no matter of the others
                 call.fail_(error)
                 continue
@@ -112,27 +112,31 @@ class Room:
     def _make_room_(self, call: Call, admitted: Sequence[Call], holders: Sequence[SequenceState]) -> bool:
         """Whether the call can be admitted beside those that are; pre-empts others if that helps."""
         sequence = call.sequence
+        before = sequence.computed, sequence.reused, call.attached
         self.attach_(call)
+        if self._fits_(call, admitted, [other for other in holders if other is not sequence]):
+            return True
+        sequence.trim_(0)  # what it attached to can be evicted for others meanwhile
+        sequence.computed, sequence.reused, call.attached = before
+        return False
+
+    def _fits_(self, call: Call, admitted: Sequence[Call], others: Sequence[SequenceState]) -> bool:
         missing = self._missing(call, admitted)
         if not missing:
             return True
-        others = [other for other in holders if other is not sequence and other.cache.length]
-        victims = sorted((other for other in others if other.importance > sequence.importance), key=_last_first)
+        mine = call.sequence.importance
+        victims = sorted((other for other in others if other.importance > mine), key=_last_first)
         if not admitted:  # nobody else could go on, so those that ask for nothing must yield, too
-            idle = [other for other in others if other.importance < sequence.importance]
+            idle = [other for other in others if other.importance < mine]
             if not all(_is_idle(other, call.thread) for other in idle):
-                sequence.trim_(0)
                 return False
             victims += sorted(idle, key=_last_first)
         elif missing > sum(victim.cache.num_bytes for victim in victims):
-            sequence.trim_(0)  # what it attached to can be evicted for others meanwhile
             return False
         for victim in victims:
             self.preempt_(victim)
             if not self._missing(call, admitted):
                 return True
-        if admitted:
-            sequence.trim_(0)
         return not admitted
 
     def _missing(self, call: Call, admitted: Sequence[Call]) -> int:

@@ -182,7 +182,7 @@ class Scheduler:
                 calls, sequences = list(self._calls), dict(self._sequences)
             if mine.is_over:
                 break
-            stepped = self._steps.take_(calls, sequences, mine)
+            stepped = self._steps.take_(calls, sequences, mine, self._free_ended)
             with self._lock:
                 self._stepped_s = time.perf_counter()
                 over = self._hand_out(calls)
@@ -264,6 +264,9 @@ class Scheduler:
         if waiting and self._leader is None:
             max(waiting, key=lambda call: call.rows_left).ready.notify()
 
-    def _free_ended(self) -> None:
+    def _free_ended(self) -> bool:
+        """Only for the thread that leads. True if there was anything to free."""
+        any_ended = bool(self._ended)
         while self._ended:
             self._steps.room.retire_(self._ended.popleft())
+        return any_ended

@@ -58,10 +58,13 @@ class Steps:
         self.times = StepTimes(patience)
         self.num_steps = self.num_rows = 0
 
-    def take_(self, calls: Sequence[Call], sequences: Mapping[int, SequenceState], mine: Call) -> bool:
+    def take_(
+        self, calls: Sequence[Call], sequences: Mapping[int, SequenceState], mine: Call, free_: Callable[[], bool]
+    ) -> bool:
         """One step for the open `sequences`, of which `calls` wait; False if none of them could compute.
 
-        mine: the call of this thread, whose callbacks are called between layers if no other waits.
+        mine: the call of this thread, whose callbacks are called between layers if no other waits. free_: frees the
+        pages of sequences that have ended meanwhile; True if there were any.
         """
         for call in calls:
             if call.is_new:
@@ -76,6 +79,8 @@ class Steps:
                 self._run(planned, alone)
                 return True
             except CacheFullError as error:
+                if free_():
+                    continue
                 if not self.room.yield_one_([call for call, _ in planned], sequences.values()):
                     planned[0][0].fail_(error)
                     return True
@@ -99,7 +104,8 @@ class Steps:
             if before is not None and state.waits_for is None:
                 if before in sequences and sequences[before].cache.length:
                     self.model.share(sequences[before].cache)
-                self.room.attach_(call)
+                if state.is_admitted:  # else that happens when it is
+                    self.room.attach_(call)
             if state.waits_for is None:
                 ready.append(call)
         return ready
