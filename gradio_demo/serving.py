@@ -43,7 +43,7 @@ def serve_demo(
     model: Path | None,
     models: Path | None,
     data: Path,
-    num_caches: int,
+    max_running: int,
     owner: Owner,
     note: Callable[[str], None],
 ) -> None:
@@ -55,7 +55,7 @@ def serve_demo(
     granted = () if model is None else (model.resolve(),)
     access = Access(None if models is None else models.resolve(), granted, Path(get_upload_folder()))
     with tempfile.TemporaryDirectory(prefix="ropewalk-demo-") as exports:
-        session = make_session(access, data, Path(exports), num_caches, owner)
+        session = make_session(access, data, Path(exports), max_running, owner)
         name = EMBEDDED if model is None else str(granted[0])
         session.workbench.load(name, asdict(session.workbench.suggest(name)))
         page = build_page(session)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.gradio_demo.chat.behaviour import Chats
 from ropewalk.gradio_demo.chat.conversations import ConversationStore
 from ropewalk.gradio_demo.context_lab.behaviour import ContextLab
@@ -38,10 +39,12 @@ class Session:
     exports: Path
 
 
-def make_session(access: Access, data: Path, exports: Path, num_caches: int = 4, owner: Owner | None = None) -> Session:
-    """A session without a model. data: where conversations are kept; num_caches: see `Workbench`; owner: who may change
-    the model; default: `Owner()`."""
-    workbench, running, owner = Workbench(access, num_caches), Running(), owner or Owner()
+def make_session(
+    access: Access, data: Path, exports: Path, max_running: int = MAX_RUNNING, owner: Owner | None = None
+) -> Session:
+    """A session without a model. data: where conversations are kept; max_running: see `Workbench`; owner: who may
+    change the model; default: `Owner()`."""
+    workbench, running, owner = Workbench(access, max_running), Running(), owner or Owner()
     return Session(
         workbench=workbench,
         loading=Loading(workbench, owner),

@@ -62,9 +62,11 @@ def model_card(loaded: Loaded | None) -> str:
         ),
         (
             "Memory",
-            f"weights {format_bytes(model.weight_bytes)}, full {model.cache_type} cache "
+            f"weights {format_bytes(model.weight_bytes)}, {model.cache_type} cache up to "
+            f"{format_bytes(model.cache_memory)}, of which a full context takes "
             f"{format_bytes(model.cache_bytes(model.max_seq_len))}",
         ),
+        ("Guesses ahead", loaded.engine.speculation or "no"),
     ]
     return table(rows)
 

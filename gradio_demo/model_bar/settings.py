@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
+from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import RopewalkError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
+from ropewalk.base.memory import parse_bytes
 from ropewalk.config.model import load_model_config
 from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
 from ropewalk.model.options import LoadOptions
@@ -49,6 +50,9 @@ class LoadSettings:
     compute: str = COMPUTE.default
     layer_order: str = ""
     second_folder: str = ""
+    cache_memory: str = ""
+    speculation: str = SPECULATION.default
+    draft_model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,19 @@ FIELDS = (
         "A model of equal shapes; the order names its layers b:0-9.",
         placeholder="none",
     ),
+    Field(
+        "cache_memory",
+        "Cache memory",
+        "For keys and values of all conversations together, such as 4GiB.",
+        placeholder="what is left, within bounds",
+    ),
+    Field(
+        "speculation",
+        "Guessing ahead",
+        "Check several tokens at once; the text stays the same. " + SPECULATION.help + ".",
+        SPECULATION.values,
+    ),
+    Field("draft_model", "Draft model", "A smaller model with the same tokenizer, which guesses.", placeholder="none"),
 )
 
 
@@ -130,6 +147,7 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
     for field in FIELDS:
         if field.choices is not None and texts[field.name] not in field.choices:
             raise FieldError(field.name, f"must be one of {', '.join(field.choices)}, got {texts[field.name]!r:.60}")
+    _memory(texts["cache_memory"])
     return LoadSettings(**numbers, **texts)
 
 
@@ -144,6 +162,7 @@ def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
         "compute": settings.compute,
         "max_input_len": settings.max_input_len,
         "threads": settings.threads,
+        "cache_memory": _memory(settings.cache_memory),
         **_rope_arguments(settings, original),
     }
     for name in ("max_seq_len", "layer_order", "second_folder"):
@@ -182,6 +201,13 @@ def _rope_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str,
     if settings.rope_factor is None:
         raise FieldError("rope_factor", f"the RoPE method {settings.rope_method} needs a factor, such as 4")
     return {"rope_scaling": {"rope_type": settings.rope_method, "factor": settings.rope_factor}}
+
+
+def _memory(text: str) -> int | None:
+    try:
+        return parse_bytes(text) if text else None
+    except ValueError as error:
+        raise FieldError("cache_memory", str(error)) from error
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:

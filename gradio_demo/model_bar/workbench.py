@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ropewalk.base.choices import MAX_RUNNING, SPECULATION
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import available_bytes, format_bytes
 from ropewalk.config.layer_order import LayerOrder
@@ -54,12 +55,12 @@ class Loaded:
 class Workbench:
     """Loads, holds and unloads. Running replies keep the model that they began with until they end.
 
-    num_caches: how many replies may run at a time, and how many conversations keep their computed tokens.
+    max_running: how many replies may run at a time. They share the memory of the cache.
     """
 
-    def __init__(self, access: Access, num_caches: int = 4) -> None:
+    def __init__(self, access: Access, max_running: int = MAX_RUNNING) -> None:
         self.access = access
-        self._num_caches = num_caches
+        self._max_running = max_running
         self._loaded: Loaded | None = None
         self._generation = 0
         self._loading = threading.Lock()
@@ -118,8 +119,9 @@ class Workbench:
             folder, settings, options = self._options(name, values)
             info = self._info(folder, options)
             self._check_memory(info)
+            draft = self._draft_folder(settings)
             model, tokenizer = _read(folder, options, progress)
-            engine = Engine(model, tokenizer, num_caches=self._affordable_caches(model))
+            engine = _engine(model, tokenizer, self._max_running, settings.speculation, draft)
             self._generation += 1
             self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
         finally:
@@ -197,11 +199,22 @@ class Workbench:
                 "model that is loaded: unload that one first",
             )
 
-    def _affordable_caches(self, model: Model) -> int:
-        """How many conversations may run at a time and stay computed: as many as memory has room for, at least one."""
-        free = available_bytes()
-        each = max(1, model.cache_bytes(model.max_seq_len))
-        return self._num_caches if free is None else max(1, min(self._num_caches, free // 2 // each))
+    def _draft_folder(self, settings: LoadSettings) -> Path | None:
+        """The folder of the model that guesses.
+
+        Raises:
+            FieldError: it may not be read, or is missing or of no use with the way of guessing.
+        """
+        if settings.speculation != "draft":
+            if settings.draft_model:
+                raise FieldError("draft_model", "only speculation by draft needs one: empty this, or choose draft")
+            return None
+        if not settings.draft_model:
+            raise FieldError("draft_model", "name the folder of a smaller model with the same tokenizer")
+        try:
+            return self.access.open(settings.draft_model)
+        except RopewalkError as error:
+            raise FieldError("draft_model", str(error)) from error
 
     def _shown_name(self, name: str) -> str:
         return name.strip() or EMBEDDED
@@ -213,6 +226,16 @@ def _read(folder: Path, options: LoadOptions, progress: Progress | None) -> tupl
         return load_model(folder, options=options, progress=progress), tokenizer
     except RopewalkError as error:
         raise _of_field(error) from error
+
+
+def _engine(model: Model, tokenizer: Tokenizer, max_running: int, speculation: str, draft: Path | None) -> Engine:
+    kind = None if speculation == SPECULATION.default else speculation
+    try:
+        return Engine(model, tokenizer, max_running=max_running, draft_model=draft, speculation=kind)
+    except RopewalkError as error:
+        if draft is None:
+            raise
+        raise FieldError("draft_model", str(error)) from error
 
 
 def _of_field(error: RopewalkError) -> FieldError:

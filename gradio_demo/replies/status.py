@@ -57,8 +57,9 @@ def _speeds(stats: GenerationStats | None) -> list[str]:
     if stats is None:
         return []
     read = stats.prompt_tokens - stats.reused_tokens
+    right = f", {stats.accepted_tokens} of {stats.guessed_tokens} guesses right" if stats.guessed_tokens else ""
     return [
         f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} from the cache",
         f"{read} read at {stats.prompt_tokens_per_s:,.0f} tokens/s",
-        f"{stats.new_tokens} written at {stats.new_tokens_per_s:,.0f} tokens/s",
+        f"{stats.new_tokens} written at {stats.new_tokens_per_s:,.0f} tokens/s{right}",
     ]

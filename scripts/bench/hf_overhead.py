@@ -26,6 +26,7 @@ from benchmarking import print_head, spread
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.generate import Generation
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.model.model import Model
 
 
@@ -70,8 +71,9 @@ def own_loop(model: Model, prompt: torch.Tensor, new_tokens: int) -> Callable[[]
 
     def work() -> tuple[list[int], float]:
         params = SamplingParams(temperature=0, max_new_tokens=new_tokens, ignore_eos=True)
-        with torch.inference_mode():
-            steps = Generation(model, model.new_cache(), prompt[0].tolist(), params)
+        scheduler = Scheduler(model)
+        with torch.inference_mode(), scheduler.open(prompt[0].tolist(), keep=False) as sequence:
+            steps = Generation(sequence, params)
             ids = [next(steps).token_id]
             started = time.perf_counter()
             ids += [step.token_id for step in steps]

@@ -71,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long clients send requests")
     parser.add_argument("--clients", type=int, default=32, help="how many at a time")
-    parser.add_argument("--caches", type=int, default=4, help="of the server")
+    parser.add_argument("--max-running", type=int, default=4, help="of the server")
     parser.add_argument("--leaving", type=float, default=0.3, help="share of the requests that are not waited for")
     parser.add_argument("--seed", type=int, default=0, help="of the clients' choices")
     options = parser.parse_args(arguments)
     print_head("a server with many clients")
     cases = catalogue()
-    serve = ["--caches", str(options.caches), "--queue-limit", str(2 * options.clients), "--threads", "1"]
+    serve = ["--max-running", str(options.max_running), "--queue-limit", str(2 * options.clients), "--threads", "1"]
     with ServerProcess(serve) as server:
         record = asyncio.run(soak(server, cases, options))
         metrics = server.metrics()
@@ -207,7 +207,7 @@ def report(
     memory = fifths(record.memory)
     stuck = {name: health[name] for name in ("running", "waiting") if health[name]}
     print(
-        f"clients {options.clients}, caches {options.caches}, {options.seconds:g} s, {total} requests: "
+        f"clients {options.clients}, at once {options.max_running}, {options.seconds:g} s, {total} requests: "
         + ", ".join(f"{count} {name}" for name, count in record.outcomes.most_common())
     )
     print(f"wrong, lost or mixed replies: {len(record.wrong)}; places still taken at the end: {stuck or 0}")

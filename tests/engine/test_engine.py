@@ -159,7 +159,8 @@ def test_a_prefix_hit_changes_no_token_of_a_real_model(tmp_path: Path, variant: 
     params = SamplingParams(temperature=1.0, seed=3, max_new_tokens=12, ignore_eos=True, logprobs=0)
     engine.generate("A ropewalk is a long", params)
     hit = engine.generate("A ropewalk is a long straight lane", params)
-    fresh = Engine(model, engine.tokenizer).generate("A ropewalk is a long straight lane", params)
+    other = variant.load(tmp_path, max_seq_len=64, max_input_len=5)
+    fresh = Engine(other, engine.tokenizer).generate("A ropewalk is a long straight lane", params)
     assert hit.stats.reused_tokens > 3
     assert fresh.stats.reused_tokens == 0
     assert hit.token_ids == fresh.token_ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def test_a_stream_that_is_dropped_frees_the_engine_at_once(tokenizer: Tokenizer)
 
 
 def test_a_second_stream_of_one_thread_is_refused_instead_of_waiting_forever(tokenizer: Tokenizer) -> None:
-    engine = engine_that_says(tokenizer, " fox jumps over")
+    engine = engine_that_says(tokenizer, " fox jumps over", max_running=1)
     stream = engine.stream(PROMPT, GREEDY)
     next(stream)
     with pytest.raises(RequestError, match="still busy with a stream that this thread began"):
@@ -62,7 +61,7 @@ def test_threads_take_turns_and_get_the_same_text(tokenizer: Tokenizer) -> None:
 
 
 def test_a_request_that_waits_can_be_cancelled(tokenizer: Tokenizer) -> None:
-    engine = engine_that_says(tokenizer, " fox jumps over")
+    engine = engine_that_says(tokenizer, " fox jumps over", max_running=1)
     running = engine.stream(PROMPT, GREEDY)
     next(running)
     waiting = threading.Event()
@@ -88,9 +87,9 @@ def random_requests() -> list[tuple[str, SamplingParams]]:
     ]
 
 
-@pytest.mark.parametrize("num_caches", [2, 3])
-def test_requests_that_run_together_get_bit_for_bit_what_they_get_alone(tmp_path: Path, num_caches: int) -> None:
-    engine = engine_of(tmp_path, num_caches)
+@pytest.mark.parametrize("max_running", [2, 3])
+def test_requests_that_run_together_get_bit_for_bit_what_they_get_alone(tmp_path: Path, max_running: int) -> None:
+    engine = engine_of(tmp_path, max_running)
     requests = random_requests()
     alone = [Engine(engine.model, engine.tokenizer).generate(*request) for request in requests]
     together: dict[int, object] = {}
@@ -123,19 +122,16 @@ def test_one_thread_can_hold_as_many_streams_as_there_are_caches_and_interleave_
     assert [first.steps, second.steps] == alone[:2]
 
 
-def test_a_running_reply_goes_on_between_the_layers_of_another_prompt(tmp_path: Path) -> None:
+def test_a_running_reply_goes_on_while_another_prompt_is_read(tmp_path: Path) -> None:
     engine = engine_of(tmp_path, 2)
-    stream = engine.stream("rope", SamplingParams(temperature=0, max_new_tokens=20, ignore_eos=True))
+    stream = engine.stream("rope", SamplingParams(temperature=0, max_new_tokens=30, ignore_eos=True))
     next(stream)
     tokens_seen: list[int] = []
     begun = threading.Event()
 
     def watch(done: int, total: int) -> None:
-        begun.set()
-        deadline = time.monotonic() + 10
-        while not engine._step_line.num_waiting and stream.finish_reason is None and time.monotonic() < deadline:
-            time.sleep(0.001)
         tokens_seen.append(len(stream.steps))
+        begun.set()
 
     prompt = "A ropewalk is a long straight lane " * 2
     other = threading.Thread(target=lambda: engine.generate(prompt, progress=watch, params=GREEDY), daemon=True)
@@ -143,11 +139,12 @@ def test_a_running_reply_goes_on_between_the_layers_of_another_prompt(tmp_path: 
     assert begun.wait(30)  # else the reply could be over before the other prompt is read
     stream.complete()
     other.join(timeout=30)
-    assert tokens_seen[:10] == list(range(tokens_seen[0], tokens_seen[0] + 10))
+    assert len(tokens_seen) >= 3  # steps of five rows
+    assert all(later - before <= 2 for before, later in zip(tokens_seen, tokens_seen[1:], strict=False))
 
 
 def test_a_ticket_shows_its_position_and_serves_one_stream_after_another(tokenizer: Tokenizer) -> None:
-    engine = engine_that_says(tokenizer, " fox jumps over")
+    engine = engine_that_says(tokenizer, " fox jumps over", max_running=1)
     with engine.enter() as ticket, engine.enter() as waiting:
         assert (ticket.position, waiting.position) == (0, 1)
         for _ in range(2):
@@ -163,7 +160,7 @@ def test_a_ticket_shows_its_position_and_serves_one_stream_after_another(tokeniz
 
 
 def test_past_the_queue_limit_a_request_is_refused(tokenizer: Tokenizer) -> None:
-    engine = engine_that_says(tokenizer, " fox", queue_limit=1)
+    engine = engine_that_says(tokenizer, " fox", max_running=1, queue_limit=1)
     with engine.enter(), engine.enter():
         with pytest.raises(QueueFullError, match="1 running and 1 waiting"):
             engine.enter()
@@ -172,7 +169,7 @@ def test_past_the_queue_limit_a_request_is_refused(tokenizer: Tokenizer) -> None
 
 
 def test_exclusive_waits_for_running_requests_and_holds_back_the_next(tokenizer: Tokenizer) -> None:
-    engine = engine_that_says(tokenizer, " fox jumps over", num_caches=2)
+    engine = engine_that_says(tokenizer, " fox jumps over", max_running=2)
     running = engine.enter()
     inside, leave = threading.Event(), threading.Event()
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.base.errors import QueueFullError
-from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
+from ropewalk.base.errors import QueueFullError, RequestError
+from ropewalk.engine.turn_queue import TurnQueue
 
 
 def test_a_free_turn_is_had_at_once_and_the_others_wait_in_order() -> None:
@@ -112,42 +112,63 @@ def test_turns_are_never_lost_nor_given_twice_nor_out_of_order(num_turns: int, a
         assert called == sorted(set(called))
 
 
-def test_steps_of_several_threads_rotate() -> None:
-    line = TurnQueue(1)
-    order: list[int] = []
-    entered = [threading.Event() for _ in range(3)]
-
-    def run(number: int) -> None:
-        turns = StepTurns(line)
-        for _ in range(4):
-            with turns:
-                order.append(number)
-                for event in entered[:1] if number == 0 and len(order) == 1 else ():
-                    event.wait(10)
-
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(3)]
-    threads[0].start()
-    while not order:
-        pass
-    for number in (1, 2):
-        threads[number].start()
-        while line.num_waiting < number:
-            pass
-    entered[0].set()
-    for thread in threads:
-        thread.join(timeout=10)
-    assert order == [0, 1, 2] * 4
+def test_a_client_with_many_requests_does_not_keep_out_one_with_a_single_one() -> None:
+    queue = TurnQueue(num_turns=2)
+    many = [queue.enter(client="many") for _ in range(5)]
+    single = queue.enter(client="single")
+    assert [ticket.position for ticket in (*many, single)] == [0, 0, 2, 3, 4, 1]
+    many[0].close()
+    assert single.has_turn and not many[2].has_turn
 
 
-def test_giving_way_lets_a_waiting_step_go_first() -> None:
-    line = TurnQueue(1)
-    turns = StepTurns(line)
-    order: list[str] = []
-    with turns:
-        other: Ticket = line.enter(lambda: (order.append("other"), other_done.start()))
-        other_done = threading.Timer(0.01, lambda: other.close())
-        turns.give_way()
-        order.append("mine again")
-        assert line.num_running == 1
-    assert order == ["other", "mine again"]
-    assert line.num_running == 0
+def test_tickets_without_a_client_are_clients_of_their_own() -> None:
+    queue = TurnQueue(num_turns=2)
+    queue.enter(client="a"), queue.enter(client="a")
+    waiting = [queue.enter(client="a"), queue.enter(), queue.enter()]
+    assert [ticket.position for ticket in waiting] == [3, 1, 2]
+
+
+def test_a_request_that_leaves_the_queue_does_not_count_for_its_client() -> None:
+    queue = TurnQueue()
+    queue.enter(client="a")
+    for ticket in [queue.enter(client="a") for _ in range(3)]:
+        ticket.close()
+    again, other = queue.enter(client="a"), queue.enter(client="b")
+    third = queue.enter(client="b")
+    assert [again.position, other.position, third.position] == [2, 1, 3]
+
+
+def test_interactive_requests_go_before_batch_requests() -> None:
+    queue = TurnQueue()
+    running = queue.enter(priority="batch")
+    batch, interactive = queue.enter(priority="batch"), queue.enter()
+    assert (batch.position, interactive.position) == (2, 1)
+    running.close()
+    assert interactive.has_turn and not batch.has_turn
+
+
+def test_an_unknown_priority_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(RequestError, match="priority must be one of 'interactive', 'batch', got 'high'"):
+        TurnQueue().enter(priority="high")
+
+
+def test_with_a_single_turn_clients_alternate() -> None:
+    queue, order = TurnQueue(), []
+    tickets = [queue.enter(lambda name=name: order.append(name), client=name) for name in "aaabab"]
+    while queue.num_running:
+        next(ticket for ticket in tickets if ticket.has_turn).close()
+    assert "".join(order) == "ababaa"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3), st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=30))
+def test_the_positions_shown_are_the_order_in_which_turns_come(num_turns: int, asked: list[tuple[int, bool]]) -> None:
+    queue, order, tickets = TurnQueue(num_turns), [], []
+    for number, (client, batch) in enumerate(asked):
+        priority = "batch" if batch else "interactive"
+        tickets.append(queue.enter(lambda number=number: order.append(number), client=client, priority=priority))
+    expected = sorted((ticket.position, number) for number, ticket in enumerate(tickets) if not ticket.has_turn)
+    order.clear()
+    while queue.num_running:
+        next(ticket for ticket in tickets if ticket.has_turn).close()
+    assert order == [number for _, number in expected]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,26 @@ from fixtures import allowed_error, gptq_fixture_folders, measured
 from ropewalk.base.errors import RequestError
 from ropewalk.generate.generate import Generation, GenerationStats
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.scheduler import Scheduler
+from ropewalk.generate.scheduler.sequence import Sequence
 from ropewalk.model.loader import load_model
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Sequence]]:
+    """Sequences of models, one at a time: opening the next one ends the one before."""
+    schedulers: dict[int, Scheduler] = {}
+    with ExitStack() as stack:
+
+        def open_(model, prompt=PROMPT, adapters=None) -> Sequence:
+            stack.close()
+            scheduler = schedulers.setdefault(id(model), Scheduler(model))
+            return stack.enter_context(scheduler.open(prompt, adapters))
+
+        yield open_
 
 
 def ids_of(steps) -> list[int]:
@@ -31,119 +49,114 @@ def greedy_ids(model: FakeModel, prompt: list[int], count: int) -> list[int]:
     return history[len(prompt) :]
 
 
-def test_greedy_steps_are_the_most_likely_tokens() -> None:
+def test_greedy_steps_are_the_most_likely_tokens(opened) -> None:
     model = FakeModel()
-    assert ids_of(Generation(model, model.new_cache(), PROMPT, GREEDY)) == greedy_ids(model, PROMPT, 8)
+    assert ids_of(Generation(opened(model), GREEDY)) == greedy_ids(model, PROMPT, 8)
 
 
-def test_the_last_chosen_token_is_not_forwarded() -> None:
+def test_the_last_chosen_token_is_not_forwarded(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    steps = ids_of(Generation(model, cache, PROMPT, GREEDY))
+    sequence = opened(model)
+    steps = ids_of(Generation(sequence, GREEDY))
     assert model.calls == [PROMPT, *([token] for token in steps[:-1])]
-    assert cache.token_ids == PROMPT + steps[:-1]
+    assert sequence.token_ids == PROMPT + steps[:-1]
 
 
-def test_a_second_turn_computes_only_what_is_new() -> None:
+def test_a_second_turn_computes_only_what_is_new(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    steps = ids_of(Generation(model, cache, PROMPT, GREEDY))
+    steps = ids_of(Generation(opened(model), GREEDY))
     model.calls.clear()
     longer = [*PROMPT, *steps, 1, 2]
-    generation = Generation(model, cache, longer, GREEDY)
+    generation = Generation(opened(model, longer), GREEDY)
     assert ids_of(generation) == greedy_ids(model, longer, 8)
     assert model.calls[0] == [steps[-1], 1, 2]
     assert generation.stats.reused_tokens == len(longer) - 3
 
 
-def test_a_prompt_that_is_cached_whole_is_computed_from_its_last_token() -> None:
+def test_a_prompt_that_is_cached_whole_is_computed_from_its_last_token(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    first = ids_of(Generation(model, cache, PROMPT, GREEDY))
+    first = ids_of(Generation(opened(model), GREEDY))
     model.calls.clear()
-    assert ids_of(Generation(model, cache, PROMPT, GREEDY)) == first
+    assert ids_of(Generation(opened(model), GREEDY)) == first
     assert model.calls[0] == PROMPT[-1:]
 
 
-def test_a_prompt_that_differs_earlier_drops_the_rest_of_the_cache() -> None:
+def test_a_prompt_that_differs_earlier_drops_the_rest_of_the_cache(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    list(Generation(model, cache, PROMPT, GREEDY))
+    list(Generation(opened(model), GREEDY))
     other = [PROMPT[0], 60, 61]
-    generation = Generation(model, cache, other, GREEDY)
+    generation = Generation(opened(model, other), GREEDY)
     assert ids_of(generation) == greedy_ids(model, other, 8)
     assert generation.stats.reused_tokens == 1
 
 
-def test_an_end_token_ends_the_reply_and_is_not_a_step() -> None:
+def test_an_end_token_ends_the_reply_and_is_not_a_step(opened) -> None:
     model = FakeModel(script=reply([10, 11, 2, 12], len(PROMPT)))
-    generation = Generation(model, model.new_cache(), PROMPT, GREEDY, end_token_ids=[2])
+    generation = Generation(opened(model), GREEDY, end_token_ids=[2])
     assert ids_of(generation) == [10, 11]
     assert (generation.finish_reason, generation.end_token_id) == ("stop", 2)
     assert generation.stats.new_tokens == 3
 
 
-def test_ignore_eos_goes_on_but_stop_token_ids_still_end() -> None:
+def test_ignore_eos_goes_on_but_stop_token_ids_still_end(opened) -> None:
     model = FakeModel(script=reply([10, 2, 11, 3], len(PROMPT)))
     params = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True, stop_token_ids=[3])
-    generation = Generation(model, model.new_cache(), PROMPT, params, end_token_ids=[2])
+    generation = Generation(opened(model), params, end_token_ids=[2])
     assert ids_of(generation) == [10, 2, 11]
     assert generation.end_token_id == 3
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
-def test_max_new_tokens_ends_with_length(limit: int) -> None:
+def test_max_new_tokens_ends_with_length(limit: int, opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
     params = SamplingParams(temperature=0, max_new_tokens=limit)
-    generation = Generation(model, cache, PROMPT, params)
+    sequence = opened(model)
+    generation = Generation(sequence, params)
     assert len(ids_of(generation)) == limit
     assert generation.finish_reason == "length"
-    assert cache.token_ids[: len(PROMPT)] == PROMPT
+    assert sequence.token_ids[: len(PROMPT)] == PROMPT
 
 
-def test_a_full_context_ends_the_reply_after_its_last_position() -> None:
+def test_a_full_context_ends_the_reply_after_its_last_position(opened) -> None:
     model = FakeModel(capacity=10)
-    cache = model.new_cache()
-    generation = Generation(model, cache, PROMPT, SamplingParams(temperature=0))
+    generation = Generation(opened(model), SamplingParams(temperature=0))
     # 4 positions of the prompt, 6 of the reply, and one token chosen at the last position
     assert len(ids_of(generation)) == 7
     assert generation.finish_reason == "context"
     assert (generation.stats.context_used, generation.stats.context_size) == (10, 10)
 
 
-def test_a_prompt_as_long_as_the_context_gets_one_token() -> None:
+def test_a_prompt_as_long_as_the_context_gets_one_token(opened) -> None:
     model = FakeModel(capacity=len(PROMPT))
-    generation = Generation(model, model.new_cache(), PROMPT, SamplingParams(temperature=0))
+    generation = Generation(opened(model), SamplingParams(temperature=0))
     assert len(ids_of(generation)) == 1
     assert generation.finish_reason == "context"
 
 
-def test_a_prompt_longer_than_the_context_says_by_how_much() -> None:
+def test_a_prompt_longer_than_the_context_says_by_how_much(opened) -> None:
     model = FakeModel(capacity=3)
     with pytest.raises(RequestError, match=r"has 4 tokens, 1 more than the context of 3: .*max_seq_len="):
-        Generation(model, model.new_cache(), PROMPT, GREEDY)
+        Generation(opened(model), GREEDY)
     assert model.calls == []
 
 
 @pytest.mark.parametrize("prompt", [[], [64], [-1], ["a"], None, [1.5], torch.tensor([[1]])])
-def test_wrong_prompts_are_refused_before_anything_runs(prompt: object) -> None:
+def test_wrong_prompts_are_refused_before_anything_runs(prompt: object, opened) -> None:
     model = FakeModel(vocab_size=64)
     with pytest.raises(RequestError):
-        Generation(model, model.new_cache(), prompt, GREEDY)
+        Generation(opened(model, prompt), GREEDY)
     assert model.calls == []
 
 
 @pytest.mark.parametrize("convert", [tuple, np.array, torch.tensor])
-def test_prompts_may_be_tuples_arrays_and_tensors(convert) -> None:
+def test_prompts_may_be_tuples_arrays_and_tensors(convert, opened) -> None:
     model = FakeModel()
-    assert ids_of(Generation(model, model.new_cache(), convert(PROMPT), GREEDY)) == greedy_ids(model, PROMPT, 8)
+    assert ids_of(Generation(opened(model, convert(PROMPT)), GREEDY)) == greedy_ids(model, PROMPT, 8)
 
 
 @pytest.mark.parametrize("asked", range(1, 9))
-def test_cancelling_ends_soon_and_leaves_a_cache_that_can_be_used(asked: int) -> None:
+def test_cancelling_ends_soon_and_leaves_a_cache_that_can_be_used(asked: int, opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
     count = 0
 
     def cancelled() -> bool:
@@ -151,61 +164,58 @@ def test_cancelling_ends_soon_and_leaves_a_cache_that_can_be_used(asked: int) ->
         count += 1
         return count >= asked
 
-    generation = Generation(model, cache, PROMPT, GREEDY, cancelled=cancelled)
+    sequence = opened(model)
+    generation = Generation(sequence, GREEDY, cancelled=cancelled)
     steps = ids_of(generation)
     assert generation.finish_reason == "cancelled"
     assert steps == greedy_ids(model, PROMPT, 8)[: len(steps)]
     assert len(steps) < 8
-    assert cache.token_ids == (PROMPT + steps)[: cache.length]
-    assert ids_of(Generation(model, cache, PROMPT, GREEDY)) == greedy_ids(model, PROMPT, 8)
+    assert sequence.token_ids == (PROMPT + steps)[: sequence.length]
+    assert ids_of(Generation(opened(model), GREEDY)) == greedy_ids(model, PROMPT, 8)
 
 
-def test_closing_early_leaves_a_cache_that_can_be_used() -> None:
+def test_closing_early_leaves_a_cache_that_can_be_used(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    generation = Generation(model, cache, PROMPT, GREEDY)
+    generation = Generation(opened(model), GREEDY)
     next(generation)
     generation.close()
     assert generation.finish_reason == "cancelled"
     assert list(generation) == []
-    assert ids_of(Generation(model, cache, PROMPT, GREEDY)) == greedy_ids(model, PROMPT, 8)
+    assert ids_of(Generation(opened(model), GREEDY)) == greedy_ids(model, PROMPT, 8)
 
 
-def test_progress_counts_the_part_of_the_prompt_that_is_computed() -> None:
+def test_progress_counts_the_part_of_the_prompt_that_is_computed(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    list(Generation(model, cache, PROMPT[:2], GREEDY))
+    list(Generation(opened(model, PROMPT[:2]), GREEDY))
     calls = []
-    list(Generation(model, cache, PROMPT, GREEDY, progress=lambda done, total: calls.append((done, total))))
+    list(Generation(opened(model), GREEDY, progress=lambda done, total: calls.append((done, total))))
     assert calls[-1] == (2, 2)
 
 
-def test_log_probabilities_come_with_the_steps_when_asked() -> None:
+def test_log_probabilities_come_with_the_steps_when_asked(opened) -> None:
     model = FakeModel()
     params = SamplingParams(temperature=0, max_new_tokens=2, logprobs=3, repetition_penalty=2.0)
-    steps = list(Generation(model, model.new_cache(), PROMPT, params))
+    steps = list(Generation(opened(model), params))
     exact = torch.log_softmax(model.logits(PROMPT), dim=-1)
     assert steps[0].logprob == pytest.approx(float(exact[steps[0].token_id]))
     assert [token_id for token_id, _ in steps[0].top] == exact.topk(3).indices.tolist()
-    plain = next(Generation(model, model.new_cache(), PROMPT, GREEDY))
+    plain = next(Generation(opened(model), GREEDY))
     assert (plain.logprob, plain.top) == (None, ())
 
 
-def test_the_same_seed_gives_the_same_reply_with_and_without_a_prefix_hit() -> None:
+def test_the_same_seed_gives_the_same_reply_with_and_without_a_prefix_hit(opened) -> None:
     model = FakeModel()
     params = SamplingParams(temperature=1.5, top_k=0, top_p=1.0, seed=9, max_new_tokens=20, repetition_penalty=1.2)
-    cache = model.new_cache()
-    assert ids_of(Generation(model, cache, PROMPT, params)) == ids_of(Generation(model, cache, PROMPT, params))
+    assert ids_of(Generation(opened(model), params)) == ids_of(Generation(opened(model), params))
 
 
-def test_statistics_of_a_finished_reply_stay_as_they_were() -> None:
+def test_statistics_of_a_finished_reply_stay_as_they_were(opened) -> None:
     model = FakeModel()
-    cache = model.new_cache()
-    generation = Generation(model, cache, PROMPT, GREEDY)
+    generation = Generation(opened(model), GREEDY)
     list(generation)
     before = generation.stats
     assert before.context_used == len(PROMPT) + 7
-    list(Generation(model, cache, [1], SamplingParams(max_new_tokens=1)))
+    list(Generation(opened(model, [1]), SamplingParams(max_new_tokens=1)))
     assert generation.stats == before
 
 
@@ -224,15 +234,14 @@ def test_statistics_speak_of_what_was_computed() -> None:
 
 
 @pytest.mark.parametrize("folder", gptq_fixture_folders()[:4], ids=lambda folder: folder.name)
-def test_greedy_tokens_of_a_fixture_are_those_of_transformers(folder: Path) -> None:
+def test_greedy_tokens_of_a_fixture_are_those_of_transformers(folder: Path, opened) -> None:
     if measured(folder, "min_greedy_margin") < 2 * allowed_error(folder, "fp32").most:
         pytest.skip("two tokens are too close for equality to be required")
     expected = np.load(folder / "expected.npz")
     model = load_model(folder, compute="exact", backend="reference", cache_type="fp32")
     params = SamplingParams(temperature=0, max_new_tokens=len(expected["greedy_ids"]))
-    cache = model.new_cache()
     prompt = expected["input_ids"].tolist()
-    assert ids_of(Generation(model, cache, prompt, params)) == expected["greedy_ids"].tolist()
-    again = Generation(model, cache, prompt, params)
+    assert ids_of(Generation(opened(model, prompt), params)) == expected["greedy_ids"].tolist()
+    again = Generation(opened(model, prompt), params)
     assert ids_of(again) == expected["greedy_ids"].tolist()
     assert again.stats.reused_tokens == len(prompt) - 1

@@ -34,7 +34,7 @@ def empty_session(root: Path, owner: Owner | None = None) -> Session:
     for name in ("models", "uploads", "exports"):
         (root / name).mkdir(parents=True, exist_ok=True)
     access = Access(root / "models", (), root / "uploads")
-    return make_session(access, root / "data", root / "exports", num_caches=2, owner=owner)
+    return make_session(access, root / "data", root / "exports", max_running=2, owner=owner)
 
 
 def values(session: Session, name: str = EMBEDDED, **changes: Any) -> dict[str, Any]:

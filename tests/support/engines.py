@@ -33,8 +33,8 @@ def say(tokenizer: Tokenizer, text: str, **params) -> tuple[list[str], object]:
     return list(stream), stream
 
 
-def engine_of(folder: Path, num_caches: int, **options) -> Engine:
+def engine_of(folder: Path, max_running: int, **options) -> Engine:
     """A real, tiny model on the compiled core."""
     write_checkpoint(folder, {"vocab_size": 400}, desc_act=True)
     model = Variant("cpu", "int8", None).load(write_sentencepiece(folder), max_seq_len=64, max_input_len=5)
-    return Engine(model, load_tokenizer(folder), num_caches=num_caches, **options)
+    return Engine(model, load_tokenizer(folder), max_running=max_running, **options)

@@ -57,4 +57,16 @@ BACKEND = Choice(
     MappingProxyType({"cpu": "compiled kernels", "reference": "plain torch on any device, slow"}),
     "cpu",
 )
+SPECULATION = Choice(
+    "speculation",
+    MappingProxyType(
+        {
+            "none": "each token is computed for itself",
+            "ngram": "guess what followed the last words before, for code editing and questions about a text",
+            "draft": "a smaller model guesses",
+        }
+    ),
+    "none",
+)
+MAX_RUNNING = 8  # requests at once by default
 MAX_INPUT_LEN = 2048  # tokens of a prompt that are computed at once by default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,27 @@ def available_bytes() -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+SIZE_UNITS = {
+    **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))},
+    **{unit: 1024**power for power, unit in enumerate("KMGT", 1)},
+    **{unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))},
+}
+
+
+def parse_bytes(text: str) -> int:
+    """ "1.5 GiB", or "1.5G" for short -> 1610612736; "4GB" -> 4000000000; a number alone is bytes.
+
+    Raises:
+        ValueError: not an amount of memory, or not a positive one; says what is accepted.
+    """
+    units = {unit.lower(): size for unit, size in SIZE_UNITS.items()}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    amount = 0 if found is None or found[2] not in units else int(float(found[1]) * units[found[2]])
+    if amount < 1:
+        raise ValueError(f"an amount of memory is needed, such as 4GiB or 512MiB, got {text[:60]!r}")
+    return amount
 
 
 def format_bytes(num_bytes: float) -> str:

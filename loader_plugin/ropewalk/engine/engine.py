@@ -1,33 +1,40 @@
-"""Text in, text out: a model, its tokenizer and some caches.
+"""Text in, text out: a model, its tokenizer, and the requests that share its steps.
 
-    text -> ids -> queue -> cache -> generate/generate.py -> ids -> pieces of text, without stop strings
+    text -> ids -> queue -> sequence -> generate/generate.py -> ids -> pieces of text, without stop strings
 
-As many requests run at once as there are caches; the others wait in order of arrival. Running requests take turns, one
-step each (a token, or a layer of a prompt), so all of them make progress, and each gets the same tokens as if it ran
-alone. Caches outlive requests: a conversation that continues computes only what is new.
+So many requests run at once as there are turns; the others wait. What runs shares the steps and the pages of the model
+(`generate/scheduler/`), and each request gets the same tokens as if it ran alone. What a request has computed stays as
+long as there is memory: a conversation that continues, or begins like another one, computes only what is new.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
-from ropewalk.base.errors import RequestError
-from ropewalk.engine.cache_pool import CachePool, EngineModel
+from ropewalk.base.choices import MAX_RUNNING
+from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.engine.dry_breakers import TextBreakers
+from ropewalk.engine.speculation import Speculation
 from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
-from ropewalk.engine.turn_queue import StepTurns, Ticket, TurnQueue
+from ropewalk.engine.turn_queue import Ticket, TurnQueue
 from ropewalk.generate.evaluate import token_logprobs
-from ropewalk.generate.generate import CacheLike, Cancelled, Generation, GenerationStats, Progress, Step, checked_prompt
+from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
+from ropewalk.generate.guesses import Guesses
+from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.routing import AUTO, route
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.plan import INTERACTIVE, check_priority
+from ropewalk.generate.scheduler.scheduler import Scheduler
+from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
+from ropewalk.generate.scheduler.steps import StepModel
 from ropewalk.text.chat import ChatTemplate, Message, Template, model_template, named_template
 from ropewalk.text.continuation import render_continued
 from ropewalk.text.tokenizer.length import encode_fitting
@@ -41,34 +48,41 @@ class Engine:
 
     chat_template: a name from `chat_formats`, or a template; default: the one in the model's folder, or, with a
         warning, the format "plain".
-    num_caches: how many conversations stay computed, and how many requests run at once; each cache takes the memory
-        of a full context once it is full.
+    max_running: how many requests run at once. They share the memory that the model was loaded with for its cache; if
+        it does not suffice, the most important ones go on first.
     queue_limit: how many further requests may wait (None: any number).
+    speculation: "ngram" guesses ahead what stood in the text before, "draft" asks `draft_model`, a smaller model of the
+        same vocabulary or its folder; the text is the same without. Default: "draft" if there is a draft model.
 
     Raises:
-        ConfigError: the tokenizer belongs to another model, or there is not enough memory for the caches.
+        ConfigError: the tokenizer, or the draft model, belongs to another model; max_running or speculation is wrong.
         UnsupportedError: there is no chat template of that name.
     """
 
     def __init__(
         self,
-        model: EngineModel,
+        model: StepModel,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate | str | None = None,
-        num_caches: int = 1,
+        max_running: int = MAX_RUNNING,
         queue_limit: int | None = None,
+        draft_model: Any = None,
+        speculation: str | None = None,
     ) -> None:
         check_tokenizer_fits(tokenizer, model.config.vocab_size)
+        if not isinstance(max_running, int) or isinstance(max_running, bool) or max_running < 1:
+            raise ConfigError(f"max_running must be a positive integer, got {max_running!r}")
         self.model = model
         self.tokenizer = tokenizer
-        self.queue = TurnQueue(num_caches, queue_limit)
-        self._caches = CachePool(model, num_caches)
-        self._step_line = TurnQueue(1)
+        self.queue = TurnQueue(max_running, queue_limit)
+        self._speculation = Speculation(speculation, draft_model, model, tokenizer)
+        self.scheduler = Scheduler(model, self._speculation.patience)
         if isinstance(chat_template, str):
             chat_template = named_template(chat_template, tokenizer.special_tokens)
         self._chat_template: Template | None = chat_template
         self._template_lock = threading.Lock()
         self._holders: list[int] = []  # threads whose requests run without a ticket from the caller
+        self._busy: set[Ticket] = set()  # tickets of callers whose streams run
         self._last: TextRequest | None = None
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.end_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
@@ -76,7 +90,7 @@ class Engine:
     @property
     def context_size(self) -> int:
         """The most tokens that a prompt and its reply can have together."""
-        return self._caches.capacity
+        return self.scheduler.capacity
 
     @property
     def chat_template(self) -> Template:
@@ -90,15 +104,23 @@ class Engine:
                 self._chat_template = model_template(self.tokenizer.source.parent, self.tokenizer.special_tokens)
             return self._chat_template
 
-    def enter(self, on_turn: Callable[[], None] | None = None) -> Ticket:
+    @property
+    def speculation(self) -> str | None:
+        """Who guesses ahead: "ngram", "draft" or None."""
+        return self._speculation.kind
+
+    def enter(
+        self, on_turn: Callable[[], None] | None = None, client: Hashable = None, priority: str = INTERACTIVE
+    ) -> Ticket:
         """Join the queue before there is a stream, to show the position in it or to give up waiting.
 
-        on_turn: called once, from any thread, when the turn comes. The caller closes the ticket.
+        on_turn: called once, from any thread, when the turn comes. The caller closes the ticket. client, priority: as
+        for `stream`.
 
         Raises:
-            QueueFullError: `queue_limit` requests are already waiting.
+            QueueFullError: `queue_limit` requests are already waiting. RequestError: an unknown priority.
         """
-        return self.queue.enter(on_turn)
+        return self.queue.enter(on_turn, client=client, priority=priority)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -130,6 +152,8 @@ class Engine:
         progress: Progress | None = None,
         adapters: Request | None = None,
         ticket: Ticket | None = None,
+        client: Hashable = None,
+        priority: str = INTERACTIVE,
     ) -> TextStream:
         """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
 
@@ -140,13 +164,15 @@ class Engine:
             that finds the prompt least surprising; the stream's `routing` tells which.
         ticket: a place in the queue from `enter`, which the caller closes; it serves one stream after another.
             Default: the stream enters the queue when its first piece is requested, and leaves it at its end.
+        client: who asks. Turns, and the reading of prompts, are shared fairly between clients; None: a client of its
+            own. priority: "interactive", or "batch", which waits for all interactive requests.
 
         Raises:
             RequestError: the prompt is empty, does not fit, or contains unknown ids; adapters that are not loaded.
             QueueFullError: at the first piece, if `queue_limit` requests are already waiting.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._start(ids, params, cancelled, progress, adapters, ticket)
+        return self._start(ids, params, cancelled, progress, adapters, ticket, client, priority)
 
     def generate(
         self,
@@ -156,9 +182,11 @@ class Engine:
         progress: Progress | None = None,
         adapters: Request | None = None,
         ticket: Ticket | None = None,
+        client: Hashable = None,
+        priority: str = INTERACTIVE,
     ) -> Completion:
         """The whole reply at once; arguments and errors as for `stream`."""
-        return self.stream(prompt, params, cancelled, progress, adapters, ticket).complete()
+        return self.stream(prompt, params, cancelled, progress, adapters, ticket, client, priority).complete()
 
     def score(
         self,
@@ -167,21 +195,21 @@ class Engine:
         cancelled: Cancelled | None = None,
         adapters: Request | None = None,
         ticket: Ticket | None = None,
+        client: Hashable = None,
+        priority: str = INTERACTIVE,
     ) -> list[Step] | None:
         """The tokens of a prompt, each but the first with its log probability and the `count` most likely tokens there.
 
         None if cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
         `stream`.
         """
-        ids = checked_prompt(self.model, self.context_size, prompt_ids)
-        request = TextRequest(ids, SamplingParams(), cancelled or _never, None, _adapters_or_auto(adapters), ticket)
+        request = self._request(prompt_ids, SamplingParams(), cancelled, None, adapters, ticket, client, priority)
         with self._turn(request) as has_turn, torch.inference_mode():
-            turns = StepTurns(self._step_line)
-            asks = _gives_way(request, turns)
-            if not has_turn or not self._choose_adapters(request, turns, asks):
+            if not has_turn or not self._choose_adapters(request):
                 return None
-            with self._caches.lend(ids, request.adapters) as cache, turns:
-                found = token_logprobs(self.model, cache, ids, count, request.adapters, asks)
+            with self._open(request) as sequence:
+                found = token_logprobs(sequence, count, request.cancelled)
+        ids = request.prompt_ids
         if found is None:
             return None
         return [Step(ids[0])] + [Step(token_id, *values) for token_id, values in zip(ids[1:], found, strict=True)]
@@ -194,6 +222,8 @@ class Engine:
         progress: Progress | None = None,
         adapters: Request | None = None,
         ticket: Ticket | None = None,
+        client: Hashable = None,
+        priority: str = INTERACTIVE,
         **variables: Any,
     ) -> TextStream:
         """The assistant's next turn, as a stream. `variables` are those of `chat_ids`; the rest is as for `stream`.
@@ -203,7 +233,8 @@ class Engine:
         """
         params = params or SamplingParams()
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
-        return self._start(self.chat_ids(messages, **variables), params, cancelled, progress, adapters, ticket)
+        ids = self.chat_ids(messages, **variables)
+        return self._start(ids, params, cancelled, progress, adapters, ticket, client, priority)
 
     def chat_ids(
         self, messages: Sequence[Message], *, continue_final_message: bool = False, **variables: Any
@@ -234,7 +265,11 @@ class Engine:
         """
         return encode_fitting(self.tokenizer, text, self.context_size, add_bos)
 
-    def _start(
+    def _start(self, *given: Any) -> TextStream:
+        self._last = self._request(*given)
+        return TextStream(self._last, self._pieces(self._last))
+
+    def _request(
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams | None,
@@ -242,50 +277,56 @@ class Engine:
         progress: Progress | None,
         adapters: Request | None,
         ticket: Ticket | None,
-    ) -> TextStream:
+        client: Hashable,
+        priority: str,
+    ) -> TextRequest:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
-        ids = checked_prompt(self.model, self.context_size, prompt_ids)
-        self._last = TextRequest(ids, params, cancelled or _never, progress, _adapters_or_auto(adapters), ticket)
-        return TextStream(self._last, self._pieces(self._last))
+        check_priority(priority)
+        ids = checked_prompt(self.scheduler.vocab_size, self.context_size, prompt_ids)
+        uses = _adapters_or_auto(adapters)
+        return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority)
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
-        """The text of a request, piece by piece; holds a turn and a cache until its end."""
+        """The text of a request, piece by piece; holds a turn and pages until its end."""
         try:
             with self._turn(request) as has_turn:
-                steps = StepTurns(self._step_line)
-                cancelled = _gives_way(request, steps)
-                if not has_turn or not self._choose_adapters(request, steps, cancelled):
+                if not has_turn or not self._choose_adapters(request):
                     request.finish_reason = "cancelled"
                     return
-                with self._caches.lend(request.prompt_ids, request.adapters) as cache:
-                    request.generation = self._generation(request, cache, cancelled)
+                with self._open(request) as sequence, self._guesses(request) as guesses:
+                    request.generation = self._generation(request, sequence, guesses)
                     with closing(request.generation):
-                        yield from shown_text(self.tokenizer, request, _in_turns(request.generation, steps))
+                        yield from shown_text(self.tokenizer, request, request.generation)
         except GeneratorExit:
             request.finish_reason = "cancelled"
             raise
 
-    def _generation(self, request: TextRequest, cache: CacheLike, cancelled: Cancelled) -> Generation:
-        return Generation(
-            self.model,
-            cache,
-            request.prompt_ids,
-            request.params,
-            self.end_token_ids,
-            cancelled,
-            request.progress,
-            request.adapters,
-            TextBreakers(self.tokenizer, request.params.dry_sequence_breakers),
+    def _open(self, request: TextRequest) -> AbstractContextManager[OpenSequence]:
+        return self.scheduler.open(request.prompt_ids, request.adapters, request.client, request.priority)
+
+    def _guesses(self, request: TextRequest) -> AbstractContextManager[Guesses | None]:
+        return self._speculation.guesses(
+            request.prompt_ids, request.params, request.cancelled, request.client, request.priority
         )
 
-    def _choose_adapters(self, request: TextRequest, steps: StepTurns, cancelled: Cancelled) -> bool:
+    def _generation(self, request: TextRequest, sequence: OpenSequence, guesses: Guesses | None) -> Generation:
+        return Generation(
+            sequence,
+            request.params,
+            self.end_token_ids,
+            request.cancelled,
+            request.progress,
+            TextBreakers(self.tokenizer, request.params.dry_sequence_breakers),
+            guesses,
+        )
+
+    def _choose_adapters(self, request: TextRequest) -> bool:
         """Replace "auto" by the adapters chosen; False if cancelled."""
         if request.adapters != AUTO:
             return True
-        with steps:
-            request.routing = route(self.model, request.prompt_ids, cancelled)
+        request.routing = route(self.scheduler, request.prompt_ids, request.cancelled, request.client, request.priority)
         if request.routing is not None:
             request.adapters = request.routing.adapters
         return request.routing is not None
@@ -295,20 +336,34 @@ class Engine:
         """Wait for the request's turn and hold it; gives False if cancelled while waiting."""
         ticket = request.ticket
         if ticket is not None:
-            yield self._await(ticket, request)
+            with self._use(ticket):
+                yield self._await(ticket, request)
             return
         thread = threading.get_ident()
         if self._holders.count(thread) == self.queue.num_turns:
             raise RequestError(
                 "this engine is still busy with a stream that this thread began: exhaust it or close() it first"
             )
-        with self.queue.enter() as ticket:
+        with self.queue.enter(client=request.client, priority=request.priority) as ticket:
             has_turn = self._await(ticket, request)
             self._holders.append(thread)
             try:
                 yield has_turn
             finally:
                 self._holders.remove(thread)
+
+    @contextmanager
+    def _use(self, ticket: Ticket) -> Iterator[None]:
+        """Raises:
+        RequestError: another stream is using this ticket.
+        """
+        if ticket in self._busy:
+            raise RequestError("a ticket allows one stream at a time: exhaust or close() the first one")
+        self._busy.add(ticket)
+        try:
+            yield
+        finally:
+            self._busy.discard(ticket)
 
     def _await(self, ticket: Ticket, request: TextRequest) -> bool:
         """Wait for the turn; False if cancelled while waiting.
@@ -332,24 +387,3 @@ def _never() -> bool:
 
 def _adapters_or_auto(adapters: Request | None) -> str | tuple[AdapterUse, ...]:
     return AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
-
-
-def _gives_way(request: TextRequest, steps: StepTurns) -> Cancelled:
-    """A check for cancellation that also lets other requests compute between the slow layers of a prompt."""
-
-    def cancelled() -> bool:
-        if not request.steps:
-            steps.give_way()
-        return request.cancelled()
-
-    return cancelled
-
-
-def _in_turns(generation: Generation, steps: StepTurns) -> Iterator[Step]:
-    """The steps of a reply, each computed when it is this request's turn."""
-    while True:
-        with steps:
-            step = next(generation, None)
-        if step is None:
-            return
-        yield step

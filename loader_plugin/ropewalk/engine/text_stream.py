@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from ropewalk.engine.turn_queue import Ticket
 from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
 from ropewalk.generate.routing import Routing
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.plan import INTERACTIVE
 from ropewalk.generate.stops import StopStrings
 from ropewalk.text.tokenizer.load import StreamDecoder, Tokenizer
 
@@ -39,7 +40,8 @@ class Completion:
 class TextRequest:
     """The state of one request. Kept apart from its stream, so that nothing holds a stream that the caller drops.
 
-    ticket: the caller's place in the queue, if it has one. token_texts: the text that each step added.
+    ticket: the caller's place in the queue, if it has one. client, priority: who asks, and how urgently. token_texts:
+    the text that each step added.
     """
 
     prompt_ids: list[int]
@@ -48,6 +50,8 @@ class TextRequest:
     progress: Progress | None
     adapters: str | tuple[AdapterUse, ...]
     ticket: Ticket | None = None
+    client: Hashable = None
+    priority: str = INTERACTIVE
     queue_s: float = 0.0
     routing: Routing | None = None
     generation: Generation | None = None

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import CheckpointError, RequestError
-from ropewalk.generate.generate import Cancelled, Progress
 from ropewalk.generate.sampling import top_logprobs
-from ropewalk.model.cache import KvCache
+from ropewalk.generate.scheduler.scheduler import Scheduler
+from ropewalk.generate.scheduler.sequence import Cancelled, Progress, Sequence
 from ropewalk.model.model import Model, checked_token_ids
 
 LOGITS_BYTES = 64 * 2**20  # logits held at once: 524 rows of a vocabulary of 32,000
@@ -50,8 +51,8 @@ class PerplexityRow:
 
 def perplexity(
     model: Model,
-    token_ids: Sequence[int],
-    lengths: Sequence[int],
+    token_ids: Items[int],
+    lengths: Items[int],
     max_tokens: int | None = None,
     progress: Progress | None = None,
     cancelled: Cancelled | None = None,
@@ -80,7 +81,7 @@ def perplexity(
         )
     cancelled = cancelled or (lambda: False)
     total = sum(num_used // length * length for length in lengths)
-    cache = model.new_cache(longest)
+    scheduler = Scheduler(model)
     rows: list[PerplexityRow] = []
     done = 0
 
@@ -92,7 +93,7 @@ def perplexity(
 
     with torch.inference_mode():
         for length in lengths:
-            row = _row(model, cache, ids[: num_used // length * length], length, report, cancelled, adapters)
+            row = _row(scheduler, ids[: num_used // length * length], length, report, cancelled, adapters)
             if row is None:
                 break
             rows.append(row)
@@ -100,8 +101,7 @@ def perplexity(
 
 
 def _row(
-    model: Model,
-    cache: KvCache,
+    scheduler: Scheduler,
     ids: list[int],
     length: int,
     report: Callable[[int], None],
@@ -112,7 +112,8 @@ def _row(
     started = time.perf_counter()
     total_nll = 0.0
     for first in range(0, len(ids), length):
-        nll = _window_nll(model, cache, ids[first : first + length], report, cancelled, adapters)
+        with scheduler.open(ids[first : first + length], adapters, keep=False) as sequence:
+            nll = _window_nll(sequence, report, cancelled)
         if nll is None:
             return None
         total_nll += nll
@@ -121,21 +122,14 @@ def _row(
     return PerplexityRow(length, num_windows, num_scored, total_nll / num_scored, time.perf_counter() - started)
 
 
-def sequence_perplexity(
-    model: Model,
-    cache: KvCache,
-    ids: list[int],
-    adapters: Request | None = None,
-    cancelled: Cancelled | None = None,
-) -> float | None:
-    """The perplexity of one sequence of at least two tokens, computed in `cache`, which is emptied first; None once
-    cancelled.
+def sequence_perplexity(sequence: Sequence, cancelled: Cancelled | None = None) -> float | None:
+    """The perplexity of the prompt of an empty sequence, at least two tokens; None once cancelled.
 
     Raises:
-        RequestError: as `Model.forward`. CheckpointError: the model computes NaN or infinity.
+        RequestError: as `Sequence.forward`. CheckpointError: the model computes NaN or infinity.
     """
-    nll = _window_nll(model, cache, ids, lambda count: None, cancelled or (lambda: False), adapters)
-    return None if nll is None else _exp(nll / (len(ids) - 1))
+    nll = _window_nll(sequence, lambda count: None, cancelled or (lambda: False))
+    return None if nll is None else _exp(nll / (len(sequence.prompt_ids) - 1))
 
 
 def _exp(mean_nll: float) -> float:
@@ -144,69 +138,53 @@ def _exp(mean_nll: float) -> float:
 
 
 def token_logprobs(
-    model: Model,
-    cache: KvCache,
-    ids: list[int],
-    count: int = 0,
-    adapters: Request | None = None,
-    cancelled: Cancelled | None = None,
+    sequence: Sequence, count: int = 0, cancelled: Cancelled | None = None
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]] | None:
-    """For every token but the first, its log probability and the `count` most likely tokens (id, log probability)
-    there; None once cancelled. Computed in `cache`, which is emptied first and holds the tokens afterwards.
+    """For every token but the first of the prompt of an empty sequence, its log probability and the `count` most likely
+    tokens (id, log probability) there; None once cancelled.
 
     Raises:
-        RequestError: as `Model.forward`.
+        RequestError: as `Sequence.forward`.
     """
     found = []
-    for start, logits in _blocks(model, cache, ids, cancelled or (lambda: False), adapters):
+    for start, logits in _blocks(sequence, cancelled or (lambda: False)):
         if logits is None:
             return None
-        targets = ids[start + 1 : start + len(logits) + 1]
+        targets = sequence.prompt_ids[start + 1 : start + len(logits) + 1]
         found += [top_logprobs(row, target, count) for row, target in zip(logits.cpu(), targets, strict=False)]
     return found
 
 
-def _window_nll(
-    model: Model,
-    cache: KvCache,
-    window: list[int],
-    report: Callable[[int], None],
-    cancelled: Cancelled,
-    adapters: Request | None,
-) -> float | None:
-    """Sum of -log p over all tokens of the window but the first; None once cancelled."""
-    total = 0.0
-    for start, logits in _blocks(model, cache, window, cancelled, adapters):
+def _window_nll(sequence: Sequence, report: Callable[[int], None], cancelled: Cancelled) -> float | None:
+    """Sum of -log p over all tokens of the prompt but the first; None once cancelled."""
+    total, ids = 0.0, sequence.prompt_ids
+    for start, logits in _blocks(sequence, cancelled):
         if logits is None:
             return None
         num_rows = len(logits)
-        targets = torch.tensor(window[start + 1 : start + num_rows + 1], device=logits.device)  # [rows or rows - 1]
+        targets = torch.tensor(ids[start + 1 : start + num_rows + 1], device=logits.device)  # [rows or rows - 1]
         logits = logits[: len(targets)]
         chosen = logits.gather(1, targets[:, None]).squeeze(1)
         total += float((torch.logsumexp(logits, dim=1) - chosen).double().sum())
         report(num_rows)
     if not math.isfinite(total):
         raise CheckpointError(
-            f"{model.config.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
+            f"{sequence.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
             "settings do not fit it"
         )
     return total
 
 
-def _blocks(
-    model: Model, cache: KvCache, window: list[int], cancelled: Cancelled, adapters: Request | None
-) -> Iterator[tuple[int, torch.Tensor | None]]:
-    """(first row, logits [rows, V]) of a window, in blocks of `LOGITS_BYTES`; logits None once cancelled."""
-    cache.truncate(0)
-    block = max(1, min(model.max_input_len, LOGITS_BYTES // (4 * model.config.vocab_size)))
-    for start in range(0, len(window), block):
-        part = window[start : start + block]
-        seq_len = len(window)
-        logits = model.forward(part, cache, logits="all", cancelled=cancelled, seq_len=seq_len, adapters=adapters)
-        yield start, logits
+def _blocks(sequence: Sequence, cancelled: Cancelled) -> Iterator[tuple[int, torch.Tensor | None]]:
+    """(first row, logits [rows, V]) of the prompt, in blocks of `LOGITS_BYTES`; logits None once cancelled."""
+    ids = sequence.prompt_ids
+    block = max(1, min(sequence.max_input_len, LOGITS_BYTES // (4 * sequence.vocab_size)))
+    for start in range(0, len(ids), block):
+        part = ids[start : start + block]
+        yield start, sequence.forward(part, logits="all", cancelled=cancelled, seq_len=len(ids))
 
 
-def _check_lengths(lengths: Sequence[int], max_seq_len: int) -> None:
+def _check_lengths(lengths: Items[int], max_seq_len: int) -> None:
     if not lengths:
         raise RequestError("no context lengths were given")
     for length in lengths:

@@ -1,58 +1,27 @@
 """Generation in token ids: prompt in, one step per new token out. Knows nothing of text.
 
-    reuse the cached prefix -> forward the rest of the prompt -> choose -> forward the chosen token -> choose -> ...
+    forward the prompt -> choose -> forward the chosen token -> choose -> ...
 
 A chosen token is forwarded only when another one is wanted, so a reply can fill the context to its last position.
+Guesses of the tokens after it may be forwarded with it. The next tokens are then chosen from the rows of logits, one
+after the other, as they would be without guesses, up to the first that was guessed wrong.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from ropewalk.adapters.request import Request
-from ropewalk.base.errors import ContextLengthError
-from ropewalk.config.model import ModelConfig
 from ropewalk.generate.dry import Breakers
+from ropewalk.generate.guesses import Guesses
 from ropewalk.generate.sampling import Sampler, SamplingParams, top_logprobs
-from ropewalk.model.model import checked_token_ids
+from ropewalk.generate.scheduler.sequence import Cancelled, Progress, Sequence
 
-Progress = Callable[[int, int], None]
-Cancelled = Callable[[], bool]
-
-
-class CacheLike(Protocol):
-    """What generation needs of a `cache.KvCache`."""
-
-    @property
-    def length(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-    def truncate(self, length: int) -> None: ...
-
-
-class ModelLike(Protocol):
-    """What generation needs of a `model.Model`."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def adapters(self) -> tuple[str, ...]: ...
-    def reusable_prefix(self, cache: CacheLike, token_ids: Sequence[int], adapters: Request | None = None) -> int: ...
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        cache: CacheLike,
-        logits: str = "last",
-        progress: Progress | None = None,
-        cancelled: Cancelled | None = None,
-        seq_len: int | None = None,
-        adapters: Request | None = None,
-    ) -> torch.Tensor | None: ...
+__all__ = ["Cancelled", "Generation", "GenerationStats", "Progress", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +38,7 @@ class GenerationStats:
     """What a reply took. `reused_tokens` of the prompt were in the cache; the others took `prompt_s`.
 
     `new_tokens` counts tokens chosen, an end token included; `generation_s` is the time from the end of the prompt.
+    Of the tokens guessed ahead, `accepted_tokens` were the ones chosen.
     """
 
     prompt_tokens: int
@@ -78,6 +48,8 @@ class GenerationStats:
     generation_s: float
     context_used: int
     context_size: int
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -91,47 +63,43 @@ class GenerationStats:
 
     def describe(self) -> str:
         """One line for people."""
+        guesses = f"; guessed {self.guessed_tokens}, {self.accepted_tokens} right" if self.guessed_tokens else ""
         return (
             f"prompt {self.prompt_tokens} tokens ({self.reused_tokens} reused), "
             f"{self.prompt_tokens_per_s:.1f} tokens/s; "
             f"new {self.new_tokens} tokens, {self.new_tokens_per_s:.1f} tokens/s; "
-            f"context {self.context_used} of {self.context_size}"
+            f"context {self.context_used} of {self.context_size}{guesses}"
         )
 
 
 class Generation(Iterator[Step]):
-    """The steps of one reply to `prompt_ids`. `stats` and `finish_reason` are current at any time.
+    """The steps of one reply to the prompt of a sequence. `stats` and `finish_reason` are current at any time.
 
-    The longest prefix of the prompt that `cache` already holds is not computed again. `progress` is called with (tokens
-    done, tokens to do) while the prompt is read, `cancelled` between the steps of the model; `adapters` are those of
-    `Model.forward`, for prompt and reply; `breakers` are the params' dry_sequence_breakers as tokens.
-    finish_reason: None while it runs; "stop" (an end token), "length" (max_new_tokens), "context" (the cache is full),
-    "cancelled" (asked to, or closed early). The end token itself is not a step; `end_token_id` names it.
-
-    Raises:
-        RequestError: the prompt is empty, holds ids that the model does not know, or does not fit into the cache.
+    `progress` is called with (tokens done, tokens to do) while the prompt is read, `cancelled` between the steps of the
+    model; `breakers` are the params' dry_sequence_breakers as tokens; `guesses`: who guesses tokens ahead, if anybody.
+    finish_reason: None while it runs; "stop" (an end token), "length" (max_new_tokens), "context" (the context is
+    full), "cancelled" (asked to, or closed early). The end token itself is not a step; `end_token_id` names it.
     """
 
     def __init__(
         self,
-        model: ModelLike,
-        cache: CacheLike,
-        prompt_ids: Sequence[int],
+        sequence: Sequence,
         params: SamplingParams,
-        end_token_ids: Sequence[int] = (),
+        end_token_ids: Items[int] = (),
         cancelled: Cancelled | None = None,
         progress: Progress | None = None,
-        adapters: Request | None = None,
         breakers: Breakers | None = None,
+        guesses: Guesses | None = None,
     ) -> None:
         self.finish_reason: str | None = None
         self.end_token_id: int | None = None
-        self._model, self._cache, self._params = model, cache, params
-        self._prompt_ids = checked_prompt(model, cache.capacity, prompt_ids)
-        self._adapters, self._breakers = adapters, breakers
+        self._sequence, self._params = sequence, params
+        self._token_ids = list(sequence.prompt_ids)  # and those chosen
+        self._breakers, self._guesses = breakers, guesses
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
-        self._reused = self._new_tokens = self._context_used = 0
+        self._prompt_tokens, self._new_tokens, self._context_used = len(self._token_ids), 0, 0
+        self._guessed = self._accepted = 0
         self._prompt_s = self._generation_s = 0.0
         self._steps = self._run()
 
@@ -139,7 +107,7 @@ class Generation(Iterator[Step]):
         return next(self._steps)
 
     def close(self) -> None:
-        """End early. The cache keeps what was computed and can be used further."""
+        """End early. The sequence keeps what was computed and can be used further."""
         self._steps.close()
         self.finish_reason = self.finish_reason or "cancelled"
 
@@ -147,43 +115,87 @@ class Generation(Iterator[Step]):
     def stats(self) -> GenerationStats:
         """What has been done so far."""
         return GenerationStats(
-            prompt_tokens=len(self._prompt_ids),
-            reused_tokens=self._reused,
+            prompt_tokens=self._prompt_tokens,
+            reused_tokens=self._sequence.reused,
             prompt_s=self._prompt_s,
             new_tokens=self._new_tokens,
             generation_s=self._generation_s,
             context_used=self._context_used,
-            context_size=self._cache.capacity,
+            context_size=self._sequence.capacity,
+            guessed_tokens=self._guessed,
+            accepted_tokens=self._accepted,
         )
 
     def _run(self) -> Iterator[Step]:
-        params = self._params
-        logits = self._read_prompt()
+        logits = self._read_prompt()  # [1, V]
         if logits is None:
             return
-        sampler = Sampler(params, self._prompt_ids, self._breakers)
-        while True:
-            started = time.perf_counter()
-            token_id = sampler.choose(logits[-1])
-            self._new_tokens += 1
-            step = self._step(token_id, logits[-1])
-            self._generation_s += time.perf_counter() - started
-            if token_id in self._ends:
-                self.finish_reason, self.end_token_id = "stop", token_id
-                return
+        sampler = Sampler(self._params, list(self._token_ids), self._breakers)
+        guesses: list[int] = []
+        try:
+            while True:
+                for row, guess in zip(logits, [*guesses, None], strict=True):  # [V]
+                    token_id = yield from self._chosen(sampler, row)
+                    self.finish_reason = self.finish_reason or self._reason_to_end()
+                    if self.finish_reason is not None:
+                        return
+                    if token_id != guess:
+                        break
+                    self._context_used += 1  # it was forwarded with the token before it
+                    self._accepted += 1
+                self._settle_guesses(len(guesses))
+                logits, guesses = self._forward_last()
+                if logits is None:
+                    self.finish_reason = "cancelled"
+                    return
+        finally:
+            self._forget_wrong()
+
+    def _chosen(self, sampler: Sampler, row: torch.Tensor) -> Generator[Step, None, int]:
+        """The next token, chosen from logits [V], as a step; an end token is none, but the reason to end."""
+        started = time.perf_counter()
+        token_id = sampler.choose(row)
+        self._new_tokens += 1
+        self._token_ids.append(token_id)
+        step = self._step(token_id, row)
+        self._generation_s += time.perf_counter() - started
+        if token_id in self._ends:
+            self.finish_reason, self.end_token_id = "stop", token_id
+        else:
             yield step
-            self.finish_reason = self._reason_to_end()
-            if self.finish_reason is not None:
-                return
-            started = time.perf_counter()
-            logits = self._model.forward(
-                [token_id], self._cache, logits="last", cancelled=self._cancelled, adapters=self._adapters
-            )
-            self._generation_s += time.perf_counter() - started
-            self._context_used = self._cache.length
-            if logits is None:
-                self.finish_reason = "cancelled"
-                return
+        return token_id
+
+    def _forward_last(self) -> tuple[torch.Tensor | None, list[int]]:
+        """Forward the token chosen last, and guesses after it: (logits of all, [rows, V]; the guesses)."""
+        started = time.perf_counter()
+        guesses = self._guess()
+        logits = self._sequence.forward(
+            [self._token_ids[-1], *guesses], logits="all" if guesses else "last", cancelled=self._cancelled
+        )
+        self._generation_s += time.perf_counter() - started
+        self._context_used += logits is not None
+        self._guessed += len(guesses)
+        return logits, guesses
+
+    def _guess(self) -> list[int]:
+        if self._guesses is None:
+            return []
+        most = self._sequence.capacity - len(self._token_ids)
+        if self._params.max_new_tokens is not None:
+            most = min(most, self._params.max_new_tokens - self._new_tokens - 1)
+        return self._guesses.make(self._sequence, self._token_ids, most)
+
+    def _settle_guesses(self, count: int) -> None:
+        """All that could be chosen from the last step has been."""
+        if self._guesses is not None and self._new_tokens > 1:
+            accepted = self._context_used - (self._sequence.length - count)
+            self._guesses.settle(self._sequence, count, accepted)
+        self._forget_wrong()
+
+    def _forget_wrong(self) -> None:
+        """Guesses that did not come true leave the sequence."""
+        if not self._sequence.is_closed and self._sequence.length > self._context_used:
+            self._sequence.truncate(self._context_used)
 
     def _read_prompt(self) -> torch.Tensor | None:
         """Logits after the prompt, [1, V]; None when there is nothing to choose."""
@@ -191,28 +203,22 @@ class Generation(Iterator[Step]):
             self.finish_reason = "cancelled"
             return None
         started = time.perf_counter()
-        self._reused = self._model.reusable_prefix(self._cache, self._prompt_ids, self._adapters)
-        self._cache.truncate(self._reused)
         wanted = "last" if self._params.max_new_tokens != 0 else "none"
-        rest = self._prompt_ids[self._reused :]
-        logits = self._model.forward(
-            rest,
-            self._cache,
-            logits=wanted,
-            progress=self._progress,
-            cancelled=self._cancelled,
-            adapters=self._adapters,
+        logits = self._sequence.forward(
+            self._token_ids, logits=wanted, progress=self._progress, cancelled=self._cancelled
         )
+        if logits is not None and self._guesses is not None:
+            self._guesses.read(self._token_ids)
         self._prompt_s = time.perf_counter() - started
-        self._context_used = self._cache.length
+        self._context_used = self._sequence.length
         if logits is None:
-            self.finish_reason = "length" if self._cache.length == len(self._prompt_ids) else "cancelled"
+            self.finish_reason = "length" if self._sequence.length == self._prompt_tokens else "cancelled"
         return logits
 
     def _reason_to_end(self) -> str | None:
         if self._params.max_new_tokens is not None and self._new_tokens >= self._params.max_new_tokens:
             return "length"
-        if self._cache.length >= self._cache.capacity:
+        if self._context_used >= self._sequence.capacity:
             return "context"
         return "cancelled" if self._cancelled() else None
 
@@ -220,17 +226,3 @@ class Generation(Iterator[Step]):
         if self._params.logprobs is None:
             return Step(token_id)
         return Step(token_id, *top_logprobs(logits, token_id, self._params.logprobs))
-
-
-def checked_prompt(model: ModelLike, capacity: int, prompt_ids: Sequence[int]) -> list[int]:
-    """The prompt as a list of ids that the model knows and the context can hold.
-
-    Raises:
-        RequestError: empty, ids of a wrong type or out of range. ContextLengthError: too long.
-    """
-    if isinstance(prompt_ids, (list, tuple, range)) and len(prompt_ids) > capacity:  # before looking at each of them
-        raise ContextLengthError.of(len(prompt_ids), capacity)
-    ids = checked_token_ids(prompt_ids, model.config.vocab_size)
-    if len(ids) > capacity:
-        raise ContextLengthError.of(len(ids), capacity)
-    return ids

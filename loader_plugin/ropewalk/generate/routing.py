@@ -7,15 +7,16 @@ Every candidate reads the whole prompt once, so routing costs one reading of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ropewalk.base.errors import RequestError
 from ropewalk.generate.evaluate import sequence_perplexity
-from ropewalk.generate.generate import Cancelled
-from ropewalk.model.model import Model
+from ropewalk.generate.scheduler.plan import INTERACTIVE
+from ropewalk.generate.scheduler.scheduler import Scheduler
+from ropewalk.generate.scheduler.sequence import Cancelled
 
 AUTO = "auto"
 
@@ -38,20 +39,28 @@ class Routing:
         return f"routed to {self.adapter or 'no adapter'} by the perplexity of the prompt ({scores})"
 
 
-def route(model: Model, prompt_ids: Sequence[int], cancelled: Cancelled | None = None) -> Routing | None:
+def route(
+    scheduler: Scheduler,
+    prompt_ids: Sequence[int],
+    cancelled: Cancelled | None = None,
+    client: Hashable = None,
+    priority: str = INTERACTIVE,
+) -> Routing | None:
     """Score the prompt without and with each loaded adapter; among equals the first wins. None once cancelled.
+
+    The reply finds its prompt computed. client, priority: as for `Scheduler.open`.
 
     Raises:
         RequestError: the prompt has one token only, so that nothing of it can be scored, or does not fit.
     """
     if len(prompt_ids) < 2:
         raise RequestError('adapters="auto" needs a prompt of at least 2 tokens to score: name the adapters instead')
-    cache = model.new_cache(len(prompt_ids))
     scores: list[tuple[str | None, float]] = []
     with torch.inference_mode():
-        for name in (None, *model.adapters):
+        for name in (None, *scheduler.model.adapters):
             chosen = None if name is None else [(name, 1.0)]
-            score = sequence_perplexity(model, cache, list(prompt_ids), chosen, cancelled)
+            with scheduler.open(prompt_ids, chosen, client, priority) as sequence:
+                score = sequence_perplexity(sequence, cancelled)
             if score is None:
                 return None
             scores.append((name, score))

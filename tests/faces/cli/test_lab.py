@@ -57,7 +57,7 @@ def test_retrieval_writes_table_and_plot_to_files(tmp_path: Path, capsys: pytest
         (["demo", "/nowhere"], "MODEL: /nowhere is not a folder"),
         (["demo", "--models", "/nowhere"], "--models: /nowhere is not a folder"),
         (["demo", "--auth", "reader"], "--auth takes USER:PASSWORD"),
-        (["demo", "--caches", "0"], "--caches must be at least 1"),
+        (["demo", "--max-running", "0"], "--max-running must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_on_stderr(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

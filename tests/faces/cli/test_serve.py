@@ -195,7 +195,7 @@ def test_what_is_wrong_with_the_options_is_told(folder: Path, tmp_path: Path, ca
     assert "--max-body-size must be above 0 and at most 1024 (MiB), got 0" in refusal(capsys, "--max-body-size", "0")
     assert "--queue-limit must be at least 0, got -1" in refusal(capsys, "--port", "0", "--queue-limit", "-1")
     options = [str(folder), "--port", "0", *RUN]
-    assert "num_caches must be a positive integer, got 0" in refusal(capsys, *options, "--caches", "0")
+    assert "max_running must be a positive integer, got 0" in refusal(capsys, *options, "--max-running", "0")
     weighted = ["--adapter", f"{folder / 'storm'}:0.5"]
     assert "serve takes folders alone" in refusal(capsys, *options, *weighted)
     assert "chat template 'gpt' is not known" in refusal(capsys, *options, "--chat-template", "gpt")

@@ -13,6 +13,7 @@ from hf_checkpoint import V, checkpoint, fresh_logits, ours, theirs, tokens
 from ropewalk.base.errors import RequestError, UnsupportedError
 from ropewalk.generate.generate import Generation
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.hf import RopewalkForCausalLM, TokenHistory
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
@@ -41,13 +42,10 @@ class Letters:
 
 def test_greedy_text_is_that_of_our_own_loop(model) -> None:
     prompt = tokens(17)
-    steps = Generation(
-        model.ropewalk_model,
-        model.ropewalk_model.new_cache(),
-        prompt[0].tolist(),
-        SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True),
-    )
-    assert reply(model, prompt)[17:] == [step.token_id for step in steps]
+    params = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
+    with Scheduler(model.ropewalk_model).open(prompt[0].tolist()) as sequence:
+        ids = [step.token_id for step in Generation(sequence, params)]
+    assert reply(model, prompt)[17:] == ids
 
 
 ALIKE = {

@@ -59,7 +59,7 @@ def model(tokenizer: Tokenizer) -> Iterator[GatedModel]:
 
 @pytest.fixture
 def server(model: GatedModel, tokenizer: Tokenizer) -> Iterator[RunningServer]:
-    engine = Engine(model, tokenizer, num_caches=1, queue_limit=2)
+    engine = Engine(model, tokenizer, max_running=1, queue_limit=2)
     with RunningServer(engine, AppOptions("tiny")) as running:
         yield running
         model.gate.set()
@@ -187,7 +187,7 @@ def test_a_reply_after_a_client_that_left_is_not_touched_by_it(server, tokenizer
 
 def test_a_graceful_end_finishes_the_reply_that_runs_and_refuses_those_that_wait(tokenizer: Tokenizer) -> None:
     model = GatedModel(tokenizer.vocab_size)
-    server = RunningServer(Engine(model, tokenizer, num_caches=1), AppOptions("tiny"))
+    server = RunningServer(Engine(model, tokenizer, max_running=1), AppOptions("tiny"))
     with server:
         model.gate.clear()
         with in_background(lambda: complete(server), lambda: complete(server, stream=True)) as both:
@@ -211,7 +211,7 @@ def test_a_graceful_end_finishes_the_reply_that_runs_and_refuses_those_that_wait
 def test_many_clients_of_two_caches_get_what_they_get_alone(tokenizer: Tokenizer) -> None:
     model = FakeModel(tokenizer.vocab_size, capacity=256)
     alone = Engine(FakeModel(tokenizer.vocab_size, capacity=256), tokenizer)
-    engine = Engine(model, tokenizer, num_caches=2, queue_limit=64)
+    engine = Engine(model, tokenizer, max_running=2, queue_limit=64)
 
     def ask(number: int) -> str:
         body = {"prompt": f"rope {number % 5}", "max_tokens": 20, "seed": number, "ignore_eos": True}
@@ -223,3 +223,53 @@ def test_many_clients_of_two_caches_get_what_they_get_alone(tokenizer: Tokenizer
         alone.generate(f"rope {n % 5}", SamplingParams(seed=n, max_new_tokens=20, ignore_eos=True)).text
         for n in range(36)
     ]
+
+
+@pytest.mark.parametrize("field", [{"priority": "batch"}, {"priority": 5}, {"service_tier": "flex"}])
+def test_a_request_that_can_wait_goes_after_those_that_cannot(server, model: GatedModel, field: dict) -> None:
+    order: list[str] = []
+
+    def ask(name: str, **fields) -> None:
+        complete(server, **fields)
+        order.append(name)
+
+    model.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        for number, (name, fields) in enumerate([("first", {}), ("batch", field), ("interactive", {"priority": -1})]):
+            pool.submit(ask, name, **fields)
+            until(lambda number=number: sum(busy(server)) == number + 1)
+        model.gate.set()
+    assert order == ["first", "interactive", "batch"]
+
+
+def test_clients_take_turns_by_their_keys(tokenizer: Tokenizer, model: GatedModel) -> None:
+    engine = Engine(model, tokenizer, max_running=1, queue_limit=9)
+    order: list[str] = []
+
+    def ask(key: str) -> None:
+        body = {"prompt": "rope", "max_tokens": 2, **REST}
+        httpx.post(server.url + COMPLETE, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        order.append(key)
+
+    with RunningServer(engine, AppOptions("tiny", api_keys=["a", "b"])) as server, ThreadPoolExecutor(6) as pool:
+        model.gate.clear()
+        for number, key in enumerate("aaaab"):
+            pool.submit(ask, key)
+            until(lambda number=number: busy(server)[0] + busy(server)[1] == number + 1)
+        model.gate.set()
+    assert "".join(order) == "abaaa"
+
+
+def test_metrics_tell_of_steps_pages_and_guesses(tokenizer: Tokenizer) -> None:
+    model = FakeModel(tokenizer.vocab_size, capacity=256, script=lambda history: 40 + len(history) % 3)
+    engine = Engine(model, tokenizer, speculation="ngram")
+    with RunningServer(engine, AppOptions("tiny")) as server:
+        done = server.post(COMPLETE, {"prompt": "rope", "max_tokens": 200, **REST}).json()
+        text = server.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("ropewalk_"))
+    assert float(values["ropewalk_steps"]) > 0 and float(values["ropewalk_rows"]) >= 200
+    assert float(values["ropewalk_preempted"]) == 0
+    assert float(values["ropewalk_cache_used_bytes"]) == float(values["ropewalk_cache_shared_bytes"]) > 0
+    details = done["usage"].get("completion_tokens_details", {"accepted_prediction_tokens": 0})
+    assert float(values['ropewalk_tokens_total{kind="accepted"}']) == details["accepted_prediction_tokens"]
+    assert float(values['ropewalk_tokens_total{kind="guessed"}']) >= details["accepted_prediction_tokens"]

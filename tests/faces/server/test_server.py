@@ -34,7 +34,7 @@ def alone() -> Engine:
 @pytest.fixture(scope="module")
 def server(alone: Engine) -> Iterator[RunningServer]:
     model = load_model(demo_model_path(), threads=1)
-    engine = Engine(model, alone.tokenizer, "vicuna", num_caches=2, queue_limit=32)
+    engine = Engine(model, alone.tokenizer, "vicuna", max_running=2, queue_limit=32)
     with RunningServer(engine, AppOptions("demo", defaults=DEFAULTS)) as running:
         yield running
 
@@ -246,7 +246,8 @@ def test_echo_with_logprobs_scores_the_prompt_as_the_perplexity_does(client, alo
     ids = alone.tokenizer.encode(PROMPT)
     assert text.startswith(PROMPT) and len(values) == len(tops) == len(offsets) == len(ids) + 2
     assert values[0] is None and tops[0] is None
-    perplexity = sequence_perplexity(alone.model, alone.model.new_cache(), ids)
+    with alone.scheduler.open(ids, keep=False) as sequence:
+        perplexity = sequence_perplexity(sequence)
     assert math.exp(-sum(values[1 : len(ids)]) / (len(ids) - 1)) == pytest.approx(perplexity, rel=1e-5)
     assert all(value <= max(top.values()) for value, top in zip(values[1:], tops[1:], strict=True))
     reply = alone.generate(PROMPT, params(seed=1, max_new_tokens=2, logprobs=2))
@@ -275,7 +276,7 @@ def test_a_negative_seed_repeats_as_well(client: openai.OpenAI) -> None:
 
 def test_health_says_how_busy_it_is_and_metrics_count_tokens(server: RunningServer, client: openai.OpenAI) -> None:
     health = server.get("/health").json()
-    assert health == {"status": "ok", "running": 0, "caches": 2, "waiting": 0, "queue_limit": 32}
+    assert health == {"status": "ok", "running": 0, "max_running": 2, "waiting": 0, "queue_limit": 32}
     before = server.metric('ropewalk_tokens_total{kind="reply"}')
     replies = server.metric("ropewalk_queue_seconds_count")
     client.completions.create(model="demo", prompt=PROMPT, max_tokens=5, extra_body={"ignore_eos": True})

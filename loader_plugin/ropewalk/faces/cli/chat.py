@@ -12,7 +12,14 @@ from contextlib import contextmanager, suppress
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import ContextLengthError, RequestError
 from ropewalk.engine.engine import Engine
-from ropewalk.faces.cli.options import load, load_adapters, note, progress_bar, sampling_params
+from ropewalk.faces.cli.options import (
+    load,
+    load_adapters,
+    note,
+    progress_bar,
+    sampling_params,
+    speculation_options,
+)
 from ropewalk.generate.sampling import SamplingParams
 
 HELP = "/reset forgets the conversation, /undo the last turn, /exit (or Ctrl-D) leaves; Ctrl-C stops a reply"
@@ -92,10 +99,10 @@ def chat_loop(args: argparse.Namespace) -> int:
     """Read lines from stdin and answer them until the end; the exit code."""
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing in input(); Windows has none)
-    params = sampling_params(args, max_new_tokens=REPLY_TOKENS)
+    params, guessing = sampling_params(args, max_new_tokens=REPLY_TOKENS), speculation_options(args)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
-    engine = Engine(model, tokenizer, args.chat_template)
+    engine = Engine(model, tokenizer, args.chat_template, **guessing)
     conversation = Conversation(engine, params, args.system, adapters)
     _ = engine.chat_template  # a broken or missing template is better reported before the first question
     note(HELP)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.options import note
 
 DATA = Path("~/.ropewalk")
-NUM_CACHES = 4
 INSTALL = 'the page needs Gradio, which is not installed: pip install "ropewalk[demo]"'
 
 
@@ -42,7 +42,11 @@ def add_demo_command(commands: argparse._SubParsersAction) -> None:
         "--data", type=Path, default=DATA, metavar="DIR", help=f"where conversations are kept (default: {DATA})"
     )
     parser.add_argument(
-        "--caches", type=int, default=NUM_CACHES, metavar="N", help="replies that run at once (default: %(default)s)"
+        "--max-running",
+        type=int,
+        default=MAX_RUNNING,
+        metavar="N",
+        help="replies written at once (default: %(default)s)",
     )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.set_defaults(run=run_demo)
@@ -60,12 +64,12 @@ def run_demo(args: argparse.Namespace) -> int:
     for name, folder in (("MODEL", args.model), ("--models", args.models)):
         if folder is not None and not folder.is_dir():
             raise RequestError(f"{name}: {folder} is not a folder")
-    if args.caches < 1:
-        raise RequestError(f"--caches must be at least 1, got {args.caches}")
+    if args.max_running < 1:
+        raise RequestError(f"--max-running must be at least 1, got {args.max_running}")
     auth = tuple(_user_and_password(text) for text in args.auth)
     address = Address(args.host, args.port, args.root_path, auth, args.open)
     owner = Owner(args.anyone_may_load, _owners(args.owner, [user for user, _ in auth], args.anyone_may_load))
-    serve_demo(address, args.model, args.models, args.data.expanduser(), args.caches, owner, note)
+    serve_demo(address, args.model, args.models, args.data.expanduser(), args.max_running, owner, note)
     return 0
 
 

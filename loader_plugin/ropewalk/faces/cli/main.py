@@ -25,6 +25,7 @@ from ropewalk.faces.cli.options import (
     add_model_arguments,
     add_order_arguments,
     add_sampling_arguments,
+    add_speculation_arguments,
     add_template_argument,
     load,
     load_adapters,
@@ -35,6 +36,7 @@ from ropewalk.faces.cli.options import (
     progress_bar,
     read_text,
     sampling_params,
+    speculation_options,
 )
 from ropewalk.faces.cli.serve import add_serve_command
 from ropewalk.faces.cli.webui import add_webui_command
@@ -74,10 +76,10 @@ def run_generate(args: argparse.Namespace) -> int:
     from ropewalk.engine.engine import Engine
 
     params = sampling_params(args, max_new_tokens=GENERATE_TOKENS)
-    prompt = _prompt(args)
+    prompt, guessing = _prompt(args), speculation_options(args)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
-    engine = Engine(model, tokenizer)
+    engine = Engine(model, tokenizer, **guessing)
     with progress_bar("reading the prompt", "token", LONG_PREFILL) as progress:
         stream = engine.stream(prompt, params, progress=progress, adapters=adapters)
         text = prompt if args.echo else ""
@@ -158,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text (-: standard input)")
     generate.add_argument("--echo", action="store_true", help="show the prompt before its continuation")
     add_sampling_arguments(generate)
+    add_speculation_arguments(generate)
     add_load_arguments(generate)
     add_adapter_arguments(generate, routes=True)
     generate.set_defaults(run=run_generate)
@@ -167,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add_template_argument(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
     add_sampling_arguments(chat)
+    add_speculation_arguments(chat)
     add_load_arguments(chat)
     add_adapter_arguments(chat, routes=True)
     chat.set_defaults(run=run_chat)

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, Choice
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION, Choice
 from ropewalk.base.errors import RequestError
+from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
 from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 
@@ -50,6 +51,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-seq-len", type=int, metavar="N", help="longest context (default: as the model declares)")
     _add_choice(group, CACHE_TYPE, "type of cached keys and values")
     group.add_argument(
+        "--cache-memory",
+        type=_size,
+        metavar="SIZE",
+        help="memory for cached keys and values, such as 4GiB (default: half of what is free, within a sensible bound)",
+    )
+    group.add_argument(
         "--rope-scaling", type=_json_object, metavar="JSON", help='such as \'{"type": "yarn", "factor": 4}\''
     )
     group.add_argument("--compress-pos-emb", type=float, metavar="X", help="linear position interpolation")
@@ -85,6 +92,34 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="torch device of the reference backend")
     group.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
     group.add_argument("--isa", help="instruction set (default: the best that this machine has)")
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether tokens are guessed ahead, which changes the time and never the text."""
+    group = parser.add_argument_group("speculation")
+    group.add_argument(
+        "--speculation",
+        choices=SPECULATION.values,
+        help=f"guess tokens ahead and check several at once; the text stays the same ({SPECULATION.help}; default: "
+        f"{SPECULATION.default}, or draft with --draft-model)",
+    )
+    group.add_argument(
+        "--draft-model", type=Path, metavar="FOLDER", help="a smaller model with the same tokenizer, which guesses"
+    )
+
+
+def speculation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of speculation, as arguments of `Engine`.
+
+    Raises:
+        RequestError: they contradict each other.
+    """
+    kind = args.speculation
+    if args.draft_model is not None and kind not in (None, "draft"):
+        raise RequestError(f"--draft-model has no effect with --speculation {kind}: leave one of them out")
+    if kind == "draft" and args.draft_model is None:
+        raise RequestError("--speculation draft needs --draft-model FOLDER")
+    return {"speculation": None if kind == "none" else kind, "draft_model": args.draft_model}
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None:
@@ -314,6 +349,13 @@ def _add_choice(group: argparse._ArgumentGroup, choice: Choice, what: str) -> No
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _json_object(text: str) -> dict[str, Any]:

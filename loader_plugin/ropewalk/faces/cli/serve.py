@@ -6,18 +6,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError, UnsupportedError
-from ropewalk.base.memory import available_bytes
 from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    add_speculation_arguments,
     add_template_argument,
     load,
     load_adapters,
     model_folder,
     note,
     sampling_params,
+    speculation_options,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 PORT = 8080
 QUEUE_LIMIT = 64
 MOST_BODY_MIB = 1024
-MOST_CACHES = 4  # used if memory allows: enough for a few people, or for one with several tools
 
 
 def add_serve_command(commands: Any) -> None:
@@ -71,11 +72,11 @@ def add_serve_command(commands: Any) -> None:
         help="largest request (default: %(default)s)",
     )
     group.add_argument(
-        "--caches",
+        "--max-running",
         type=int,
+        default=MAX_RUNNING,
         metavar="N",
-        help="conversations kept computed, and replies written at once (default: as many as half of the free memory "
-        f"holds, at most {MOST_CACHES})",
+        help="replies that are written at once, and share the memory of the cache (default: %(default)s)",
     )
     group.add_argument(
         "--queue-limit",
@@ -93,6 +94,7 @@ def add_serve_command(commands: Any) -> None:
         help="load this LoRA (a PEFT folder) for requests that name it: NAME+FOLDER:WEIGHT; may be repeated",
     )
     add_sampling_arguments(serve)
+    add_speculation_arguments(serve)
     add_load_arguments(serve)
     serve.set_defaults(run=run_serve)
 
@@ -125,21 +127,14 @@ def _engine(args: argparse.Namespace) -> Engine:
 
     if args.queue_limit < 0:
         raise RequestError(f"--queue-limit must be at least 0, got {args.queue_limit}")
+    guessing = speculation_options(args)
     model, tokenizer = load(args, to_talk=True)
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weights and instances in a model name")
-    num_caches = _num_caches(model) if args.caches is None else args.caches
-    engine = Engine(model, tokenizer, args.chat_template, num_caches, args.queue_limit)
+    engine = Engine(model, tokenizer, args.chat_template, args.max_running, args.queue_limit, **guessing)
     _ = engine.chat_template  # a broken or missing template is better reported here than to a client
     return engine
-
-
-def _num_caches(model: Any) -> int:
-    """As many as fit into half of the memory that is free now, up to `MOST_CACHES`."""
-    free = available_bytes()
-    fitting = MOST_CACHES if free is None else free // 2 // model.cache_bytes(model.max_seq_len)
-    return max(1, min(MOST_CACHES, fitting))
 
 
 def _bytes(mebibytes: float) -> int:
@@ -150,7 +145,7 @@ def _bytes(mebibytes: float) -> int:
 
 def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
     """The folders that errors may name."""
-    given = (model_folder(args), args.second_folder, *(Path(text) for text in args.adapter))
+    given = (model_folder(args), args.second_folder, args.draft_model, *(Path(text) for text in args.adapter))
     return tuple(folder for folder in given if folder is not None)
 
 

@@ -1,8 +1,8 @@
-"""Runs sequences of tokens through one model for many callers, and computes only what its caches do not hold yet.
+"""Runs sequences of tokens through one model for many callers, and computes only what is not in memory yet.
 
 Two caches: "main" for conversations, "guidance" for the second pass of classifier-free guidance (made when first
-asked for). Each call finds the longest prefix of its own sequence, so callers may take turns in any order; the only
-cost of interleaving is computing again what another caller overwrote.
+asked for). Each call finds the longest prefix of its own sequence, in its cache or among those that the model shares,
+so callers may take turns in any order. If the memory does not suffice for both caches, the other one is emptied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from ropewalk.adapters.request import AdapterUse
 from ropewalk.adapters.sets import AdapterKey
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import CacheFullError, RequestError
 from ropewalk.faces.hf.history import TokenHistory
 from ropewalk.faces.hf.reply_clock import ReplyClock
 from ropewalk.generate.evaluate import LOGITS_BYTES
@@ -152,7 +152,11 @@ class Runner:
         ids = history.token_ids + ids
         kept = self.model.reusable_prefix(slot.cache, ids, self.adapters)
         slot.holder = None  # until the rest has been run
+        if kept < slot.cache.length:
+            self.model.share(slot.cache)  # another sequence's: it may come back
         slot.cache.truncate(min(kept, whole - keep))
+        if keep < whole:
+            self.model.attach(slot.cache, ids[: whole - keep + 1], self.adapters, seq_len=whole)
         return ids[slot.cache.length :]
 
     def _run(self, slot: _Slot, ids: list[int], keep: int) -> torch.Tensor:
@@ -168,10 +172,25 @@ class Runner:
         """`Model.forward`. If it does not complete, the slot loses its holder."""
         holder, slot.holder = slot.holder, None
         end = slot.cache.length + len(ids)
-        logits = self.model.forward(
-            ids, slot.cache, mode, self.progress, self.cancelled, seq_len=seq_len, adapters=self.adapters
-        )
+        watched = {"progress": self.progress, "cancelled": self.cancelled}
+        try:
+            logits = self.model.forward(ids, slot.cache, mode, seq_len=seq_len, adapters=self.adapters, **watched)
+        except CacheFullError:
+            if not self._empty_others(slot):
+                raise
+            logits = self.model.forward(ids, slot.cache, mode, seq_len=seq_len, adapters=self.adapters, **watched)
         if slot.cache.length < end:
             raise RequestError("cancelled: the function given as `cancelled` returned True while tokens were read")
         slot.holder = holder
         return logits
+
+    def _empty_others(self, slot: _Slot) -> bool:
+        """Give back the pages of the other caches; False if there are none. What they hold is kept as long as it can
+        be."""
+        others = [other for other in self._slots.values() if other is not slot and other.cache.length]
+        for other in others:
+            other.holder = None
+            if self.model.accepts(other.cache):
+                self.model.share(other.cache)
+            other.cache.truncate(0)
+        return bool(others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +68,11 @@ class Service:
         self.names = ModelNames(options.base, tuple(options.adapters))
         self.desk = Desk(engine, self.names, options.defaults)
         self.jobs = Jobs(engine)
-        self.metrics = Metrics(engine.queue)
+        self.metrics = Metrics(engine)
         self.hide = PathHider([engine.tokenizer.source.parent, *options.folders, Path.home(), Path.cwd()]).hide
         self._max_values = max(MAX_VALUES, 4 * engine.context_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "ropewalk-prepare")
+        self.has_keys = bool(options.api_keys)
         self.created = int(time.time())
         self.draining = False
 
@@ -99,7 +100,7 @@ class Service:
         if self.draining:
             raise _shutting_down()
         try:
-            job = self.jobs.start(work)
+            job = self.jobs.start(work, _client(request))
         except Exception as error:
             raise api_error(error, self.hide, self._retry_after_s()) from error
         writer = ReplyWriter(work, shape)
@@ -161,6 +162,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+def _client(request: Request) -> Hashable:
+    """Who asks, for the queue that is fair between clients: the API key, if the server has any, else the address."""
+    key = request.headers.get("authorization") if request.app.state.service.has_keys else None
+    return key or (None if request.client is None else request.client.host)
+
+
 def _shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down")
 
@@ -208,7 +215,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     async def health() -> JSONResponse:
         """Whether it works, and how busy it is."""
         state = "shutting down" if service.draining else "ok"
-        busy = {"running": queue.num_running, "caches": queue.num_turns}
+        busy = {"running": queue.num_running, "max_running": queue.num_turns}
         return JSONResponse({"status": state, **busy, "waiting": queue.num_waiting, "queue_limit": queue.limit})
 
     @app.get("/metrics")

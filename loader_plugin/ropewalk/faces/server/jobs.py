@@ -9,7 +9,7 @@ thread. `Job.close` frees its place at once: in the queue, within a prompt, betw
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,13 +65,13 @@ class Jobs:
         self.live: set[Job] = set()
         self._threads = ThreadPoolExecutor(engine.queue.num_turns, "ropewalk-reply")
 
-    def start(self, work: Work) -> Job:
-        """Put the work into the queue.
+    def start(self, work: Work, client: Hashable = None) -> Job:
+        """Put the work into the queue. client: who asks.
 
         Raises:
             QueueFullError: too many are waiting.
         """
-        return Job(self, self._threads, work)
+        return Job(self, self._threads, work, client)
 
     def refuse_waiting(self, error: Exception) -> None:
         """End the jobs that have no turn yet with this error."""
@@ -89,15 +89,15 @@ class Jobs:
 class Job:
     """One request. Iterate over `events`; used in a `with` block, it is closed at the end."""
 
-    def __init__(self, jobs: Jobs, threads: ThreadPoolExecutor, work: Work) -> None:
-        self._jobs, self._threads, self._work = jobs, threads, work
+    def __init__(self, jobs: Jobs, threads: ThreadPoolExecutor, work: Work, client: Hashable) -> None:
+        self._jobs, self._threads, self._work, self._client = jobs, threads, work, client
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Piece | Finished | Exception | None] = asyncio.Queue()
         self._running = Running(self._run, on_change=self._on_change)
         self._started = False
         self._entered_s = self._loop.time()
         self.queue_s: float | None = None
-        self.ticket = jobs.engine.enter(self._on_turn)
+        self.ticket = jobs.engine.enter(self._on_turn, client, work.priority)
         jobs.live.add(self)
 
     def __enter__(self) -> Job:
@@ -109,7 +109,7 @@ class Job:
         self.close()
 
     def close(self) -> None:
-        """Stop, if it is not over. The ticket of a running job is closed by its thread, which still uses a cache."""
+        """Stop, if it is not over. The ticket of a running job is closed by its thread, which still uses its pages."""
         self._running.cancel()
         if not self._started:
             self.ticket.close()
@@ -166,7 +166,13 @@ class Job:
     def _reply(self, index: int, choice: Choice) -> None:
         engine, adapters = self._jobs.engine, self._work.adapters
         stream = engine.stream(
-            choice.prompt_ids, choice.params, self._running.is_cancelled, adapters=adapters, ticket=self.ticket
+            choice.prompt_ids,
+            choice.params,
+            self._running.is_cancelled,
+            adapters=adapters,
+            ticket=self.ticket,
+            client=self._client,
+            priority=self._work.priority,
         )
         tokens = _ShownTokens(stream)
         if choice.echo:
@@ -186,7 +192,9 @@ class Job:
             self._post(Piece(index, choice.echo, []))
             return
         ids, adapters = choice.prompt_ids, self._work.adapters
-        steps = engine.score(ids, count, self._running.is_cancelled, adapters, self.ticket)
+        steps = engine.score(
+            ids, count, self._running.is_cancelled, adapters, self.ticket, self._client, self._work.priority
+        )
         if steps is not None:
             decoder = StreamDecoder(engine.tokenizer)
             tokens = [(step, decoder.push(step.token_id)) for step in steps]

@@ -87,13 +87,14 @@ def _show_requests() -> None:
 
 def _banner(options: AppOptions, engine: Engine, names: list[str], url: str, is_open: bool) -> str:
     model, queue = engine.model, engine.queue
-    memory = format_bytes(queue.num_turns * model.cache_bytes(engine.context_size))
     lines = {
         "URL": url,
         "model": names[0],
         "adapters": ", ".join(names[1:]),
         "context": f"{engine.context_size} tokens",
-        "caches": f"{queue.num_turns} (at most {memory}); {queue.limit} requests may wait",
+        "replies": f"{queue.num_turns} at once; {queue.limit} requests may wait",
+        "cache": f"up to {format_bytes(model.cache_memory)}",
+        "guessing": engine.speculation or "",
         "API key": "needed" if options.api_keys else "none",
         "web pages": ", ".join(options.cors_origins),
     }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from ropewalk.engine.turn_queue import TurnQueue
+from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.jobs import Finished
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counts, times and the state of the queue."""
+    """Counts, times, and the state of queue, scheduler and pages."""
 
-    def __init__(self, queue: TurnQueue) -> None:
+    def __init__(self, engine: Engine) -> None:
+        queue, scheduler, model = engine.queue, engine.scheduler, engine.model
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter(
@@ -27,15 +28,21 @@ class Metrics:
         self.request_seconds = self._histogram("request", "from the request to the end of its reply")
         self._tokens = Counter(
             "ropewalk_tokens",
-            "Tokens by kind: of prompts, computed or found in a cache, and of replies",
+            "Tokens by kind: of prompts, computed or found in a cache; of replies; guessed ahead, and of those right",
             ("kind",),
             registry=registry,
         )
         gauges = {
             "running": ("requests that have their turn", lambda: queue.num_running),
             "waiting": ("requests in the queue", lambda: queue.num_waiting),
-            "caches": ("requests that can run at a time", lambda: queue.num_turns),
+            "max_running": ("requests that can run at a time", lambda: queue.num_turns),
             "queue_limit": ("requests that may wait", lambda: -1 if queue.limit is None else queue.limit),
+            "steps": ("steps of the model so far", lambda: scheduler.num_steps),
+            "rows": ("rows computed in these steps", lambda: scheduler.num_rows),
+            "preempted": ("times that a request had to give its pages up so far", lambda: scheduler.num_preempted),
+            "cache_bytes": ("memory for keys and values", lambda: model.cache_memory),
+            "cache_used_bytes": ("memory of the pages in use", lambda: model.cache_used),
+            "cache_shared_bytes": ("of those, pages that are only kept for later", lambda: model.cache_shared),
         }
         for name, (text, value) in gauges.items():
             Gauge(f"ropewalk_{name}", text[0].upper() + text[1:], registry=registry).set_function(value)
@@ -45,6 +52,8 @@ class Metrics:
         self._tokens.labels("prompt").inc(done.stats.prompt_tokens - done.stats.reused_tokens)
         self._tokens.labels("cached").inc(done.stats.reused_tokens)
         self._tokens.labels("reply").inc(done.num_tokens)
+        self._tokens.labels("guessed").inc(done.stats.guessed_tokens)
+        self._tokens.labels("accepted").inc(done.stats.accepted_tokens)
 
     def request_totals(self) -> tuple[float, float]:
         """(seconds, number) of the requests that were answered in full."""

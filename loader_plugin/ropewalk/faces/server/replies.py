@@ -154,11 +154,16 @@ class ReplyWriter:
             prompts.setdefault(id(self.work.choices[index].prompt_ids), done.stats)
         prompt = sum(stats.prompt_tokens for stats in prompts.values())
         completion = sum(done.num_tokens for done in self.finished.values())
+        guessed = sum(done.stats.guessed_tokens for done in self.finished.values())
+        accepted = sum(done.stats.accepted_tokens for done in self.finished.values())
+        guesses = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": guessed - accepted}
+        details = {"completion_tokens_details": guesses} if guessed else {}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(stats.reused_tokens for stats in prompts.values())},
+            **details,
         }
 
     def opening(self) -> list[Json]:

@@ -20,8 +20,9 @@ from ropewalk.faces.server.schema import (
     Message,
     SamplingFields,
 )
-from ropewalk.generate.generate import checked_prompt
+from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.plan import BATCH, INTERACTIVE
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 BANNED = -100.0
@@ -46,7 +47,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one HTTP request asks for. ignored: fields that mean nothing here. streams, usage: how it is answered."""
+    """What one HTTP request asks for. ignored: fields that mean nothing here. streams, usage: how it is answered.
+    priority: as `Engine.stream` takes it."""
 
     model: str
     choices: tuple[Choice, ...]
@@ -54,6 +56,7 @@ class Work:
     streams: bool
     wants_usage: bool
     ignored: Sequence[str] = ()
+    priority: str = INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class Desk:
             streams=bool(request.stream),
             wants_usage=bool(options and options.include_usage),
             ignored=ignored,
+            priority=_priority(request),
         )
 
     def _params(self, request: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -135,7 +139,16 @@ class Desk:
         return biases
 
     def _checked(self, ids: list[int]) -> list[int]:
-        return checked_prompt(self.engine.model, self.engine.context_size, ids)
+        return checked_prompt(self.engine.model.config.vocab_size, self.engine.context_size, ids)
+
+
+def _priority(request: SamplingFields) -> str:
+    """How urgent it is, in our words, vLLM's numbers (lower ones first, 0 by default) or OpenAI's service tiers."""
+    if request.priority is not None:
+        if isinstance(request.priority, str):
+            return request.priority
+        return BATCH if request.priority > 0 else INTERACTIVE
+    return BATCH if request.service_tier == "flex" else INTERACTIVE
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:

@@ -6,7 +6,7 @@ Types are strict: "5" is not a number. A field that is null counts as left out. 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -66,6 +66,10 @@ class SamplingFields(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
+    priority: int | Literal["interactive", "batch"] | None = Field(
+        None, description='"batch", or a number above 0: after all interactive requests'
+    )
+    service_tier: str | None = Field(None, description='"flex" counts as priority "batch", others as "interactive"')
     user: str | None = Field(None, description="accepted, not used")
 
 

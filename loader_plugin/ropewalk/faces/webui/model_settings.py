@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import ConfigError, RopewalkError
+from ropewalk.base.memory import parse_bytes
 from ropewalk.faces.webui.parameters import FROM_CONFIG, PARAMETERS, read_all
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.options import LoadOptions
@@ -60,6 +61,8 @@ def load_options(folder: Path, values: Mapping[str, Any]) -> LoadOptions:
     }
     if chosen["layer_order"] == declared["layer_order"]:
         options.pop("layer_order", None)  # config.json has it, or it is each layer once
+    if chosen["cache_memory"]:
+        options["cache_memory"] = _memory(str(chosen["cache_memory"]))
     options["max_seq_len"] = chosen["ctx_size"] or declared["ctx_size"]
     return LoadOptions(**options, **_rope_options(chosen, declared, plan))
 
@@ -91,6 +94,13 @@ def multiplied_scalings(options: LoadOptions) -> str | None:
         f"compress_pos_emb={factor:g} and alpha_value={alpha:g} are both set, and they multiply: together they reach "
         f"for {factor * alpha:g} times the original context. Set one of them to 1 unless that is meant"
     )
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"cache_memory: {error}") from error
 
 
 def _plan(folder: Path) -> LoadPlan:

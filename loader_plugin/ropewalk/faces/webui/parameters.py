@@ -155,6 +155,12 @@ PARAMETERS = (
         option="layer_order",
         unset="",
     ),
+    Parameter(
+        "cache_memory",
+        "",
+        Text(),
+        "Memory for cached keys and values, such as 4GiB. Empty: half of what is free, within a sensible bound.",
+    ),
 )
 # Settings of the web UI that matter to our loader as well (for the tokenizer); shown if a version has them.
 BORROWED = ("no_use_fast",)

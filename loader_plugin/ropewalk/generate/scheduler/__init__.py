@@ -1,0 +1,1 @@
+"""Many threads, one model: their sequences share its steps and its pages."""

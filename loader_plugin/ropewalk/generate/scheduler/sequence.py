@@ -1,0 +1,214 @@
+"""A sequence of tokens: what its owner sees of it, and what its scheduler knows.
+
+What a sequence *is* are its token ids. Its pages are what happens to be computed of them at the moment: they come from
+other sequences, and go when memory is short. `made` then says how to compute them again to the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ropewalk.adapters.request import Request
+from ropewalk.base.errors import RequestError
+from ropewalk.generate.scheduler.plan import importance
+from ropewalk.model.token_ids import checked_token_ids
+
+if TYPE_CHECKING:
+    from ropewalk.generate.scheduler.call import Call
+
+Progress = Callable[[int, int], None]
+Cancelled = Callable[[], bool]
+Segment = tuple[int, int, int]  # (start, end, seq_len): positions computed as rows of a sequence of length seq_len
+
+
+class CacheLike(Protocol):
+    """What a sequence needs of a `cache.KvCache`."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def segments(self) -> list[Segment]: ...
+    def truncate(self, length: int) -> None: ...
+
+
+class Runs(Protocol):
+    """What a sequence needs of its scheduler."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def max_input_len(self) -> int: ...
+    @property
+    def source(self) -> str: ...
+    def run(
+        self,
+        sequence: SequenceState,
+        token_ids: list[int],
+        logits: str,
+        seq_len: int | None,
+        progress: Progress | None,
+        cancelled: Cancelled | None,
+    ) -> torch.Tensor | None: ...
+    def rotates_alike(self, first_len: int, last_len: int) -> bool: ...
+
+
+class Sequence:
+    """The tokens of one reply, and the right to have them computed. Made by `Scheduler.open`; for one thread at a time.
+
+    capacity: the most tokens that it can have. prompt_ids: what it was opened for. source: the model, for messages.
+    """
+
+    def __init__(self, scheduler: Runs, state: SequenceState) -> None:
+        self._scheduler, self._state = scheduler, state
+        self.prompt_ids = list(state.prompt_ids)
+        self.vocab_size, self.capacity = scheduler.vocab_size, scheduler.capacity
+        self.max_input_len, self.source = scheduler.max_input_len, scheduler.source
+
+    @property
+    def length(self) -> int:
+        """The number of its tokens."""
+        return len(self._state.token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """A copy of its tokens."""
+        return list(self._state.token_ids)
+
+    @property
+    def reused(self) -> int:
+        """How many of its tokens did not have to be computed, because others had done it."""
+        return self._state.reused
+
+    @property
+    def is_closed(self) -> bool:
+        """True once nothing more can be computed."""
+        return self._state.is_closed
+
+    @property
+    def last_step(self) -> StepShare:
+        """The step that finished the last call."""
+        return self._state.last_step
+
+    def forward(
+        self,
+        token_ids: Items[int],
+        logits: str = "last",
+        progress: Progress | None = None,
+        cancelled: Cancelled | None = None,
+        seq_len: int | None = None,
+    ) -> torch.Tensor | None:
+        """Append tokens and compute their logits, in steps that are shared with other sequences.
+
+        Arguments and results are those of `Model.forward`; both callbacks are called in this thread, between steps, and
+        for a sequence that is alone between layers. progress speaks of the tokens that nobody had computed before.
+        Cancelled, it returns None and keeps the tokens that were computed.
+
+        Raises:
+            RequestError: as `Model.forward`. CacheFullError: the pool cannot hold even this sequence alone.
+        """
+        self._check_open()
+        ids = checked_token_ids(token_ids, self.vocab_size)
+        if self.length + len(ids) > self.capacity:
+            raise RequestError(
+                f"{len(ids)} tokens do not fit: the sequence has {self.length} of at most {self.capacity} positions"
+            )
+        return self._scheduler.run(self._state, ids, logits, seq_len, progress, cancelled)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on.
+
+        Raises:
+            RequestError: it does not have that many.
+        """
+        self._check_open()
+        if not 0 <= length <= self.length:
+            raise RequestError(f"cannot truncate to {length!r}: the sequence has {self.length} tokens (0 empties it)")
+        del self._state.token_ids[length:]  # of pages, the thread that leads takes care
+
+    def rotates_alike(self, first_len: int, last_len: int) -> bool:
+        """Whether calls that reach these lengths, and all between, rotate keys in the same way."""
+        return self._scheduler.rotates_alike(first_len, last_len)
+
+    def _check_open(self) -> None:
+        if self._state.is_closed:
+            raise RequestError("this sequence is closed: open another one")
+
+
+@dataclass(frozen=True, slots=True)
+class StepShare:
+    """A step as one sequence saw it. seconds: of the model; num_others: further replies in it; prompt_rows: in it."""
+
+    seconds: float
+    num_others: int
+    prompt_rows: int
+
+
+class SequenceState:
+    """What the scheduler knows of a sequence. Only the thread that leads changes it, but token_ids are its owner's
+    between calls.
+
+    number: its age. thread, called_s: who called last, and when. is_admitted: it may have pages. computed: that many
+    positions have been computed once; those that the cache does not hold now can be computed again from `made`. keep:
+    its pages are for others, too, when it ends. waits_for: the number of the sequence whose pages it waits for.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        cache: CacheLike,
+        prompt_ids: Items[int],
+        adapters: Request | None,
+        adapter_key: Hashable,
+        client: Hashable,
+        priority: str,
+        keep: bool,
+    ) -> None:
+        self.number, self.cache, self.prompt_ids = number, cache, list(prompt_ids)
+        self.adapters, self.adapter_key = adapters, adapter_key
+        self.client, self.priority, self.keep = client, priority, keep
+        self.token_ids: list[int] = []
+        self.call: Call | None = None
+        self.thread = threading.get_ident()
+        self.called_s = 0.0
+        self.is_admitted = self.is_closed = False
+        self.computed = self.reused = 0
+        self.made: list[Segment] = []
+        self.waits_for: int | None = None
+        self.last_step = StepShare(0.0, 0, 0)
+
+    @property
+    def importance(self) -> tuple[int, int]:
+        """A key to sort by: the most important first."""
+        return importance(self.priority, self.number)
+
+    @property
+    def has_read(self) -> bool:
+        """True once its prompt has been read."""
+        return len(self.token_ids) >= len(self.prompt_ids)
+
+    def trim_(self, length: int) -> None:
+        """Let the cache hold no more than this."""
+        if self.cache.length > length:
+            self.cache.truncate(length)
+
+    def begin_(self, length: int) -> None:
+        """A call begins: what was computed beyond the tokens that it follows does not count any more."""
+        self.trim_(length)
+        self.computed = min(self.computed, length)
+        self.made = [(start, min(end, length), seq_len) for start, end, seq_len in self.made if start < length]
+
+    def remember_(self) -> None:
+        """Keep how the pages were computed, before they go."""
+        length = self.cache.length
+        rest = [(max(start, length), end, seq_len) for start, end, seq_len in self.made if end > length]
+        self.made = [*self.cache.segments, *rest]

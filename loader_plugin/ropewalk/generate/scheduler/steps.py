@@ -1,0 +1,194 @@
+"""One step after another: who takes part, the model's step, what came of it. Knows nothing of threads.
+
+begin new calls -> find whose pages others wait for -> admit to memory -> share out rows -> model.step -> results
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ropewalk.adapters.request import Request
+from ropewalk.base.errors import CacheFullError
+from ropewalk.generate.scheduler.call import Call
+from ropewalk.generate.scheduler.plan import Reader, Want, find_leaders, plan_rows
+from ropewalk.generate.scheduler.room import PagedModel, Room
+from ropewalk.generate.scheduler.sequence import CacheLike, SequenceState, StepShare
+from ropewalk.generate.scheduler.timing import StepTimes
+from ropewalk.model.step import Span
+
+Planned = list[tuple[Call, Span]]
+
+
+class StepModel(PagedModel, Protocol):
+    """What a scheduler needs of a `model.Model`."""
+
+    config: Any
+    max_seq_len: int
+    max_input_len: int
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+    def new_cache(self) -> CacheLike: ...
+    def frequencies(self, seq_len: int) -> Hashable: ...
+    def adapter_key(self, adapters: Request | None) -> Any: ...
+    def step(self, spans: Sequence[Span]) -> list[torch.Tensor | None] | None: ...
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        cache: CacheLike,
+        logits: str = "last",
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        seq_len: int | None = None,
+        adapters: Request | None = None,
+    ) -> torch.Tensor | None: ...
+
+
+class Steps:
+    """Used by the thread that leads. num_steps, num_rows: so far."""
+
+    def __init__(self, model: StepModel, patience: float) -> None:
+        self.model = model
+        self.room = Room(model)
+        self.times = StepTimes(patience)
+        self.num_steps = self.num_rows = 0
+
+    def take_(
+        self, calls: Sequence[Call], sequences: Mapping[int, SequenceState], mine: Call, free_: Callable[[], bool]
+    ) -> bool:
+        """One step for the open `sequences`, of which `calls` wait; False if none of them could compute.
+
+        mine: the call of this thread, whose callbacks are called between layers if no other waits. free_: frees the
+        pages of sequences that have ended meanwhile; True if there were any.
+        """
+        for call in calls:
+            if call.is_new:
+                call.begin_(self.model.frequencies(call.seq_len))
+        going = [call for call in calls if not call.is_cancelled]
+        going.sort(key=lambda call: call.sequence.importance)
+        admitted = self.room.admit_(self._without_followers(going, sequences), sequences.values())
+        planned = self._planned(admitted, sum(state.has_read for state in sequences.values()))
+        alone = mine if len(calls) == 1 else None
+        while planned:
+            try:
+                self._run(planned, alone)
+                return True
+            except CacheFullError as error:
+                if free_():
+                    continue
+                if not self.room.yield_one_([call for call, _ in planned], sequences.values()):
+                    planned[0][0].fail_(error)
+                    return True
+                planned = [(call, span) for call, span in planned if call.sequence.is_admitted]
+        return False
+
+    def share_prompts_(self, calls: Sequence[Call]) -> None:
+        """The prompts that these calls have read are for others from now on."""
+        for call in calls:
+            state = call.sequence
+            if state.keep and call.error is None and call.start < len(state.prompt_ids) <= state.cache.length:
+                self.model.share(state.cache)
+
+    def _without_followers(self, calls: list[Call], sequences: Mapping[int, SequenceState]) -> list[Call]:
+        """The calls that need not wait for pages which another one is computing."""
+        leaders = find_leaders([_reader(call) for call in calls if call.can_attach])
+        ready = []
+        for call in calls:
+            state, before = call.sequence, call.sequence.waits_for
+            state.waits_for = leaders.get(state.number)
+            if before is not None and state.waits_for is None:
+                if before in sequences and sequences[before].cache.length:
+                    self.model.share(sequences[before].cache)
+                if state.is_admitted:  # else that happens when it is
+                    self.room.attach_(call)
+            if state.waits_for is None:
+                ready.append(call)
+        return ready
+
+    def _planned(self, calls: Sequence[Call], num_replies: int) -> Planned:
+        wants = [
+            Want(call.sequence.number, call.rows_left, call.is_reply, call.sequence.client, call.sequence.priority)
+            for call in calls
+        ]
+        num_prompts = sum(not want.is_reply for want in wants)
+        rows = plan_rows(wants, self.times.budget(num_replies, num_prompts, self.model.max_input_len))
+        return [(call, call.span(rows[call.sequence.number])) for call in calls if call.sequence.number in rows]
+
+    def _run(self, planned: Planned, alone: Call | None) -> None:
+        """Compute, and hand out the results. An error reaches the calls that it belongs to.
+
+        Raises:
+            CacheFullError: nothing was computed. BaseException: this thread was interrupted; all caches are as before.
+        """
+        lengths = [call.sequence.cache.length for call, _ in planned]
+        prompt_rows = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
+        num_replies = sum(call.is_reply for call, _ in planned)
+        started = time.perf_counter()
+        try:
+            results = self._step([span for _, span in planned], alone)
+        except BaseException as error:
+            for (call, _), length in zip(planned, lengths, strict=True):
+                call.sequence.trim_(length)
+            if isinstance(error, CacheFullError) or not isinstance(error, Exception):
+                raise
+            self._run_singly(planned, error)
+            return
+        if results is None:  # cancelled: the caches hold what is complete
+            planned[0][0].stop_()
+            return
+        seconds = time.perf_counter() - started
+        self.times.record(prompt_rows, seconds)
+        self.num_steps += 1
+        self.num_rows += sum(len(span.token_ids) for _, span in planned)
+        for (call, _), logits in zip(planned, results, strict=True):
+            call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
+            call.take_(logits)
+
+    def _run_singly(self, planned: Planned, error: Exception) -> None:
+        """A step has failed: find out for whom, and compute the others."""
+        if len(planned) == 1:
+            planned[0][0].fail_(error)
+            return
+        for call, span in planned:
+            length = call.sequence.cache.length
+            try:
+                call.take_(self._step([span], None)[0])
+            except CacheFullError:
+                continue  # it is in the next step, which makes room
+            except Exception as its_own:
+                call.sequence.trim_(length)
+                call.fail_(its_own)
+
+    def _step(self, spans: list[Span], alone: Call | None) -> list[torch.Tensor | None] | None:
+        """`Model.step`; None once cancelled. Messages about a single span need not say which one."""
+        if len(spans) > 1:
+            return self.model.step(spans)
+        end = spans[0].cache.length + len(spans[0].token_ids)
+        watched = {} if alone is None else _watched(alone)
+        only = spans[0]
+        logits = self.model.forward(
+            only.token_ids, only.cache, only.logits, seq_len=only.seq_len, adapters=only.adapters, **watched
+        )
+        return [logits] if only.cache.length == end else None
+
+
+def _watched(alone: Call) -> dict[str, Callable[..., Any]]:
+    """The callbacks of a call that is alone, as arguments of `Model.forward`."""
+    watched: dict[str, Callable[..., Any]] = {}
+    before, is_repeated = alone.rows_done, alone.sequence.cache.length < alone.sequence.computed
+    if alone.progress is not None and not is_repeated:
+        watched["progress"] = lambda done, total: alone.report_progress(before + done)
+    if alone.cancelled is not None:
+        watched["cancelled"] = alone.asks_to_stop
+    return watched
+
+
+def _reader(call: Call) -> Reader:
+    state = call.sequence
+    origin = (state.adapter_key, call.rotation)
+    return Reader(state.number, call.all_ids, state.cache.length, origin, state.priority)

@@ -1,0 +1,56 @@
+"""How long steps take, measured as they run; and what follows from it: rows of a step, how long to wait for replies.
+
+seconds of a step = plain (a step with replies alone) + prompt rows * seconds of a row
+"""
+
+from __future__ import annotations
+
+WEIGHT = 0.25  # of a new measurement in its moving average
+MOST_PLAIN_STEPS = 3.0  # a step with prompt rows takes about this many times a plain one
+LEAST_ROWS, MOST_ROWS = 32, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
+LEAST_MEASURED_ROWS = 16  # fewer say little about the time of a row
+PATIENCE = 0.25  # of the last step's time, to choose a token in
+DRAFT_PATIENCE = 1.0  # likewise, if a draft model guesses meanwhile
+LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.002, 0.05  # a thread needs the former to wake; the latter, people would notice
+
+
+class StepTimes:
+    """Moving averages of the two times. last_s: of the last step. patience: how long replies may take between steps, in
+    such times."""
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        self.plain_s: float | None = None
+        self.row_s: float | None = None
+        self.last_s = 0.0
+
+    def record(self, prompt_rows: int, seconds: float) -> None:
+        """A step is over; it had that many rows of prompts, besides those of replies."""
+        self.last_s = seconds
+        if not prompt_rows:
+            self.plain_s = _averaged(self.plain_s, seconds)
+        elif prompt_rows >= LEAST_MEASURED_ROWS:
+            row_s = max(seconds - (self.plain_s or 0.0), 0.0) / prompt_rows
+            self.row_s = _averaged(self.row_s, row_s)
+
+    def budget(self, num_replies: int, num_prompts: int, most_rows: int) -> int:
+        """Rows of prompts in the next step. num_replies: those that are running; most_rows: what the model takes at
+        once.
+
+        With replies running, so few that none of their tokens waits longer than about three plain steps.
+        """
+        if not num_replies:
+            return most_rows if num_prompts <= 1 else min(MOST_ROWS, most_rows)
+        if self.plain_s is None or not self.row_s:
+            return min(2 * LEAST_ROWS, most_rows)  # a first guess, until both are measured
+        rows = int((MOST_PLAIN_STEPS - 1) * self.plain_s / self.row_s)
+        return min(max(rows, LEAST_ROWS), MOST_ROWS, most_rows)
+
+    @property
+    def patience_s(self) -> float:
+        """How long the next step waits for replies that took part in the last one and have not asked again."""
+        return min(max(self._patience * self.last_s, LEAST_PATIENCE_S), MOST_PATIENCE_S * self._patience / PATIENCE)
+
+
+def _averaged(average: float | None, value: float) -> float:
+    return value if average is None else average + WEIGHT * (value - average)
