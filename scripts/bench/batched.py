@@ -6,16 +6,15 @@
     python scripts/bench/random_gguf.py FILE --shape 1.1b
     python scripts/bench/batched.py FOLDER --peer PATH/llama-batched-bench --peer-model FILE
 
-A measurement decodes --tokens steps of `model.step` after --context cached positions, and takes the median step. The
-peer decodes as many after as many, in a process of its own each round; it reports the mean. Numbers of sequences and
-the two programs take turns within a round, and ratios are taken within a round.
+A measurement decodes --tokens steps of `model.step` after --context cached positions. The peer decodes as many after
+as many, in a process of its own each round. Numbers of sequences and the two programs take turns within a round, and
+ratios are taken within a round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import tempfile
 import time
@@ -46,9 +45,8 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=0, metavar="N", help="different LoRAs of rank 16 in a step")
     parser.add_argument("--peer", type=Path, metavar="PATH", help="llama.cpp's llama-batched-bench")
     parser.add_argument("--peer-model", type=Path, metavar="GGUF")
-    parser.add_argument(
-        "--peer-options", nargs=argparse.REMAINDER, default=[], help="all that follows goes to the peer"
-    )
+    parser.add_argument("--peer-version", help="where the peer itself does not know")
+    parser.add_argument("--peer-options", nargs=argparse.REMAINDER, default=[], help="all that follows it")
     args = parser.parse_args()
     if (args.peer is None) != (args.peer_model is None):
         parser.error("--peer and --peer-model belong together")
@@ -101,13 +99,13 @@ def own_rate(model: Model, adapters: list[str | None], args: argparse.Namespace)
     sequences = list(zip(caches, adapters, strict=True))
     prompts = [random_ids(args.context, seed, vocab_size) for seed in range(len(adapters))]
     model.step([ropewalk.Span(ids, cache, "none", name) for ids, (cache, name) in zip(prompts, sequences, strict=True)])
-    seconds = []
+    seconds = 0.0
     for number in range(args.tokens):
         spans = [ropewalk.Span([300 + number], cache, "last", name) for cache, name in sequences]
         started = time.perf_counter()
         model.step(spans)
-        seconds.append(time.perf_counter() - started)
-    return len(adapters) / statistics.median(seconds)
+        seconds += time.perf_counter() - started
+    return len(adapters) * args.tokens / seconds
 
 
 def peer_rates(args: argparse.Namespace) -> dict[int, float]:
@@ -131,14 +129,13 @@ def report(found: dict[str, Rates], args: argparse.Namespace) -> None:
     print(f"{args.compute}, {args.threads} threads, context {args.context}, {args.tokens} tokens, {args.rounds} rounds")
     if args.peer is not None:
         size = args.peer_model.stat().st_size / 1e6
-        print(f"peer: {peer_version(args.peer)}; {args.peer_model.name}, {size:.0f} MB")
+        print(f"peer: llama.cpp {args.peer_version or peer_version(args.peer)}; {args.peer_model.name}, {size:.0f} MB")
     for name, rates in found.items():
         other = {OWN: PEER, PEER: None}.get(name, OWN)
         beside = found.get(other)
         one = found[PEER if name == PEER else OWN][args.sequences[0]]  # without adapters
-        print(
-            f"\n{name:24} {'tokens/s together':33} {f'beside {args.sequences[0]}':33} {beside and f'beside {other}' or ''}"
-        )
+        titles = ["tokens/s together", f"beside {args.sequences[0]}", f"beside {other}" if beside else ""]
+        print(f"\n{name:24}" + "".join(f"{title:34}" for title in titles).rstrip())
         for count, values in rates.items():
             columns = [values, ratios(values, one), *([ratios(values, beside[count])] if beside else [])]
             print(f"{count:>9} sequences     " + " ".join(f"{spread(column):33}" for column in columns).rstrip())
@@ -153,7 +150,7 @@ def peer_version(peer: Path) -> str:
     """What the peer says of itself."""
     run = subprocess.run([str(peer), "--version"], capture_output=True, text=True)
     lines = [line for line in (run.stdout + run.stderr).splitlines() if "version" in line]
-    return f"llama.cpp {lines[0].strip()}" if lines else "llama.cpp of an unknown version"
+    return lines[0].partition(":")[2].strip() if lines else "of an unknown version"
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """The checkpoint to measure, with a tokenizer: the one named, or for --smoke a tiny one made for the occasion."""
     with tempfile.TemporaryDirectory() as scratch:
         if args.smoke:
-            write_random_checkpoint(Path(scratch), "tiny", group_size=64)
-            yield Path(scratch)
+            folder = Path(scratch) / "tiny"
+            write_random_checkpoint(folder, "tiny", group_size=64)
+            yield folder
         elif args.folder is None:
             raise SystemExit("a model folder is needed (or --smoke)")
         elif any((args.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
