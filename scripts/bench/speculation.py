@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from ropewalk.generate.speculation import DraftGuesser, DraftSequence, Guesser, 
 from ropewalk.text.tokenizer.load import load_tokenizer
 
 CHANCES = (0.0, 0.5, 1.0)
+Clock = Callable[[], float]
 TARGET = 0.97  # of plain, whatever is accepted
 MAX_SEQ_LEN = 512  # of the embedded model, which was trained on no more
 
@@ -71,15 +73,11 @@ SUBJECTS = (("read", "stream"), ("write", "buffer"), ("parse", "document"), ("co
 
 @dataclass(frozen=True)
 class Written:
-    """A reply: its tokens, and what it took."""
+    """A reply: its tokens, and seconds from the first token to the last."""
 
     token_ids: list[int]
+    seconds: float
     stats: GenerationStats
-
-    @property
-    def seconds(self) -> float:
-        """From the first token to the last."""
-        return self.stats.generation_s
 
 
 def main() -> None:
@@ -92,12 +90,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each reply")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of the prompt for the draft model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processor-time", action="store_true", help="of one thread: for machines that are busy")
     parser.add_argument("--smoke", action="store_true", help="few tokens, tiny models: does the script run?")
     args = parser.parse_args()
     if (args.model is None) != (args.draft is None):
         parser.error("--model and --draft belong together")
     if args.smoke:
         args.rounds, args.tokens = 1, 24
+    args.threads = 1 if args.processor_time else args.threads
     torch.set_num_threads(args.threads)
     print_head("guessing ahead")
     print(f"{args.compute}, {args.threads} threads, {args.tokens} tokens a reply, {args.rounds} rounds")
@@ -108,6 +108,11 @@ def main() -> None:
             write_random_checkpoint(args.model, "tiny", group_size=64)
         if args.model is not None:
             measure_draft(args)
+
+
+def clock_of(args: argparse.Namespace) -> Clock:
+    """What the replies are timed with."""
+    return time.thread_time if args.processor_time else time.perf_counter
 
 
 def measure_ngrams(args: argparse.Namespace) -> None:
@@ -121,7 +126,7 @@ def measure_ngrams(args: argparse.Namespace) -> None:
         for text in texts:
             prompt = tokenizer.encode(text)
             for number in range(args.rounds):
-                replies.append(pair(scheduler, prompt, args.tokens, NgramGuesser, number))
+                replies.append(pair(scheduler, prompt, args.tokens, NgramGuesser, number, clock_of(args)))
         report(name, replies)
 
 
@@ -140,7 +145,7 @@ def document_questions() -> list[str]:
 
 
 def pair(
-    scheduler: Scheduler, prompt: list[int], num_tokens: int, guesser: Callable[[], Guesser], number: int
+    scheduler: Scheduler, prompt: list[int], num_tokens: int, guesser: Callable[[], Guesser], number: int, clock: Clock
 ) -> tuple[Written, Written]:
     """The same reply without guesses and with them, which of them first changes from round to round.
 
@@ -150,20 +155,22 @@ def pair(
     makers = [lambda: None, lambda: Guesses(guesser())]
     written = [None, None]
     for which in (0, 1) if number % 2 == 0 else (1, 0):
-        written[which] = write(scheduler, prompt, num_tokens, makers[which]())
+        written[which] = write(scheduler, prompt, num_tokens, makers[which](), clock)
     plain, guessed = written
     if plain.token_ids != guessed.token_ids:
         raise SystemExit(f"WRONG: without guesses {plain.token_ids}, with guesses {guessed.token_ids}")
     return plain, guessed
 
 
-def write(scheduler: Scheduler, prompt: list[int], num_tokens: int, guesses: Guesses | None) -> Written:
+def write(scheduler: Scheduler, prompt: list[int], num_tokens: int, guesses: Guesses | None, clock: Clock) -> Written:
     """A greedy reply of so many tokens."""
     params = SamplingParams(temperature=0, max_new_tokens=num_tokens, ignore_eos=True)
     with scheduler.open(prompt) as sequence:
         generation = Generation(sequence, params, guesses=guesses)
-        token_ids = [step.token_id for step in generation]
-        return Written(token_ids, generation.stats)
+        token_ids = [next(generation).token_id]
+        started = clock()
+        token_ids += [step.token_id for step in generation]
+        return Written(token_ids, clock() - started, generation.stats)
 
 
 class ForcedDraft:
@@ -209,7 +216,7 @@ def measure_draft(args: argparse.Namespace) -> None:
         replies = []
         for number in range(args.rounds):
             prompt = random_ids(args.prompt_tokens, number, model.config.vocab_size)
-            answer = prompt + write(scheduler, prompt, args.tokens, None).token_ids
+            answer = prompt + write(scheduler, prompt, args.tokens, None, clock_of(args)).token_ids
             with draft_scheduler.open(prompt) as sequence:
                 forced = ForcedDraft(sequence, answer, chance, number)
                 replies.append(pair(scheduler, prompt, args.tokens, lambda forced=forced: DraftGuesser(forced), number))
