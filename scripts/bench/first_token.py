@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--replies", type=int, default=4)
     args = parser.parse_args()
     if args.smoke:
-        args.rounds, args.long, args.short = 2, 600, 16
+        args.rounds, args.long, args.short = 2, 4000, 16
     torch.set_num_threads(args.threads)
     with model_folder(args) as folder:
         print_head(f"time to the first token, {folder.name}")

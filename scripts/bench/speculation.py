@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -219,7 +220,8 @@ def measure_draft(args: argparse.Namespace) -> None:
             answer = prompt + write(scheduler, prompt, args.tokens, None, clock_of(args)).token_ids
             with draft_scheduler.open(prompt) as sequence:
                 forced = ForcedDraft(sequence, answer, chance, number)
-                replies.append(pair(scheduler, prompt, args.tokens, lambda forced=forced: DraftGuesser(forced), number))
+                guesser = partial(DraftGuesser, forced)
+                replies.append(pair(scheduler, prompt, args.tokens, guesser, number, clock_of(args)))
         report(f"acceptance {chance:g}", replies)
 
 
