@@ -115,7 +115,6 @@ def served_folder(model: Path | None, scratch: Path) -> Path:
 def serve_options(folder: Path, options: argparse.Namespace) -> list[str]:
     """The command line of the server."""
     values = {
-        "--model": folder,
         "--name": NAME,
         "--threads": options.threads,
         "--max-seq-len": options.max_seq_len,
@@ -123,7 +122,7 @@ def serve_options(folder: Path, options: argparse.Namespace) -> list[str]:
         "--cache-memory": options.cache_bytes,
         "--queue-limit": 2 * options.clients,
     }
-    return [str(part) for pair in values.items() for part in pair]
+    return [str(folder), *(str(part) for pair in values.items() for part in pair)]
 
 
 def catalogue(folder: Path, options: argparse.Namespace) -> tuple[list[Case], int]:
