@@ -16,10 +16,8 @@ from ropewalk.text.tokenizer.load import load_tokenizer
 
 
 def new_engine(folder: Path, args: argparse.Namespace, max_seq_len: int, max_running: int) -> Engine:
-    """An engine without guesses, so that a token is a step, and with pages for all that run."""
-    options = {"max_seq_len": max_seq_len, "compute": args.compute, "threads": args.threads}
-    one_context = ropewalk.load_model(folder, **options).cache_bytes(max_seq_len)
-    model = ropewalk.load_model(folder, **options, cache_memory=one_context * (max_running + 1))
+    """An engine without guesses, so that a token of a reply is a step."""
+    model = ropewalk.load_model(folder, max_seq_len, compute=args.compute, threads=args.threads)
     return Engine(model, load_tokenizer(folder), max_running=max_running, speculation=None)
 
 

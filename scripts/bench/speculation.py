@@ -213,14 +213,13 @@ def measure_draft(args: argparse.Namespace) -> None:
     model, draft = (ropewalk.load_model(folder, max_seq_len, **options) for folder in (args.model, args.draft))
     scheduler, draft_scheduler = Scheduler(model), Scheduler(draft)
     print(f"\ndraft model {args.draft.name} for {args.model.name}, forced acceptance")
+    prompts = [random_ids(args.prompt_tokens, number, model.config.vocab_size) for number in range(args.rounds)]
+    answers = [write(scheduler, prompt, args.tokens, None, clock_of(args)).token_ids for prompt in prompts]
     for chance in CHANCES:
         replies = []
-        for number in range(args.rounds):
-            prompt = random_ids(args.prompt_tokens, number, model.config.vocab_size)
-            answer = prompt + write(scheduler, prompt, args.tokens, None, clock_of(args)).token_ids
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             with draft_scheduler.open(prompt) as sequence:
-                forced = ForcedDraft(sequence, answer, chance, number)
-                guesser = partial(DraftGuesser, forced)
+                guesser = partial(DraftGuesser, ForcedDraft(sequence, prompt + answer, chance, number))
                 replies.append(pair(scheduler, prompt, args.tokens, guesser, number, clock_of(args)))
         report(f"acceptance {chance:g}", replies)
 

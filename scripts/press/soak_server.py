@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-seq-len", type=int, default=512, help="the context that requests fill up to three parts")
     parser.add_argument("--max-running", type=int, help="of the server (default: as many as there are clients)")
     parser.add_argument("--pool", type=float, default=0.5, help="pages, in contexts of all that run at once")
+    parser.add_argument("--speculation", default="ngram", help="of the server; the replies alone are without")
     parser.add_argument("--leaving", type=float, default=0.3, help="share of the requests that are not waited for")
     parser.add_argument("--seed", type=int, default=0, help="of the clients' choices")
     parser.add_argument("--smoke", action="store_true", help="10 s with 6 clients: does the script run?")
@@ -101,7 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record = asyncio.run(soak(server, cases, options))
             metrics = server.metrics()
             health = server.health()
-    return report(record, metrics, health, options)
+    status = report(record, metrics, health, options)
+    if record.wrong:
+        print("the server's last words:\n" + "".join(server.log))
+    return status
 
 
 def served_folder(model: Path | None, scratch: Path) -> Path:
@@ -121,6 +125,7 @@ def serve_options(folder: Path, options: argparse.Namespace) -> list[str]:
         "--max-running": options.max_running,
         "--cache-memory": options.cache_bytes,
         "--queue-limit": 2 * options.clients,
+        "--speculation": options.speculation,
     }
     return [str(folder), *(str(part) for pair in values.items() for part in pair)]
 
@@ -269,6 +274,9 @@ def report(
         low, middle, high = (quantile(metrics, name, share) for share in (0.5, 0.95, 0.99))
         print(f"{name.replace('_', ' '):>10}: median {low:.2f} s, p95 {middle:.2f} s, p99 {high:.2f} s")
     tokens = metrics['ropewalk_tokens_total{kind="reply"}']
+    guessed, right = (metrics[f'ropewalk_tokens_total{{kind="{kind}"}}'] for kind in ("guessed", "accepted"))
+    print(f"sequences that gave their pages up: {metrics['ropewalk_preempted']:.0f}")
+    print(f"guesses in complete replies: {guessed:.0f}, right {right:.0f}")
     print(
         f"tokens of complete replies: {tokens:.0f}, {tokens / options.seconds:.0f} a second; "
         f"disconnects seen by the server: {metrics['ropewalk_disconnects_total']:.0f}"
