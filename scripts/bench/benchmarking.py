@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from random_checkpoint import write_random_checkpoint, write_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -25,6 +31,47 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute", nargs="+", default=["int8", "exact"])
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--context", type=int, default=128, help="positions cached before a token is decoded")
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the measurements of requests that share steps."""
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compute", default="int8")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and small numbers: does the script run?")
+
+
+@contextmanager
+def model_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The checkpoint to measure, with a tokenizer: the one named, or for --smoke a tiny one made for the occasion."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.smoke:
+            folder = Path(scratch) / "tiny"
+            write_random_checkpoint(folder, "tiny", group_size=64)
+            yield folder
+        elif args.folder is None:
+            raise SystemExit("a model folder is needed (or --smoke)")
+        elif any((args.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            yield args.folder
+        else:
+            yield with_tokenizer(args.folder, Path(scratch))
+
+
+def with_tokenizer(folder: Path, scratch: Path) -> Path:
+    """The same checkpoint in another folder, by links, with a tokenizer of made-up words."""
+    linked = scratch / folder.name
+    linked.mkdir()
+    for file in folder.resolve().iterdir():
+        (linked / file.name).symlink_to(file)
+    write_tokenizer(linked, json.loads((folder / "config.json").read_text())["vocab_size"])
+    return linked
+
+
+def random_ids(count: int, seed: object, vocab_size: int) -> list[int]:
+    """Tokens of no special meaning, always the same for a seed."""
+    rng = random.Random(str(seed))
+    return [rng.randrange(300, vocab_size) for _ in range(count)]
 
 
 def print_head(title: str) -> None:

@@ -2,7 +2,8 @@
 
     python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b [--group-size 128] [--act-order]
 
-Codes are uniform random words and scales are sized so that activations keep a natural magnitude through the layers.
+Codes are uniform random words and scales are sized so that activations keep a natural magnitude through the layers. The
+tokenizer has a token for each byte, and for every other id a word made up for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 SHAPES = {
@@ -22,6 +24,13 @@ SHAPES = {
         "num_hidden_layers": 22,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
+    },
+    "tiny": {  # to try a script out
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
     },
     "7b": {
         "hidden_size": 4096,
@@ -67,6 +76,21 @@ def write_random_checkpoint(
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(folder, config["vocab_size"])
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """tokenizer.json: <unk>, <s>, </s>, the 256 bytes, and a word for every other id, so that each token is text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<unk>", "<s>", "</s>", *alphabet]
+    names += [f"\u0120w{number}" for number in range(len(names), vocab_size)]  # U+0120 stands for a space
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def model_config(shape: str, group_size: int, act_order: bool, num_layers: int | None) -> dict:

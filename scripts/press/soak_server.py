@@ -1,11 +1,13 @@
 """Many clients at once, some of which leave early, for as long as you like: is every reply right, and memory flat?
 
     python scripts/press/soak_server.py --seconds 300 --clients 32
+    python scripts/press/soak_server.py --seconds 600 --clients 32 --model FOLDER --threads 2
 
-Starts `ropewalk serve` on the embedded model and talks to it through the official client. Every request is one of a
-catalogue whose replies were computed alone beforehand; each reply, and each beginning of one that a client did not wait
-for, is compared with it. At the end every place must be free, no reply may be lost, and memory must not have grown.
-Prints what was seen; the exit status is 1 if anything was wrong.
+Starts `ropewalk serve`, on the embedded model or another one, and talks to it through the official client. All clients
+run at once and share pages of keys and values for half of their contexts (--pool), so sequences must give theirs up and
+be computed again. Every request is one of a catalogue whose replies were computed alone beforehand; each reply, and
+each beginning of one that a client did not wait for, is compared with it. At the end every place must be free, no reply
+may be lost, and memory must not have grown. Prints what was seen; the exit status is 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import asyncio
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,25 +26,31 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from benchmarking import print_head  # noqa: E402
+from benchmarking import print_head, with_tokenizer  # noqa: E402
 from ropewalk.engine.engine import Engine
-from ropewalk.files.embedded import demo_model_path, embedded_scaling
+from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.model.loader import load_model
-from ropewalk.text.tokenizer.load import load_tokenizer
+from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 from server_process import ServerProcess
 
+NAME = "soaked"
 PROMPTS = (
     "def read_lines(path):\n",
     "class Stack:\n    def push(",
     "import os\nimport sys\n\n",
     "for name in names:\n",
 )
-MODEL = "demo_model"
+FILLER = "# {start}: line {number} of the notes that stand before the code\n"
+FILLED = (0.0, 0.25, 0.45, 0.6)  # of the context, by the notes before a prompt
+NEW_TOKENS = (8, 24, 64, 120)
+NUM_CASES = 32
 GROWTH_BYTES = 16 * 2**20  # growth beyond this counts: allocators keep a little of what they had
 DRAIN_S = 30.0
+TIMEOUT_S = 600.0  # of a request
 
 
 @dataclass(frozen=True)
@@ -71,34 +80,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, help="how long clients send requests")
     parser.add_argument("--clients", type=int, default=32, help="how many at a time")
-    parser.add_argument("--max-running", type=int, default=4, help="of the server")
+    parser.add_argument("--model", type=Path, help="default: the embedded model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max-seq-len", type=int, default=512, help="the context that requests fill up to three parts")
+    parser.add_argument("--max-running", type=int, help="of the server (default: as many as there are clients)")
+    parser.add_argument("--pool", type=float, default=0.5, help="pages, in contexts of all that run at once")
+    parser.add_argument("--speculation", default="ngram", help="of the server; the replies alone are without")
     parser.add_argument("--leaving", type=float, default=0.3, help="share of the requests that are not waited for")
     parser.add_argument("--seed", type=int, default=0, help="of the clients' choices")
+    parser.add_argument("--smoke", action="store_true", help="10 s with 6 clients: does the script run?")
     options = parser.parse_args(arguments)
+    if options.smoke:
+        options.seconds, options.clients = 10, 6
+    options.max_running = options.max_running or options.clients
     print_head("a server with many clients")
-    cases = catalogue()
-    serve = ["--max-running", str(options.max_running), "--queue-limit", str(2 * options.clients), "--threads", "1"]
-    with ServerProcess(serve) as server:
-        record = asyncio.run(soak(server, cases, options))
-        metrics = server.metrics()
-        health = server.health()
-    return report(record, metrics, health, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = served_folder(options.model, Path(scratch))
+        cases, context_bytes = catalogue(folder, options)
+        options.cache_bytes = max(context_bytes, int(options.pool * options.max_running * context_bytes))
+        with ServerProcess(serve_options(folder, options)) as server:
+            record = asyncio.run(soak(server, cases, options))
+            metrics = server.metrics()
+            health = server.health()
+    status = report(record, metrics, health, options)
+    if record.wrong:
+        print("the server's last words:\n" + "".join(server.log))
+    return status
 
 
-def catalogue() -> list[Case]:
-    """Requests of all kinds with their replies, each computed by an engine that does nothing else."""
-    model = load_model(demo_model_path(), rope_scaling=embedded_scaling(), threads=1)
-    tokenizer = load_tokenizer(demo_model_path())
+def served_folder(model: Path | None, scratch: Path) -> Path:
+    """The model's folder, with a tokenizer of made-up words if it has none."""
+    if model is None:
+        return demo_model_path()
+    named = any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return model if named else with_tokenizer(model, scratch)
+
+
+def serve_options(folder: Path, options: argparse.Namespace) -> list[str]:
+    """The command line of the server."""
+    values = {
+        "--name": NAME,
+        "--threads": options.threads,
+        "--max-seq-len": options.max_seq_len,
+        "--max-running": options.max_running,
+        "--cache-memory": options.cache_bytes,
+        "--queue-limit": 2 * options.clients,
+        "--speculation": options.speculation,
+    }
+    return [str(folder), *(str(part) for pair in values.items() for part in pair)]
+
+
+def catalogue(folder: Path, options: argparse.Namespace) -> tuple[list[Case], int]:
+    """Requests of all kinds with their replies, each computed by an engine that does nothing else; the bytes of a
+    context."""
+    model = load_model(folder, options.max_seq_len, threads=options.threads)
+    tokenizer = load_tokenizer(folder)
     cases = []
-    for number in range(32):
-        chat, prompt = bool(number % 2), PROMPTS[number // 2 % len(PROMPTS)]
-        params = SamplingParams(seed=number, max_new_tokens=(8, 24, 64, 120)[number // 8])
-        engine = Engine(model, tokenizer)  # the same template as the server
+    for number in tqdm(range(NUM_CASES), desc="computing the replies alone", unit="reply"):
+        chat, prompt = bool(number % 2), prompt_of(number, tokenizer, options.max_seq_len)
+        params = SamplingParams(seed=number, max_new_tokens=NEW_TOKENS[number % len(NEW_TOKENS)])
+        engine = Engine(model, tokenizer, speculation=None)  # the same template as the server
         stream = engine.chat(messages_of(prompt), params) if chat else engine.stream(prompt, params)
         done = stream.complete()
         reason = "stop" if done.finish_reason == "stop" else "length"
         cases.append(Case(chat, prompt, number, params.max_new_tokens, done.text, reason))
-    return cases
+    return cases, model.cache_bytes(options.max_seq_len)
+
+
+def prompt_of(number: int, tokenizer: Tokenizer, max_seq_len: int) -> str:
+    """Notes that fill a part of the context, and then code. The notes of every second prompt begin alike."""
+    start = f"note {number}" if number % 4 < 2 else "shared note"
+    code = PROMPTS[number // 2 % len(PROMPTS)]
+    wanted, notes = FILLED[number // len(FILLED) % len(FILLED)] * max_seq_len, ""
+    while len(tokenizer.encode(notes)) < wanted:
+        notes += FILLER.format(start=start, number=notes.count("\n"))
+    return notes + code
 
 
 def messages_of(prompt: str) -> list[dict[str, str]]:
@@ -110,7 +166,9 @@ async def soak(server: ServerProcess, cases: Sequence[Case], options: argparse.N
     """All clients, until the time is over and the server is idle again."""
     record = Record()
     end = time.monotonic() + options.seconds
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S
+    ) as client:
         clients = [
             run_client(client, cases, random.Random(f"{options.seed}-{n}"), end, options.leaving, record)
             for n in range(options.clients)
@@ -186,7 +244,7 @@ async def left_early(client: openai.AsyncOpenAI, case: Case, streams: bool, rng:
 
 async def ask(client: openai.AsyncOpenAI, case: Case, streams: bool) -> Any:
     """The official client's answer to a case."""
-    settings = {"model": MODEL, "seed": case.seed, "max_tokens": case.max_tokens, "stream": streams}
+    settings = {"model": NAME, "seed": case.seed, "max_tokens": case.max_tokens, "stream": streams}
     if case.chat:
         return await client.chat.completions.create(messages=messages_of(case.prompt), **settings)
     return await client.completions.create(prompt=case.prompt, **settings)
@@ -207,7 +265,8 @@ def report(
     memory = fifths(record.memory)
     stuck = {name: health[name] for name in ("running", "waiting") if health[name]}
     print(
-        f"clients {options.clients}, at once {options.max_running}, {options.seconds:g} s, {total} requests: "
+        f"clients {options.clients}, {options.max_running} at once, pages for {options.cache_bytes / 2**20:.1f} MiB, "
+        f"{options.seconds:g} s, {total} requests: "
         + ", ".join(f"{count} {name}" for name, count in record.outcomes.most_common())
     )
     print(f"wrong, lost or mixed replies: {len(record.wrong)}; places still taken at the end: {stuck or 0}")
@@ -215,6 +274,9 @@ def report(
         low, middle, high = (quantile(metrics, name, share) for share in (0.5, 0.95, 0.99))
         print(f"{name.replace('_', ' '):>10}: median {low:.2f} s, p95 {middle:.2f} s, p99 {high:.2f} s")
     tokens = metrics['ropewalk_tokens_total{kind="reply"}']
+    guessed, right = (metrics[f'ropewalk_tokens_total{{kind="{kind}"}}'] for kind in ("guessed", "accepted"))
+    print(f"sequences that gave their pages up: {metrics['ropewalk_preempted']:.0f}")
+    print(f"guesses in complete replies: {guessed:.0f}, right {right:.0f}")
     print(
         f"tokens of complete replies: {tokens:.0f}, {tokens / options.seconds:.0f} a second; "
         f"disconnects seen by the server: {metrics['ropewalk_disconnects_total']:.0f}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropewalk.generate.pace import COUNTS, Pace
+from ropewalk.generate.pace import ALLOWANCE, COUNTS, ROW_COST, START_BALANCE, Pace
 
 STEP_S = {1: 0.023, 2: 0.027, 4: 0.034, 8: 0.050, 16: 0.081, 32: 0.16}  # rows: seconds, 1.1B shape on two cores
 NGRAM_S = 2e-5
@@ -137,6 +137,20 @@ def test_one_slow_step_does_not_end_speculation() -> None:
         count = pace.wanted()
         pace.record(count, count, 2.0 if number == 30 else step_s(1 + count))
     assert max(pace.wanted(), 0) >= 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), row_cost=st.floats(0.01, ROW_COST), others=st.integers(0, 3))
+def test_no_pattern_of_acceptance_loses_more_than_the_ledger_allows(data, row_cost: float, others: int) -> None:
+    """Whatever comes true, at any time: in the tokens that plain steps would have given in the same time."""
+    pace, lost, done = Pace(), 0.0, 0
+    for _ in range(150):
+        count = pace.wanted(others)
+        accepted = data.draw(st.integers(0, count))
+        pace.record(count, accepted, 0.02 * (1 + row_cost * count), others=others)
+        lost += row_cost * count * (others + 1) - accepted
+        done += 1 + accepted
+        assert lost <= START_BALANCE + ALLOWANCE * done + 1e-6
 
 
 @settings(max_examples=200, deadline=None)

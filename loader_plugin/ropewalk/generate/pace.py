@@ -18,7 +18,6 @@ price, the allowance pays for one now and then, to find out when the text become
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 
 ALLOWANCE = 0.015  # of the tokens: what may be lost in the long run
@@ -47,13 +46,17 @@ class Pace:
         self._guess_s = _Recent()  # seconds of one guess
         self._behind = 0  # tokens since the last guess, which a draft model has to read before the next
         self._since_plain = 0  # steps
+        self._rest: tuple[int, float] = (0, 0.0)  # for so many replies, nothing is worth a guess until so far behind
 
     def wanted(self, others: int = 0) -> int:
         """How many guesses to make for the next step. others: further replies that wait for the same step."""
         replies = others + 1
+        if self._rest[0] == replies and self._behind < self._rest[1]:
+            return 0
         if replies not in self._plain_s or self._since_plain >= PLAIN_EVERY:
             return 0
-        may_probe = self._risk(COUNTS[0], replies) <= min(self._balance, ALLOWANCE * self._behind)
+        probe_risk = self._risk(COUNTS[0], replies)
+        may_probe = probe_risk <= min(self._balance, ALLOWANCE * self._behind)
         best, highest = COUNTS[0] if may_probe else 0, WORTH
         for count, expected in zip(COUNTS, self._expected(), strict=True):
             risk = self._risk(count, replies)
@@ -62,6 +65,10 @@ class Pace:
             speed = (replies + expected) / (replies + risk)
             if speed >= highest:
                 best, highest = count, speed
+        if not best:  # what is known changes by guesses alone, and the balance by the allowance
+            lacking = probe_risk - self._balance
+            awaited = self._behind + lacking / ALLOWANCE if lacking > 0.0 else probe_risk / ALLOWANCE
+            self._rest = replies, awaited
         return best
 
     def record(self, guessed: int, accepted: int, step_s: float, guess_s: float = 0.0, others: int = 0) -> None:
@@ -76,6 +83,7 @@ class Pace:
         self._behind = accepted + 1 if guessed else self._behind + 1
         self._since_plain = self._since_plain + 1 if guessed else 0
         if guessed:
+            self._rest = 0, 0.0
             self._first.note(min(accepted, 1), 1)
         if accepted:
             self._next.note(accepted - 1, min(accepted, guessed - 1))  # all right, or one wrong at the end
@@ -96,7 +104,9 @@ class Pace:
 
     def _measure(self, guessed: int, step_s: float, guess_s: float, replies: int) -> None:
         if guessed == 0:
-            self._plain_s.setdefault(replies, _Recent()).note(step_s)
+            if replies not in self._plain_s:
+                self._plain_s[replies] = _Recent()
+            self._plain_s[replies].note(step_s)
             return
         self._guess_s.note(guess_s / (guessed + CATCH_UP * self._behind))
         if replies in self._plain_s:
@@ -172,4 +182,4 @@ class _Recent:
 
     def note(self, value: float) -> None:
         self._values.append(value)
-        self.median = statistics.median(self._values)
+        self.median = sorted(self._values)[len(self._values) // 2]
