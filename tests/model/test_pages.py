@@ -74,6 +74,11 @@ def test_the_default_is_what_is_left_within_a_bound(machine, page_bytes: int, fr
     assert choose_cache_memory(context(page_bytes=page_bytes), None, BACKEND) == chosen
 
 
+def test_a_container_may_have_less_than_is_free_on_the_machine(machine) -> None:
+    machine(2 * GIB, 100 * GIB)
+    assert choose_cache_memory(context(), None, BACKEND) == GIB
+
+
 def test_a_given_size_is_taken_as_it_is(machine) -> None:
     machine(GIB, GIB)
     for given in (4 * PAGE, 4 * PAGE + 1, GIB):

@@ -92,7 +92,7 @@ def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend
     check_cache_memory(context, cache_memory, backend)
     if cache_memory is not None:
         return cache_memory
-    free = available_bytes() if backend.device.type == "cpu" else None
+    free = _free_bytes() if backend.device.type == "cpu" else None
     if free is None:
         return MOST_CONTEXTS * context.num_bytes
     if context.num_bytes > free:
@@ -104,6 +104,12 @@ def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend
             format_bytes(free),
         )
     return max(context.num_bytes, min(free // 2, max(MOST_CONTEXTS * context.num_bytes, LEAST_BOUND)))
+
+
+def _free_bytes() -> int | None:
+    """What can be allocated without swapping; what is free on a machine may be more than its container may have."""
+    free, machine = available_bytes(), physical_bytes()
+    return free if free is None or machine is None else min(free, machine)
 
 
 def _too_long(context: ContextPages, machine: int) -> str:

@@ -102,11 +102,10 @@ def run_step(
         RequestError: as `Model.step`. Nothing has been written.
     """
     checked = check_spans(model, spans, named)
-    _reserve_(model, checked, named)
     rows = _side_by_side(checked)
-    total = sum(len(span.ids) for span in rows)
+    total, done = sum(len(span.ids) for span in rows), 0
     try:
-        done = 0
+        _reserve_(model, checked, named)
         for pieces in _chunks(rows, model.max_input_len):
             num_rows = pieces[-1].last_row
             steps = _Steps(done, num_rows, total, len(model.instances), progress, cancelled)
