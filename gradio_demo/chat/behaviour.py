@@ -140,7 +140,7 @@ class Chats:
         latest, view = asked, None
         try:
             loaded = self._workbench.require()
-            reply, dropped = make_reply(loaded, asked, request)
+            reply, dropped = make_reply(loaded, asked, request, visitor.person)
             with self._running.hold(visitor.tab, reply):
                 self._store.save(visitor.person, asked)
                 for view in follow_chat(reply, dropped, asked, loaded.model.max_seq_len):

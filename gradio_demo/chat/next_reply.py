@@ -30,7 +30,9 @@ class ChatView:
     error: str | None = None
 
 
-def make_reply(loaded: Loaded, conversation: Conversation, request: ReplyRequest) -> tuple[Reply, int]:
+def make_reply(
+    loaded: Loaded, conversation: Conversation, request: ReplyRequest, person: str | None = None
+) -> tuple[Reply, int]:
     """(the reply to a conversation that ends with a question, how many of its oldest turns are left out).
 
     Raises:
@@ -41,7 +43,8 @@ def make_reply(loaded: Loaded, conversation: Conversation, request: ReplyRequest
     ids, dropped = fitting_prompt(
         loaded.tokenizer, template, conversation, loaded.model.max_seq_len - room, request.overflow
     )
-    return start_reply(loaded.engine, ids, with_stop(request.params, template.stop), request.adapters), dropped
+    params = with_stop(request.params, template.stop)
+    return start_reply(loaded.engine, ids, params, request.adapters, person), dropped
 
 
 def fitting_prompt(

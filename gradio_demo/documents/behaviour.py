@@ -116,7 +116,8 @@ class Documents:
                 )
             ids = self._prompt(documents, question, template)
             stop = chat_template(template, loaded.engine).stop
-            reply = start_reply(loaded.engine, ids, with_stop(request.params, stop), request.adapters)
+            params = with_stop(request.params, stop)
+            reply = start_reply(loaded.engine, ids, params, request.adapters, visitor.person)
             with self._running.hold(visitor.tab, reply):
                 for snapshot in reply.follow():
                     running, text = snapshot.phase != DONE, snapshot.text.strip()

@@ -52,7 +52,7 @@ class Notebook:
             loaded = self._workbench.require()
             ids = loaded.tokenizer.encode(text) or list(loaded.engine.end_token_ids[:1])
             params = replace(request.params, logprobs=NUM_ALTERNATIVES)
-            reply = start_reply(loaded.engine, ids, params, request.adapters)
+            reply = start_reply(loaded.engine, ids, params, request.adapters, visitor.person)
             shown = _TokenTexts(loaded.tokenizer.token_bytes)
             with self._running.hold(visitor.tab, reply):
                 for snapshot in reply.follow():

@@ -39,10 +39,11 @@ class Snapshot:
 
 class Reply:
     """A reply that runs while it is followed. start: makes the stream, given `cancelled`, `progress` and a place in the
-    engine's queue."""
+    engine's queue. person: who asks."""
 
-    def __init__(self, engine: Engine, start: StartStream) -> None:
+    def __init__(self, engine: Engine, start: StartStream, person: str | None = None) -> None:
         self._engine = engine
+        self._person = person
         self._start = start
         self._place = 0
         self._pieces: list[str] = []
@@ -63,7 +64,7 @@ class Reply:
         yield from self._work.follow(self._snapshot, LOOK_S)
 
     def _run(self, work: Work[None]) -> None:
-        with self._engine.enter() as ticket:
+        with self._engine.enter(client=self._person) as ticket:
             while not ticket.wait(LOOK_S) and not work.is_cancelled():
                 self._place = ticket.position
             self._place = 0
@@ -94,12 +95,16 @@ class Reply:
 
 
 def start_reply(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, adapters: Sequence[tuple[str, float]] = ()
+    engine: Engine,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    adapters: Sequence[tuple[str, float]] = (),
+    person: str | None = None,
 ) -> Reply:
-    """The continuation of a prompt, not begun yet."""
+    """The continuation of a prompt, not begun yet. person: who asks; people take turns."""
     wanted = list(adapters) or None
 
     def start(cancelled: Cancelled, progress: Progress, ticket: Ticket) -> TextStream:
-        return engine.stream(prompt_ids, params, cancelled, progress, wanted, ticket)
+        return engine.stream(prompt_ids, params, cancelled, progress, wanted, ticket, person)
 
-    return Reply(engine, start)
+    return Reply(engine, start, person)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
+from ropewalk.base.memory import available_bytes, format_bytes, parse_bytes, physical_bytes
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,17 @@ def test_the_machine_has_memory() -> None:
     if total is None or free is None:
         pytest.skip("this system does not tell its memory")
     assert free > (1 << 26) and total > (1 << 26)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 << 30), ("1.5 gib", 3 << 29), ("512M", 512 << 20), ("4GB", 4 * 10**9), (" 100 ", 100), ("2k", 2048)],
+)
+def test_an_amount_of_memory_is_read_with_its_unit(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "4 gigs", "GiB", "1e9", "0.1", "nan"])
+def test_what_is_not_an_amount_of_memory_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="an amount of memory is needed, such as 4GiB or 512MiB, got "):
+        parse_bytes(text)

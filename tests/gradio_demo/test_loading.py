@@ -45,6 +45,12 @@ def test_values_as_the_checkpoint_has_them_are_left_to_it(tmp_path: Path) -> Non
         ({"layer_order": "0-9"}, "layer_order", "layer"),
         ({"compute": "magic"}, "compute", "must be one of"),
         ({"second_folder": "/etc"}, "second_folder", "may not be read"),
+        ({"cache_memory": "much"}, "cache_memory", "such as 4GiB"),
+        ({"cache_memory": "1KiB"}, "cache_memory", "cache_memory"),
+        ({"speculation": "luck"}, "speculation", "must be one of"),
+        ({"speculation": "draft"}, "draft_model", "name the folder of a smaller model"),
+        ({"speculation": "draft", "draft_model": "/etc"}, "draft_model", "may not be read"),
+        ({"draft_model": "x"}, "draft_model", "only speculation by draft needs one"),
     ],
 )
 def test_a_wrong_setting_is_explained_at_its_field_and_the_model_stays(

@@ -30,7 +30,7 @@ class FakeCache:
         self.positions: list[Position] = []
         self.pages: list[object] = []
         self._segments: list[tuple[int, int, int]] = []
-        model.caches.add(self)
+        model.caches.append(weakref.ref(self))
 
     @property
     def length(self) -> int:
@@ -85,7 +85,7 @@ class FakeModel:
         self.adapters: tuple[str, ...] = ()
         self.calls: list[list[int]] = []
         self.steps: list[list[Span]] = []
-        self.caches: weakref.WeakSet[FakeCache] = weakref.WeakSet()
+        self.caches: list[weakref.ref[FakeCache]] = []
         self.tree: dict[tuple[Position, ...], object] = {}  # what pages hold -> page, least recently used first
         self._inside: int | None = None
 
@@ -249,10 +249,14 @@ class FakeModel:
         return not any(len(other) > len(key) and other[: len(key)] == key for other in self.tree)
 
     def _used(self) -> set[object]:
-        return {page for cache in self.caches for page in cache.pages} | set(self.tree.values())
+        return self._held() | set(self.tree.values())
 
     def _evictable(self) -> set[object]:
-        return set(self.tree.values()) - {page for cache in self.caches for page in cache.pages}
+        return set(self.tree.values()) - self._held()
+
+    def _held(self) -> set[object]:
+        caches = [cache for made in list(self.caches) if (cache := made()) is not None]
+        return {page for cache in caches for page in cache.pages}
 
 
 def _pages_after(span: Span) -> int:

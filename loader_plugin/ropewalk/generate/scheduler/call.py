@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
+from functools import cached_property
 
 import torch
 
@@ -35,7 +36,6 @@ class Call:
         self.sequence, self.token_ids, self.logits = sequence, token_ids, logits
         self.start = len(sequence.token_ids)
         self.end = self.start + len(token_ids)
-        self.all_ids = sequence.token_ids + token_ids
         self.seq_len = max(self.end, seq_len or 0)
         self.progress, self.cancelled = progress, cancelled
         self.thread = threading.get_ident()
@@ -48,6 +48,11 @@ class Call:
         self.error: Exception | None = None
         self._pieces: list[torch.Tensor] = []
         self._reported = 0
+
+    @cached_property
+    def all_ids(self) -> list[int]:
+        """The tokens of the sequence before the call, and its own."""
+        return self.sequence.token_ids[: self.start] + self.token_ids
 
     @property
     def has_callbacks(self) -> bool:
@@ -134,7 +139,9 @@ class Call:
         return self.cancelled is not None and self.cancelled()
 
     def _span(self, start: int, end: int, logits: str, seq_len: int) -> Span:
-        return Span(self.all_ids[start:end], self.sequence.cache, logits, self.sequence.adapters, seq_len)
+        is_new = start >= self.start  # then without a copy of a long sequence at every token
+        ids = self.token_ids[start - self.start : end - self.start] if is_new else self.all_ids[start:end]
+        return Span(ids, self.sequence.cache, logits, self.sequence.adapters, seq_len)
 
     def _whole_logits(self) -> torch.Tensor | None:
         if len(self._pieces) > 1:
