@@ -19,6 +19,7 @@ from ropewalk.base.errors import RequestError
 from ropewalk.engine.engine import Engine
 from ropewalk.generate.routing import route
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.model.model import Model
 from ropewalk.text.tokenizer.load import load_tokenizer
 from tokenizer_writer import write_byte_level_json
@@ -289,7 +290,7 @@ def test_two_adapters_route_the_text_they_were_made_for(base: Base) -> None:
         ids = [5]
         for _ in range(24):
             ids.append(int(model.forward(ids, model.new_cache(), adapters=adapters)[0].argmax()))
-        routing = route(model, ids)
+        routing = route(Scheduler(model), ids)
         assert routing.adapter == name
         assert [scored for scored, _ in routing.scores] == [None, "all", "wide"]
         logits = model.forward(ids, model.new_cache(), logits="all", adapters=routing.adapters)
@@ -316,7 +317,7 @@ def test_adapters_trained_on_different_text_route_text_of_their_own_kind(tmp_pat
         model.load_adapter(train_adapter(tmp_path / kind, tmp_path, exact, text(kind, 0, 512)), kind)
     for kind in ("climbs", "chants"):
         for seed in (1, 2, 3):  # not what it was trained on
-            routing = route(model, text(kind, seed, 40))
+            routing = route(Scheduler(model), text(kind, seed, 40))
             scores = dict(routing.scores)
             assert routing.adapter == kind
             assert scores[kind] < 0.5 * min(score for name, score in scores.items() if name != kind)
@@ -345,8 +346,8 @@ def test_adapters_work_on_every_family_and_bit_width(
 
 def test_routing_needs_two_tokens_and_can_be_cancelled(model: Model) -> None:
     with pytest.raises(RequestError, match="at least 2 tokens"):
-        route(model, [5])
-    assert route(model, IDS, lambda: True) is None
+        route(Scheduler(model), [5])
+    assert route(Scheduler(model), IDS, lambda: True) is None
 
 
 def test_the_engine_streams_with_adapters_and_routes(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ropewalk.base.errors import RopewalkError, UnsupportedError
 from ropewalk.generate.evaluate import perplexity
 from ropewalk.generate.generate import Generation
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.model.model import Model
 from ropewalk.text.chat import load_chat_template
 from ropewalk.text.tokenizer.load import Tokenizer
@@ -101,8 +102,8 @@ def check_results(model: Model) -> None:
         nll = perplexity(model, ids, [len(ids)])[0].mean_nll
         if not math.isfinite(nll):
             raise Unacceptable(f"perplexity gave a mean of {nll}")
-    cache.truncate(0)
-    step = next(Generation(model, cache, ids, SamplingParams(temperature=0.0, max_new_tokens=1, logprobs=1)))
+    with Scheduler(model).open(ids) as sequence:
+        step = next(Generation(sequence, SamplingParams(temperature=0.0, max_new_tokens=1, logprobs=1)))
     if not math.isfinite(step.logprob):
         raise Unacceptable(f"a token was drawn with log probability {step.logprob}")
 
