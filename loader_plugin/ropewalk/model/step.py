@@ -274,8 +274,11 @@ def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendSte
 
 
 def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> None:
-    """Logits of the rows of a chunk that are asked for, written to the spans' `out`. x: [T, C]."""
-    for change, group in _groups(pieces):
+    """Logits of the rows of a chunk that are asked for, written to the spans' `out`. x: [T, C].
+
+    Rows whose adapters leave the head as it is go through it together: it is read once for all of them.
+    """
+    for head, group in groupby(pieces, key=lambda piece: piece.span.change.head):
         wanted = [
             (piece.span.out, row - piece.span.first_row, piece.row + row - piece.first)
             for piece in group
@@ -286,7 +289,7 @@ def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> No
             normed = model.backend.rms_norm(
                 x[[row for *_, row in block]], model.weights.final_norm, model.config.rms_norm_eps
             )  # [rows, C]
-            logits = head_changed(model.backend, normed, model.weights.head, change.head)  # [rows, V]
+            logits = head_changed(model.backend, normed, model.weights.head, head)  # [rows, V]
             for (out, low, _), row_logits in zip(block, logits, strict=True):
                 out[low] = row_logits
 
