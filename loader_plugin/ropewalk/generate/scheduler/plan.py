@@ -2,10 +2,10 @@
 
     1. replies: all of their rows (the last token, and guesses after it)
     2. prompts, up to a budget of rows: interactive ones first, batch ones get what is left
-         half of the budget: shortest remainders first, so that a short question is answered soon
+         three quarters of the budget: shortest remainders first, so that a short question is answered soon
          the rest: shared fairly between clients; within a client, shortest remainders first
 
-The second half is what keeps a long prompt going while short ones arrive, and one client with many prompts from holding
+The last quarter is what keeps a long prompt going while short ones arrive, and one client with many prompts from holding
 up another with one.
 """
 
@@ -80,7 +80,7 @@ def _share_prompts(prompts: list[Want], budget: int) -> dict[int, int]:
         return {}
     prompts.sort(key=lambda want: (want.rows, want.number))
     given = dict.fromkeys((want.number for want in prompts), 0)
-    _fill_(given, prompts, budget // 2 if len(prompts) > 1 else budget)
+    _fill_(given, prompts, budget - budget // 4 if len(prompts) > 1 else budget)
     by_client: dict[Hashable, list[Want]] = {}
     for want in prompts:
         client = ("alone", want.number) if want.client is None else ("client", want.client)

@@ -6,9 +6,9 @@ seconds of a step = plain (a step with replies alone) + prompt rows * seconds of
 from __future__ import annotations
 
 WEIGHT = 0.25  # of a new measurement in its moving average
-MOST_PLAIN_STEPS = 3.0  # a step with prompt rows takes about this many times a plain one
-LEAST_ROWS, MOST_ROWS = 32, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
-LEAST_MEASURED_ROWS = 16  # fewer say little about the time of a row
+MOST_PLAIN_STEPS = 2.4  # a step with prompt rows takes about this many times a plain one; people notice beyond three
+LEAST_ROWS, MOST_ROWS = 8, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
+LEAST_MEASURED_ROWS = 8  # fewer say little about the time of a row
 PATIENCE = 0.25  # of the last step's time, to choose a token in
 DRAFT_PATIENCE = 1.0  # likewise, if a draft model guesses meanwhile
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.002, 0.05  # a thread needs the former to wake; the latter, people would notice
@@ -37,7 +37,7 @@ class StepTimes:
         """Rows of prompts in the next step. num_replies: those that are running; most_rows: what the model takes at
         once.
 
-        With replies running, so few that none of their tokens waits longer than about three plain steps.
+        With replies running, so few that none of their tokens waits longer than three plain steps.
         """
         if not num_replies:
             return most_rows if num_prompts <= 1 else min(MOST_ROWS, most_rows)
