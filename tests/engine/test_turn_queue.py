@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -172,3 +174,17 @@ def test_the_positions_shown_are_the_order_in_which_turns_come(num_turns: int, a
     while queue.num_running:
         next(ticket for ticket in tickets if ticket.has_turn).close()
     assert order == [number for _, number in expected]
+
+
+def test_a_queue_keeps_nothing_of_those_who_have_left() -> None:
+    queue = TurnQueue(2)
+    left = []
+    for number in range(20):
+        tickets = [queue.enter(), queue.enter(client=f"client {number}"), queue.enter(client="regular")]
+        left += [weakref.ref(ticket) for ticket in tickets]
+        for ticket in tickets:
+            ticket.close()
+    del tickets, ticket
+    gc.collect()
+    assert [ref() for ref in left if ref() is not None] == []
+    assert not queue._next_round and not queue._open

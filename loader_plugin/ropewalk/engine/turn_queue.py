@@ -14,6 +14,7 @@ knows what a turn is for. All methods may be called from any thread.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable
 from types import TracebackType
 
@@ -32,7 +33,8 @@ class TurnQueue:
         self._free = num_turns
         self._waiting: list[Ticket] = []  # in the order of arrival
         self._round = 0  # of the ticket that got its turn last
-        self._next_round: dict[Hashable, int] = {}  # by client, if it is yet to come
+        self._next_round: dict[Hashable, int] = {}  # of clients that wait or have turns, if it is yet to come
+        self._open: Counter[Hashable] = Counter()  # tickets of these clients
 
     @property
     def num_waiting(self) -> int:
@@ -72,6 +74,7 @@ class TurnQueue:
                 )
             ticket.round = max(self._round, self._next_round.get(ticket.client, 0))
             self._next_round[ticket.client] = ticket.round + 1
+            self._open[ticket.client] += 1
             self._waiting.append(ticket)
             called = self._take_turns()
         _call(called)
@@ -92,6 +95,10 @@ class TurnQueue:
             else:
                 self._waiting.remove(ticket)
                 self._close_ranks(ticket)
+            self._open[ticket.client] -= 1
+            if not self._open[ticket.client]:  # or the queue would remember everybody who ever came
+                del self._open[ticket.client]
+                self._next_round.pop(ticket.client, None)
             called = self._take_turns()
         _call(called)
 

@@ -5,8 +5,8 @@
          three quarters of the budget: shortest remainders first, so that a short question is answered soon
          the rest: shared fairly between clients; within a client, shortest remainders first
 
-The last quarter is what keeps a long prompt going while short ones arrive, and one client with many prompts from holding
-up another with one.
+The last quarter is what keeps a long prompt going while short ones arrive, and one client with many prompts from
+holding up another with one.
 """
 
 from __future__ import annotations
