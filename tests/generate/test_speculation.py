@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_model import FakeModel, reply
+from lone_sequence import LoneSequence
 from ropewalk.base.errors import ConfigError
 from ropewalk.generate.speculation import (
     DraftGuesser,
     Guesser,
-    LoneSequence,
     NgramGuesser,
     Vocabulary,
     check_same_vocabulary,

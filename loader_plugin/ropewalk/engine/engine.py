@@ -31,7 +31,7 @@ from ropewalk.generate.guesses import Guesses
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.routing import AUTO, route
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.generate.scheduler.plan import INTERACTIVE, check_priority
+from ropewalk.generate.scheduler.plan import INTERACTIVE, check_client, check_priority
 from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
 from ropewalk.generate.scheduler.steps import StepModel
@@ -284,6 +284,7 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, got {type(params).__name__}")
         check_priority(priority)
+        check_client(client)
         ids = checked_prompt(self.scheduler.vocab_size, self.context_size, prompt_ids)
         uses = _adapters_or_auto(adapters)
         return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority)

@@ -19,6 +19,7 @@ from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
 from ropewalk.generate.scheduler.timing import DRAFT_PATIENCE, PATIENCE
 from ropewalk.generate.speculation import DraftGuesser, NgramGuesser, Vocabulary, check_same_vocabulary
 from ropewalk.model.loader import load_model
+from ropewalk.model.model import Model
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 
 NGRAM, DRAFT = SPECULATION.values[1:]
@@ -91,6 +92,10 @@ def _draft_scheduler(draft_model: Any, model: Any, tokenizer: Tokenizer) -> Sche
         folder = Path(draft_model)
         draft_tokenizer = load_tokenizer(folder)
         draft_model = load_model(folder, **_like(model.backend))
+    elif not isinstance(draft_model, Model):
+        raise ConfigError(
+            f"draft_model must be the folder of a model, or a loaded model, got {type(draft_model).__name__}"
+        )
     else:
         folder = Path(draft_model.config.source).parent
         draft_tokenizer = load_tokenizer(folder)

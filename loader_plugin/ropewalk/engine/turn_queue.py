@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable
 from types import TracebackType
 
 from ropewalk.base.errors import QueueFullError
-from ropewalk.generate.scheduler.plan import INTERACTIVE, PRIORITIES, check_priority
+from ropewalk.generate.scheduler.plan import INTERACTIVE, PRIORITIES, check_client, check_priority
 
 
 class TurnQueue:
@@ -33,7 +33,7 @@ class TurnQueue:
         self._free = num_turns
         self._waiting: list[Ticket] = []  # in the order of arrival
         self._round = 0  # of the ticket that got its turn last
-        self._next_round: dict[Hashable, int] = {}  # of clients that wait or have turns, if it is yet to come
+        self._next_round: dict[Hashable, int] = {}  # of clients that wait or have turns
         self._open: Counter[Hashable] = Counter()  # tickets of these clients
 
     @property
@@ -61,10 +61,10 @@ class TurnQueue:
 
         Raises:
             QueueFullError: the ticket would have to wait, and as many as allowed are already waiting. RequestError: an
-                unknown priority.
+                unknown priority, or a client that is not hashable.
         """
         rank = PRIORITIES.index(check_priority(priority))
-        ticket = Ticket(self, on_turn, turns, client, rank)
+        ticket = Ticket(self, on_turn, turns, check_client(client), rank)
         with self._lock:
             must_wait = bool(self._waiting) or turns > self._free
             if must_wait and self.limit is not None and len(self._waiting) >= self.limit:
@@ -105,7 +105,6 @@ class TurnQueue:
     def _take_turns(self) -> list[Ticket]:
         """Give free turns to the front of the queue. The caller holds the lock."""
         called = []
-        self._next_round = {client: number for client, number in self._next_round.items() if number > self._round}
         while self._waiting:
             ticket = self._in_order()[0]
             if ticket.turns > self._free:
@@ -133,8 +132,7 @@ class TurnQueue:
         later = [ticket for ticket in self._waiting if ticket.client == gone.client and ticket.round > gone.round]
         for ticket in later:
             ticket.round -= 1
-        if gone.client in self._next_round:
-            self._next_round[gone.client] -= 1
+        self._next_round[gone.client] -= 1
 
 
 class Ticket:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 
+from ropewalk.generate.pace import Pace
 from ropewalk.generate.scheduler.sequence import Sequence
-from ropewalk.generate.speculation import Guesser, Pace
+from ropewalk.generate.speculation import Guesser
 
 
 class Guesses:

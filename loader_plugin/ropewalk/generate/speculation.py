@@ -17,19 +17,7 @@ from typing import Protocol
 import torch
 
 from ropewalk.base.errors import ConfigError
-from ropewalk.generate.pace import Pace
 from ropewalk.generate.sampling import first_of_highest
-
-__all__ = [
-    "DraftGuesser",
-    "DraftSequence",
-    "Guesser",
-    "LoneSequence",
-    "NgramGuesser",
-    "Pace",
-    "Vocabulary",
-    "check_same_vocabulary",
-]
 
 TOKEN_BITS = 32  # of a token id within the key of an n-gram
 NONE = -1
@@ -121,7 +109,7 @@ class NgramGuesser:
 
 
 class DraftSequence(Protocol):
-    """One sequence of a smaller model: a `LoneSequence`, or one that a scheduler has opened for the same prompt."""
+    """One sequence of a smaller model, such as one that a scheduler has opened for the same prompt."""
 
     @property
     def length(self) -> int: ...
@@ -182,31 +170,6 @@ class DraftGuesser:
         return list(token_ids[agreed:])
 
 
-class LoneSequence:
-    """One sequence of a model, in a cache of its own. model: a `Model`, which nobody else may call meanwhile."""
-
-    def __init__(self, model: CacheModel) -> None:
-        self._model, self._cache = model, model.new_cache()
-
-    @property
-    def length(self) -> int:
-        """Positions computed."""
-        return self._cache.length
-
-    @property
-    def capacity(self) -> int:
-        """The most positions that there can be."""
-        return self._cache.capacity
-
-    def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on."""
-        self._cache.truncate(length)
-
-    def forward(self, token_ids: Sequence[int], logits: str = "last") -> torch.Tensor | None:
-        """Append tokens: as `Model.forward`."""
-        return self._model.forward(token_ids, self._cache, logits=logits)
-
-
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """What two models must have in common for one to guess for the other.
@@ -241,18 +204,3 @@ def check_same_vocabulary(target: Vocabulary, draft: Vocabulary) -> None:
 
 def _shown(token_id: int | None) -> str:
     return "missing" if token_id is None else str(token_id)
-
-
-class CacheModel(Protocol):
-    """What a `LoneSequence` needs of a `Model`."""
-
-    def new_cache(self) -> _Cache: ...
-    def forward(self, token_ids: Sequence[int], cache: _Cache, logits: str = "last") -> torch.Tensor | None: ...
-
-
-class _Cache(Protocol):
-    @property
-    def length(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-    def truncate(self, length: int) -> None: ...

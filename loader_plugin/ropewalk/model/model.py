@@ -286,7 +286,15 @@ class Model:
         return cache.length
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:
-        """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none."""
+        """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none.
+
+        Raises:
+            RequestError: not spans, or a cache of another model or layer order.
+        """
+        for span in spans:
+            if not isinstance(span, Span):
+                raise RequestError(f"a step takes ropewalk.Span, got {type(span).__name__}")
+            self.check_owner(span.cache)
         return self.store.missing_bytes([(span.cache, span.cache.length + len(span.token_ids)) for span in spans])
 
     def forward(

@@ -58,6 +58,17 @@ def check_priority(priority: str) -> str:
     return priority
 
 
+def check_client(client: Hashable) -> Hashable:
+    """Raises:
+    RequestError: nothing that could be looked up, such as a list.
+    """
+    try:
+        hash(client)
+    except TypeError as error:
+        raise RequestError(f"client must be hashable, such as a name, got {type(client).__name__}") from error
+    return client
+
+
 def importance(priority: str, number: int) -> tuple[int, int]:
     """A key to sort by: the most important first. Never equal for two sequences, so that of any two one yields."""
     return PRIORITIES.index(priority), number

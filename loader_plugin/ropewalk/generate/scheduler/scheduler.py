@@ -23,7 +23,7 @@ import torch
 from ropewalk.adapters.request import Request
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.scheduler.call import Call
-from ropewalk.generate.scheduler.plan import INTERACTIVE, check_priority
+from ropewalk.generate.scheduler.plan import INTERACTIVE, check_client, check_priority
 from ropewalk.generate.scheduler.sequence import Cancelled, Progress, SequenceState
 from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
 from ropewalk.generate.scheduler.steps import StepModel, Steps
@@ -81,11 +81,12 @@ class Scheduler:
         is going to need the same tokens again.
 
         Raises:
-            RequestError: wrong token ids, unknown adapters or priority.
+            RequestError: wrong token ids or client, unknown adapters or priority.
         """
         ids = checked_prompt(self.vocab_size, self.capacity, prompt_ids)
         key = self.model.adapter_key(adapters)
         check_priority(priority)
+        check_client(client)
         cache = self.model.new_cache()
         with self._lock:
             self._num_opened += 1
