@@ -106,6 +106,7 @@ void run_inner(CpuRuntime& runtime, const Inner& inner, int64_t item) {
 // What the parts of a linear share, in one job for all threads: the prepared activations, and the inner products.
 void run_shared(CpuRuntime& runtime, std::vector<Prepared>& inputs, std::vector<Inner>& inners, Compute compute,
                 const float* x, int64_t x_stride, int64_t num_rows) {
+  // A few rows in small items, for all threads: a step of eight at 1.1B took 51 and 54 ms, as one item 60 and 64.
   const int64_t rows_of_item = num_rows > 16 ? 8 : 2;
   Places places;
   for (Prepared& input : inputs) reserve(input, compute, num_rows, places);
