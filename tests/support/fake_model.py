@@ -121,6 +121,9 @@ class FakeModel:
     def cache_shared(self) -> int:
         return PAGE * len(self._evictable())
 
+    def accepts(self, cache: FakeCache) -> bool:
+        return cache.model is self
+
     def share(self, cache: FakeCache) -> None:
         with self.alone():
             ends = [*range(PAGE, cache.length + 1, PAGE), *([cache.length] if cache.length % PAGE else [])]

@@ -27,14 +27,15 @@ NGRAM, DRAFT = SPECULATION.values[1:]
 
 class Speculation:
     """kind: "ngram", "draft" or None. draft_model: for "draft", a model, or the folder of one, which is loaded for the
-    same backend and takes as many threads. A draft model decides the kind if none is given.
+    same backend and takes as many threads. A draft model decides the kind if none is given. tokenizer: the model's, to
+    be compared with that of the draft model; None without one.
 
     Raises:
         ConfigError: no such kind; "draft" without a draft model, or another kind with one; a draft model of another
             vocabulary. Others as `load_model`.
     """
 
-    def __init__(self, kind: str | None, draft_model: Any, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, kind: str | None, draft_model: Any, model: Any, tokenizer: Tokenizer | None) -> None:
         if kind is not None and kind not in (NGRAM, DRAFT):
             raise ConfigError(f"speculation must be {NGRAM!r}, {DRAFT!r} or None, got {kind!r}")
         if kind is None and draft_model is not None:

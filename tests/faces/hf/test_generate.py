@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, TextStreamer
 
-from hf_checkpoint import V, checkpoint, fresh_logits, ours, theirs, tokens
-from ropewalk.base.errors import RequestError, UnsupportedError
+from gptq_writer import write_checkpoint
+from hf_checkpoint import EXACT, V, checkpoint, fresh_logits, ours, theirs, tokens
+from ropewalk.base.errors import ConfigError, RequestError, UnsupportedError
 from ropewalk.generate.generate import Generation
+from ropewalk.generate.pace import Pace
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.generate.scheduler.scheduler import Scheduler
-from ropewalk.hf import RopewalkForCausalLM, TokenHistory
+from ropewalk.hf import RopewalkForCausalLM, TokenHistory, from_pretrained
+from ropewalk.model.step import run_step
+from tokenizer_writer import write_sentencepiece
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
 
@@ -236,21 +242,105 @@ def test_replies_of_several_threads_do_not_mix() -> None:
     assert results == {number: [guided[number] if number % 2 else expected[number]] * 3 for number in range(4)}
 
 
-def test_replies_wait_for_each_other_instead_of_reading_their_prompts_at_every_token(monkeypatch) -> None:
+def test_replies_of_several_threads_share_their_steps_and_read_each_prompt_once(monkeypatch) -> None:
     model = ours()
-    reply(model, tokens(5))
-    read, real = [], model.ropewalk_model.forward
+    prompts = [tokens(60, seed=seed) for seed in (1, 2, 3)]
+    expected = [reply(ours(), prompt) for prompt in prompts]
+    steps, real = [], run_step
     monkeypatch.setattr(
-        model.ropewalk_model,
-        "forward",
-        lambda ids, *args, **options: read.append(len(ids)) or real(ids, *args, **options),
+        "ropewalk.model.model.run_step", lambda *args, **options: steps.append(args[1]) or real(*args, **options)
     )
-    threads = [threading.Thread(target=reply, args=(model, tokens(60, seed=seed))) for seed in (1, 2)]
+    start, written = threading.Barrier(3), {}
+
+    def write(number: int) -> None:
+        start.wait()
+        written[number] = reply(model, prompts[number])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert sum(count > 1 for count in read) == 2 and len(read) == 2 * 24
+    assert written == dict(enumerate(expected))
+    assert sum(len(span.token_ids) for spans in steps for span in spans) == 3 * (60 + 23)
+    assert any(len(spans) > 1 for spans in steps) and len(steps) < 3 * 24
+
+
+def test_what_a_reply_computed_is_kept_for_others_and_held_by_nobody() -> None:
+    model = ours()
+    reply(model, tokens(100))
+    used, shared = model.ropewalk_model.cache_used, model.ropewalk_model.cache_shared
+    assert used == shared > 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The usual model, with the tokenizer that a draft model's is compared with."""
+    made = tmp_path_factory.mktemp("speculation") / "tiny"
+    shutil.copytree(checkpoint()[0], made)
+    return write_sentencepiece(made)
+
+
+@pytest.fixture
+def eager(monkeypatch) -> None:
+    """Guesses are made at every step, whether they pay or not."""
+    monkeypatch.setattr(Pace, "wanted", lambda pace, num_others: 3)
+
+
+def guessing(folder: Path, speculation: str) -> RopewalkForCausalLM:
+    """A model that guesses ahead; its draft model is the same, so it is always right."""
+    draft = folder if speculation == "draft" else None
+    return from_pretrained(folder, speculation, draft, **EXACT)
+
+
+@pytest.mark.parametrize("speculation", ["ngram", "draft"])
+@pytest.mark.parametrize("way", ["plain", "guidance", "prompt lookup", "no cache", "repetition penalty"])
+def test_guessing_ahead_changes_no_token(model, folder: Path, eager, speculation: str, way: str) -> None:
+    ahead = guessing(folder, speculation)
+    for prompt in (tokens(12, seed=4).repeat(1, 2), tokens(30)):
+        assert reply(ahead, prompt, **ALIKE[way]) == reply(model, prompt, **ALIKE[way])
+
+
+def test_guesses_come_true_and_are_counted_and_leave_nothing_wrong_behind(
+    model, folder: Path, eager, monkeypatch
+) -> None:
+    ahead, prompt = guessing(folder, "draft"), tokens(24)
+    steps, real = [], run_step
+    monkeypatch.setattr(
+        "ropewalk.model.model.run_step", lambda *args, **kw: steps.append(args[:2]) or real(*args, **kw)
+    )
+    written = reply(ahead, prompt, max_new_tokens=60)
+    monkeypatch.setattr("ropewalk.model.model.run_step", real)
+    assert written == reply(model, prompt, max_new_tokens=60)
+    stats = ahead.last_stats
+    assert stats.new_tokens == 60 and 40 <= stats.accepted_tokens <= stats.guessed_tokens
+    assert sum(target is ahead.ropewalk_model for target, _ in steps) < 40
+    longer = torch.tensor([[*written, 5, 6, 7]])
+    assert reply(ahead, longer) == reply(model, longer)
+    assert ahead.last_stats.reused_tokens == len(written) - 1
+
+
+@pytest.mark.parametrize("speculation", ["ngram", "draft"])
+def test_a_seed_gives_the_same_text_with_and_without_guesses(model, folder: Path, eager, speculation: str) -> None:
+    prompt, options = tokens(12, seed=4).repeat(1, 3), {"do_sample": True, "temperature": 0.7, "max_new_tokens": 60}
+    texts = []
+    for one in (model, guessing(folder, speculation)):
+        torch.manual_seed(3)
+        texts.append(reply(one, prompt, **options))
+    assert texts[0] == texts[1]
+
+
+def test_an_edit_while_guesses_are_ahead_is_followed(model, folder: Path, eager) -> None:
+    ahead = guessing(folder, "draft")
+    out = ahead.generate(tokens(20), **GREEDY, return_dict_in_generate=True)
+    for prompt in (out.sequences[:, :30], torch.cat([out.sequences[:, :25], tokens(4, seed=2)], dim=1)):
+        assert reply(ahead, prompt, past_key_values=out.past_key_values) == reply(model, prompt)
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"vocab_size": 120})
+    with pytest.raises(ConfigError, match="draft_model: .* knows 120 tokens"):
+        from_pretrained(folder, draft_model=write_sentencepiece(tmp_path), **EXACT)
 
 
 def test_a_reply_that_fails_leaves_the_next_one_unharmed() -> None:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ropewalk.adapters.request import Request, checked_request
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import return_freed_memory
+from ropewalk.engine.speculation import Speculation
 from ropewalk.faces.hf.hf_config import make_config, make_generation_config
 from ropewalk.faces.hf.history import TokenHistory
 from ropewalk.faces.hf.refusals import (
@@ -30,20 +31,29 @@ from ropewalk.faces.hf.runner import GUIDANCE, Runner
 from ropewalk.generate.generate import Cancelled, GenerationStats, Progress
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
+from ropewalk.text.tokenizer.load import load_tokenizer
 
 STEP_OPTIONS = ("use_cache", "logits_to_keep", "num_logits_to_keep")  # what `generate` passes on to every step
 
 
-def from_pretrained(folder: str | Path, **options: Any) -> RopewalkForCausalLM:
-    """Load a model folder; options and errors are those of `ropewalk.load_model`."""
-    return RopewalkForCausalLM(load_model(folder, **options))
+def from_pretrained(
+    folder: str | Path, speculation: str | None = None, draft_model: Any = None, **options: Any
+) -> RopewalkForCausalLM:
+    """Load a model folder; the other options and errors are those of `ropewalk.load_model`.
+
+    speculation, draft_model: who guesses tokens ahead in `generate`, as for `ropewalk.Engine`; the text is the same
+        without.
+    """
+    return RopewalkForCausalLM(load_model(folder, **options), speculation, draft_model)
 
 
 class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     """A loaded `Model` for transformers' `generate` and whatever else takes a causal language model.
 
-    Logits are float32 and equal those of `Model.forward` bit for bit. Replies in several threads wait for each other.
+    Logits are float32 and equal those of `Model.forward` bit for bit. Replies in several threads share their steps;
+    what samples in them draws from torch's one random state, as always in transformers.
 
+    speculation, draft_model: see `from_pretrained`.
     logits_by_default: how many of the last tokens get logits in a direct call without `logits_to_keep`; 0 means all,
         as in transformers. Logits of a whole long text take much memory: 4 bytes * tokens * vocabulary.
     """
@@ -51,19 +61,21 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     _supports_sdpa = True  # else transformers warns that attention is slow
     _supports_cache_class = True  # asked for by transformers before 4.54 when a cache is handed back
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, speculation: str | None = None, draft_model: Any = None) -> None:
         config = make_config(model)
         super().__init__(config)
         self.generation_config = make_generation_config(model)
         self.logits_by_default = 0
-        self._runner: Runner | None = Runner(model)
+        self._runner: Runner | None = Runner(model, _speculation(speculation, draft_model, model))
         self._device = model.backend.device
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> RopewalkForCausalLM:
+    def from_pretrained(
+        cls, folder: str | Path, speculation: str | None = None, draft_model: Any = None, **options: Any
+    ) -> RopewalkForCausalLM:
         """As `ropewalk.hf.from_pretrained`."""
-        return cls(load_model(folder, **options))
+        return cls(load_model(folder, **options), speculation, draft_model)
 
     @property
     def ropewalk_model(self) -> Model:
@@ -248,3 +260,11 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         if self._runner is None:
             raise RequestError("this model has been unloaded: load it again with ropewalk.hf.from_pretrained")
         return self._runner
+
+
+def _speculation(kind: str | None, draft_model: Any, model: Model) -> Speculation | None:
+    """Raises ConfigError as `Speculation`. The tokenizer is read only to compare it with that of a draft model."""
+    if kind is None and draft_model is None:
+        return None
+    tokenizer = None if draft_model is None else load_tokenizer(Path(model.config.source).parent)
+    return Speculation(kind, draft_model, model, tokenizer)

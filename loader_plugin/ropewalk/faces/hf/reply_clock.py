@@ -25,14 +25,19 @@ class ReplyClock:
         self._prompt: _Prompt | None = None
         self._history: TokenHistory | None = None
         self._latest = 0.0
+        self._guessed = self._accepted = 0
         self._stopped: GenerationStats | None = None
 
-    def count(self, history: TokenHistory, keep: int, reused: int, seconds: float) -> None:
+    def count(
+        self, history: TokenHistory, keep: int, reused: int, seconds: float, guessed: int = 0, accepted: int = 0
+    ) -> None:
         """One step has been run: `history` is what has been computed, `reused` tokens of it came from the cache.
 
-        keep: how many of the last tokens got logits; all but the first of these are guesses of an assistant.
+        keep: how many of the last tokens got logits; all but the first of these are guesses of an assistant. guessed,
+        accepted: tokens that were guessed ahead so far, and those that came true.
         """
         self._history, self._latest = history, time.perf_counter()
+        self._guessed, self._accepted = guessed, accepted
         if self._prompt is None:
             self._prompt = _Prompt(len(history) - keep + 1, reused, seconds, self._latest)
 
@@ -55,4 +60,6 @@ class ReplyClock:
             generation_s=self._latest - prompt.read_at,
             context_used=len(history),
             context_size=self._context_size,
+            guessed_tokens=self._guessed,
+            accepted_tokens=self._accepted,
         )

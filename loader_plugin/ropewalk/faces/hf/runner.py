@@ -1,96 +1,97 @@
-"""Runs sequences of tokens through one model for many callers, and computes only what is not in memory yet.
+"""Runs sequences of tokens through one model for many callers: each history is a sequence of the scheduler.
 
-Two caches: "main" for conversations, "guidance" for the second pass of classifier-free guidance (made when first
-asked for). Each call finds the longest prefix of its own sequence, in its cache or among those that the model shares,
-so callers may take turns in any order. If the memory does not suffice for both caches, the other one is emptied.
+    history, new tokens -> its sequence (opened when first asked for) -> shared steps -> logits of the last rows
+
+Replies in several threads share their steps, and begin with what others have computed. A history is only tokens: if
+its sequence cannot go on (other adapters, another layer order), another one is opened for the same tokens.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from ropewalk.adapters.request import AdapterUse
-from ropewalk.adapters.sets import AdapterKey
-from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.base.errors import RequestError
+from ropewalk.engine.speculation import Speculation
+from ropewalk.faces.hf.foresight import Foresight
 from ropewalk.faces.hf.history import TokenHistory
+from ropewalk.faces.hf.open_history import OpenHistory
 from ropewalk.faces.hf.reply_clock import ReplyClock
 from ropewalk.generate.evaluate import LOGITS_BYTES
 from ropewalk.generate.generate import Cancelled, GenerationStats, Progress
-from ropewalk.model.cache import KvCache
+from ropewalk.generate.scheduler.scheduler import Scheduler
+from ropewalk.generate.scheduler.sequence import Sequence
+from ropewalk.generate.scheduler.timing import PATIENCE
 from ropewalk.model.model import Model, checked_token_ids
 
 MAIN, GUIDANCE = "main", "guidance"
 IGNORED_LABEL = -100  # the convention of torch's cross entropy
 
 
-@dataclass(slots=True)
-class _Slot:
-    """One cache; `holder` is the history whose tokens it begins with, computed with the adapters of `key`."""
-
-    cache: KvCache
-    holder: TokenHistory | None = None
-    key: AdapterKey = ()
-
-
 class Runner:
-    """One model with its caches. Calls from several threads are run one after the other."""
+    """One model for callers in any threads. speculation: who guesses ahead in replies, if anybody."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, speculation: Speculation | None = None) -> None:
         self.model = model
         self.adapters: tuple[AdapterUse, ...] = ()
         self.progress: Progress | None = None
         self.cancelled: Cancelled | None = None
-        self._slots: dict[str, _Slot] = {}
-        self._step = threading.Lock()
-        self._replies = threading.RLock()
+        self._speculation = speculation
+        self._scheduler = Scheduler(model, PATIENCE if speculation is None else speculation.patience)
+        self._opened: weakref.WeakKeyDictionary[TokenHistory, OpenHistory] = weakref.WeakKeyDictionary()
+        self._opening = threading.RLock()  # a history may be dropped, by the collector, in a thread that holds it
         self._replying = threading.local()
-        self._clock: ReplyClock | None = None
+        self._newest: ReplyClock | None = None
 
     @property
     def last_stats(self) -> GenerationStats | None:
         """Tokens and times of the newest reply; None before its prompt has been read."""
-        return None if self._clock is None else self._clock.stats
+        return None if self._newest is None else self._newest.stats
 
     @property
     def is_replying(self) -> bool:
         """True within a reply of this thread."""
-        return getattr(self._replying, "depth", 0) > 0
+        return self._clock is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the size of the vocabulary."""
+        return self.model.config.vocab_size
 
     @contextmanager
     def reply(self) -> Iterator[None]:
-        """Hold the model for one reply. Other threads wait: alternating would read each prompt again at every token."""
-        with self._replies:
-            self._replying.depth = getattr(self._replying, "depth", 0) + 1
-            clock = self._clock = ReplyClock(self.model.max_seq_len)
-            try:
-                yield
-            finally:
-                clock.stop()
-                self._replying.depth -= 1
+        """One reply of this thread, whose tokens and times are counted."""
+        outer = self._clock
+        clock = self._replying.clock = self._newest = ReplyClock(self.model.max_seq_len)
+        try:
+            yield
+        finally:
+            clock.stop()
+            self._replying.clock = outer
 
     def extend(self, history: TokenHistory, token_ids: list[int], keep: int) -> torch.Tensor:
         """Append tokens to a history and give the logits after the last `keep` of them, [keep, V] float32.
 
         Raises:
-            RequestError: as `Model.forward`. The history is then unchanged.
+            RequestError: as `Model.forward`; cancelled. The history is then unchanged.
         """
-        ids = checked_token_ids(token_ids, self.model.config.vocab_size)
-        with self._step, torch.no_grad():
-            started = time.perf_counter()
-            slot = self._slot(history.slot)
-            rest = self._rewind(slot, history, ids, keep)
-            logits = self._run(slot, rest, keep)
-            reused = len(history) + len(ids) - len(rest)
-            history.extend_(ids)
-            slot.holder, slot.key = history, self.model.adapter_key(self.adapters)
-            if self.is_replying and history.slot == MAIN and self._clock is not None:
-                self._clock.count(history, keep, reused, time.perf_counter() - started)
+        ids = checked_token_ids(token_ids, self.vocab_size)
+        started = time.perf_counter()
+        with torch.no_grad():
+            opened = self._open(history, ids)
+            logits, reused = opened.extend(history, ids, keep, self.progress, self.cancelled)
+        if logits is None:
+            raise _cancelled()
+        history.extend_(ids)
+        clock = self._clock
+        if clock is not None and history.slot == MAIN:
+            clock.count(history, keep, reused, time.perf_counter() - started, opened.guessed, opened.accepted)
         return logits
 
     def loss(self, token_ids: list[int], labels: list[int]) -> torch.Tensor:
@@ -99,98 +100,65 @@ class Runner:
         Memory: logits in blocks of 64 MiB.
 
         Raises:
-            RequestError: as `Model.forward`; a label that is not a token id.
+            RequestError: as `Model.forward`; a label that is not a token id; cancelled.
         """
-        ids = checked_token_ids(token_ids, self.model.config.vocab_size)
-        targets = torch.tensor([*labels[1:], IGNORED_LABEL])
-        scored = (targets != IGNORED_LABEL).nonzero()
-        first = int(scored[0]) if len(scored) else len(ids) - 1
+        ids = checked_token_ids(token_ids, self.vocab_size)
         out_of_range = [label for label in labels if label != IGNORED_LABEL and not 0 <= label < self.vocab_size]
         if out_of_range:
             raise RequestError(f"labels must be token ids or {IGNORED_LABEL}, got {out_of_range[0]}")
-        with self._step, torch.no_grad():
-            history, slot = TokenHistory(), self._slot(MAIN)
-            rest = self._rewind(slot, history, ids, len(ids) - first)
-            return self._mean_nll(slot, rest, targets[len(ids) - len(rest) :])
+        targets = torch.tensor([*labels[1:], IGNORED_LABEL])  # of each row
+        with torch.no_grad(), self._scheduler.open(ids, self.adapters) as sequence:
+            return self._mean_nll(sequence, ids, targets)
 
-    def _mean_nll(self, slot: _Slot, ids: list[int], targets: torch.Tensor) -> torch.Tensor:
-        model, start = self.model, slot.cache.length
-        block = max(1, min(model.max_input_len, LOGITS_BYTES // (4 * self.vocab_size)))
+    def _mean_nll(self, sequence: Sequence, ids: list[int], targets: torch.Tensor) -> torch.Tensor:
+        scored = (targets != IGNORED_LABEL).nonzero()
+        first = int(scored[0]) if len(scored) else len(ids)
+        self._read(sequence, ids[:first], "none", len(ids))
+        block = max(1, min(self.model.max_input_len, LOGITS_BYTES // (4 * self.vocab_size)))
         total, count = 0.0, 0
-        for first in range(0, len(ids), block):
-            wanted = targets[first : first + block]
-            scored = wanted != IGNORED_LABEL
-            mode = "all" if bool(scored.any()) else "none"
-            logits = self._forward(slot, ids[first : first + block], mode, start + len(ids))  # [rows, V] or None
-            if logits is not None:
-                wanted, scored = wanted.to(logits.device), scored.to(logits.device)
-                losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED_LABEL)
-                total += float(losses[scored].double().sum())
-                count += int(scored.sum())
+        for start in range(first, len(ids), block):
+            wanted = targets[start : start + block]
+            mode = "all" if bool((wanted != IGNORED_LABEL).any()) else "none"
+            logits = self._read(sequence, ids[start : start + block], mode, len(ids))  # [rows, V]
+            if logits is None:
+                continue
+            wanted = wanted.to(logits.device)
+            losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none", ignore_index=IGNORED_LABEL)
+            chosen = losses[wanted != IGNORED_LABEL]
+            total, count = total + float(chosen.double().sum()), count + len(chosen)
         return torch.tensor(total / count if count else float("nan"))
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the size of the vocabulary."""
-        return self.model.config.vocab_size
-
-    def _slot(self, name: str) -> _Slot:
-        slot = self._slots.get(name)
-        if slot is None or not self.model.accepts(slot.cache):  # new, or the layer order was changed
-            slot = self._slots[name] = _Slot(self.model.new_cache())
-        return slot
-
-    def _rewind(self, slot: _Slot, history: TokenHistory, ids: list[int], keep: int) -> list[int]:
-        """Keep in the cache what can be reused; returns the tokens to run, which are at least the last `keep`.
-
-        If the cache was last used by the same history, it begins with its tokens, and they need no comparison.
-        """
-        whole = len(history) + len(ids)
-        if slot.holder is history and slot.key == self.model.adapter_key(self.adapters) and keep <= len(ids):
-            slot.cache.truncate(len(history))
-            return ids
-        ids = history.token_ids + ids
-        kept = self.model.reusable_prefix(slot.cache, ids, self.adapters)
-        slot.holder = None  # until the rest has been run
-        if kept < slot.cache.length:
-            self.model.share(slot.cache)  # another sequence's: it may come back
-        slot.cache.truncate(min(kept, whole - keep))
-        if keep < whole:
-            self.model.attach(slot.cache, ids[: whole - keep + 1], self.adapters, seq_len=whole)
-        return ids[slot.cache.length :]
-
-    def _run(self, slot: _Slot, ids: list[int], keep: int) -> torch.Tensor:
-        """Run tokens on top of the cache; logits of the last `keep`."""
-        end = slot.cache.length + len(ids)
-        if keep == 1:
-            return self._forward(slot, ids, "last", None)
-        if keep < len(ids):
-            self._forward(slot, ids[:-keep], "none", end)
-        return self._forward(slot, ids[-keep:], "all", end)
-
-    def _forward(self, slot: _Slot, ids: list[int], mode: str, seq_len: int | None) -> torch.Tensor:
-        """`Model.forward`. If it does not complete, the slot loses its holder."""
-        holder, slot.holder = slot.holder, None
-        end = slot.cache.length + len(ids)
-        watched = {"progress": self.progress, "cancelled": self.cancelled}
-        try:
-            logits = self.model.forward(ids, slot.cache, mode, seq_len=seq_len, adapters=self.adapters, **watched)
-        except CacheFullError:
-            if not self._empty_others(slot):
-                raise
-            logits = self.model.forward(ids, slot.cache, mode, seq_len=seq_len, adapters=self.adapters, **watched)
-        if slot.cache.length < end:
-            raise RequestError("cancelled: the function given as `cancelled` returned True while tokens were read")
-        slot.holder = holder
+    def _read(self, sequence: Sequence, ids: list[int], mode: str, seq_len: int) -> torch.Tensor | None:
+        if not ids:
+            return None
+        end = sequence.length + len(ids)
+        logits = sequence.forward(ids, mode, self.progress, self.cancelled, seq_len)
+        if sequence.length < end:
+            raise _cancelled()
         return logits
 
-    def _empty_others(self, slot: _Slot) -> bool:
-        """Give back the pages of the other caches; False if there are none. What they hold is kept as long as it can
-        be."""
-        others = [other for other in self._slots.values() if other is not slot and other.cache.length]
-        for other in others:
-            other.holder = None
-            if self.model.accepts(other.cache):
-                self.model.share(other.cache)
-            other.cache.truncate(0)
-        return bool(others)
+    @property
+    def _clock(self) -> ReplyClock | None:
+        return getattr(self._replying, "clock", None)
+
+    def _open(self, history: TokenHistory, ids: list[int]) -> OpenHistory:
+        """The sequence of a history; another one if there is none, or if it cannot be continued."""
+        key = self.model.adapter_key(self.adapters), self.model.layer_order
+        with self._opening:
+            opened = self._opened.get(history)
+        if opened is None or opened.key != key:
+            whole = history.token_ids + ids
+            opened = OpenHistory(self._scheduler, whole, self.adapters, key, self._foresight(history, whole))
+            with self._opening:
+                self._opened[history] = opened
+        return opened
+
+    def _foresight(self, history: TokenHistory, token_ids: list[int]) -> Foresight | None:
+        """Who guesses ahead for a history: in replies, and not in the second pass of guidance."""
+        if self._speculation is None or not self.is_replying or history.slot != MAIN:
+            return None
+        return Foresight(self._speculation, token_ids, lambda: self.cancelled is not None and self.cancelled())
+
+
+def _cancelled() -> RequestError:
+    return RequestError("cancelled: the function given as `cancelled` returned True while tokens were read")

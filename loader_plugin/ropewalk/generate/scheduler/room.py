@@ -25,6 +25,7 @@ IDLE_S = 1.0  # a sequence that asked for nothing this long gives its pages up t
 class PagedModel(Protocol):
     """What is needed of a model here."""
 
+    def accepts(self, cache: CacheLike) -> bool: ...
     def share(self, cache: CacheLike) -> None: ...
     def attach(
         self,
@@ -96,8 +97,7 @@ class Room:
         sequence.trim_(len(sequence.token_ids) if call is None or call.is_new else call.end)
         sequence.remember_()
         sequence.trim_(sequence.cache.length // PAGE_ROWS * PAGE_ROWS)  # the tree would have to copy a part of a page
-        if sequence.keep and sequence.cache.length:
-            self._model.share(sequence.cache)
+        self._share(sequence)
         sequence.trim_(0)
         sequence.is_admitted = False
         self.num_preempted += 1
@@ -105,9 +105,13 @@ class Room:
     def retire_(self, sequence: SequenceState) -> None:
         """It has ended: its pages are for others now."""
         sequence.trim_(len(sequence.token_ids))
-        if sequence.keep and sequence.cache.length:
-            self._model.share(sequence.cache)
+        self._share(sequence)
         sequence.trim_(0)
+
+    def _share(self, sequence: SequenceState) -> None:
+        """What it holds is for others, too; not if the model's layer order has been changed meanwhile."""
+        if sequence.keep and sequence.cache.length and self._model.accepts(sequence.cache):
+            self._model.share(sequence.cache)
 
     def _make_room_(self, call: Call, admitted: Sequence[Call], holders: Sequence[SequenceState]) -> bool:
         """Whether the call can be admitted beside those that are; pre-empts others if that helps."""

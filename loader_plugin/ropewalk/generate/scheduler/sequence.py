@@ -118,9 +118,11 @@ class Sequence:
         """
         self._check_open()
         ids = checked_token_ids(token_ids, self.vocab_size)
-        if self.length + len(ids) > self.capacity:
+        needed = self.length + len(ids)
+        if needed > self.capacity:
             raise RequestError(
-                f"{len(ids)} tokens do not fit: the sequence has {self.length} of at most {self.capacity} positions"
+                f"{len(ids)} tokens do not fit: the sequence has {self.length} of at most {self.capacity} positions, "
+                f"{needed} are needed; shorten it, or load the model with a max_seq_len of at least {needed}"
             )
         return self._scheduler.run(self._state, ids, logits, seq_len, progress, cancelled)
 
