@@ -299,6 +299,20 @@ def arguments_do_not_outlast_the_load(subject: Subject) -> str:
     return "context 512 again"
 
 
+def guessing_ahead_changes_no_text(subject: Subject) -> str:
+    copied = PROMPT * 6
+    expected = subject.text(copied, max_tokens=120)
+    seen = []
+    for arguments in ({"speculation": "ngram"}, {"speculation": "draft", "model_draft": MODEL}):
+        subject.load(**arguments)
+        assert subject.text(copied, max_tokens=120) == expected, arguments
+        guessed = re.findall(r"guessed (\d+), (\d+) right", subject.server.console())
+        assert guessed and 0 < int(guessed[-1][1]) <= int(guessed[-1][0]), guessed
+        seen.append(f"{guessed[-1][1]} of {guessed[-1][0]} right")
+    subject.load()
+    return f"n-gram {seen[0]}, draft model {seen[1]}: the same text"
+
+
 def loras_are_applied_and_removed(subject: Subject) -> str:
     base = subject.text()
     texts = []
@@ -428,6 +442,7 @@ CHECKS: tuple[Callable[[Subject], str], ...] = (
     prefix_is_reused,
     arguments_set_the_context,
     arguments_do_not_outlast_the_load,
+    guessing_ahead_changes_no_text,
     stopping_ends_a_reply,
     loras_are_applied_and_removed,
     a_broken_lora_is_refused,

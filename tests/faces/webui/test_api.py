@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from ropewalk.base.errors import ConfigError
+from ropewalk.base.errors import ConfigError, RopewalkError
+from ropewalk.generate.pace import Pace
 
 LOAD, LORAS = "/v1/internal/model/load", "/v1/internal/lora/load"
 
@@ -65,3 +67,35 @@ def test_an_argument_of_another_loader_is_ignored_and_named(webui: SimpleNamespa
 def test_the_names_of_older_versions_are_taken(webui: SimpleNamespace) -> None:
     webui.api_models._load_model({"model_name": "demo", "args": {"max_seq_len": 320}})
     assert webui.shared.model.ropewalk_model.max_seq_len == 320
+
+
+def reply(webui: SimpleNamespace) -> list[int]:
+    prompt = torch.arange(3, 23).repeat(2)[None]  # [1, 40]
+    return webui.shared.model.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)[0].tolist()
+
+
+def test_a_draft_model_or_a_lookup_guesses_ahead_and_the_text_stays(webui: SimpleNamespace, monkeypatch) -> None:
+    monkeypatch.setattr(Pace, "wanted", lambda pace, num_others: 3)
+    webui.api_models._load_model({"model_name": "demo"})
+    expected = reply(webui)
+    for kind, draft in (("none", "demo"), ("draft", "demo"), ("ngram", "None")):
+        webui.api_models._load_model({"model_name": "demo", "args": {"speculation": kind, "model_draft": draft}})
+        assert reply(webui) == expected
+        stats = webui.shared.model.last_stats
+        assert stats.guessed_tokens > 0 and (kind == "ngram" or stats.accepted_tokens > stats.guessed_tokens - 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"speculation": "draft"}, "speculation=draft needs a model_draft"),
+        ({"model_draft": "cut"}, "model_draft=cut: .*no .safetensors file"),
+    ],
+)
+def test_a_draft_model_that_cannot_be_is_refused_before_the_model_is_unloaded(
+    loaded: SimpleNamespace, arguments: dict[str, str], reason: str
+) -> None:
+    before = loaded.shared.model
+    with pytest.raises(RopewalkError, match=reason):
+        loaded.api_models._load_model({"model_name": "demo", "args": arguments})
+    assert loaded.shared.model is before

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.base.errors import ConfigError
-from ropewalk.faces.webui.model_settings import declared_settings, describe, load_options, multiplied_scalings
+from ropewalk.faces.webui.model_settings import (
+    declared_settings,
+    describe,
+    load_options,
+    multiplied_scalings,
+    speculation,
+)
 from ropewalk.faces.webui.parameters import PARAMETERS, Choice, name_here, read_all
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.options import OPTION_NAMES, ROPE_NAMES, LoadOptions
@@ -152,6 +158,34 @@ def test_values_become_the_arguments_of_loading(tmp_path: Path) -> None:
         **{"max_seq_len": 512, "max_input_len": 64, "compute": "exact"},
         **{"threads": 2, "layer_order": "0-2", "cache_type": "fp32"},
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (None, None)),
+        ({"speculation": "none", "model_draft": "None"}, (None, None)),
+        ({"speculation": "", "model_draft": None}, (None, None)),
+        ({"speculation": "ngram", "model_draft": "None"}, ("ngram", None)),
+        ({"speculation": "draft", "model_draft": "small"}, ("draft", "small")),
+        ({"speculation": "none", "model_draft": "small"}, ("draft", "small")),
+    ],
+)
+def test_who_guesses_ahead_is_read_from_two_fields(values: dict[str, Any], expected: tuple[str | None, ...]) -> None:
+    assert speculation(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"speculation": "draft"}, "speculation=draft needs a model_draft"),
+        ({"speculation": "ngram", "model_draft": "small"}, "model_draft=small has no effect with speculation=ngram"),
+        ({"speculation": "magic"}, "speculation must be one of none, ngram, draft"),
+    ],
+)
+def test_fields_of_guessing_that_contradict_each_other_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        speculation(values)
 
 
 def test_values_by_the_names_of_older_versions_are_read() -> None:

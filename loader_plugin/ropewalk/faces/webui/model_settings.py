@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ropewalk.base.choices import SPECULATION
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.base.memory import parse_bytes
-from ropewalk.faces.webui.parameters import FROM_CONFIG, PARAMETERS, read_all
+from ropewalk.faces.webui.parameters import FROM_CONFIG, NO_MODEL, PARAMETERS, read_all
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.options import LoadOptions
 from ropewalk.model.plan import LoadPlan, plan_loading
@@ -65,6 +66,25 @@ def load_options(folder: Path, values: Mapping[str, Any]) -> LoadOptions:
         options["cache_memory"] = _memory(str(chosen["cache_memory"]))
     options["max_seq_len"] = chosen["ctx_size"] or declared["ctx_size"]
     return LoadOptions(**options, **_rope_options(chosen, declared, plan))
+
+
+def speculation(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(who guesses ahead, the name of the draft model), each None if there is none.
+
+    Raises:
+        ConfigError: a value is not one of the choices, or one contradicts the other.
+    """
+    chosen = read_all(values)
+    kind = chosen.get("speculation", SPECULATION.default)
+    draft = chosen.get("model_draft", NO_MODEL)
+    named = None if draft == NO_MODEL else str(draft)
+    if kind == "draft" and named is None:
+        raise ConfigError("speculation=draft needs a model_draft: the name of a smaller model with the same tokenizer")
+    if kind == "ngram" and named is not None:
+        raise ConfigError(f"model_draft={named} has no effect with speculation=ngram: leave one of them out")
+    if named is not None:
+        kind = "draft"
+    return (None if kind == SPECULATION.default else str(kind)), named
 
 
 def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:

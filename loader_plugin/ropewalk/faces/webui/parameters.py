@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
+from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import ConfigError
 from ropewalk.rope.spellings import METHODS
 
 LOADER = "ropewalk"
 MAX_CONTEXT = 1 << 20
 FROM_CONFIG = "config"
+NO_MODEL = "None"  # as the web UI's own lists of models say it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,8 @@ class Parameter:
 
     name: of the flag, the API argument, the yaml key and the field. former_names: the names of the web UI's own setting
     of this kind in older versions, where that setting is used. option: the argument of `ropewalk.hf.from_pretrained`
-    that takes the value as it is; None where several settings become one (RoPE). unset: the value that leaves the
-    choice to ropewalk.
+    that takes the value as it is; None where several settings become one (RoPE), or a value means something to be
+    looked up. unset: the value that leaves the choice to ropewalk.
     """
 
     name: str
@@ -160,6 +161,18 @@ PARAMETERS = (
         "",
         Text(),
         "Memory for cached keys and values, such as 4GiB. Empty: half of what is free, within a sensible bound.",
+    ),
+    Parameter(
+        "speculation",
+        SPECULATION.default,
+        Choice(SPECULATION.values),
+        f"Guessing tokens ahead; the text is the same. {SPECULATION.help}.",
+    ),
+    Parameter(
+        "model_draft",
+        NO_MODEL,
+        Text(),
+        f"The smaller model that guesses, with the same tokenizer; it needs no other setting. {NO_MODEL}: nobody.",
     ),
 )
 # Settings of the web UI that matter to our loader as well (for the tokenizer); shown if a version has them.

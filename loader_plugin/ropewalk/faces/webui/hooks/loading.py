@@ -19,7 +19,7 @@ from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.faces.webui.hooks.loader_table import settings_of_others
 from ropewalk.faces.webui.hooks.lora import apply
-from ropewalk.faces.webui.model_settings import describe, load_options, multiplied_scalings
+from ropewalk.faces.webui.model_settings import describe, load_options, multiplied_scalings, speculation
 from ropewalk.faces.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.faces.webui.patching import HookError, swap
 from ropewalk.faces.webui.running import is_ours, model_folder, webui_module
@@ -63,6 +63,17 @@ def check_loadable(model_name: str, values: Mapping[str, Any]) -> None:
     """Raises RopewalkError if loading with these settings would fail, as far as that shows without reading weights."""
     describe(model_folder(model_name), values)
     check_tokenizer(model_name)
+    _, draft = speculation(values)
+    if draft is not None:
+        check_draft(draft)
+
+
+def check_draft(model_name: str) -> None:
+    """Raises RopewalkError if this model cannot guess for another, as far as that shows without reading weights."""
+    try:
+        describe(model_folder(model_name), {})
+    except RopewalkError as error:
+        raise type(error)(f"model_draft={model_name}: {error}") from error
 
 
 def hook_loading(models: ModuleType) -> None:
@@ -132,12 +143,13 @@ def _prepare(model_name: str) -> Callable[..., Any]:
 
     folder, args = model_folder(model_name), webui_module("shared").args
     options = load_options(folder, vars(args))
+    kind, draft = speculation(vars(args))
     setattr(args, context_name(), options.max_seq_len)
     if multiply := multiplied_scalings(options):
         logger.warning("ropewalk: %s", multiply)
 
     def load(_: str) -> Any:
-        model = from_pretrained(folder, options=options)
+        model = from_pretrained(folder, kind, None if draft is None else model_folder(draft), options=options)
         model.logits_by_default = 1  # the web UI reads the last row only, here and in the token tabs
         return model
 
