@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptq_writer import write_checkpoint
-from ropewalk.base.errors import ConfigError
+from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.text_stream import Completion
 from ropewalk.generate.sampling import SamplingParams
@@ -87,6 +87,7 @@ def test_a_draft_model_guesses_and_the_reply_is_as_without(folder: Path) -> None
         ({"speculation": "draft"}, "needs a draft_model"),
         ({"speculation": "luck"}, "speculation must be 'ngram', 'draft' or None, got 'luck'"),
         ({"speculation": "ngram", "draft_model": "here"}, "draft_model has no effect with speculation='ngram'"),
+        ({"draft_model": 7}, "draft_model must be the folder of a model, or a loaded model, got int"),
         ({"max_running": 0}, "max_running must be a positive integer, got 0"),
         ({"max_running": True}, "max_running must be a positive integer, got True"),
     ],
@@ -94,6 +95,11 @@ def test_a_draft_model_guesses_and_the_reply_is_as_without(folder: Path) -> None
 def test_options_that_contradict_each_other_are_refused(folder: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         engine_with(folder, **options)
+
+
+def test_a_client_that_cannot_be_told_from_others_is_refused(folder: Path) -> None:
+    with pytest.raises(RequestError, match="client must be hashable, such as a name, got list"):
+        engine_with(folder).generate("One", client=["a"])
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:

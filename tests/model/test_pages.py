@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptq_writer import model_config, write_checkpoint
 from ropewalk.backends.reference import ReferenceBackend
@@ -254,3 +255,47 @@ def test_pages_are_counted_when_threads_take_and_drop_them() -> None:
     with pytest.raises(MemoryError):
         pool.take(2)
     assert pool.used_bytes == pool.num_bytes == len(held) * PAGE
+
+
+@one_of_each
+def test_two_caches_go_on_in_one_page_of_which_only_one_needs_a_copy(folder: Path, variant: Variant) -> None:
+    model = small(folder, variant)  # four pages
+    prompt, (first, second, third) = [(5 * i) % 128 for i in range(128)], (model.new_cache() for _ in range(3))
+    model.forward(prompt, first, logits="none")
+    model.share(first)
+    assert model.attach(second, [*prompt, 7]) == 128
+    model.forward([3] * 64, third, logits="none")
+    first.truncate(100)
+    second.truncate(100)
+    spans = [Span([9, 8], first), Span([4], second)]
+    assert model.missing_bytes(spans) == 0
+    assert all(logits is not None for logits in model.step(spans))
+    assert model.cache_used == model.cache_memory
+    assert (first.token_ids, second.token_ids) == ([*prompt[:100], 9, 8], [*prompt[:100], 4])
+    fresh = small(folder, variant)
+    cache = fresh.new_cache()
+    expected = fresh.forward([*prompt[:100], 9, 8, 1], cache)
+    third.truncate(0)
+    torch.testing.assert_close(model.forward([1], first), expected, atol=1e-5, rtol=0)
+
+
+def test_a_large_full_tree_makes_room_for_several_pages_at_once(folder: Path) -> None:
+    """Each look for the oldest prefixes visits all of them; with one for each page, a full pool slowed every step."""
+    model = small(folder, Variant("reference", "exact"), contexts=32)  # 128 pages
+    for seed in range(64):
+        cache = model.new_cache()
+        model.forward([seed + 1] * 128, cache, logits="none")
+        model.share(cache)
+        del cache
+    assert model.cache_used == model.cache_memory
+    model.forward([99], model.new_cache(), logits="none")
+    gc.collect()
+    assert model.cache_used == model.cache_memory - 4 * model.cache_bytes(1)
+    kept = [model.attach(model.new_cache(), [*[seed + 1] * 128, 7]) for seed in range(64)]
+    assert kept == [0, 0, *[128] * 62]
+
+
+def test_what_is_missing_is_asked_for_spans(folder: Path) -> None:
+    model = small(folder, Variant("reference", "exact"))
+    with pytest.raises(RequestError, match="a step takes ropewalk.Span, got int"):
+        model.missing_bytes([3])

@@ -7,6 +7,7 @@ another computes a step. A page is written only by the step of the one cache tha
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 from ropewalk.backends.protocol import PAGE_TOKENS, PagePool
@@ -14,6 +15,8 @@ from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
 from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
 from ropewalk.model.prefixes import PrefixTree
+
+EVICTED_PARTS = 32  # prefixes go by this part of the pool at least: finding the oldest looks at all of them
 
 Wanted = Sequence[tuple[KvCache, int]]  # caches, and the length that each is to reach
 
@@ -55,8 +58,8 @@ class PageStore:
             free = self._pool.num_bytes - self._pool.used_bytes
             if needed <= free:
                 return 0
-            # A page that only this cache and the tree hold need not be copied once the tree has forgotten it.
-            unshared = sum(self.page_bytes for cache, _ in wanted if _forgettable(cache))
+            # One of the caches need not copy such a page once the tree has forgotten it.
+            unshared = self.page_bytes * len(_forgettable(wanted))
             return max(0, needed - unshared - free - self._tree.idle_bytes)
 
     def reserve_(self, wanted: Wanted) -> None:
@@ -70,9 +73,8 @@ class PageStore:
                 raise CacheFullError(self._full(wanted))
             self._make_room(self._needed(wanted))
             if self._needed(wanted) > self._pool.num_bytes - self._pool.used_bytes:
-                for cache, _ in wanted:
-                    if _forgettable(cache):
-                        self._tree.forget(_next_page(cache))
+                for held in _forgettable(wanted):
+                    self._tree.forget(held)
             before = [(cache, cache.pages) for cache, _ in wanted]
             try:
                 for cache, length in wanted:
@@ -112,13 +114,13 @@ class PageStore:
     def _needed(self, wanted: Wanted) -> int:
         """Memory of the pages that these caches lack."""
         added = sum(max(0, num_pages(length) - len(cache.pages)) for cache, length in wanted)
-        copies = sum(_must_copy(cache) for cache, _ in wanted)
+        copies = sum(count - _is_theirs(held, count) for held, count in _written(wanted).items())
         return self.page_bytes * (added + copies)
 
     def _make_room(self, num_bytes: int, before: int | None = None) -> None:
         short = num_bytes - (self._pool.num_bytes - self._pool.used_bytes)
         if short > 0:
-            self._tree.evict(short, before)
+            self._tree.evict(max(short, self._pool.num_bytes // EVICTED_PARTS), before)
 
     def _grow_(self, cache: KvCache, length: int) -> None:
         if _must_copy(cache):
@@ -160,7 +162,17 @@ def _must_copy(cache: KvCache) -> bool:
     return held is not None and (held.in_tree or len(held.caches) > 1)
 
 
-def _forgettable(cache: KvCache) -> bool:
-    """The next page must be copied only because the tree holds it as well."""
-    held = _next_page(cache)
-    return held is not None and held.in_tree and len(held.caches) <= 1
+def _written(wanted: Wanted) -> Counter[HeldPage]:
+    """The pages with a part of them filled that these caches write to next, each with the number of those caches."""
+    pages = (_next_page(cache) for cache, _ in wanted)
+    return Counter(held for held in pages if held is not None)
+
+
+def _is_theirs(held: HeldPage, count: int) -> bool:
+    """Whether so many caches are all that hold a page: when the others have copies, the last can write to it."""
+    return not held.in_tree and count == len(held.caches)
+
+
+def _forgettable(wanted: Wanted) -> list[HeldPage]:
+    """Pages that all of these caches must copy only because the tree holds them as well."""
+    return [held for held, count in _written(wanted).items() if held.in_tree and count == len(held.caches)]
