@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropewalk.generate.scheduler.plan import (
     BATCH,
     INTERACTIVE,
+    MOST_PASSED,
     PAGE_ROWS,
     Reader,
     Want,
@@ -58,10 +61,41 @@ def test_a_short_prompt_goes_at_once_beside_a_long_one_that_goes_on() -> None:
     assert rows == {1: 98, 2: 30}
 
 
+def test_the_shortest_prompt_has_all_rows_until_another_one_is_due() -> None:
+    long, short = Want(1, 4000, passed=MOST_PASSED - 1), Want(2, 300)
+    assert plan_rows([long, short], 128) == {2: 128}
+    assert plan_rows([replace(long, passed=MOST_PASSED), short], 128) == {1: 64, 2: 64}
+
+
 def test_clients_share_the_rows_whatever_number_of_prompts_they_have() -> None:
-    rows = plan_rows([*(Want(number, 1000, client="many") for number in range(9)), Want(9, 1000, client="one")], 256)
-    assert rows[9] == 32  # half of the quarter that is shared between clients
-    assert rows[0] == 224  # the shortest, and of these the oldest, also has the other three quarters
+    many = [Want(number, 1000, client="many") for number in range(9)]
+    assert plan_rows([*many, Want(9, 1000, client="one")], 256) == {0: 256}
+    rows = plan_rows([*many, Want(9, 1000, client="one", passed=MOST_PASSED)], 256)
+    assert rows[9] == 128 and all(rows[number] in (14, 15) for number in range(9))
+
+
+def test_a_clients_own_short_prompts_do_not_keep_its_long_one_waiting_for_ever() -> None:
+    short = [Want(number, 20, client="one") for number in range(2, 9)]
+    rows = plan_rows([Want(1, 4000, client="one", passed=MOST_PASSED), *short], 64)
+    assert rows == dict.fromkeys(range(1, 9), 8)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=8), st.integers(16, 256), st.booleans())
+def test_nobody_goes_without_rows_for_long(lengths: list[int], budget: int, is_one_client: bool) -> None:
+    left = dict(enumerate(lengths))
+    passed, newest = dict.fromkeys(left, 0), len(lengths)
+    for step in range(60):
+        if step % 2:  # short prompts arrive all the time
+            newest += 1
+            left[newest], passed[newest] = 4, 0
+        client = "one" if is_one_client else None
+        rows = plan_rows([Want(number, left[number], client=client, passed=passed[number]) for number in left], budget)
+        for number in list(left):
+            left[number] -= rows.get(number, 0)
+            passed[number] = 0 if number in rows else passed[number] + 1
+            if not left[number]:
+                del left[number]
+        assert all(passed[number] <= MOST_PASSED for number in left)
 
 
 @given(st.dictionaries(st.integers(), st.integers(0, 100), max_size=8), st.integers(0, 500))

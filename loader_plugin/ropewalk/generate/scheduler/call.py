@@ -18,7 +18,8 @@ class Call:
     """Its owner's thread waits in it, or leads. The fields are changed by the thread that leads, but for is_waiting,
     and is_cancelled, which the owner sets.
 
-    start, end: its positions in the sequence. attached: how many of its tokens came from other sequences.
+    start, end: its positions in the sequence. attached: how many of its tokens came from other sequences. passed: steps
+    since it had rows.
     is_done: nothing is left to compute; is_over: its owner may go on; is_left: its owner has gone, perhaps before that.
     has_news: its owner is to look.
     """
@@ -43,7 +44,7 @@ class Call:
         self.is_new = True
         self.rotation: Hashable = None
         self.is_waiting = self.has_news = self.is_cancelled = self.is_done = self.is_over = self.is_left = False
-        self.attached = 0
+        self.attached = self.passed = 0
         self.result: torch.Tensor | None = None
         self.error: Exception | None = None
         self._pieces: list[torch.Tensor] = []

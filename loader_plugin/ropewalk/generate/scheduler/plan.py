@@ -2,10 +2,11 @@
 
     1. replies: all of their rows (the last token, and guesses after it)
     2. prompts, up to a budget of rows: interactive ones first, batch ones get what is left
-         three quarters of the budget: shortest remainders first, so that a short question is answered soon
-         the rest: shared fairly between clients; within a client, shortest remainders first
+         shortest remainders first, so that a short question is answered soon;
+         but once one has gone MOST_PASSED steps without a row, the rows of a step are shared fairly between clients,
+         and those of a client between its prompts
 
-The last quarter is what keeps a long prompt going while short ones arrive, and one client with many prompts from
+A step that is shared fairly keeps a long prompt going while short ones arrive, and one client with many prompts from
 holding up another with one.
 """
 
@@ -19,6 +20,7 @@ from ropewalk.base.errors import RequestError
 
 INTERACTIVE, BATCH = "interactive", "batch"
 PRIORITIES = (INTERACTIVE, BATCH)  # the most important first
+MOST_PASSED = 4  # steps in a row that give a waiting prompt nothing
 PAGE_ROWS = 64  # tokens of a page of cache, the least that sequences share
 
 Key = TypeVar("Key", bound=Hashable)
@@ -29,6 +31,7 @@ class Want:
     """Rows that a sequence could have computed in the next step.
 
     number: of the sequence; older ones have lower numbers. rows: at least 1. client: None is a client of its own.
+    passed: steps since it had rows.
     """
 
     number: int
@@ -36,6 +39,12 @@ class Want:
     is_reply: bool = False
     client: Hashable = None
     priority: str = INTERACTIVE
+    passed: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it must not be passed over again."""
+        return self.passed >= MOST_PASSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +98,32 @@ def plan_rows(wants: Iterable[Want], budget: int) -> dict[int, int]:
 def _share_prompts(prompts: list[Want], budget: int) -> dict[int, int]:
     if not prompts or budget <= 0:
         return {}
-    prompts.sort(key=lambda want: (want.rows, want.number))
-    given = dict.fromkeys((want.number for want in prompts), 0)
-    _fill_(given, prompts, budget - budget // 4 if len(prompts) > 1 else budget)
+    prompts.sort(key=lambda want: (not want.is_due, want.rows, want.number))
+    given = _fair_parts(prompts, budget) if prompts[0].is_due else _first_come(prompts, budget)
+    return {number: rows for number, rows in given.items() if rows}
+
+
+def _fair_parts(prompts: Sequence[Want], budget: int) -> dict[int, int]:
+    """The same for each client, and for each prompt of a client."""
     by_client: dict[Hashable, list[Want]] = {}
     for want in prompts:
         client = ("alone", want.number) if want.client is None else ("client", want.client)
         by_client.setdefault(client, []).append(want)
-    left = {client: sum(want.rows - given[want.number] for want in theirs) for client, theirs in by_client.items()}
-    oldest = {client: min(want.number for want in theirs) for client, theirs in by_client.items()}
-    amounts = share_fairly(left, budget - sum(given.values()), sorted(left, key=oldest.__getitem__))
-    for client, amount in amounts.items():
-        _fill_(given, by_client[client], amount)
-    return {number: rows for number, rows in given.items() if rows}
+    wanted = {client: sum(want.rows for want in theirs) for client, theirs in by_client.items()}
+    given: dict[int, int] = {}
+    for client, amount in share_fairly(wanted, budget, list(by_client)).items():
+        rows = {want.number: want.rows for want in by_client[client]}
+        given |= share_fairly(rows, amount, list(rows))
+    return given
 
 
-def _fill_(given: dict[int, int], prompts: Sequence[Want], budget: int) -> None:
-    """Add rows to `given`, as many as each can take, in this order."""
+def _first_come(prompts: Sequence[Want], budget: int) -> dict[int, int]:
+    """In this order, each as many as it can take."""
+    given = {}
     for want in prompts:
-        rows = min(want.rows - given[want.number], budget)
-        given[want.number] += rows
-        budget -= rows
+        given[want.number] = min(want.rows, budget)
+        budget -= given[want.number]
+    return given
 
 
 def share_fairly(wanted: Mapping[Key, int], budget: int, order: Sequence[Key]) -> dict[Key, int]:

@@ -111,12 +111,11 @@ class Steps:
         return ready
 
     def _planned(self, calls: Sequence[Call], num_replies: int) -> Planned:
-        wants = [
-            Want(call.sequence.number, call.rows_left, call.is_reply, call.sequence.client, call.sequence.priority)
-            for call in calls
-        ]
+        wants = [_want(call) for call in calls]
         num_prompts = sum(not want.is_reply for want in wants)
         rows = plan_rows(wants, self.times.budget(num_replies, num_prompts, self.model.max_input_len))
+        for call in calls:
+            call.passed = 0 if call.sequence.number in rows else call.passed + 1
         return [(call, call.span(rows[call.sequence.number])) for call in calls if call.sequence.number in rows]
 
     def _run(self, planned: Planned, alone: Call | None) -> None:
@@ -186,6 +185,11 @@ def _watched(alone: Call) -> dict[str, Callable[..., Any]]:
     if alone.cancelled is not None:
         watched["cancelled"] = alone.asks_to_stop
     return watched
+
+
+def _want(call: Call) -> Want:
+    state = call.sequence
+    return Want(state.number, call.rows_left, call.is_reply, state.client, state.priority, call.passed)
 
 
 def _reader(call: Call) -> Reader:
