@@ -6,9 +6,11 @@ seconds of a step = plain (a step with replies alone) + prompt rows * seconds of
 from __future__ import annotations
 
 WEIGHT = 0.25  # of a new measurement in its moving average
-MOST_PLAIN_STEPS = 2.4  # a step with prompt rows takes about this many times a plain one; people notice beyond three
-LEAST_ROWS, MOST_ROWS = 8, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
-LEAST_MEASURED_ROWS = 8  # fewer say little about the time of a row
+RISING_WEIGHT = 0.5  # of one for a row that is higher than the average: slow moments of a machine come in runs
+MOST_PLAIN_STEPS = 2.1  # a step with prompt rows takes about this many times a plain one; people notice beyond three
+LEAST_ROWS, MOST_ROWS = 4, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
+FIRST_ROWS = 16  # until anything is measured
+LEAST_MEASURED_ROWS = 4  # fewer say little about the time of a row
 PATIENCE = 0.25  # of the last step's time, to choose a token in
 DRAFT_PATIENCE = 1.0  # likewise, if a draft model guesses meanwhile
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.002, 0.05  # a thread needs the former to wake; the latter, people would notice
@@ -31,7 +33,8 @@ class StepTimes:
             self.plain_s = _averaged(self.plain_s, seconds)
         elif prompt_rows >= LEAST_MEASURED_ROWS:
             row_s = max(seconds - (self.plain_s or 0.0), 0.0) / prompt_rows
-            self.row_s = _averaged(self.row_s, row_s)
+            rises = self.row_s is not None and row_s > self.row_s
+            self.row_s = _averaged(self.row_s, row_s, RISING_WEIGHT if rises else WEIGHT)
 
     def budget(self, num_replies: int, num_prompts: int, most_rows: int) -> int:
         """Rows of prompts in the next step. num_replies: those that are running; most_rows: what the model takes at
@@ -42,7 +45,7 @@ class StepTimes:
         if not num_replies:
             return most_rows if num_prompts <= 1 else min(MOST_ROWS, most_rows)
         if self.plain_s is None or not self.row_s:
-            return min(2 * LEAST_ROWS, most_rows)  # a first guess, until both are measured
+            return min(FIRST_ROWS, most_rows)
         rows = int((MOST_PLAIN_STEPS - 1) * self.plain_s / self.row_s)
         return min(max(rows, LEAST_ROWS), MOST_ROWS, most_rows)
 
@@ -52,5 +55,5 @@ class StepTimes:
         return min(max(self._patience * self.last_s, LEAST_PATIENCE_S), MOST_PATIENCE_S * self._patience / PATIENCE)
 
 
-def _averaged(average: float | None, value: float) -> float:
-    return value if average is None else average + WEIGHT * (value - average)
+def _averaged(average: float | None, value: float, weight: float = WEIGHT) -> float:
+    return value if average is None else average + weight * (value - average)
