@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import torch
@@ -139,6 +139,10 @@ class SplitBackend:
         local = instance - self.firsts[place]
         self.places[place].backend.run_layer_(step.at(place), layer.compiled[place], local, weight, moved)
 
+    def end_step_(self, step: SplitStep) -> None:
+        """The last place ends its part, and the rows are where they were given."""
+        step.end_()
+
     def check_instances(self, layers: Sequence[SplitLayer]) -> None:
         """layers: what each instance of an order runs.
 
@@ -204,11 +208,7 @@ class SplitPool:
         return sum(pool.used_bytes for pool in self._pools)
 
     def page_bytes(self, num_instances: int) -> int:
-        """Memory of a page, in all places.
-
-        Raises:
-            ConfigError: so few instances that the last place would run none.
-        """
+        """Memory of a page, in all places."""
         pairs = zip(self._pools, self._counts(num_instances), strict=True)
         return sum(pool.page_bytes(count) for pool, count in pairs)
 
@@ -218,28 +218,24 @@ class SplitPool:
         if self.used_bytes + size > self.num_bytes:
             raise MemoryError(f"a page of {size} bytes: {self.used_bytes} of {self.num_bytes} are in use")
         pairs = zip(self._pools, self._counts(num_instances), strict=True)
-        return SplitPage(tuple(pool.take(count) for pool, count in pairs))
+        return SplitPage(tuple(pool.take(count) if count else None for pool, count in pairs))
 
     def copy(self, page: SplitPage) -> SplitPage:
         """Each part from its own pool."""
-        return SplitPage(tuple(pool.copy(part) for pool, part in zip(self._pools, page.parts, strict=True)))
+        pairs = zip(self._pools, page.parts, strict=True)
+        return SplitPage(tuple(None if part is None else pool.copy(part) for pool, part in pairs))
 
     def _counts(self, num_instances: int) -> list[int]:
-        firsts = self._backend.firsts
-        if num_instances <= firsts[-1]:
-            raise ConfigError(
-                f"layer_order: {num_instances} layer instances leave nothing to run for the last place, which begins "
-                f"with instance {firsts[-1]} (gpu_layers and gpu_split were chosen for a longer order): load the model "
-                "with this order"
-            )
-        return [end - first for first, end in zip(firsts, (*firsts[1:], num_instances), strict=True)]
+        """Instances in each place: an order may be shorter than the one that the places were chosen for, or longer."""
+        ends = (*(min(first, num_instances) for first in self._backend.firsts), num_instances)
+        return [end - first for first, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SplitPage:
-    """A part for each place."""
+    """A part for each place; None where no instance runs there."""
 
-    parts: tuple[Page, ...]
+    parts: tuple[Page | None, ...]
 
 
 class SplitStep:
@@ -259,12 +255,18 @@ class SplitStep:
             self._move_(place)
         return self._step
 
+    def end_(self) -> None:
+        """The caller reads the tensor that it gave."""
+        if self._place >= 0:
+            self._backend.places[self._place].backend.end_step_(self._step)
+        if self._x is not self._home:
+            self._home.copy_(self._x)
+
     def _move_(self, place: int) -> None:
+        if self._place >= 0:
+            self._backend.places[self._place].backend.end_step_(self._step)
         backend = self._backend.places[place].backend
-        if place == len(self._backend.places) - 1:
-            self._home.copy_(self._x)  # the caller reads the tensor that it gave
-            self._x = self._home
-        else:
+        if self._x.device != backend.device:
             self._x = self._x.to(backend.device)
         spans = [replace(span, pages=tuple(page.parts[place] for page in span.pages)) for span in self._spans]
         cos, sin = self._cos.to(backend.device), self._sin.to(backend.device)
