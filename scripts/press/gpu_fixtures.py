@@ -68,7 +68,9 @@ def main() -> int:
     parser.add_argument("--greedy", type=int, default=4, help="tokens to continue with (default: %(default)s)")
     parser.add_argument("--compute", nargs="+", default=["fp16", "exact"])
     args = parser.parse_args()
-    print(f"{'fixture':26} {'':6} {'rows':>5} {'error':>10} {'allowed':>10} {'greedy':>8} {'chunked':>11} {'seconds':>8}")
+    print(
+        f"{'fixture':26} {'':6} {'rows':>5} {'error':>10} {'allowed':>10} {'greedy':>8} {'chunked':>11} {'seconds':>8}"
+    )
     wrong = 0
     for folder in gptq_fixture_folders():
         for compute in args.compute if args.name in folder.name else ():

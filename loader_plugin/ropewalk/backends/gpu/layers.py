@@ -63,9 +63,7 @@ class GpuLayer:
             for buffer in range(len(program.widths))
         }
         self.only_linears_read = {
-            op.out.buffer
-            for op in program.operations
-            if isinstance(op, (RmsNorm, SiluMul)) and _is_folded(op, program)
+            op.out.buffer for op in program.operations if isinstance(op, (RmsNorm, SiluMul)) and _is_folded(op, program)
         }
         self.last_use = {buffer: index for index, op in enumerate(self.launches) for buffer in _buffers(op)}
 

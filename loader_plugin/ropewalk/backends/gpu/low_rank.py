@@ -1,4 +1,5 @@
 """Stand-in until the kernels of low-rank changes are merged."""
+
 import torch
 from ropewalk.backends.protocol import LowRankPart
 
