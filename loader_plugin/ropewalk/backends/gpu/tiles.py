@@ -39,7 +39,7 @@ def linear_tile(num_rows: int, padded_columns: int, exact: bool) -> Tile:
     """The tile of a product of quantised weights."""
     columns = 128 if padded_columns % 128 == 0 else 64
     if num_rows <= 16:
-        return Tile(16, 64 if exact else columns, 4, 2 if exact else 4)
+        return Tile(16, 64, 8, 2) if exact else Tile(16, columns, 4, 4)
     if num_rows <= 32 or exact:
         return Tile(32, 64, 4, 2)
     return Tile(64, columns, 8 if columns == 128 else 4, 3)
@@ -50,5 +50,5 @@ def dense_tile(num_rows: int, ieee: bool) -> Tile:
     if num_rows <= 16:
         return Tile(16, 64, 4, 2 if ieee else 4)
     if num_rows <= 32 or ieee:
-        return Tile(32, 64, 4, 2)
+        return Tile(32, 64, 8 if ieee else 4, 2)
     return Tile(64, 64, 4, 3)
