@@ -13,6 +13,7 @@ from ropewalk.backends.gpu.activations_kernel import BLOCK, prepare_kernel
 from ropewalk.backends.gpu.codes import BLOCK_ROWS
 from ropewalk.backends.gpu.dense_kernel import dense_linear
 from ropewalk.backends.gpu.linear_kernel import gptq_linear, sum_parts
+from ropewalk.backends.gpu.low_rank_kernel import add_product
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
@@ -65,6 +66,14 @@ SUM: Case = (
     dict(SCALED=True, HAS_BIAS=False, SPLITS=4, BN=tiles.SUM_COLUMNS),
     dict(num_warps=tiles.SUM_WARPS, enable_fp_fusion=True),
 )
+LOW_RANK: Case = (
+    "low rank",
+    add_product,
+    dict(h_ptr="*fp32", b_ptr="*fp32", tiles_ptr="*i32", y_ptr="*fp32", T="i32")
+    | dict(h_stride="i32:16", b_stride="i32:16", y_stride="i32:16"),
+    dict(BT=tiles.LOW_RANK_ROWS, BN=tiles.LOW_RANK_COLUMNS),
+    dict(num_warps=tiles.LOW_RANK_WARPS, enable_fp_fusion=True),
+)
 CASES: list[Case] = [
     *(quantised(4, group, rows) for group in (128, 32) for rows in (1, 32, 64, 512)),
     *(quantised(bits, group, rows) for bits, group in ((2, 64), (3, 128), (8, 128)) for rows in (1, 512)),
@@ -73,4 +82,5 @@ CASES: list[Case] = [
     *(dense("fp32", rows, ieee=True) for rows in (1, 512)),
     PREPARE,
     SUM,
+    LOW_RANK,
 ]

@@ -15,6 +15,7 @@ MOST_SPLITS = 16
 SUM_COLUMNS = 256  # of a row, whose parts one program adds up
 SUM_WARPS = 2
 DENSE_FEATURES = 64  # features of dense weights at a time
+LOW_RANK_ROWS, LOW_RANK_COLUMNS, LOW_RANK_WARPS = 16, 64, 4  # of the second product of a low-rank change
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,289 @@
+"""Causal attention of rows over the pages of their sequences.
+
+    out_i = sum_j p_ij v_j / sum_j p_ij     p_ij = 2^(s_ij - m_i)     s_ij = (q_i log2(e) / sqrt(D)) k_j     j <= i
+
+A sequence's keys are cut at multiples of CHUNK positions. The state (m, l, acc) of a row in a chunk is computed from
+nothing, BLOCK keys at a time, and the states of chunks are merged in order. That is the same tree of operations
+whether one program walks over all chunks (`attend_whole`) or each chunk has its own (`attend_chunks`, then
+`merge_chunks`), for any number of rows: blocks and chunks in which a row sees nothing leave its state as it is, bit for
+bit. The sum l is taken by the same matrix instructions as acc, because the order in which `tl.sum` adds depends on how
+many rows and warps a program has. Compile without fusing multiplications and additions, for the same reason.
+
+A tile has ROWS rows; row r is query r // G of its block, and of the G query heads of a key/value head it is r % G.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_NOTHING = tl.constexpr(-1.0e30)  # the maximum of no scores: finite, so that differences of two are
+_ONES = tl.constexpr(16)  # columns of ones that the sum is taken with: the narrowest product of all cards
+
+
+@triton.jit
+def _nothing(ROWS: tl.constexpr, DP: tl.constexpr):
+    """The state of rows that have seen no key."""
+    return tl.full((ROWS,), _NOTHING, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, DP), tl.float32)
+
+
+@triton.jit
+def _merged(m, l, acc, m2, l2, acc2):
+    """The state of rows that have seen the keys of both states."""
+    new_m = tl.maximum(m, m2)
+    a, b = tl.exp2(m - new_m), tl.exp2(m2 - new_m)
+    return new_m, l * a + l2 * b, acc * a[:, None] + acc2 * b[:, None]
+
+
+@triton.jit
+def _dot(a, b, acc, FP16_DOT: tl.constexpr):
+    return tl.dot(a, b, acc) if FP16_DOT else tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _chunk_state(
+    q,
+    pos,
+    pages_ptr,
+    head_offset,
+    value_offset,
+    first,
+    stop,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP16_PAGES: tl.constexpr,
+    FP16_DOT: tl.constexpr,
+):
+    """State of ROWS queries q: [ROWS, DP] at positions pos over keys first..stop of one chunk; first: of a block."""
+    stored = tl.float16 if FP16_PAGES else tl.float32
+    multiplied = tl.float16 if FP16_DOT else tl.float32
+    m, _, acc = _nothing(ROWS, DP)
+    sums = tl.zeros((ROWS, _ONES), tl.float32)
+    ones = tl.full((BLOCK, _ONES), 1.0, multiplied)
+    r_key = tl.arange(0, BLOCK)
+    r_dim = tl.arange(0, DP)
+    for key in range(first, stop, BLOCK):
+        page = tl.multiple_of(tl.load(pages_ptr + key // PAGE).to(tl.pointer_type(stored)), 16)
+        at = head_offset + (key % PAGE + r_key) * D  # [BLOCK]
+        here = key + r_key < stop
+        k_here, v_here = here[None, :], here[:, None]
+        if DP != D:
+            k_here, v_here = k_here & (r_dim < D)[:, None], v_here & (r_dim < D)[None, :]
+        k = tl.load(page + at[None, :] + r_dim[:, None], mask=k_here, other=0.0).to(multiplied)  # [DP, BLOCK]
+        v = tl.load(page + value_offset + at[:, None] + r_dim[None, :], mask=v_here, other=0.0)  # [BLOCK, DP]
+        scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
+        seen = (key + r_key)[None, :] <= pos[:, None]
+        if WINDOW > 0:
+            seen = seen & ((key + r_key)[None, :] > pos[:, None] - WINDOW)
+        scores = tl.where(seen, scores, _NOTHING)
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        p = tl.where(seen, tl.exp2(scores - new_m[:, None]), 0.0).to(multiplied)
+        alpha = tl.exp2(m - new_m)
+        sums = _dot(p, ones, sums * alpha[:, None], FP16_DOT)
+        acc = _dot(p, v.to(multiplied), acc * alpha[:, None], FP16_DOT)
+        m = new_m
+    return m, tl.max(sums, 1), acc  # all columns of sums are alike
+
+
+@triton.jit
+def _tile(blocks_ptr, positions_ptr, HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
+    """What the program of this block and tile works on: span, key/value head, first row, number of rows, row in block
+    and head in group of each row of the tile, position of the first row, first and last row of the block in the tile.
+    """
+    block = tl.program_id(0)
+    span = tl.load(blocks_ptr + block * 3)
+    first_row = tl.load(blocks_ptr + block * 3 + 1)
+    num_rows = tl.load(blocks_ptr + block * 3 + 2).to(tl.int32)
+    kv_head = tl.program_id(1) % HKV
+    packed = (tl.program_id(1) // HKV) * ROWS
+    start = tl.load(positions_ptr + first_row).to(tl.int32)
+    return span, first_row, num_rows, kv_head, packed, start
+
+
+@triton.jit
+def _queries(
+    q_ptr,
+    q_rows,
+    heads,
+    here,
+    qk_scale,
+    Q_STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    FP16_DOT: tl.constexpr,
+):
+    """[ROWS, DP] scaled queries; zeros in rows that are not here and beyond D."""
+    r_dim = tl.arange(0, DP)
+    at = q_ptr + q_rows[:, None] * Q_STRIDE + heads[:, None] * D + r_dim[None, :]
+    q = tl.load(at, mask=here[:, None] & (r_dim < D)[None, :], other=0.0) * qk_scale
+    return q.to(tl.float16) if FP16_DOT else q
+
+
+@triton.jit(do_not_specialize=["width", "instance"])
+def attend_whole(
+    q_ptr,
+    out_ptr,
+    pages_ptr,
+    positions_ptr,
+    blocks_ptr,
+    width,
+    instance,
+    qk_scale,
+    Q_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP16_PAGES: tl.constexpr,
+    FP16_DOT: tl.constexpr,
+):
+    """Grid (blocks, HKV * tiles of a block). One program walks over all chunks that its rows see."""
+    span, first_row, num_rows, kv_head, packed, start = _tile(blocks_ptr, positions_ptr, HKV, G, ROWS)
+    if packed < num_rows * G:
+        row = (packed + tl.arange(0, ROWS)) // G
+        heads = kv_head * G + (packed + tl.arange(0, ROWS)) % G
+        here = row < num_rows
+        q = _queries(q_ptr, first_row + row, heads, here, qk_scale, Q_STRIDE, D, DP, FP16_DOT)
+        low = start + packed // G
+        stop = start + tl.minimum((packed + ROWS - 1) // G, num_rows - 1) + 1
+        first = tl.maximum(low - WINDOW + 1, 0) // BLOCK * BLOCK if WINDOW > 0 else 0
+        m, l, acc = _nothing(ROWS, DP)
+        for chunk in range(first // CHUNK, tl.cdiv(stop, CHUNK)):
+            m2, l2, acc2 = _chunk_state(
+                q,
+                start + row,
+                pages_ptr + span * width,
+                (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
+                HKV * PAGE * D,
+                tl.maximum(first, chunk * CHUNK),
+                tl.minimum(stop, (chunk + 1) * CHUNK),
+                WINDOW,
+                ROWS,
+                D,
+                DP,
+                PAGE,
+                BLOCK,
+                FP16_PAGES,
+                FP16_DOT,
+            )
+            m, l, acc = _merged(m, l, acc, m2, l2, acc2)
+        r_dim = tl.arange(0, DP)
+        at = out_ptr + (first_row + row)[:, None] * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
+        share = tl.div_rn(1.0, tl.where(here, l, 1.0))
+        tl.store(at, acc * share[:, None], mask=here[:, None] & (r_dim < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["width", "instance", "most_rows"])
+def attend_chunks(
+    q_ptr,
+    states_ptr,
+    accs_ptr,
+    pages_ptr,
+    positions_ptr,
+    blocks_ptr,
+    width,
+    instance,
+    most_rows,
+    qk_scale,
+    Q_STRIDE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP16_PAGES: tl.constexpr,
+    FP16_DOT: tl.constexpr,
+):
+    """Grid (blocks, HKV * tiles of a block, chunks), chunks counted from the first that the block's first row sees.
+
+    states: [chunks, blocks, most_rows, Hq, 2] float32 (m, l); accs: [chunks, blocks, most_rows, Hq, D] float32.
+    """
+    span, first_row, num_rows, kv_head, packed, start = _tile(blocks_ptr, positions_ptr, HKV, G, ROWS)
+    first_chunk = tl.maximum(start - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
+    chunk = first_chunk + tl.program_id(2)
+    stop = start + tl.minimum((packed + ROWS - 1) // G, num_rows - 1) + 1
+    if (packed < num_rows * G) & (chunk * CHUNK < stop):
+        row = (packed + tl.arange(0, ROWS)) // G
+        heads = kv_head * G + (packed + tl.arange(0, ROWS)) % G
+        here = row < num_rows
+        q = _queries(q_ptr, first_row + row, heads, here, qk_scale, Q_STRIDE, D, DP, FP16_DOT)
+        first = tl.maximum(start + packed // G - WINDOW + 1, 0) // BLOCK * BLOCK if WINDOW > 0 else 0
+        m, l, acc = _chunk_state(
+            q,
+            start + row,
+            pages_ptr + span * width,
+            (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
+            HKV * PAGE * D,
+            tl.maximum(first, chunk * CHUNK),
+            tl.minimum(stop, (chunk + 1) * CHUNK),
+            WINDOW,
+            ROWS,
+            D,
+            DP,
+            PAGE,
+            BLOCK,
+            FP16_PAGES,
+            FP16_DOT,
+        )
+        block = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        slot = (block * most_rows + row) * (HKV * G) + heads
+        r_dim = tl.arange(0, DP)
+        tl.store(states_ptr + slot * 2, m, mask=here)
+        tl.store(states_ptr + slot * 2 + 1, l, mask=here)
+        tl.store(accs_ptr + slot[:, None] * D + r_dim[None, :], acc, mask=here[:, None] & (r_dim < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["most_rows"])
+def merge_chunks(
+    states_ptr,
+    accs_ptr,
+    out_ptr,
+    positions_ptr,
+    blocks_ptr,
+    most_rows,
+    OUT_STRIDE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (blocks, most_rows, tiles of TILE heads): the states of the chunks that a row sees, merged in order."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    first_row = tl.load(blocks_ptr + block * 3 + 1)
+    num_rows = tl.load(blocks_ptr + block * 3 + 2)
+    if row < num_rows:
+        start = tl.load(positions_ptr + first_row).to(tl.int32)
+        pos = start + row
+        base = tl.maximum(start - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
+        first = tl.maximum(pos - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
+        heads = tl.program_id(2) * TILE + tl.arange(0, TILE)
+        r_dim = tl.arange(0, DP)
+        here = heads < HEADS
+        whole = here[:, None] & (r_dim < D)[None, :]
+        m, l, acc = _nothing(TILE, DP)
+        for chunk in range(first, pos // CHUNK + 1):
+            place = (chunk - base).to(tl.int64) * tl.num_programs(0) + block
+            slot = (place * most_rows + row) * HEADS + heads
+            m2 = tl.load(states_ptr + slot * 2, mask=here, other=_NOTHING)
+            l2 = tl.load(states_ptr + slot * 2 + 1, mask=here, other=0.0)
+            acc2 = tl.load(accs_ptr + slot[:, None] * D + r_dim[None, :], mask=whole, other=0.0)
+            m, l, acc = _merged(m, l, acc, m2, l2, acc2)
+        at = out_ptr + (first_row + row) * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
+        share = tl.div_rn(1.0, tl.where(here, l, 1.0))
+        tl.store(at, acc * share[:, None], mask=whole)
