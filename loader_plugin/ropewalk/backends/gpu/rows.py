@@ -149,7 +149,7 @@ def append_(step: GpuStep, k: torch.Tensor, v: torch.Tensor, instance: int) -> N
 
 
 def rotate_append_(step: GpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, instance: int) -> None:
-    """Rotate q: [T, Hq, D] in place; write k, rotated, and v to the pages of the rows. k: [T, Hkv, D] stays as it is."""
+    """Rotate q: [T, Hq, D] in place; write k: [T, Hkv, D], rotated, and v to the pages. The view k stays as it is."""
     half = _check_rotated(step, "q", q)
     _check_rotated(step, "k", k)
     _append(step, q, k, v, instance, half)
