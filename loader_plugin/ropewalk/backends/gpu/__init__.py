@@ -1,1 +1,1 @@
-"""The backend on graphics cards: the operations of backends/protocol.py as Triton kernels."""
+"""The backend on graphics cards: Triton kernels that also run in Triton's interpreter on a CPU."""
