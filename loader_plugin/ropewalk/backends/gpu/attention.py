@@ -25,7 +25,7 @@ MERGED_HEADS = 4  # heads of a program of merge_chunks
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """rows of a tile: of whole blocks and of split ones; block: keys at a time, the same in both: results depend on it."""
+    """Rows of a tile in either form, and keys at a time (block): one number for both, because results depend on it."""
 
     whole_rows: int
     split_rows: int

@@ -118,7 +118,7 @@ def _rows(spans: Sequence[RowSpan]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blocks(spans: Sequence[RowSpan]) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of short and of long spans, [., 3] each; of the long ones those with most keys first, as they take long."""
+    """Blocks of short and of long spans, [., 3] each; of the long ones, those with most keys come first."""
     short: list[tuple[int, int, int]] = []
     long: list[tuple[int, int, int, int]] = []
     row = 0
