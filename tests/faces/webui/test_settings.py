@@ -193,7 +193,7 @@ def test_a_value_is_read_with_its_type_or_refused_by_name(value: Any, index: int
         ("ctx_size", "many", "ctx_size must be a whole number, got 'many'"),
         ("ctx_size", 10.5, "ctx_size must be a whole number, got 10.5"),
         ("alpha_value", [1], r"alpha_value must be a number, got \[1\]"),
-        ("compute_mode", "fast", "compute_mode must be one of int8, exact, got 'fast'"),
+        ("compute_mode", "fast", "compute_mode must be one of auto, int8, fp16, exact, got 'fast'"),
         ("threads", True, "threads must be a whole number, got True"),
     ],
 )

@@ -1,1 +1,4 @@
-"""The backend on graphics cards: Triton kernels that also run in Triton's interpreter on a CPU."""
+"""The GPU backend: Triton kernels, from one source for NVIDIA and AMD cards and for Triton's interpreter.
+
+Only `device` can be imported without Triton. docs/gpu.md says what runs and what has been shown.
+"""

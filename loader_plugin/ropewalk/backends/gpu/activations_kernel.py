@@ -49,10 +49,7 @@ def prepare_kernel(
     for first in range(0, width, BLOCK):
         i = first + tl.arange(0, BLOCK)
         here = i < width
-        if HAS_ORDER:
-            feature = tl.load(order_ptr + i, mask=here, other=-1)
-        else:
-            feature = tl.where(i < in_features, i, -1)
+        feature = tl.load(order_ptr + i, mask=here, other=-1) if HAS_ORDER else tl.where(i < in_features, i, -1)
         x = tl.load(at + feature, mask=feature >= 0, other=0.0) * factor
         tl.store(values_ptr + row * width + i, x.to(values_ptr.dtype.element_ty), mask=here)
 

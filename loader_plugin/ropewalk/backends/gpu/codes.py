@@ -8,17 +8,18 @@ A block holds 512 / bits rows of a column in 16 words of 32 bits; sub-block i is
     word r of a block    bit 31 ......... 16   15 ........... 0
     of 128 rows          i=3 i=2 i=1 i=0       i=3 i=2 i=1 i=0        row 32 i + 2 r + 1 | row 32 i + 2 r
 
-One shift and one mask give the codes of two rows as the mantissas of two float16 numbers, side by side as the matrix
-instructions take them. 3 bits are the low two in words of 2 bits, and the highest in 16 words of 16 bits more:
+One mask gives the codes of two rows as the mantissas of two float16 numbers, side by side as the matrix instructions
+take them. 3 bits are the low two in words of 2 bits, and the highest in 16 words of 16 bits more:
 
-    high word r          bit 15 .......... 8   7 ............ 0
-    of 256 rows          i=7 ........... i=0   i=7 ......... i=0      row 32 i + 2 r + 1 | row 32 i + 2 r
+    high word r          bit 15    bit 14 ........ bit 3     bit 2     bit 1     bit 0
+    of 256 rows          i=7 odd   i=7 even        i=1 odd   i=1 even  i=0 odd   i=0 even      row 32 i + 2 r + odd
 
 5, 6 and 7 bits are held in 8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,21 +85,22 @@ def pack_words(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tens
 
     bits: 2, 3, 4 or 8; Kp is a multiple of the rows of a block. Returns [blocks, N, 16] int32 and int16, contiguous.
     """
-    if bits == 3:
-        high = _interleaved(codes >> 2, 256, 1, torch.int16)
-        return _interleaved(codes & 3, 256, 2, torch.int32), high
-    return _interleaved(codes, BLOCK_ROWS[bits], bits, torch.int32), None
+    width = 2 if bits == 3 else bits
+    low = codes & 3 if bits == 3 else codes
+    words = _interleaved(low, BLOCK_ROWS[bits], torch.int32, lambda i, odd: width * i + 16 * odd)
+    if bits != 3:
+        return words, None
+    return words, _interleaved(codes >> 2, BLOCK_ROWS[3], torch.int16, lambda i, odd: 2 * i + odd)
 
 
-def _interleaved(codes: torch.Tensor, block: int, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Row 32 i + 2 r + h of a block goes to bit `bits` i + h half of word r, half being half the bits of a word."""
+def _interleaved(codes: torch.Tensor, block: int, dtype: torch.dtype, shift: Callable[[int, int], int]) -> torch.Tensor:
+    """Row 32 i + 2 r + odd of a block goes to bit shift(i, odd) of word r."""
     num_rows, num_columns = codes.shape
-    half = 4 * dtype.itemsize
     pairs = codes.view(num_rows // block, block // SUB_BLOCK, 16, 2, num_columns)  # [blocks, subs, 16, 2, N]
     words = torch.zeros(num_rows // block, 16, num_columns, dtype=dtype, device=codes.device)
     for i in range(block // SUB_BLOCK):
-        for h in (0, 1):
-            words |= pairs[:, i, :, h].to(dtype) << (bits * i + half * h)
+        for odd in (0, 1):
+            words |= pairs[:, i, :, odd].to(dtype) << shift(i, odd)
     return words.transpose(1, 2).contiguous()  # [blocks, N, 16]
 
 

@@ -42,9 +42,8 @@ def _part(
         if IEEE:
             acc = tl.dot(w, x, acc, input_precision="ieee")
         else:
-            high = (x.to(tl.int32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)  # 11 bits
-            low = tl.where(high == x, 0.0, x - high)  # of an infinity: 0, not NaN
-            acc = tl.dot(w, low, acc, input_precision="tf32")
+            high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # its first 11 bits
+            acc = tl.dot(w, x - high, acc, input_precision="tf32")
             acc = tl.dot(w, high, acc, input_precision="tf32")
     return acc
 

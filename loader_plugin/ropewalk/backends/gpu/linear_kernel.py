@@ -19,29 +19,35 @@ from ropewalk.backends.gpu import tiles
 
 
 @triton.jit
-def _integers(words, high, zero, i: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _integers(words, high, offset, i: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """code - zero of sub-block i of a block as float16 [BN, 32]: codes are put into mantissas, nothing is converted.
 
-    words: [BN, 16] int32, high: the same of the highest bits of 3-bit codes (see codes.py). zero: [BN] float16,
-    1024 + zero point. A code in the low bits of 0x6400 is 1024 + code; integers below 2048 are exact in float16.
+    words: [BN, 16] int32, high: the same of the highest bits of 3-bit codes (see codes.py). offset: [BN] float16,
+    -1024 - zero. A code at bit p of 0x6400 is 1024 + 2^p code; that times 2^-p, minus 1024 2^-p + zero, is one fused
+    operation, and exact. So only every eighth bit needs a shift.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x00010001
-    word = ((words >> (WIDTH * i)) & MASK) | 0x64006400
+    SHIFT: tl.constexpr = WIDTH * i // 8 * 8
+    P: tl.constexpr = WIDTH * i % 8
+    word = 0x64006400
     if BITS == 3:
-        word |= ((high >> i) & 0x00010001) << 2
-    if ASSEMBLY:  # two subtractions in one instruction, which the compiler does not find
+        word = ((high << 2 if i < 4 else high >> 6) & (0x00040004 << P)) | word
+    word = ((words >> SHIFT) & (((1 << WIDTH) - 1) * 0x00010001 << P)) | word
+    step = tl.full((1, 1), 1.0 / (1 << P), tl.float16)
+    offset = (offset + (1024.0 - 1024.0 / (1 << P)) if P else offset)[:, None]
+    if ASSEMBLY:  # two of them in one instruction, which the compiler does not find
         even, odd = tl.inline_asm_elementwise(
-            "{ .reg .b32 t, z; mov.b32 z, {$3, $3}; sub.f16x2 t, $2, z; mov.b32 {$0, $1}, t; }",
-            "=h,=h,r,h",
-            [word, zero[:, None]],
+            "{ .reg .b32 t, m, z; mov.b32 m, {$3, $3}; mov.b32 z, {$4, $4}; "
+            "fma.rn.f16x2 t, $2, m, z; mov.b32 {$0, $1}, t; }",
+            "=h,=h,r,h,h",
+            [word, step, offset],
             dtype=(tl.float16, tl.float16),
             is_pure=True,
             pack=1,
         )
     else:
-        even = word.to(tl.int16).to(tl.float16, bitcast=True) - zero[:, None]
-        odd = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True) - zero[:, None]
+        even = word.to(tl.int16).to(tl.float16, bitcast=True) * step + offset
+        odd = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True) * step + offset
     return tl.join(even, odd).reshape(words.shape[0], 32)
 
 
@@ -76,21 +82,18 @@ def _part(
         high = words
         if BITS == 3:
             high = tl.load(high_ptr + at).to(tl.int32)
-            high = (high & 0xFF) | ((high & 0xFF00) << 8)  # bits of even rows from bit 0 on, of odd rows from bit 16 on
+            high = (high & 0x5555) | ((high & 0xAAAA) << 15)  # of even rows at bit 2 i, of odd rows at bit 16 + 2 i
         group = (block >> group_shift) * GROUPS
         part = tl.zeros((BN, BT), tl.float32)
         for i in tl.static_range(SUBS):
             if (i * 32) % GROUP == 0:
                 at_group = (group + i * 32 // GROUP) * num_columns + columns
                 scale = tl.load(scales_ptr + at_group).to(tl.float32)  # [BN]
-                zero = tl.load(zeros_ptr + at_group)  # [BN] uint8
-                zero = (zero.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)  # 1024 + zero point
+                zero = tl.load(zeros_ptr + at_group).to(tl.int16)  # [BN]
+                offset = (zero | -0x1C00).to(tl.float16, bitcast=True)  # 0xE400 | zero: -1024 - zero
             x = tl.load(x_rows[None, :] + ((block * SUBS + i) * 32 + rows_of_sub)[:, None])  # [32, BT]
-            w = _integers(words, high, zero, i, BITS, ASSEMBLY)  # [BN, 32]
-            if EXACT:
-                part = tl.dot(w.to(tl.float32), x, part, input_precision="ieee")
-            else:
-                part = tl.dot(w, x, part)
+            w = _integers(words, high, offset, i, BITS, ASSEMBLY)  # [BN, 32]
+            part = tl.dot(w.to(tl.float32), x, part, input_precision="ieee") if EXACT else tl.dot(w, x, part)
             if (i * 32 + 32) % GROUP == 0:
                 acc += part * scale[:, None]
                 part = tl.zeros((BN, BT), tl.float32)
@@ -178,7 +181,7 @@ def sum_parts(
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """y = (0 + part 0 + part 1 + ...) * scale + bias of one row: what follows the parts, in the order of gptq_linear."""
+    """y = (0 + part 0 + part 1 + ...) * scale + bias of one row, in the order of gptq_linear."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1)
     here = columns < N

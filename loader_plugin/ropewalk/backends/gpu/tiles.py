@@ -15,6 +15,7 @@ MOST_SPLITS = 16
 SUM_COLUMNS = 256  # of a row, whose parts one program adds up
 SUM_WARPS = 2
 DENSE_FEATURES = 64  # features of dense weights at a time
+LOW_RANK_ROWS, LOW_RANK_COLUMNS, LOW_RANK_WARPS = 16, 64, 4  # of the second product of a low-rank change
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def linear_tile(num_rows: int, padded_columns: int, exact: bool) -> Tile:
     """The tile of a product of quantised weights."""
     columns = 128 if padded_columns % 128 == 0 else 64
     if num_rows <= 16:
-        return Tile(16, 64 if exact else columns, 4, 2 if exact else 4)
+        return Tile(16, 64, 8, 2) if exact else Tile(16, columns, 4, 4)
     if num_rows <= 32 or exact:
         return Tile(32, 64, 4, 2)
     return Tile(64, columns, 8 if columns == 128 else 4, 3)
@@ -50,5 +51,5 @@ def dense_tile(num_rows: int, ieee: bool) -> Tile:
     if num_rows <= 16:
         return Tile(16, 64, 4, 2 if ieee else 4)
     if num_rows <= 32 or ieee:
-        return Tile(32, 64, 4, 2)
+        return Tile(32, 64, 8 if ieee else 4, 2)
     return Tile(64, 64, 4, 3)
