@@ -6,7 +6,7 @@ Each case is (name, kernel, dtypes of its arguments, constants, options). Tiles 
 from __future__ import annotations
 
 from ropewalk.backends.gpu import attention_kernel, rows_kernel
-from ropewalk.backends.gpu.attention import CHUNK, Tiles, tiles
+from ropewalk.backends.gpu.attention import CHUNK, padded, tiles
 from ropewalk.backends.protocol import PAGE_TOKENS
 
 POINTERS = {
@@ -30,31 +30,30 @@ def case(name: str, kernel, constants: dict, **options) -> tuple:
     return name, kernel, signature(kernel, constants), constants, {"enable_fp_fusion": False, **options}
 
 
-def attention(head_dim: int, form: str, group: int = 4, major: int = 8, fp16: bool = True, window: int = 0) -> tuple:
-    """A form of attention over float16 pages, 8 key/value heads. major: whose tiles are taken."""
-    padded = max(16, 1 << (head_dim - 1).bit_length())
-    chosen: Tiles = tiles(padded, fp16, major)
-    rows = chosen.whole_rows if form == "whole" else chosen.split_rows
+def attention(head_dim: int, form: str, major: int = 8, fp16: bool = True, window: int = 0, group: int = 4) -> tuple:
+    """Attention over float16 pages with 8 key/value heads. form: "long", "short" or "chunks"; major: whose tiles."""
+    chosen = tiles(head_dim, fp16, major)
+    tile = chosen.long if form == "long" else chosen.short
     constants = {
         "Q_STRIDE": (group + 2) * 8 * head_dim,
         "WINDOW": window,
         "HKV": 8,
         "G": group,
         "D": head_dim,
-        "DP": padded,
-        "ROWS": rows,
+        "DP": padded(head_dim),
+        "ROWS": tile.rows,
         "CHUNK": CHUNK,
         "PAGE": PAGE_TOKENS,
         "BLOCK": chosen.block,
         "FP16_PAGES": True,
         "FP16_DOT": fp16,
     }
-    if form == "whole":
+    if form != "chunks":
         constants["OUT_STRIDE"] = group * 8 * head_dim
-    kernel = attention_kernel.attend_whole if form == "whole" else attention_kernel.attend_chunks
-    window_name = f" window {window}" if window else ""
-    name = f"attention D{head_dim} {form} {rows} rows{window_name}{'' if fp16 else ' exact'}"
-    return case(name, kernel, constants, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+    kernel = attention_kernel.attend_chunks if form == "chunks" else attention_kernel.attend_whole
+    details = (f" window {window}" if window else "") + ("" if fp16 else " exact") + (" sm_90" if major == 9 else "")
+    name = f"attention D{head_dim} {form} {tile.rows} rows{details}"
+    return case(name, kernel, constants, num_warps=tile.num_warps, num_stages=chosen.num_stages)
 
 
 def activations(name: str, kernel, **constants) -> tuple:
@@ -64,10 +63,12 @@ def activations(name: str, kernel, **constants) -> tuple:
 
 
 CASES = [
-    *(attention(head_dim, form) for head_dim in (64, 80, 128, 256) for form in ("whole", "chunks")),
-    *(attention(head_dim, "chunks", major=9) for head_dim in (64, 128, 256)),
-    attention(128, "whole", window=4096),
-    *(attention(128, form, fp16=False) for form in ("whole", "chunks")),
+    *(attention(head_dim, form, 8) for head_dim in (64, 80, 128, 192, 256) for form in ("long", "chunks")),
+    *(attention(head_dim, form, 9) for head_dim in (64, 80, 128, 192, 256) for form in ("long", "chunks")),
+    *(attention(128, form, 8, window=4096) for form in ("long", "chunks")),
+    *(attention(head_dim, "long", 9, window=4096) for head_dim in (64, 128)),
+    attention(128, "short", 8),
+    *(attention(128, form, 8, fp16=False) for form in ("long", "chunks")),
     case(
         "merge chunks D128",
         attention_kernel.merge_chunks,

@@ -42,9 +42,65 @@ def _dot(a, b, acc, FP16_DOT: tl.constexpr):
 
 
 @triton.jit
+def _key_blocks(
+    top,
+    sums,
+    acc,
+    q,
+    pos,
+    pages_ptr,
+    head_offset,
+    value_offset,
+    first,
+    stop,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP16_PAGES: tl.constexpr,
+    FP16_DOT: tl.constexpr,
+):
+    """The state after keys first..stop, block by block. Not MASKED: whole blocks whose keys all rows see."""
+    stored = tl.float16 if FP16_PAGES else tl.float32
+    multiplied = tl.float16 if FP16_DOT else tl.float32
+    ones = tl.full((BLOCK, _ONES), 1.0, multiplied)
+    r_key = tl.arange(0, BLOCK)
+    r_dim = tl.arange(0, DP)
+    at = r_key * D
+    for key in range(first, stop, BLOCK):
+        page = tl.multiple_of(tl.load(pages_ptr + key // PAGE).to(tl.pointer_type(stored)), 16)
+        keys = page + (head_offset + key % PAGE * D)
+        k_here, v_here = (r_dim < D)[:, None], (r_dim < D)[None, :]
+        if MASKED:
+            here = key + r_key < stop
+            k_here, v_here = k_here & here[None, :], v_here & here[:, None]
+        k = tl.load(keys + (at[None, :] + r_dim[:, None]), mask=k_here, other=0.0).to(multiplied)  # [DP, BLOCK]
+        v = tl.load(keys + value_offset + (at[:, None] + r_dim[None, :]), mask=v_here, other=0.0)  # [BLOCK, DP]
+        scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
+        if MASKED:
+            seen = (key + r_key)[None, :] <= pos[:, None]
+            if WINDOW > 0:
+                seen = seen & ((key + r_key)[None, :] > pos[:, None] - WINDOW)
+            scores = tl.where(seen, scores, _NOTHING)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+        alpha = tl.exp2(top - new_top)
+        sums = _dot(p.to(multiplied), ones, sums * alpha[:, None], FP16_DOT)
+        acc = _dot(p.to(multiplied), v.to(multiplied), acc * alpha[:, None], FP16_DOT)
+        top = new_top
+    return top, sums, acc
+
+
+@triton.jit
 def _chunk_state(
     q,
     pos,
+    low,
     pages_ptr,
     head_offset,
     value_offset,
@@ -59,36 +115,59 @@ def _chunk_state(
     FP16_PAGES: tl.constexpr,
     FP16_DOT: tl.constexpr,
 ):
-    """State of ROWS queries q: [ROWS, DP] at positions pos over keys first..stop of one chunk; first: of a block."""
-    stored = tl.float16 if FP16_PAGES else tl.float32
-    multiplied = tl.float16 if FP16_DOT else tl.float32
+    """State of ROWS queries q: [ROWS, DP] over keys first..stop of one chunk; first: of a block.
+
+    pos: [ROWS] their positions; low: the least of them. Most blocks are seen whole and need no mask; with a window few
+    are, and float32 products leave no registers for a second loop.
+    """
     top, _ = _nothing(ROWS)
-    acc = tl.zeros((ROWS, DP), tl.float32)
     sums = tl.zeros((ROWS, _ONES), tl.float32)
-    ones = tl.full((BLOCK, _ONES), 1.0, multiplied)
-    r_key = tl.arange(0, BLOCK)
-    r_dim = tl.arange(0, DP)
-    at = r_key * D
-    for key in range(first, stop, BLOCK):
-        page = tl.multiple_of(tl.load(pages_ptr + key // PAGE).to(tl.pointer_type(stored)), 16)
-        keys = page + (head_offset + key % PAGE * D)
-        here = key + r_key < stop
-        k_here, v_here = here[None, :], here[:, None]
-        if DP != D:
-            k_here, v_here = k_here & (r_dim < D)[:, None], v_here & (r_dim < D)[None, :]
-        k = tl.load(keys + (at[None, :] + r_dim[:, None]), mask=k_here, other=0.0).to(multiplied)  # [DP, BLOCK]
-        v = tl.load(keys + value_offset + (at[:, None] + r_dim[None, :]), mask=v_here, other=0.0)  # [BLOCK, DP]
-        scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
-        seen = (key + r_key)[None, :] <= pos[:, None]
-        if WINDOW > 0:
-            seen = seen & ((key + r_key)[None, :] > pos[:, None] - WINDOW)
-        scores = tl.where(seen, scores, _NOTHING)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        p = tl.where(seen, tl.exp2(scores - new_top[:, None]), 0.0).to(multiplied)
-        alpha = tl.exp2(top - new_top)
-        sums = _dot(p, ones, sums * alpha[:, None], FP16_DOT)
-        acc = _dot(p, v.to(multiplied), acc * alpha[:, None], FP16_DOT)
-        top = new_top
+    acc = tl.zeros((ROWS, DP), tl.float32)
+    if WINDOW == 0 and FP16_DOT:
+        whole = tl.minimum(stop, (low + 1) // BLOCK * BLOCK)
+        top, sums, acc = _key_blocks(
+            top,
+            sums,
+            acc,
+            q,
+            pos,
+            pages_ptr,
+            head_offset,
+            value_offset,
+            first,
+            whole,
+            False,
+            WINDOW,
+            ROWS,
+            D,
+            DP,
+            PAGE,
+            BLOCK,
+            FP16_PAGES,
+            FP16_DOT,
+        )
+        first = tl.maximum(first, whole)
+    top, sums, acc = _key_blocks(
+        top,
+        sums,
+        acc,
+        q,
+        pos,
+        pages_ptr,
+        head_offset,
+        value_offset,
+        first,
+        stop,
+        True,
+        WINDOW,
+        ROWS,
+        D,
+        DP,
+        PAGE,
+        BLOCK,
+        FP16_PAGES,
+        FP16_DOT,
+    )
     return top, tl.max(sums, 1), acc  # all columns of sums are alike
 
 
@@ -165,6 +244,7 @@ def attend_whole(
             top2, total2, acc2 = _chunk_state(
                 q,
                 start + row,
+                start + packed // G,
                 pages_ptr + span * width,
                 (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
                 HKV * PAGE * D,
@@ -184,7 +264,8 @@ def attend_whole(
             r_dim = tl.arange(0, DP)
             at = out_ptr + (first_row + row)[:, None] * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
             whole = here[:, None] & (r_dim < D)[None, :]
-            acc = tl.load(at, mask=whole & (tl.full((ROWS, 1), 0, tl.int32) + chunk > first // CHUNK), other=0.0)
+            later = (tl.full((ROWS, 1), 0, tl.int32) + chunk) > first // CHUNK
+            acc = tl.load(at, mask=whole & later, other=0.0)
             top, total, acc = _merged(top, total, acc, top2, total2, acc2)
             last = (chunk + 1) * CHUNK >= stop
             share = tl.div_rn(1.0, tl.where(here & last, total, 1.0))
@@ -234,6 +315,7 @@ def attend_chunks(
         top, total, acc = _chunk_state(
             q,
             start + row,
+            start + packed // G,
             pages_ptr + span * width,
             (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
             HKV * PAGE * D,

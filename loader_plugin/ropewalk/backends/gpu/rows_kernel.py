@@ -221,12 +221,12 @@ def rotate_append(
         cos = tl.load(cos_ptr + row * HALF + i, mask=i < HALF, other=0.0)
         sin = tl.load(sin_ptr + row * HALF + i, mask=i < HALF, other=0.0)
     if tile < q_tiles:
-        head = (tile * TILE + tl.arange(0, TILE))[:, None]
-        here = (head < HQ) & (i < HALF)
-        at = row * Q_STRIDE + head * D + i
-        a, b = _rotated(q_ptr, at, here, cos, sin, HALF)
-        tl.store(q_ptr + at, a, mask=here)
-        tl.store(q_ptr + at + HALF, b, mask=here)
+        q_head = (tile * TILE + tl.arange(0, TILE))[:, None]
+        q_here = (q_head < HQ) & (i < HALF)
+        q_at = row * Q_STRIDE + q_head * D + i
+        q_a, q_b = _rotated(q_ptr, q_at, q_here, cos, sin, HALF)
+        tl.store(q_ptr + q_at, q_a, mask=q_here)
+        tl.store(q_ptr + q_at + HALF, q_b, mask=q_here)
     else:
         head = ((tile - q_tiles) * TILE + tl.arange(0, TILE))[:, None]
         pos = tl.load(positions_ptr + row)
@@ -234,10 +234,10 @@ def rotate_append(
         kept = tl.multiple_of(page.to(tl.pointer_type(tl.float16 if FP16_PAGES else tl.float32)), 16)
         kept += instance.to(tl.int64) * (2 * HKV * PAGE * D) + head * (PAGE * D) + (pos % PAGE) * D
         if HALF > 0:
-            here = (head < HKV) & (i < HALF)
-            a, b = _rotated(k_ptr, row * K_STRIDE + head * D + i, here, cos, sin, HALF)
-            tl.store(kept + i, a.to(kept.dtype.element_ty), mask=here)
-            tl.store(kept + i + HALF, b.to(kept.dtype.element_ty), mask=here)
+            turned = (head < HKV) & (i < HALF)
+            a, b = _rotated(k_ptr, row * K_STRIDE + head * D + i, turned, cos, sin, HALF)
+            tl.store(kept + i, a.to(kept.dtype.element_ty), mask=turned)
+            tl.store(kept + i + HALF, b.to(kept.dtype.element_ty), mask=turned)
         dim = tl.arange(0, DP)[None, :]
         here = (head < HKV) & (dim < D)
         if 2 * HALF < D:

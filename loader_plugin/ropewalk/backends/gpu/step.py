@@ -18,7 +18,7 @@ from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
 from ropewalk.base.errors import ShapeError
 
 SHORT_ROWS = 16  # spans of up to so many rows have their keys split among programs
-LONG_ROWS = 64  # rows of a longer span that one block has
+LONG_ROWS = 128  # rows of a longer span that one block has: the most that a tile of attention takes
 CHUNK_PAGES = 8  # the table is wide enough for whole chunks of 512 keys, see attention_kernel.py
 
 
