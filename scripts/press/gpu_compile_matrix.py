@@ -29,11 +29,11 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # it would define the kernels as functions of Python
 
 import triton  # noqa: E402
-from gpu_cases_linear import CASES as LINEAR_CASES  # noqa: E402
-from gpu_cases_rows import CASES as ROWS_CASES  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from gpu_cases_linear import CASES as LINEAR_CASES  # noqa: E402
+from gpu_cases_rows import CASES as ROWS_CASES  # noqa: E402
 from ropewalk.backends.gpu.codes import BLOCK_ROWS  # noqa: E402
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -130,8 +130,11 @@ def main() -> int:
 
 def results(cases: list[tuple], targets: list[str]) -> Iterator[Compiled | str]:
     """Every case on every target; a line of text where it does not compile."""
+    names = {case[0] for case in cases}
     for target in targets:
         for name, kernel, signature, constants, options in cases:
+            if not is_launched(name, target, names):
+                continue
             started = time.perf_counter()
             try:
                 compiled = build(kernel, signature, constants, options, target)
@@ -143,6 +146,12 @@ def results(cases: list[tuple], targets: list[str]) -> Iterator[Compiled | str]:
             yield Compiled(
                 target, name, **look(compiled, per_iteration), seconds=round(time.perf_counter() - started, 1)
             )
+
+
+def is_launched(name: str, target: str, names: set[str]) -> bool:
+    """Whether a card of this kind is given this kernel: a name may end with the one target whose tiles it has."""
+    own = re.search(r" (sm_\d+)$", name)
+    return own[1] == target if own else f"{name} {target}" not in names
 
 
 def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any], target: str):
@@ -172,11 +181,10 @@ def nvidia_facts(compiled: Any, per_iteration: float | None) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output("cuobjdump", "-res-usage", file.name)
-        lines = _output("nvdisasm", "-c", file.name)
-    code, labels = _instructions(lines)
+        code, loops = _instructions(_output("nvdisasm", "-c", file.name))
     counted = collections.Counter(code)
     matrix = [name for name in counted if re.match(MATRIX_INSTRUCTIONS, name)]
-    loop = _loop(code, labels, lines, matrix)
+    loop = _loop(code, loops, matrix)
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "stack": _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
@@ -197,34 +205,31 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)[^;]*;|^(\.L_x?_?\w+):", re.MULTILINE)
-BRANCH = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?BRA[^;]*?`\((\.L_x?_?\w+)\)[^;]*;", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);|^(\.L_x?_?\w+):", re.MULTILINE)
+LABEL = re.compile(r"`\((\.L_x?_?\w+)\)")
 
 
-def _instructions(text: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions' names, without their suffixes, in order; and how many come before each label."""
+def _instructions(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The names of all instructions, without suffixes, in order; and the loops: (first, end) of what is jumped back
+    over."""
     code: list[str] = []
     labels: dict[str, int] = {}
-    for name, label in LINE.findall(text):
+    loops: list[tuple[int, int]] = []
+    for name, rest, label in INSTRUCTION.findall(text):
         if label:
             labels[label] = len(code)
-        else:
-            code.append(name)
-    return code, labels
+            continue
+        code.append(name)
+        target = LABEL.search(rest) if name == "BRA" else None
+        if target is not None and target[1] in labels:
+            loops.append((labels[target[1]], len(code)))
+    return code, loops
 
 
-def _loop(code: list[str], labels: dict[str, int], text: str, matrix: list[str]) -> int:
+def _loop(code: list[str], loops: list[tuple[int, int]], matrix: list[str]) -> int:
     """Instructions of the shortest loop that has a matrix instruction; where there is none, a multiplication."""
     sought = set(matrix) or {"FFMA", "FFMA2"}
-    branches = [match.start() for match in BRANCH.finditer(text)]
-    targets = [match[1] for match in BRANCH.finditer(text)]
-    lengths = []
-    for start, label in zip(branches, targets, strict=True):
-        end = len([1 for match in LINE.finditer(text, 0, start) if match[1]])
-        first = labels.get(label, end + 1)
-        if first < end and sought & set(code[first:end]):
-            lengths.append(end + 1 - first)
-    return min(lengths, default=0)
+    return min((end - first for first, end in loops if sought & set(code[first:end])), default=0)
 
 
 def amd_facts(compiled: Any, per_iteration: float | None) -> dict[str, Any]:
