@@ -24,26 +24,63 @@ MERGED_HEADS = 4  # heads of a program of merge_chunks
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """rows of a tile: of whole blocks and of split ones; block: keys at a time, the same in both: results depend on it."""
+class Tile:
+    """Rows of a program and its warps."""
 
-    whole_rows: int
-    split_rows: int
-    block: int
+    rows: int
     num_warps: int
-    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tiles of programs that walk over all chunks of many rows, and of those for short spans; BLOCK of the kernels.
+
+    Results depend on the block alone, so all forms have the same.
+    """
+
+    long: Tile
+    short: Tile
+    block: int
+    num_stages: int = 2
+
+
+# By head size, products in float16: the widest that keep everything in registers (gpu_compile_matrix.py).
+TILES = {
+    64: Tiles(Tile(128, 8), Tile(16, 4), 64),
+    128: Tiles(Tile(128, 8), Tile(16, 4), 64),
+    256: Tiles(Tile(64, 8), Tile(16, 4), 32),
+}
+# Where a head is padded, its masks take registers. These are below 64 rows on all cards, or on 8.x and 12.x alone.
+PADDED = {
+    128: Tiles(Tile(64, 8), Tile(16, 4), 64),
+    256: Tiles(Tile(32, 8), Tile(16, 4), 32),
+}
+# On 9.x and 10.x products of 64 rows have instructions of their own, which need not round like those of 16 rows: there
+# all tiles of a head size are of one kind.
+TILES_OF_WARPGROUPS = {
+    64: Tiles(Tile(128, 8), Tile(64, 4), 64),
+    128: Tiles(Tile(64, 4), Tile(64, 4), 32),
+    256: Tiles(Tile(64, 8), Tile(64, 8), 16),
+}
+WARPGROUPS = (9, 10)  # compute capabilities; 12.x has the instructions of 8.x
+FLOAT32 = Tiles(Tile(16, 4), Tile(16, 4), 16, 1)
 
 
 def tiles(head_dim: int, fp16: bool, major: int) -> Tiles:
-    """The tiles for a padded head size, products in float16 or float32, on a card of that compute capability.
-
-    From 9.0 on, products of 64 rows use another family of instructions than those of 16, which need not round alike:
-    there all tiles have 64.
-    """
+    """The tiles for a head size, products in float16 or float32, on a card of that compute capability."""
+    size = max(64, padded(head_dim))
     if not fp16:
-        return Tiles(16, 16, 16, 4, 1)
-    split_rows = 64 if major in (9, 10) else 16
-    return Tiles(64, split_rows, 64 if head_dim <= 128 else 32, 4, 2)
+        return FLOAT32
+    if 128 < head_dim < 256:
+        return PADDED[size]
+    if major in WARPGROUPS:
+        return TILES_OF_WARPGROUPS[size]
+    return PADDED[size] if 64 < head_dim < 128 else TILES[size]
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile that holds a head: a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def attend(
@@ -60,39 +97,37 @@ def attend(
         return
     fp16_pages = step.page_dtype == torch.float16
     fp16 = fp16_pages and not exact
-    padded = max(16, triton.next_power_of_2(head_dim))
-    chosen = tiles(padded, fp16, _major(q.device))
+    chosen = tiles(head_dim, fp16, _major(q.device))
     constants = {
         "Q_STRIDE": q.stride(0),
         "WINDOW": window or 0,
         "HKV": num_kv_heads,
         "G": num_heads // num_kv_heads,
         "D": head_dim,
-        "DP": padded,
+        "DP": padded(head_dim),
         "CHUNK": CHUNK,
         "PAGE": PAGE_TOKENS,
         "BLOCK": chosen.block,
         "FP16_PAGES": fp16_pages,
         "FP16_DOT": fp16,
-        "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
         "enable_fp_fusion": False,
     }
     if step.long.num_blocks:
-        _attend_whole(step, step.long, q, instance, out, chosen.whole_rows, constants)
+        _attend_whole(step, step.long, q, instance, out, chosen.long, constants)
     if step.short.num_blocks:
         chunks = _num_chunks(step.short, window)
         held = 4 * chunks * step.short.num_blocks * step.short.most_rows * num_heads * (head_dim + 2)
         if chunks == 1 or held > SCRATCH_BYTES:
-            _attend_whole(step, step.short, q, instance, out, chosen.split_rows, constants)
+            _attend_whole(step, step.short, q, instance, out, chosen.short, constants)
         else:
-            _attend_chunks(step, step.short, q, instance, out, chunks, chosen.split_rows, constants)
+            _attend_chunks(step, step.short, q, instance, out, chunks, chosen.short, constants)
 
 
 def _attend_whole(
-    step: GpuStep, blocks: RowBlocks, q: torch.Tensor, instance: int, out: torch.Tensor, rows: int, constants: dict
+    step: GpuStep, blocks: RowBlocks, q: torch.Tensor, instance: int, out: torch.Tensor, tile: Tile, constants: dict
 ) -> None:
-    num_tiles = triton.cdiv(blocks.most_rows * constants["G"], rows)
+    num_tiles = triton.cdiv(blocks.most_rows * constants["G"], tile.rows)
     attend_whole[(blocks.num_blocks, constants["HKV"] * num_tiles)](
         q,
         out,
@@ -103,7 +138,8 @@ def _attend_whole(
         instance,
         _qk_scale(q.shape[2]),
         OUT_STRIDE=out.stride(0),
-        ROWS=rows,
+        ROWS=tile.rows,
+        num_warps=tile.num_warps,
         **constants,
     )
 
@@ -115,14 +151,14 @@ def _attend_chunks(
     instance: int,
     out: torch.Tensor,
     chunks: int,
-    rows: int,
+    tile: Tile,
     constants: dict,
 ) -> None:
     _, num_heads, head_dim = q.shape
     shape = chunks, blocks.num_blocks, blocks.most_rows, num_heads
     states = torch.empty(*shape, 2, device=q.device)
     accs = torch.empty(*shape, head_dim, device=q.device)
-    num_tiles = triton.cdiv(blocks.most_rows * constants["G"], rows)
+    num_tiles = triton.cdiv(blocks.most_rows * constants["G"], tile.rows)
     attend_chunks[(blocks.num_blocks, constants["HKV"] * num_tiles, chunks)](
         q,
         states,
@@ -134,7 +170,8 @@ def _attend_chunks(
         instance,
         blocks.most_rows,
         _qk_scale(head_dim),
-        ROWS=rows,
+        ROWS=tile.rows,
+        num_warps=tile.num_warps,
         **constants,
     )
     merge_chunks[(blocks.num_blocks, blocks.most_rows, triton.cdiv(num_heads, MERGED_HEADS))](

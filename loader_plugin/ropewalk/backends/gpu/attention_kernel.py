@@ -2,12 +2,13 @@
 
     out_i = sum_j p_ij v_j / sum_j p_ij     p_ij = 2^(s_ij - m_i)     s_ij = (q_i log2(e) / sqrt(D)) k_j     j <= i
 
-A sequence's keys are cut at multiples of CHUNK positions. The state (m, l, acc) of a row in a chunk is computed from
-nothing, BLOCK keys at a time, and the states of chunks are merged in order. That is the same tree of operations
-whether one program walks over all chunks (`attend_whole`) or each chunk has its own (`attend_chunks`, then
-`merge_chunks`), for any number of rows: blocks and chunks in which a row sees nothing leave its state as it is, bit for
-bit. The sum l is taken by the same matrix instructions as acc, because the order in which `tl.sum` adds depends on how
-many rows and warps a program has. Compile without fusing multiplications and additions, for the same reason.
+A sequence's keys are cut at multiples of CHUNK positions. The state of a row in a chunk, (top, total, acc) for the
+maximum and the two sums, is computed from nothing, BLOCK keys at a time, and the states of chunks are merged in order.
+That is the same tree of operations whether one program walks over all chunks (`attend_whole`) or each chunk has its own
+(`attend_chunks`, then `merge_chunks`), for any number of rows: blocks and chunks in which a row sees nothing leave its
+state as it is, bit for bit. The total is taken by the same matrix instructions as acc, because the order in which
+`tl.sum` adds depends on how many rows and warps a program has. Compile without fusing multiplications and additions,
+for the same reason.
 
 A tile has ROWS rows; row r is query r // G of its block, and of the G query heads of a key/value head it is r % G.
 """
@@ -22,17 +23,17 @@ _ONES = tl.constexpr(16)  # columns of ones that the sum is taken with: the narr
 
 
 @triton.jit
-def _nothing(ROWS: tl.constexpr, DP: tl.constexpr):
-    """The state of rows that have seen no key."""
-    return tl.full((ROWS,), _NOTHING, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, DP), tl.float32)
+def _nothing(ROWS: tl.constexpr):
+    """(top, total) of rows that have seen no key."""
+    return tl.full((ROWS,), _NOTHING, tl.float32), tl.zeros((ROWS,), tl.float32)
 
 
 @triton.jit
-def _merged(m, l, acc, m2, l2, acc2):
+def _merged(top, total, acc, top2, total2, acc2):
     """The state of rows that have seen the keys of both states."""
-    new_m = tl.maximum(m, m2)
-    a, b = tl.exp2(m - new_m), tl.exp2(m2 - new_m)
-    return new_m, l * a + l2 * b, acc * a[:, None] + acc2 * b[:, None]
+    new_top = tl.maximum(top, top2)
+    a, b = tl.exp2(top - new_top), tl.exp2(top2 - new_top)
+    return new_top, total * a + total2 * b, acc * a[:, None] + acc2 * b[:, None]
 
 
 @triton.jit
@@ -41,9 +42,65 @@ def _dot(a, b, acc, FP16_DOT: tl.constexpr):
 
 
 @triton.jit
+def _key_blocks(
+    top,
+    sums,
+    acc,
+    q,
+    pos,
+    pages_ptr,
+    head_offset,
+    value_offset,
+    first,
+    stop,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP16_PAGES: tl.constexpr,
+    FP16_DOT: tl.constexpr,
+):
+    """The state after keys first..stop, block by block. Not MASKED: whole blocks whose keys all rows see."""
+    stored = tl.float16 if FP16_PAGES else tl.float32
+    multiplied = tl.float16 if FP16_DOT else tl.float32
+    ones = tl.full((BLOCK, _ONES), 1.0, multiplied)
+    r_key = tl.arange(0, BLOCK)
+    r_dim = tl.arange(0, DP)
+    at = r_key * D
+    for key in range(first, stop, BLOCK):
+        page = tl.multiple_of(tl.load(pages_ptr + key // PAGE).to(tl.pointer_type(stored)), 16)
+        keys = page + (head_offset + key % PAGE * D)
+        k_here, v_here = (r_dim < D)[:, None], (r_dim < D)[None, :]
+        if MASKED:
+            here = key + r_key < stop
+            k_here, v_here = k_here & here[None, :], v_here & here[:, None]
+        k = tl.load(keys + (at[None, :] + r_dim[:, None]), mask=k_here, other=0.0).to(multiplied)  # [DP, BLOCK]
+        v = tl.load(keys + value_offset + (at[:, None] + r_dim[None, :]), mask=v_here, other=0.0)  # [BLOCK, DP]
+        scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
+        if MASKED:
+            seen = (key + r_key)[None, :] <= pos[:, None]
+            if WINDOW > 0:
+                seen = seen & ((key + r_key)[None, :] > pos[:, None] - WINDOW)
+            scores = tl.where(seen, scores, _NOTHING)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - new_top[:, None])
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+        alpha = tl.exp2(top - new_top)
+        sums = _dot(p.to(multiplied), ones, sums * alpha[:, None], FP16_DOT)
+        acc = _dot(p.to(multiplied), v.to(multiplied), acc * alpha[:, None], FP16_DOT)
+        top = new_top
+    return top, sums, acc
+
+
+@triton.jit
 def _chunk_state(
     q,
     pos,
+    low,
     pages_ptr,
     head_offset,
     value_offset,
@@ -58,35 +115,60 @@ def _chunk_state(
     FP16_PAGES: tl.constexpr,
     FP16_DOT: tl.constexpr,
 ):
-    """State of ROWS queries q: [ROWS, DP] at positions pos over keys first..stop of one chunk; first: of a block."""
-    stored = tl.float16 if FP16_PAGES else tl.float32
-    multiplied = tl.float16 if FP16_DOT else tl.float32
-    m, _, acc = _nothing(ROWS, DP)
+    """State of ROWS queries q: [ROWS, DP] over keys first..stop of one chunk; first: of a block.
+
+    pos: [ROWS] their positions; low: the least of them. Most blocks are seen whole and need no mask; with a window few
+    are, and float32 products leave no registers for a second loop.
+    """
+    top, _ = _nothing(ROWS)
     sums = tl.zeros((ROWS, _ONES), tl.float32)
-    ones = tl.full((BLOCK, _ONES), 1.0, multiplied)
-    r_key = tl.arange(0, BLOCK)
-    r_dim = tl.arange(0, DP)
-    for key in range(first, stop, BLOCK):
-        page = tl.multiple_of(tl.load(pages_ptr + key // PAGE).to(tl.pointer_type(stored)), 16)
-        at = head_offset + (key % PAGE + r_key) * D  # [BLOCK]
-        here = key + r_key < stop
-        k_here, v_here = here[None, :], here[:, None]
-        if DP != D:
-            k_here, v_here = k_here & (r_dim < D)[:, None], v_here & (r_dim < D)[None, :]
-        k = tl.load(page + at[None, :] + r_dim[:, None], mask=k_here, other=0.0).to(multiplied)  # [DP, BLOCK]
-        v = tl.load(page + value_offset + at[:, None] + r_dim[None, :], mask=v_here, other=0.0)  # [BLOCK, DP]
-        scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
-        seen = (key + r_key)[None, :] <= pos[:, None]
-        if WINDOW > 0:
-            seen = seen & ((key + r_key)[None, :] > pos[:, None] - WINDOW)
-        scores = tl.where(seen, scores, _NOTHING)
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        p = tl.where(seen, tl.exp2(scores - new_m[:, None]), 0.0).to(multiplied)
-        alpha = tl.exp2(m - new_m)
-        sums = _dot(p, ones, sums * alpha[:, None], FP16_DOT)
-        acc = _dot(p, v.to(multiplied), acc * alpha[:, None], FP16_DOT)
-        m = new_m
-    return m, tl.max(sums, 1), acc  # all columns of sums are alike
+    acc = tl.zeros((ROWS, DP), tl.float32)
+    if WINDOW == 0 and FP16_DOT:
+        whole = tl.minimum(stop, (low + 1) // BLOCK * BLOCK)
+        top, sums, acc = _key_blocks(
+            top,
+            sums,
+            acc,
+            q,
+            pos,
+            pages_ptr,
+            head_offset,
+            value_offset,
+            first,
+            whole,
+            False,
+            WINDOW,
+            ROWS,
+            D,
+            DP,
+            PAGE,
+            BLOCK,
+            FP16_PAGES,
+            FP16_DOT,
+        )
+        first = tl.maximum(first, whole)
+    top, sums, acc = _key_blocks(
+        top,
+        sums,
+        acc,
+        q,
+        pos,
+        pages_ptr,
+        head_offset,
+        value_offset,
+        first,
+        stop,
+        True,
+        WINDOW,
+        ROWS,
+        D,
+        DP,
+        PAGE,
+        BLOCK,
+        FP16_PAGES,
+        FP16_DOT,
+    )
+    return top, tl.max(sums, 1), acc  # all columns of sums are alike
 
 
 @triton.jit
@@ -157,11 +239,12 @@ def attend_whole(
         low = start + packed // G
         stop = start + tl.minimum((packed + ROWS - 1) // G, num_rows - 1) + 1
         first = tl.maximum(low - WINDOW + 1, 0) // BLOCK * BLOCK if WINDOW > 0 else 0
-        m, l, acc = _nothing(ROWS, DP)
+        top, total = _nothing(ROWS)
         for chunk in range(first // CHUNK, tl.cdiv(stop, CHUNK)):
-            m2, l2, acc2 = _chunk_state(
+            top2, total2, acc2 = _chunk_state(
                 q,
                 start + row,
+                start + packed // G,
                 pages_ptr + span * width,
                 (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
                 HKV * PAGE * D,
@@ -176,11 +259,18 @@ def attend_whole(
                 FP16_PAGES,
                 FP16_DOT,
             )
-            m, l, acc = _merged(m, l, acc, m2, l2, acc2)
-        r_dim = tl.arange(0, DP)
-        at = out_ptr + (first_row + row)[:, None] * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
-        share = tl.div_rn(1.0, tl.where(here, l, 1.0))
-        tl.store(at, acc * share[:, None], mask=here[:, None] & (r_dim < D)[None, :])
+            # Read again: the addresses below would otherwise be held in registers while the keys go by.
+            first_row = tl.load(blocks_ptr + tl.program_id(0) * 3 + 1, volatile=True)
+            r_dim = tl.arange(0, DP)
+            at = out_ptr + (first_row + row)[:, None] * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
+            whole = here[:, None] & (r_dim < D)[None, :]
+            later = (tl.full((ROWS, 1), 0, tl.int32) + chunk) > first // CHUNK
+            acc = tl.load(at, mask=whole & later, other=0.0)
+            top, total, acc = _merged(top, total, acc, top2, total2, acc2)
+            last = (chunk + 1) * CHUNK >= stop
+            share = tl.div_rn(1.0, tl.where(here & last, total, 1.0))
+            tl.store(at, acc * share[:, None], mask=whole)
+            tl.debug_barrier()  # what one thread has written here, another may read in the next chunk
 
 
 @triton.jit(do_not_specialize=["width", "instance", "most_rows"])
@@ -210,7 +300,7 @@ def attend_chunks(
 ):
     """Grid (blocks, HKV * tiles of a block, chunks), chunks counted from the first that the block's first row sees.
 
-    states: [chunks, blocks, most_rows, Hq, 2] float32 (m, l); accs: [chunks, blocks, most_rows, Hq, D] float32.
+    states: [chunks, blocks, most_rows, Hq, 2] float32 (top, total); accs: [chunks, blocks, most_rows, Hq, D] float32.
     """
     span, first_row, num_rows, kv_head, packed, start = _tile(blocks_ptr, positions_ptr, HKV, G, ROWS)
     first_chunk = tl.maximum(start - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
@@ -222,9 +312,10 @@ def attend_chunks(
         here = row < num_rows
         q = _queries(q_ptr, first_row + row, heads, here, qk_scale, Q_STRIDE, D, DP, FP16_DOT)
         first = tl.maximum(start + packed // G - WINDOW + 1, 0) // BLOCK * BLOCK if WINDOW > 0 else 0
-        m, l, acc = _chunk_state(
+        top, total, acc = _chunk_state(
             q,
             start + row,
+            start + packed // G,
             pages_ptr + span * width,
             (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
             HKV * PAGE * D,
@@ -242,8 +333,8 @@ def attend_chunks(
         block = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         slot = (block * most_rows + row) * (HKV * G) + heads
         r_dim = tl.arange(0, DP)
-        tl.store(states_ptr + slot * 2, m, mask=here)
-        tl.store(states_ptr + slot * 2 + 1, l, mask=here)
+        tl.store(states_ptr + slot * 2, top, mask=here)
+        tl.store(states_ptr + slot * 2 + 1, total, mask=here)
         tl.store(accs_ptr + slot[:, None] * D + r_dim[None, :], acc, mask=here[:, None] & (r_dim < D)[None, :])
 
 
@@ -276,14 +367,15 @@ def merge_chunks(
         r_dim = tl.arange(0, DP)
         here = heads < HEADS
         whole = here[:, None] & (r_dim < D)[None, :]
-        m, l, acc = _nothing(TILE, DP)
+        top, total = _nothing(TILE)
+        acc = tl.zeros((TILE, DP), tl.float32)
         for chunk in range(first, pos // CHUNK + 1):
             place = (chunk - base).to(tl.int64) * tl.num_programs(0) + block
             slot = (place * most_rows + row) * HEADS + heads
-            m2 = tl.load(states_ptr + slot * 2, mask=here, other=_NOTHING)
-            l2 = tl.load(states_ptr + slot * 2 + 1, mask=here, other=0.0)
+            top2 = tl.load(states_ptr + slot * 2, mask=here, other=_NOTHING)
+            total2 = tl.load(states_ptr + slot * 2 + 1, mask=here, other=0.0)
             acc2 = tl.load(accs_ptr + slot[:, None] * D + r_dim[None, :], mask=whole, other=0.0)
-            m, l, acc = _merged(m, l, acc, m2, l2, acc2)
+            top, total, acc = _merged(top, total, acc, top2, total2, acc2)
         at = out_ptr + (first_row + row) * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
-        share = tl.div_rn(1.0, tl.where(here, l, 1.0))
+        share = tl.div_rn(1.0, tl.where(here, total, 1.0))
         tl.store(at, acc * share[:, None], mask=whole)

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ropewalk.backends.gpu import rows_kernel as kernels
-from ropewalk.backends.gpu.activations import Activations, FeatureOrder
+from ropewalk.backends.gpu.activations import Activations, FeatureOrder, new_activations
 from ropewalk.backends.gpu.step import GpuStep
 from ropewalk.backends.gpu.views import check_rows
 from ropewalk.backends.protocol import PAGE_TOKENS
@@ -39,7 +39,7 @@ def norm_activations(
     num_rows, size = x.shape
     check_rows("norm_activations: x", x, order.in_features)
     _check_weight(weight, size)
-    made = _new_activations(num_rows, order, x.device)
+    made = new_activations(num_rows, order, x.device)
     out = _float32_out("norm_activations", out_float32, num_rows, size)
     if num_rows:
         block, block_width = triton.next_power_of_2(size), triton.next_power_of_2(order.width)
@@ -69,7 +69,7 @@ def silu_activations(gate_up: torch.Tensor, order: FeatureOrder, out_float32: to
     """silu(gate) * up of gate_up: [T, 2 * I] float32 as a linear reads it, and as it is in out_float32: [T, I]."""
     num_rows, size = gate_up.shape[0], order.in_features
     check_rows("silu_activations: gate_up", gate_up, 2 * size)
-    made = _new_activations(num_rows, order, gate_up.device)
+    made = new_activations(num_rows, order, gate_up.device)
     out = _float32_out("silu_activations", out_float32, num_rows, size)
     if num_rows:
         block = min(GATE_FLOATS, triton.next_power_of_2(order.width))
@@ -149,7 +149,7 @@ def append_(step: GpuStep, k: torch.Tensor, v: torch.Tensor, instance: int) -> N
 
 
 def rotate_append_(step: GpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, instance: int) -> None:
-    """Rotate q: [T, Hq, D] in place; write k, rotated, and v to the pages of the rows. k: [T, Hkv, D] stays as it is."""
+    """Rotate q: [T, Hq, D] in place; write k: [T, Hkv, D], rotated, and v to the pages. The view k stays as it is."""
     half = _check_rotated(step, "q", q)
     _check_rotated(step, "k", k)
     _append(step, q, k, v, instance, half)
@@ -193,12 +193,6 @@ def _append(step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Ten
             num_warps=4,
             **AS_WRITTEN,
         )
-
-
-def _new_activations(num_rows: int, order: FeatureOrder, device: torch.device) -> Activations:
-    values = torch.empty(num_rows, order.width, dtype=order.dtype, device=device)
-    scale = torch.empty(num_rows, dtype=torch.float32, device=device) if order.scaled else None
-    return Activations(values, scale, order)
 
 
 def _float32_out(name: str, out: torch.Tensor | None, num_rows: int, size: int) -> torch.Tensor | None:

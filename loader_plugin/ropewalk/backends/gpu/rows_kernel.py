@@ -4,9 +4,8 @@
     gate:    y = gate / (1 + exp(-gate)) * up
     rotate:  x_i  <-  x_i cos_i - x_{i+R/2} sin_i        x_{i+R/2}  <-  x_{i+R/2} cos_i + x_i sin_i
 
-A row is one program's, or several programs have whole parts of it that need nothing of the others. Activations of a
-linear are written in its order of features and divided by the row's scale, a power of two that brings the largest below
-16384 (float16 ends at 65504): nothing but the exponent changes.
+A row is one program's, or several programs have parts of it that need nothing of each other. Activations are written in
+the order of features of their linear and scaled as `prepare` of activations.py scales them.
 """
 
 from __future__ import annotations
@@ -14,12 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def row_scale(most):
-    """1 where `most` (of magnitudes) is below 2^14, else the power of two that brings it there. inf and NaN stay."""
-    exponent = (most.to(tl.int32, bitcast=True) >> 23) & 255
-    return (tl.maximum(exponent - 13, 127) << 23).to(tl.float32, bitcast=True)
+from ropewalk.backends.gpu.activations_kernel import row_scales
 
 
 @triton.jit
@@ -78,14 +72,14 @@ def norm_activations(
     y = x * share * tl.load(weight_ptr + at, mask=at < SIZE, other=0.0)
     if WRITES_FLOAT32:
         tl.store(out_ptr + row * SIZE + at, y, mask=at < SIZE)
-    scale = 1.0
+    factor = 1.0
     if SCALED:
-        scale = row_scale(tl.max(tl.abs(y), 0))
+        factor, scale = row_scales(tl.max(tl.abs(y), 0))
         tl.store(scale_ptr + row, scale)
     place = tl.arange(0, BW)
     feature = _gathered(order_ptr, place, WIDTH, SIZE, HAS_ORDER)
     x = tl.load(x_ptr + feature, mask=feature >= 0, other=0.0)
-    y = x * share * tl.load(weight_ptr + feature, mask=feature >= 0, other=0.0) / scale
+    y = x * share * tl.load(weight_ptr + feature, mask=feature >= 0, other=0.0) * factor
     tl.store(values_ptr + row * WIDTH + place, y.to(values_ptr.dtype.element_ty), mask=place < WIDTH)
 
 
@@ -118,7 +112,7 @@ def silu_activations(
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * X_STRIDE
-    scale = 1.0
+    factor = 1.0
     if SCALED or WRITES_FLOAT32:
         most = tl.zeros((B,), tl.float32)
         for first in range(0, SIZE, B):
@@ -128,12 +122,12 @@ def silu_activations(
             if WRITES_FLOAT32:
                 tl.store(out_ptr + row * SIZE + at, y, mask=at < SIZE)
         if SCALED:
-            scale = row_scale(tl.max(most, 0))
+            factor, scale = row_scales(tl.max(most, 0))
             tl.store(scale_ptr + row, scale)
     for first in range(0, WIDTH, B):
         place = first + tl.arange(0, B)
         feature = _gathered(order_ptr, place, WIDTH, SIZE, HAS_ORDER)
-        y = _silu_mul(x_ptr, feature, feature >= 0, SIZE) / scale
+        y = _silu_mul(x_ptr, feature, feature >= 0, SIZE) * factor
         tl.store(values_ptr + row * WIDTH + place, y.to(values_ptr.dtype.element_ty), mask=place < WIDTH)
 
 
@@ -227,12 +221,12 @@ def rotate_append(
         cos = tl.load(cos_ptr + row * HALF + i, mask=i < HALF, other=0.0)
         sin = tl.load(sin_ptr + row * HALF + i, mask=i < HALF, other=0.0)
     if tile < q_tiles:
-        head = (tile * TILE + tl.arange(0, TILE))[:, None]
-        here = (head < HQ) & (i < HALF)
-        at = row * Q_STRIDE + head * D + i
-        a, b = _rotated(q_ptr, at, here, cos, sin, HALF)
-        tl.store(q_ptr + at, a, mask=here)
-        tl.store(q_ptr + at + HALF, b, mask=here)
+        q_head = (tile * TILE + tl.arange(0, TILE))[:, None]
+        q_here = (q_head < HQ) & (i < HALF)
+        q_at = row * Q_STRIDE + q_head * D + i
+        q_a, q_b = _rotated(q_ptr, q_at, q_here, cos, sin, HALF)
+        tl.store(q_ptr + q_at, q_a, mask=q_here)
+        tl.store(q_ptr + q_at + HALF, q_b, mask=q_here)
     else:
         head = ((tile - q_tiles) * TILE + tl.arange(0, TILE))[:, None]
         pos = tl.load(positions_ptr + row)
@@ -240,10 +234,10 @@ def rotate_append(
         kept = tl.multiple_of(page.to(tl.pointer_type(tl.float16 if FP16_PAGES else tl.float32)), 16)
         kept += instance.to(tl.int64) * (2 * HKV * PAGE * D) + head * (PAGE * D) + (pos % PAGE) * D
         if HALF > 0:
-            here = (head < HKV) & (i < HALF)
-            a, b = _rotated(k_ptr, row * K_STRIDE + head * D + i, here, cos, sin, HALF)
-            tl.store(kept + i, a.to(kept.dtype.element_ty), mask=here)
-            tl.store(kept + i + HALF, b.to(kept.dtype.element_ty), mask=here)
+            turned = (head < HKV) & (i < HALF)
+            a, b = _rotated(k_ptr, row * K_STRIDE + head * D + i, turned, cos, sin, HALF)
+            tl.store(kept + i, a.to(kept.dtype.element_ty), mask=turned)
+            tl.store(kept + i + HALF, b.to(kept.dtype.element_ty), mask=turned)
         dim = tl.arange(0, DP)[None, :]
         here = (head < HKV) & (dim < D)
         if 2 * HALF < D:

@@ -18,7 +18,7 @@ from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
 from ropewalk.base.errors import ShapeError
 
 SHORT_ROWS = 16  # spans of up to so many rows have their keys split among programs
-LONG_ROWS = 64  # rows of a longer span that one block has
+LONG_ROWS = 128  # rows of a longer span that one block has: the most that a tile of attention takes
 CHUNK_PAGES = 8  # the table is wide enough for whole chunks of 512 keys, see attention_kernel.py
 
 
@@ -118,7 +118,7 @@ def _rows(spans: Sequence[RowSpan]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blocks(spans: Sequence[RowSpan]) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of short and of long spans, [., 3] each; of the long ones those with most keys first, as they take long."""
+    """Blocks of short and of long spans, [., 3] each; of the long ones, those with most keys come first."""
     short: list[tuple[int, int, int]] = []
     long: list[tuple[int, int, int, int]] = []
     row = 0
