@@ -91,10 +91,10 @@ def attend(
     q, out: [T, Hq, D] float32 views, heads next to each other. instance: which keys and values of the pages. window:
     how many positions a row sees, its own included; None: all. exact: products in float32 also over float16 pages.
     """
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = _check(step, q, instance, window, out)
-    if num_rows == 0:
+    if step.num_rows == 0 == q.shape[0]:
         return
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = _check(step, q, instance, window, out)
     fp16_pages = step.page_dtype == torch.float16
     fp16 = fp16_pages and not exact
     chosen = tiles(head_dim, fp16, _major(q.device))
