@@ -18,30 +18,31 @@ from ropewalk.backends.gpu.low_rank_kernel import add_product
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
 
-def quantised(bits: int, group: int, num_rows: int, splits: int = 4, exact: bool = False, columns: int = 4096) -> Case:
+def quantised(bits: int, group: int, num_rows: int, exact: bool = False, generation: int = 8) -> Case:
     """gptq_linear for so many rows."""
-    tile = tiles.linear_tile(num_rows, columns, exact)
+    group_of_block = min(group, BLOCK_ROWS[bits])
+    tile = tiles.linear_tile(num_rows, 4096, bits, group_of_block, exact, generation)
     split = num_rows <= tiles.SPLIT_ROWS
     pointers = dict(x_ptr="*fp32" if exact else "*fp16", row_scale_ptr="*fp32", words_ptr="*i32")
     pointers |= dict(high_ptr="*i16" if bits == 3 else "*i32", scales_ptr="*fp16", zeros_ptr="*u8")
     pointers |= dict(bias_ptr="*fp32", y_ptr="*fp32")
     sizes = dict(T="i32", N="i32:16", x_stride="i32:16", y_stride="i32:16", num_columns="i32:16")
-    constants = dict(BITS=bits, GROUP=min(group, BLOCK_ROWS[bits]), EXACT=exact, SCALED=not exact, HAS_BIAS=False)
-    constants |= dict(ASSEMBLY=True, BT=tile.rows, BN=tile.columns, SPLITS=splits, SPLIT_GRID=split)
+    constants = dict(BITS=bits, GROUP=group_of_block, EXACT=exact, SCALED=not exact, HAS_BIAS=False)
+    constants |= dict(ASSEMBLY=True, BT=tile.rows, BN=tile.columns, SPLITS=4, SPLIT_GRID=split)
     form = "decode" if num_rows <= 16 else "batch" if split else "prefill"
     name = f"linear {'exact ' if exact else ''}w{bits}g{group} {form} {tile.rows}x{tile.columns}"
     signature = pointers | sizes | dict(num_blocks="i32", group_shift="i32")
     return name, gptq_linear, signature, constants, _options(tile)
 
 
-def dense(dtype: str, num_rows: int, ieee: bool = False, splits: int = 2) -> Case:
+def dense(dtype: str, num_rows: int, ieee: bool = False) -> Case:
     """dense_linear for so many rows."""
-    tile = tiles.dense_tile(num_rows, ieee)
+    tile = tiles.dense_tile(num_rows, ieee, 8)
     split = num_rows <= tiles.SPLIT_ROWS
     signature = dict(x_ptr="*fp32", weight_ptr=f"*{dtype}", bias_ptr="*fp32", y_ptr="*fp32", T="i32", N="i32:16")
     signature |= dict(K="i32:16", x_stride="i32:16", y_stride="i32:16", num_blocks="i32")
     constants = dict(IEEE=ieee, EVEN=True, HAS_BIAS=False, BT=tile.rows, BN=tile.columns, BK=tiles.DENSE_FEATURES)
-    constants |= dict(SPLITS=splits, SPLIT_GRID=split)
+    constants |= dict(SPLITS=2, SPLIT_GRID=split)
     name = f"dense {dtype}{' ieee' if ieee else ''} {tile.rows}x{tile.columns}"
     return name, dense_linear, signature, constants, _options(tile)
 
@@ -75,10 +76,11 @@ LOW_RANK: Case = (
     dict(num_warps=tiles.LOW_RANK_WARPS, enable_fp_fusion=True),
 )
 CASES: list[Case] = [
-    *(quantised(4, group, rows) for group in (128, 32) for rows in (1, 32, 64, 512)),
+    *(quantised(4, group, rows) for group in (128, 32) for rows in (1, 16, 32, 64, 512)),
     *(quantised(bits, group, rows) for bits, group in ((2, 64), (3, 128), (8, 128)) for rows in (1, 512)),
+    *(quantised(bits, group, 512, generation=tiles.HOPPER) for bits, group in ((4, 128), (4, 64), (8, 128))),
     *(quantised(4, 128, rows, exact=True) for rows in (1, 512)),
-    *(dense(dtype, rows) for dtype in ("fp16", "bf16") for rows in (1, 512)),
+    *(dense(dtype, rows) for dtype in ("fp16", "bf16") for rows in (1, 16, 512)),
     *(dense("fp32", rows, ieee=True) for rows in (1, 512)),
     PREPARE,
     SUM,

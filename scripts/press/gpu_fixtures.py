@@ -6,7 +6,7 @@
 
 A row is one fixture with one arithmetic: the largest difference from the logits of transformers, what is allowed, how
 many greedy tokens agree, and whether the prompt in chunks, and beside another sequence, has the same bits. Ends with 1
-if anything is wrong. The interpreter takes some 10 minutes for all.
+if anything is wrong. The interpreter takes half an hour for all.
 """
 
 from __future__ import annotations

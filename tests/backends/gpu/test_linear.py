@@ -19,7 +19,14 @@ from ropewalk.backends.gpu.linear import GpuLinear
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.base.errors import ShapeError
 from ropewalk.gptq.linear import DenseLinear
-from triton_interpreter import guarded, inside_arguments, interpreted_only, room_around, teach_assembly
+from triton_interpreter import (
+    guarded,
+    inside_arguments,
+    interpreted_only,
+    room_around,
+    teach_assembly,
+    teach_exact_sums,
+)
 
 REFERENCE = ReferenceBackend("exact")
 UNEVEN = [40, 1, 0, 55, 32]  # rows of groups; one has none
@@ -97,6 +104,23 @@ def test_the_form_for_many_rows_is_taken_beyond_the_limit() -> None:
     weight = packed(plain_form(CASES["4 bits"]))
     x = normal(tiles.SPLIT_ROWS + 1, weight.in_features, seed=3)
     assert same_bits(product(x, weight)[-1:], product(x[-1:], weight))
+
+
+@interpreted_only
+@pytest.mark.parametrize("name", ["4 bits", "8 bits"])
+def test_the_tiles_of_every_card_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teach_exact_sums(monkeypatch)
+    weight = packed(plain_form(CASES[name]))
+    x = normal(65, weight.in_features, seed=2)
+    whole = product(x, weight)
+    used = set()
+    for generation in (8, tiles.HOPPER, 12):
+        monkeypatch.setattr(tiles, "generation", lambda device, generation=generation: generation)
+        for num_rows in (1, 9, 65):
+            assert same_bits(product(x[:num_rows], weight), whole[:num_rows]), (generation, num_rows)
+            padded, group = weight.segments[0].product.words.shape[1], weight.segments[0].product.group
+            used.add(tiles.linear_tile(num_rows, padded, int(name[0]), group, False, generation).rows)
+    assert used == ({8, 16, 64, 128} if name == "4 bits" else {8, 16, 64})  # 130 columns are no whole tiles of 128
 
 
 def test_activations_may_be_far_beyond_the_range_of_float16() -> None:

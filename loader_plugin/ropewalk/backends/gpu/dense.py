@@ -59,7 +59,7 @@ def multiply_(
     num_rows, (num_columns, in_features) = x.shape[0], weight.shape
     if not num_rows:
         return
-    tile = tiles.dense_tile(num_rows, ieee)
+    tile = tiles.dense_tile(num_rows, ieee, tiles.generation(y.device))
     split = splits > 1 and num_rows <= tiles.SPLIT_ROWS
     out = torch.empty(splits, num_rows, num_columns, device=y.device) if split else y
     grid = (cdiv(num_columns, tile.columns), cdiv(num_rows, tile.rows), splits if split else 1)

@@ -53,7 +53,7 @@ class QuantisedSegment:
         if not num_rows:
             return
         exact = x.values.dtype == torch.float32
-        tile = tiles.linear_tile(num_rows, padded, exact)
+        tile = tiles.linear_tile(num_rows, padded, self.bits, self.group, exact, tiles.generation(y.device))
         split = self.splits > 1 and num_rows <= tiles.SPLIT_ROWS
         out = y if not split else torch.empty(self.splits, num_rows, self.num_columns, device=y.device)
         scale = x.values if x.scale is None else x.scale
