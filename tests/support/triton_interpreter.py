@@ -6,7 +6,7 @@ Tests that use these run where kernels are interpreted; on a card the hardware d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -40,15 +40,15 @@ def room_around(view: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def inside_arguments(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every address that a kernel reads or writes must be an element of a tensor that it was given."""
+def inside_arguments(monkeypatch: pytest.MonkeyPatch, also: Sequence[torch.Tensor] = ()) -> Iterator[None]:
+    """Every address that a kernel reads or writes must be an element of a tensor that it was given, or of `also`."""
     ranges: list[tuple[int, int]] = []
     call = interpreter.GridExecutor.__call__
     load = interpreter.InterpreterBuilder.create_masked_load
     store = interpreter.InterpreterBuilder.create_masked_store
 
     def calling(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor) and arg.numel()]
+        tensors = [arg for arg in (*args, *kwargs.values(), *also) if isinstance(arg, torch.Tensor) and arg.numel()]
         ranges[:] = [(tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors]
         return call(self, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from gptq_writer import write_checkpoint
 from ropewalk.backends.gpu import backend as backend_module
+from ropewalk.backends.gpu.backend import GpuBackend
 from ropewalk.backends.gpu.memory import told_in_numbers
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import CheckpointError, ConfigError, RequestError
@@ -129,3 +131,22 @@ def test_a_step_that_does_not_fit_is_a_refused_request(folder: Path, monkeypatch
     with pytest.raises(RequestError, match="too little memory for computing 2 rows.*smaller max_input_len"):
         model.forward([1, 2], cache)
     assert cache.length == 0 and model.cache_used == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a second card, where there is none")
+def test_kernels_are_launched_on_the_card_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    def current(device: torch.device) -> nullcontext:
+        entered.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    second = GpuBackend("fp16", torch.device("cpu"))
+    second.device = torch.device("cuda", 1)
+    x, y = torch.ones(1, 8), torch.ones(1, 8)
+    second.add_(x, y, 2.0)
+    assert x.tolist() == [[3.0] * 8]
+    second.rms_norm(x, torch.ones(8), 1e-6)
+    second.embed(torch.ones(4, 8), torch.tensor([1]))
+    assert entered == [second.device] * 3

@@ -20,7 +20,7 @@ from ropewalk.base.errors import ShapeError
 
 CHUNK = 512  # keys whose state is computed from nothing: part of the order of summation
 SCRATCH_BYTES = 1 << 26  # bound for the states of chunks; where it is exceeded, there are rows enough without them
-MERGED_HEADS = 4  # heads of a program of merge_chunks
+STATES_AT_ONCE = 16  # of a head that merge_chunks loads together
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ def attend(
     q, out: [T, Hq, D] float32 views, heads next to each other. instance: which keys and values of the pages. window:
     how many positions a row sees, its own included; None: all. exact: products in float32 also over float16 pages.
     """
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = _check(step, q, instance, window, out)
-    if num_rows == 0:
+    if step.num_rows == 0 == q.shape[0]:
         return
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = _check(step, q, instance, window, out)
     fp16_pages = step.page_dtype == torch.float16
     fp16 = fp16_pages and not exact
     chosen = tiles(head_dim, fp16, _major(q.device))
@@ -174,7 +174,7 @@ def _attend_chunks(
         num_warps=tile.num_warps,
         **constants,
     )
-    merge_chunks[(blocks.num_blocks, blocks.most_rows, triton.cdiv(num_heads, MERGED_HEADS))](
+    merge_chunks[(blocks.num_blocks, blocks.most_rows, num_heads)](
         states,
         accs,
         out,
@@ -187,8 +187,8 @@ def _attend_chunks(
         D=head_dim,
         DP=constants["DP"],
         CHUNK=CHUNK,
-        TILE=MERGED_HEADS,
-        num_warps=4,
+        AT_ONCE=STATES_AT_ONCE,
+        num_warps=1,
         enable_fp_fusion=False,
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -40,12 +40,12 @@ class GpuBackend:
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> GpuLinear:
         """Lay out linears that read the same input on the device."""
-        with told_in_numbers(self.device, f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
+        with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
             return linear.pack(parts, self.device, self.compute)
 
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> GpuLowRank:
         """Move the matrices to the device."""
-        with told_in_numbers(self.device, "an adapter", RequestError, "unload another one"):
+        with self._on_device("an adapter", RequestError, "unload another one"):
             return low_rank.pack(parts, self.device)
 
     def add_low_rank_(self, y: torch.Tensor, x: torch.Tensor, change: GpuLowRank) -> None:
@@ -69,7 +69,8 @@ class GpuBackend:
 
     def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
         """x += weight * y; x, y: [T, C] float32."""
-        rows.add_residual_(x, y, weight)
+        with self._running(x.shape[0]):
+            rows.add_residual_(x, y, weight)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
@@ -107,7 +108,14 @@ class GpuBackend:
             step.end_()
 
     def _running(self, num_rows: int) -> AbstractContextManager[None]:
-        return told_in_numbers(self.device, f"computing {num_rows} rows", RequestError, RUN_REMEDY)
+        return self._on_device(f"computing {num_rows} rows", RequestError, RUN_REMEDY)
+
+    @contextmanager
+    def _on_device(self, doing: str, kind: type[Exception], remedy: str) -> Iterator[None]:
+        """Kernels are launched on the current card, which is another one where a model has several."""
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current, told_in_numbers(self.device, doing, kind, remedy):
+            yield
 
 
 class OpenStep:

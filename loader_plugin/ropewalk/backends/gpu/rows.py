@@ -157,6 +157,8 @@ def rotate_append_(step: GpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 def _append(step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, instance: int, half: int) -> None:
     num_rows, kv_heads, head_dim = k.shape
+    if step.num_rows == 0 == num_rows:
+        return
     if k.shape != v.shape or (kv_heads, head_dim) != step.page_shape or not 0 <= instance < step.num_instances:
         raise ShapeError(
             f"append: k {list(k.shape)}, v {list(v.shape)} and instance {instance} do not fit pages of "
@@ -166,33 +168,32 @@ def _append(step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Ten
         check_rows(f"append: {name}", view)
         _check_num_rows(step, f"append: {name}", view)
     heads = 0 if q is None or half == 0 else q.shape[1]
-    if num_rows:
-        kernels.rotate_append[(num_rows, triton.cdiv(heads, TILE_HEADS) + triton.cdiv(kv_heads, TILE_HEADS))](
-            k if q is None else q,
-            k,
-            v,
-            step.cos,
-            step.sin,
-            step.pages,
-            step.positions,
-            step.span_of_row,
-            step.pages.shape[1],
-            instance,
-            Q_STRIDE=0 if q is None else q.stride(0),
-            K_STRIDE=k.stride(0),
-            V_STRIDE=v.stride(0),
-            HQ=heads,
-            HKV=kv_heads,
-            D=head_dim,
-            DP=triton.next_power_of_2(head_dim),
-            HALF=half,
-            HB=triton.next_power_of_2(max(half, 1)),
-            PAGE=PAGE_TOKENS,
-            FP16_PAGES=step.page_dtype == torch.float16,
-            TILE=TILE_HEADS,
-            num_warps=4,
-            **AS_WRITTEN,
-        )
+    kernels.rotate_append[(num_rows, triton.cdiv(heads, TILE_HEADS) + triton.cdiv(kv_heads, TILE_HEADS))](
+        k if q is None else q,
+        k,
+        v,
+        step.cos,
+        step.sin,
+        step.pages,
+        step.positions,
+        step.span_of_row,
+        step.pages.shape[1],
+        instance,
+        Q_STRIDE=0 if q is None else q.stride(0),
+        K_STRIDE=k.stride(0),
+        V_STRIDE=v.stride(0),
+        HQ=heads,
+        HKV=kv_heads,
+        D=head_dim,
+        DP=triton.next_power_of_2(head_dim),
+        HALF=half,
+        HB=triton.next_power_of_2(max(half, 1)),
+        PAGE=PAGE_TOKENS,
+        FP16_PAGES=step.page_dtype == torch.float16,
+        TILE=TILE_HEADS,
+        num_warps=4,
+        **AS_WRITTEN,
+    )
 
 
 def _float32_out(name: str, out: torch.Tensor | None, num_rows: int, size: int) -> torch.Tensor | None:
