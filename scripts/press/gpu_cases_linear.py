@@ -1,7 +1,8 @@
 """The kernels of linears as they are launched for models of 1 to 13 billion parameters: what the compile matrix builds.
 
 CASES: (name, jit function, signature, constants, options of the compiler). A type "i32:16" is an integer that is a
-multiple of 16, as Triton specialises it; pointers are aligned to 16 bytes.
+multiple of 16, as Triton specialises it; pointers are aligned to 16 bytes. A name that ends with a target is what is
+launched there instead of the one without.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def quantised(bits: int, group: int, num_rows: int, exact: bool = False, generat
     sizes = dict(T="i32", N="i32:16", x_stride="i32:16", y_stride="i32:16", num_columns="i32:16")
     constants = dict(BITS=bits, GROUP=group_of_block, EXACT=exact, SCALED=not exact, HAS_BIAS=False)
     constants |= dict(ASSEMBLY=True, BT=tile.rows, BN=tile.columns, SPLITS=4, SPLIT_GRID=split)
-    form = "decode" if num_rows <= 16 else "batch" if split else "prefill"
-    name = f"linear {'exact ' if exact else ''}w{bits}g{group} {form} {tile.rows}x{tile.columns}"
+    form = f"decode {tile.rows}" if num_rows <= 16 else f"batch {tile.rows}" if split else "prefill"
+    card = " sm_90" if generation == tiles.HOPPER else ""
+    name = f"linear {'exact ' if exact else ''}w{bits}g{group} {form}{card}"
     signature = pointers | sizes | dict(num_blocks="i32", group_shift="i32")
     return name, gptq_linear, signature, constants, _options(tile)
 
@@ -43,7 +45,7 @@ def dense(dtype: str, num_rows: int, ieee: bool = False) -> Case:
     signature |= dict(K="i32:16", x_stride="i32:16", y_stride="i32:16", num_blocks="i32")
     constants = dict(IEEE=ieee, EVEN=True, HAS_BIAS=False, BT=tile.rows, BN=tile.columns, BK=tiles.DENSE_FEATURES)
     constants |= dict(SPLITS=2, SPLIT_GRID=split)
-    name = f"dense {dtype}{' ieee' if ieee else ''} {tile.rows}x{tile.columns}"
+    name = f"dense {dtype}{' ieee' if ieee else ''} {tile.rows}"
     return name, dense_linear, signature, constants, _options(tile)
 
 

@@ -6,7 +6,7 @@ Each case is (name, kernel, dtypes of its arguments, constants, options). Tiles 
 from __future__ import annotations
 
 from ropewalk.backends.gpu import attention_kernel, rows_kernel
-from ropewalk.backends.gpu.attention import CHUNK, padded, tiles
+from ropewalk.backends.gpu.attention import CHUNK, STATES_AT_ONCE, padded, tiles
 from ropewalk.backends.protocol import PAGE_TOKENS
 
 POINTERS = {
@@ -72,8 +72,8 @@ CASES = [
     case(
         "merge chunks D128",
         attention_kernel.merge_chunks,
-        {"OUT_STRIDE": 4096, "WINDOW": 0, "HEADS": 32, "D": 128, "DP": 128, "CHUNK": CHUNK, "TILE": 4},
-        num_warps=4,
+        {"OUT_STRIDE": 4096, "WINDOW": 0, "HEADS": 32, "D": 128, "DP": 128, "CHUNK": CHUNK, "AT_ONCE": STATES_AT_ONCE},
+        num_warps=1,
     ),
     case(
         "norm 128",

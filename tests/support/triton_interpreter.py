@@ -102,16 +102,6 @@ def _tf32(values: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def teach_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products whose sums are exact before they are rounded to float32: numpy's order of summation is not seen."""
-
-    def exact(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        sums = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
-        return interpreter.TensorHandle(sums + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact)
-
-
 def teach_assembly(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Inline assembly of mov.b32 and fma.rn.f16x2. Returns the texts of assembly to come."""
     seen: list[str] = []

@@ -20,7 +20,7 @@ from ropewalk.base.errors import ShapeError
 
 CHUNK = 512  # keys whose state is computed from nothing: part of the order of summation
 SCRATCH_BYTES = 1 << 26  # bound for the states of chunks; where it is exceeded, there are rows enough without them
-MERGED_HEADS = 4  # heads of a program of merge_chunks
+STATES_AT_ONCE = 16  # of a head that merge_chunks loads together
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _attend_chunks(
         num_warps=tile.num_warps,
         **constants,
     )
-    merge_chunks[(blocks.num_blocks, blocks.most_rows, triton.cdiv(num_heads, MERGED_HEADS))](
+    merge_chunks[(blocks.num_blocks, blocks.most_rows, num_heads)](
         states,
         accs,
         out,
@@ -187,8 +187,8 @@ def _attend_chunks(
         D=head_dim,
         DP=constants["DP"],
         CHUNK=CHUNK,
-        TILE=MERGED_HEADS,
-        num_warps=4,
+        AT_ONCE=STATES_AT_ONCE,
+        num_warps=1,
         enable_fp_fusion=False,
     )
 

@@ -338,6 +338,12 @@ def attend_chunks(
         tl.store(accs_ptr + slot[:, None] * D + r_dim[None, :], acc, mask=here[:, None] & (r_dim < D)[None, :])
 
 
+@triton.jit
+def _one(values, index, i):
+    """values[i] of the first dimension, `index` its places; exact: all else that is added is 0."""
+    return tl.sum(tl.where(index == i, values, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=["most_rows"])
 def merge_chunks(
     states_ptr,
@@ -352,30 +358,37 @@ def merge_chunks(
     D: tl.constexpr,
     DP: tl.constexpr,
     CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Grid (blocks, most_rows, tiles of TILE heads): the states of the chunks that a row sees, merged in order."""
-    block, row = tl.program_id(0), tl.program_id(1)
+    """Grid (blocks, most_rows, HEADS): the states of the chunks that a row sees, merged in order.
+
+    AT_ONCE states are loaded together: they come from far, and merging them takes but a few instructions.
+    """
+    block, row, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = tl.load(blocks_ptr + block * 3 + 1)
     num_rows = tl.load(blocks_ptr + block * 3 + 2)
     if row < num_rows:
         start = tl.load(positions_ptr + first_row).to(tl.int32)
-        pos = start + row
         base = tl.maximum(start - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
-        first = tl.maximum(pos - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
-        heads = tl.program_id(2) * TILE + tl.arange(0, TILE)
+        first = tl.maximum(start + row - WINDOW + 1, 0) // CHUNK if WINDOW > 0 else 0
+        stop = (start + row) // CHUNK + 1
+        r_chunk = tl.arange(0, AT_ONCE)
         r_dim = tl.arange(0, DP)
-        here = heads < HEADS
-        whole = here[:, None] & (r_dim < D)[None, :]
-        top, total = _nothing(TILE)
-        acc = tl.zeros((TILE, DP), tl.float32)
-        for chunk in range(first, pos // CHUNK + 1):
-            place = (chunk - base).to(tl.int64) * tl.num_programs(0) + block
-            slot = (place * most_rows + row) * HEADS + heads
-            top2 = tl.load(states_ptr + slot * 2, mask=here, other=_NOTHING)
-            total2 = tl.load(states_ptr + slot * 2 + 1, mask=here, other=0.0)
-            acc2 = tl.load(accs_ptr + slot[:, None] * D + r_dim[None, :], mask=whole, other=0.0)
-            top, total, acc = _merged(top, total, acc, top2, total2, acc2)
-        at = out_ptr + (first_row + row) * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
-        share = tl.div_rn(1.0, tl.where(here, total, 1.0))
-        tl.store(at, acc * share[:, None], mask=whole)
+        top = tl.full((1,), _NOTHING, tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((1, DP), tl.float32)
+        for chunk in range(first, stop, AT_ONCE):
+            here = chunk + r_chunk < stop
+            place = (chunk + r_chunk - base).to(tl.int64) * tl.num_programs(0) + block
+            slot = (place * most_rows + row) * HEADS + head
+            tops = tl.load(states_ptr + slot * 2, mask=here, other=_NOTHING)
+            totals = tl.load(states_ptr + slot * 2 + 1, mask=here, other=0.0)
+            whole = here[:, None] & (r_dim < D)[None, :]
+            accs = tl.load(accs_ptr + slot[:, None] * D + r_dim[None, :], mask=whole, other=0.0)
+            for i in tl.static_range(AT_ONCE):
+                top2, total2 = _one(tops, r_chunk, i), _one(totals, r_chunk, i)
+                acc2 = _one(accs, r_chunk[:, None], i)
+                top, total, acc = _merged(top, total, acc, top2, total2, acc2[None, :])
+        at = out_ptr + (first_row + row) * OUT_STRIDE + head * D + r_dim
+        share = tl.div_rn(1.0, total)
+        tl.store(at[None, :], acc * share[:, None], mask=(r_dim < D)[None, :])

@@ -10,6 +10,7 @@ import torch
 from ropewalk.backends.gpu import linear, low_rank, rows
 from ropewalk.backends.gpu.activations import prepare
 from ropewalk.backends.gpu.graphs import LayerRun, StepGraphs, cuda_capture
+from ropewalk.backends.gpu.interpreter import sum_products_exactly
 from ropewalk.backends.gpu.layers import GpuLayer
 from ropewalk.backends.gpu.linear import GpuLinear
 from ropewalk.backends.gpu.low_rank import GpuLowRank
@@ -33,6 +34,8 @@ class GpuBackend:
     def __init__(self, compute: str, device: torch.device) -> None:
         self.compute = compute
         self.device = device
+        if device.type == "cpu":
+            sum_products_exactly()
         self._graphs = StepGraphs(cuda_capture(device)) if device.type == "cuda" else None
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> GpuLinear:

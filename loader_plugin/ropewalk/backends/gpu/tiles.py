@@ -40,18 +40,18 @@ def splits(blocks: int, padded_columns: int) -> int:
 
 
 def generation(device: torch.device) -> int:
-    """The major number of an NVIDIA card's capability; 0 of other makers' cards, and where kernels are interpreted."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    return torch.cuda.get_device_capability(device)[0]
+    """The major number of an NVIDIA card's capability; 0 of other makers' cards; 8 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 8
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def linear_tile(num_rows: int, padded_columns: int, bits: int, group: int, exact: bool, generation: int) -> Tile:
     """The tile of a product of quantised weights; group: rows of a block that share their scales.
 
-    NVIDIA's matrix instructions take 8 rows of x at least; 16 are for the others, and for numpy, which sums 8 in
-    another order. Accumulators of 128 rows fit the registers on Hopper alone, where x is read from shared memory, and
-    beside few words and scales. Tiles make no difference to the bits of a result.
+    NVIDIA's matrix instructions take 8 rows of x at least, those of others 16. Accumulators of 128 rows fit the
+    registers on Hopper alone, where x is read from shared memory, and beside few words and scales. Tiles make no
+    difference to the bits of a result.
     """
     columns = 128 if padded_columns % 128 == 0 else 64
     few = 8 if num_rows <= 8 and generation else 16
