@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 from fixtures import gptq_fixture_folders
+
+# Without a card, Triton's kernels run in its interpreter; Triton asks for this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Models of 64 features gain nothing from more, and on busy cores the threads of torch wait for each other.
 torch.set_num_threads(1)

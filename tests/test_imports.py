@@ -26,6 +26,7 @@ PAGE = "gradio_demo"  # above all of these; tests/gradio_demo looks at its own o
 
 EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {  # a room, or a module where the others of its room need nothing
+    "backends.gpu": {"triton"},
     "files": {"safetensors"},
     "model.export": {"safetensors"},
     "text.chat": {"jinja2"},
@@ -39,11 +40,12 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
     "faces.server": {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
     "faces.webui.hooks.model_tab": {"gradio"},
 }
-# Those that start fast by importing the rest when it is needed, and the loader, which runs without a compiled core.
+# Those that start fast by importing the rest when it is needed, and the choice of a backend, which needs one alone: the
+# compiled core or Triton.
 IMPORT_WHEN_CALLED = {
-    *("faces.cli.demo", "faces.cli.lab", "faces.cli.main", "faces.cli.options", "faces.cli.serve", "faces.cli.webui"),
+    *("faces.cli.demo", "faces.cli.gpu", "faces.cli.lab", "faces.cli.main", "faces.cli.options", "faces.cli.serve"),
+    *("faces.cli.webui", "measure.plots", "model.backend_choice"),
     *("faces.webui.hooks.loading", "faces.webui.hooks.model_tab", "faces.webui.registration"),
-    *("measure.plots", "model.loader"),
 }
 # Text, files and token ids stay apart: nothing in these rooms may reach one of those, even through others.
 APART = {

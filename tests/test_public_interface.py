@@ -30,8 +30,8 @@ FOLDER = LOCAL_DATA / "gptq" / "g4-64-qwen2-bias"  # act-order and biases
 OPTIONS = {
     "max_seq_len": None,
     "max_input_len": 2048,
-    "compute": "int8",
-    "backend": "cpu",
+    "compute": "auto",
+    "backend": "auto",
     "threads": None,
     "isa": None,
     "rope_scaling": None,

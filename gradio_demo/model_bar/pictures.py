@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from ropewalk.backends.cpu import CpuBackend
+from ropewalk.backends.protocol import Backend
 from ropewalk.base.memory import format_bytes
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
 
@@ -56,10 +58,7 @@ def model_card(loaded: Loaded | None) -> str:
         ("Decided by", info.rope_decided_by),
         ("Context", f"{model.max_seq_len:,} tokens, read in chunks of {model.max_input_len:,}"),
         ("Layers run", f"{model.layer_order} ({len(model.instances)} in all)"),
-        (
-            "Computes",
-            f"{model.backend.compute} on {model.backend.runtime.threads} threads, {model.backend.runtime.isa}",
-        ),
+        ("Computes", _computes_row(model.backend)),
         (
             "Memory",
             f"weights {format_bytes(model.weight_bytes)}, {model.cache_type} cache up to "
@@ -94,6 +93,12 @@ def rope_name(loaded: Loaded) -> str:
 
 def _short_name(loaded: Loaded) -> str:
     return loaded.name if loaded.is_embedded else loaded.folder.name
+
+
+def _computes_row(backend: Backend) -> str:
+    if isinstance(backend, CpuBackend):
+        return f"{backend.compute} on {backend.runtime.threads} threads, {backend.runtime.isa}"
+    return f"{backend.compute} on {backend.name} ({backend.device})"
 
 
 def _format_row(loaded: Loaded) -> str:

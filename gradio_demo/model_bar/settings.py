@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
-from ropewalk.base.errors import RopewalkError
-from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
+from ropewalk.base.errors import ConfigError, RopewalkError
+from ropewalk.base.limits import MAX_LAYERS, MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.base.memory import parse_bytes
 from ropewalk.config.model import load_model_config
 from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
-from ropewalk.model.options import LoadOptions
+from ropewalk.model.options import LoadOptions, parse_split
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
@@ -48,6 +48,9 @@ class LoadSettings:
     max_input_len: int | None = MAX_INPUT_LEN
     threads: int | None = None
     compute: str = COMPUTE.default
+    backend: str = BACKEND.default
+    gpu_layers: int | None = None
+    gpu_split: str = ""
     layer_order: str = ""
     second_folder: str = ""
     cache_memory: str = ""
@@ -82,6 +85,9 @@ FIELDS = (
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
     Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
     Field("compute", "Compute mode", "Of the linear layers: " + COMPUTE.help + ".", COMPUTE.values),
+    Field("backend", "Backend", "What runs the layers: " + BACKEND.help + ".", BACKEND.values),
+    Field("gpu_layers", "GPU layers", "So many on the GPU, the others on the CPU.", placeholder="all"),
+    Field("gpu_split", "GPU split", "GiB of weights for each card, such as 10,20.", placeholder="one card"),
     Field("layer_order", "Layer order", "Such as 0-15,8-23, which repeats layers.", placeholder="as in the files"),
     Field(
         "second_folder",
@@ -141,6 +147,7 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
         "max_seq_len": _whole(values, "max_seq_len", 1, MAX_SEQ_LEN),
         "max_input_len": _whole(values, "max_input_len", 1, MAX_SEQ_LEN),
         "threads": _whole(values, "threads", 1, MAX_THREADS),
+        "gpu_layers": _whole(values, "gpu_layers", 0, MAX_LAYERS),
         **{name: _number(values, name) for name in ("compress_pos_emb", "alpha_value", "rope_factor")},
     }
     texts = {field.name: str(values.get(field.name) or "").strip() for field in FIELDS if field.name not in numbers}
@@ -148,6 +155,7 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
         if field.choices is not None and texts[field.name] not in field.choices:
             raise FieldError(field.name, f"must be one of {', '.join(field.choices)}, got {texts[field.name]!r:.60}")
     _memory(texts["cache_memory"])
+    _split(texts["gpu_split"])
     return LoadSettings(**numbers, **texts)
 
 
@@ -160,6 +168,9 @@ def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
     arguments: dict[str, Any] = {
         "cache_type": settings.cache_type,
         "compute": settings.compute,
+        "backend": settings.backend,
+        "gpu_layers": settings.gpu_layers,
+        "gpu_split": settings.gpu_split or None,
         "max_input_len": settings.max_input_len,
         "threads": settings.threads,
         "cache_memory": _memory(settings.cache_memory),
@@ -208,6 +219,14 @@ def _memory(text: str) -> int | None:
         return parse_bytes(text) if text else None
     except ValueError as error:
         raise FieldError("cache_memory", str(error)) from error
+
+
+def _split(text: str) -> None:
+    try:
+        if text:
+            parse_split(text)
+    except ConfigError as error:
+        raise FieldError("gpu_split", str(error)) from error
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:

@@ -25,6 +25,7 @@ from ropewalk.gradio_demo.model_bar.settings import (
     suggested_settings,
 )
 from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
+from ropewalk.model.backend_choice import choose_backend
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
@@ -118,7 +119,7 @@ class Workbench:
         try:
             folder, settings, options = self._options(name, values)
             info = self._info(folder, options)
-            self._check_memory(info)
+            self._check_memory(info, options)
             draft = self._draft_folder(settings)
             model, tokenizer = _read(folder, options, progress)
             engine = _engine(model, tokenizer, self._max_running, settings.speculation, draft)
@@ -186,12 +187,14 @@ class Workbench:
 
     def _info(self, folder: Path, options: LoadOptions) -> ModelInfo:
         try:
+            choose_backend(options)  # options that contradict each other
             return model_info(folder, options=options)
         except RopewalkError as error:
             raise _of_field(error) from error
 
-    def _check_memory(self, info: ModelInfo) -> None:
-        free = available_bytes()
+    def _check_memory(self, info: ModelInfo, options: LoadOptions) -> None:
+        """Whether there is room beside the model that is loaded; a card says for itself what does not fit."""
+        free = available_bytes() if choose_backend(options).name != "gpu" else None
         if free is not None and self._loaded is not None and info.weight_bytes > free:
             raise FieldError(
                 FOLDER,

@@ -26,6 +26,7 @@ SHAPES = {
         "num_key_value_heads": 4,
     },
     "tiny": {  # to try a script out
+        "vocab_size": 1024,
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_hidden_layers": 2,
@@ -38,6 +39,13 @@ SHAPES = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
+    },
+    "13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
     },
 }
 LAYERS_PER_SHARD = 4

@@ -33,9 +33,9 @@ def reference(folder: Path, **options) -> Model:
 @pytest.mark.parametrize(
     "option, value, message",
     [
-        ("compute", "fast", "compute must be one of 'int8', 'exact', got 'fast'"),
+        ("compute", "fast", "compute must be one of 'auto', 'int8', 'fp16', 'exact', got 'fast'"),
         ("compute", None, "compute must be one of"),
-        ("backend", "cuda", "backend must be one of 'cpu', 'reference', got 'cuda'"),
+        ("backend", "cuda", "backend must be one of 'auto', 'cpu', 'gpu', 'reference', got 'cuda'"),
         ("backend", ["cpu"], "backend must be one of"),
         ("cache_type", "q4", "cache_type must be one of 'fp16', 'fp32', got 'q4'"),
         ("max_seq_len", 0, "max_seq_len must be a positive integer, got 0"),
@@ -50,6 +50,13 @@ def reference(folder: Path, **options) -> Model:
         ("threads", 0, "threads must be a positive integer"),
         ("threads", True, "threads must be a positive integer"),
         ("threads", 2, 'threads=2 is an option of backend="cpu"'),
+        ("gpu_layers", -1, "gpu_layers must be an integer from 0 on, got -1"),
+        ("gpu_layers", 8, 'gpu_layers=8 is an option of backend="gpu"; leave it out for "reference"'),
+        ("gpu_split", "10;20", "gpu_split must be GiB for each card, such as '10,20', got '10;20'"),
+        ("gpu_split", "10,-1", "gpu_split must be a positive number of GiB for each card, got '10,-1'"),
+        ("gpu_split", 10, "gpu_split must be GiB for each card"),
+        ("gpu_split", "10", "gpu_split='10' is an option of backend=\"gpu\""),
+        ("compute", "fp16", 'compute=\'fp16\' is arithmetic of backend="gpu"; backend="reference" computes in'),
         ("isa", "avx2", "isa='avx2' is an option of backend=\"cpu\""),
         ("device", "abacus", "device='abacus' cannot be used here"),
         ("device", 3.5, "device=3.5 cannot be used here"),
@@ -69,8 +76,8 @@ def test_wrong_rope_options_are_refused(folder: Path, rope_option: str) -> None:
 
 
 def test_the_cpu_backend_has_no_other_device(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="device='cuda' needs backend=\"reference\""):
-        load_model(folder, device="cuda")
+    with pytest.raises(ConfigError, match='device=\'cuda\' needs backend="gpu" or "reference"'):
+        load_model(folder, backend="cpu", device="cuda")
 
 
 @pytest.mark.parametrize("not_a_path", [None, 7, b"model"])

@@ -72,7 +72,7 @@ def test_every_front_end_offers_the_same_choices_and_defaults(capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     text = capsys.readouterr().out
-    for choice in (COMPUTE, CACHE_TYPE):
+    for choice in (COMPUTE, CACHE_TYPE, BACKEND):
         assert page[choice.name].choices == web_ui[choice.name].widget.choices == choice.values
         assert getattr(shown, choice.name) == web_ui[choice.name].default == choice.default
         assert f"--{choice.name.replace('_', '-')} {{{','.join(choice.values)}}}" in text

@@ -116,6 +116,9 @@ class CpuBackend:
         changed = [(change.first, change.end, layer.low_ranks(change.change)) for change in changes]
         layer.core.run(self.runtime.core, step, instance, weight, changed)
 
+    def end_step_(self, step: _core.Step) -> None:
+        """Nothing is put off."""
+
 
 class CpuPagePool:
     """A pool of the core; its pages go back to it when Python drops them."""

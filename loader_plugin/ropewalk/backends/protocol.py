@@ -143,11 +143,11 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that `load_model` knows it by: "reference" or "cpu"."""
+        """The name that `load_model` knows it by: "reference", "cpu" or "gpu"."""
 
     @property
     def compute(self) -> str:
-        """ "exact" (float32 activations) or "int8" (activations of quantised layers quantised on the fly)."""
+        """ "exact" (float32 activations), "int8" (activations of quantised layers quantised on the fly) or "fp16"."""
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +186,9 @@ class Backend(Protocol):
         float32 activations times scale * (code - zero), float32 accumulation. In "int8": the input features, in the
         sorted order of the groups, are cut into blocks of 32 that never straddle a group (the last block of a group
         may be shorter). Per block and row of x: s = max|x| / 127, q = round-half-even(x / s); then y is the sum over
-        blocks of s * scale * (sum of q * code - zero * sum of q), the inner sums in integers.
+        blocks of s * scale * (sum of q * code - zero * sum of q), the inner sums in integers. In "fp16": each row of x
+        is divided by a power of two of its own where it would overflow, rounded to float16 and multiplied with the
+        integers (code - zero); the products are summed group by group in float32, times scale, times that power of two.
         """
 
     def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -253,3 +255,6 @@ class Backend(Protocol):
         Query head h reads key/value head h // (Hq / Hkv). Scratch memory does not grow with T times the number of keys.
         SiluMul: silu(gate) * up with silu(x) = x / (1 + exp(-x)).
         """
+
+    def end_step_(self, step: BackendStep) -> None:
+        """After the last layer instance: what `run_layer_` may have put off is done, and x holds the result."""

@@ -41,11 +41,13 @@ COMPUTE = Choice(
     "compute",
     MappingProxyType(
         {
-            "int8": "fast, activations in 8 bits by blocks of 32",
+            "auto": "int8 on a CPU, fp16 on a GPU",
+            "int8": "activations in 8 bits by blocks of 32",
+            "fp16": "float16 activations, on a GPU",
             "exact": "float32 activations, two to three times slower",
         }
     ),
-    "int8",
+    "auto",
 )
 CACHE_TYPE = Choice(
     "cache_type",
@@ -54,8 +56,15 @@ CACHE_TYPE = Choice(
 )
 BACKEND = Choice(
     "backend",
-    MappingProxyType({"cpu": "compiled kernels", "reference": "plain torch on any device, slow"}),
-    "cpu",
+    MappingProxyType(
+        {
+            "auto": "the GPU if this machine has what it needs, else the CPU",
+            "cpu": "compiled kernels",
+            "gpu": "Triton kernels",
+            "reference": "plain torch on any device, slow",
+        }
+    ),
+    "auto",
 )
 SPECULATION = Choice(
     "speculation",

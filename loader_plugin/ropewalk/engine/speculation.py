@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ropewalk.backends.split import SplitBackend
 from ropewalk.base.choices import SPECULATION
 from ropewalk.base.errors import ConfigError
 from ropewalk.generate.generate import Cancelled
@@ -108,6 +109,8 @@ def _draft_scheduler(draft_model: Any, model: Any, tokenizer: Tokenizer) -> Sche
 
 def _like(backend: Any) -> dict[str, Any]:
     """Loading options for a model that computes beside another one."""
+    if isinstance(backend, SplitBackend):  # guessing is done where the first layers run
+        backend = backend.places[0].backend
     options = {"backend": backend.name, "compute": backend.compute}
     if backend.name == "cpu":
         return options | {"threads": backend.runtime.threads, "isa": backend.runtime.isa}

@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 
 from ropewalk.backends.protocol import Backend, CompiledLayer, PackedLinear
+from ropewalk.backends.split import SplitBackend, SplitLayer
 from ropewalk.config.model import ModelConfig
 from ropewalk.families import FAMILIES
-from ropewalk.families.program import Program
+from ropewalk.families.program import Linear, Program
 from ropewalk.families.recorder import LayerShape, record
 from ropewalk.weights.read import LayerWeights
 
@@ -32,6 +33,37 @@ class PackedLayer:
         """Memory of the packed weights and norms."""
         norms = sum(norm.numel() * 4 for norm in self.norms.values())
         return norms + sum(linear.num_bytes for linear in self.linears.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CopiedLayer:
+    """One decoder layer packed for several places (see `backends/split.py`)."""
+
+    copies: Mapping[int, PackedLayer]
+    compiled: SplitLayer
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all copies."""
+        return sum(copy.num_bytes for copy in self.copies.values())
+
+
+def pack_for_places(
+    backend: Backend, config: ModelConfig, index: int, weights: LayerWeights, first: int = 0
+) -> PackedLayer | CopiedLayer:
+    """Hand the weights of decoder layer `index` to the backend, or to the backends of the places that run it.
+
+    first: the place of the model's first layer in `ModelWeights.layers`.
+    """
+    if not isinstance(backend, SplitBackend):
+        return pack_layer(backend, config, index, weights)
+    copies = {
+        place: pack_layer(backend.places[place].backend, config, index, weights)
+        for place in backend.places_of(first + index)
+    }
+    program = layer_program(config.family, layer_shape(config, index))
+    linears = tuple(operation.weight for operation in program.operations if isinstance(operation, Linear))
+    return CopiedLayer(copies, SplitLayer({place: copy.compiled for place, copy in copies.items()}, linears))
 
 
 def pack_layer(backend: Backend, config: ModelConfig, index: int, weights: LayerWeights) -> PackedLayer:

@@ -22,10 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ropewalk.backends.protocol import Backend
-from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.base.errors import CheckpointError, ConfigError
 from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes, return_freed_memory
@@ -34,10 +31,12 @@ from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear
-from ropewalk.model.layers import PackedLayer, pack_layer
+from ropewalk.model.backend_choice import choose_backend, make_backend
+from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.model.options import LoadOptions, options_with, with_options
 from ropewalk.model.pages import check_cache_memory, context_pages
+from ropewalk.model.placement import place_instances
 from ropewalk.model.plan import plan_loading
 from ropewalk.weights.read import check_tensors, read_embeddings, read_head, read_layer
 
@@ -71,20 +70,22 @@ def load_model(
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"the model folder must be a path, got {type(folder).__name__}")
     folder = Path(folder)
-    ops = _make_backend(options)
+    chosen = choose_backend(options)
     plan = plan_loading(folder, options)
+    ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)
     logger.info("%s", plan.rope.describe())
     limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_type, options.cache_memory)
     context = context_pages(ops, plan.config, len(plan.order), limits.max_seq_len, limits.cache_type)
     check_cache_memory(context, limits.cache_memory, ops)
     second = plan.second
     report = _step_counter(progress, plan.config.num_layers + (second.num_layers if second else 0) + 1)
-    lent = () if second is None else _load_second_layers(Path(options.second_folder), second, ops, report)
+    first = plan.config.num_layers
+    lent = () if second is None else _load_second_layers(Path(options.second_folder), second, ops, report, first)
     weights = _load_weights(folder, plan.config, plan.quant, ops, report)
     weights = replace(weights, layers=weights.layers + lent)
     return_freed_memory()
     model = Model(plan.config, plan.quant, plan.rope, ops, weights, limits, plan.order)
-    logger.info("%s", _summary(model))
+    logger.info("%s", _summary(model, chosen.why))
     return model
 
 
@@ -106,11 +107,11 @@ def _load_weights(
 
 
 def _load_second_layers(
-    folder: Path, config: ModelConfig, backend: Backend, report: Callable[[], None]
-) -> tuple[PackedLayer, ...]:
+    folder: Path, config: ModelConfig, backend: Backend, report: Callable[[], None], first: int
+) -> tuple[PackedLayer | CopiedLayer, ...]:
     quant = load_quant_config(folder, config.raw)
     with _open_weights(folder, config, quant) as checkpoint:
-        return _pack_layers(checkpoint, config, quant, backend, report)
+        return _pack_layers(checkpoint, config, quant, backend, report, first)
 
 
 @contextmanager
@@ -121,7 +122,8 @@ def _open_weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) 
             check_tensors(config, quant, checkpoint)
             yield checkpoint
     except MemoryError as error:
-        raise CheckpointError(f"{folder}: not enough memory to load the weights") from error
+        detail = f": {error}" if str(error) else ""  # of a card: which, and how much of it is free
+        raise CheckpointError(f"{folder}: not enough memory to load the weights{detail}") from error
     except OSError as error:
         raise CheckpointError(f"{folder}: reading the weights failed: {error}") from error
 
@@ -132,11 +134,12 @@ def _pack_layers(
     quant: QuantConfig | None,
     backend: Backend,
     report: Callable[[], None],
-) -> tuple[PackedLayer, ...]:
+    first: int = 0,
+) -> tuple[PackedLayer | CopiedLayer, ...]:
     layers = []
     for index in range(config.num_layers):
         checkpoint.read_ahead(layer_prefix(index + 1))
-        layers.append(pack_layer(backend, config, index, read_layer(config, quant, checkpoint, index)))
+        layers.append(pack_for_places(backend, config, index, read_layer(config, quant, checkpoint, index), first))
         report()
     return tuple(layers)
 
@@ -147,33 +150,7 @@ def _step_counter(progress: Callable[[int, int], None] | None, total: int) -> Ca
     return lambda: None if progress is None else progress(next(steps), total)
 
 
-def _make_backend(options: LoadOptions) -> Backend:
-    if options.backend == "reference":
-        for name in ("threads", "isa"):
-            value = getattr(options, name)
-            if value is not None:
-                raise ConfigError(f'{name}={value!r} is an option of backend="cpu"; leave it out for "reference"')
-        return ReferenceBackend(options.compute, _torch_device(options.device))
-    if options.device is not None and str(options.device) != "cpu":
-        raise ConfigError(
-            f'device={str(options.device)!r} needs backend="reference"; backend="cpu" runs on the CPU only'
-        )
-    from ropewalk.backends.cpu import CpuBackend  # not at the top: the reference runs without the compiled core
-
-    return CpuBackend(compute=options.compute, isa=options.isa, threads=options.threads)
-
-
-def _torch_device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-        torch.empty(1, device=chosen).cpu()
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        # torch raises a different error for an unknown name, an absent device, and a build without support for it
-        raise ConfigError(f"device={device!r} cannot be used here: {error}") from error
-    return chosen
-
-
-def _summary(model: Model) -> str:
+def _summary(model: Model, why: str) -> str:
     kind = "dense weights" if model.quant is None else f"GPTQ {model.quant.default.bits}-bit weights"
     plain = model.layer_order.is_plain(model.config.num_layers)
     order = "" if plain else f" run as {shown(str(model.layer_order))} ({len(model.instances)})"
@@ -182,5 +159,5 @@ def _summary(model: Model) -> str:
     return (
         f"{model.config.family}, {model.config.num_layers} layers{order}, {kind}: {format_bytes(model.weight_bytes)}; "
         f"{model.cache_type} cache of {model.max_seq_len} positions: {cache_size}, {memory} for all; "
-        f"backend {model.backend.name}, compute {model.backend.compute}"
+        f"backend {model.backend.name}{f' ({why})' if why else ''}, compute {model.backend.compute}"
     )

@@ -20,14 +20,15 @@ from ropewalk.adapters.lora import read_adapter
 from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange
 from ropewalk.backends.protocol import Backend, PackedLinear
+from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.base.json import shown
-from ropewalk.config.instances import instances_of
+from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
 from ropewalk.model.cache import CACHE_DTYPES, Frequencies, KvCache, Origin, num_pages
-from ropewalk.model.layers import PackedLayer
+from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
@@ -45,7 +46,7 @@ class ModelWeights:
     """
 
     embeddings: torch.Tensor
-    layers: tuple[PackedLayer, ...]
+    layers: tuple[PackedLayer | CopiedLayer, ...]
     final_norm: torch.Tensor
     head: PackedLinear
     head_is_embeddings: bool
@@ -95,6 +96,7 @@ class Model:
         self.cache_type = limits.cache_type
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
+        self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
         self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
         context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_type)
@@ -119,12 +121,18 @@ class Model:
         second_layers = len(self.weights.layers) - self.config.num_layers or None
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
+        self._check_places(instances)
         context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_type)
         check_holds_one(context, self.cache_memory)
         self.instances = instances
         self.layer_order = order
         self._adapters.set_instances(self.instances)
         self.store.num_instances = len(self.instances)
+
+    def _check_places(self, instances: Sequence[LayerInstance]) -> None:
+        if isinstance(self.backend, SplitBackend):
+            layers = self.weights.layers
+            self.backend.check_instances([layers[instance.weights_index].compiled for instance in instances])
 
     @property
     def weight_bytes(self) -> int:

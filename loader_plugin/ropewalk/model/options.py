@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -26,8 +27,13 @@ class LoadOptions:
     max_seq_len: longest sequence to be run (default: what config.json declares, or what an option below
         makes the RoPE cover). A length beyond what the method covers logs a warning with the remedy.
     max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
-    compute: "int8" (activations quantised in blocks of 32, integer products) or "exact" (float32 activations).
-    backend: "cpu" (compiled kernels) or "reference" (plain torch, slow, any `device`).
+    compute: "int8" (activations quantised in blocks of 32, integer products; "cpu" and "reference"), "fp16" (float16
+        activations; "gpu"), "exact" (float32 activations), or "auto": "int8" on a CPU and "fp16" on a GPU.
+    backend: "cpu" (compiled kernels), "gpu" (Triton kernels), "reference" (plain torch, slow, any `device`), or "auto":
+        the GPU if this machine has what it needs and no option asks for the CPU, else the CPU.
+    device: for "gpu": "cuda" (default), "cuda:1", ..., or "cpu" under Triton's interpreter; for "reference": any.
+    gpu_layers: how many layer instances run on the GPU, from the first on; the others run on the CPU (default: all).
+    gpu_split: GiB of weights for each card, from the first on, such as "10,20" (default: one card, `device`).
     threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
     rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `resolve_rope`.
     cache_type: "fp16" or "fp32", the dtype of cached keys and values.
@@ -58,6 +64,8 @@ class LoadOptions:
     cache_type: str = CACHE_TYPE.default
     cache_memory: int | None = None
     device: str | torch.device | None = None
+    gpu_layers: int | None = None
+    gpu_split: str | None = None
     max_attention_size: int | None = None
     layer_order: str | Sequence[int] | LayerOrder | None = None
     recompute_n_layers: int | None = None
@@ -76,8 +84,17 @@ class LoadOptions:
             raise ConfigError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         for choice in (COMPUTE, BACKEND, CACHE_TYPE):
             choice.check(getattr(self, choice.name))
+        if self.gpu_layers is not None and not _is_count(self.gpu_layers):
+            raise ConfigError(f"gpu_layers must be an integer from 0 on, got {self.gpu_layers!r}")
+        if self.gpu_split is not None:
+            parse_split(self.gpu_split)
         if self.second_folder is not None and not isinstance(self.second_folder, (str, Path)):
             raise ConfigError(f"second_folder must be a path, got {type(self.second_folder).__name__}")
+
+    @property
+    def asks_for_gpu(self) -> bool:
+        """True if an option has a meaning only where a GPU runs layers."""
+        return bool(self.gpu_layers) or self.gpu_split is not None or self.compute == "fp16"
 
     @property
     def has_rope(self) -> bool:
@@ -118,5 +135,24 @@ def with_options(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature([*(item for item in shown if item not in named), *singly, *named])
 
 
+def parse_split(text: Any) -> tuple[float, ...]:
+    """ "10,20" -> (10.0, 20.0): GiB of weights for each card.
+
+    Raises:
+        ConfigError: not positive numbers separated by commas.
+    """
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"gpu_split must be GiB for each card, such as '10,20', got {text!r:.80}") from error
+    if not all(0 < share < math.inf for share in shares):
+        raise ConfigError(f"gpu_split must be a positive number of GiB for each card, got {text!r:.80}")
+    return shares
+
+
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_count(value) and value >= 1
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from ropewalk.backends.protocol import PAGE_TOKENS, Backend
+from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
 from ropewalk.config.model import ModelConfig
@@ -14,6 +17,7 @@ from ropewalk.model.cache import CACHE_DTYPES, num_pages
 logger = logging.getLogger(__name__)
 
 MOST_CONTEXTS = 16  # by default the pool holds no more contexts than this,
+CARD_RESERVE = 1 << 29  # of a card, or a twentieth if that is more: buffers of a chunk, logits, graphs, other programs
 LEAST_BOUND = 4 << 30  # unless they are small: then up to 4 GiB, so that many short prefixes stay
 
 
@@ -53,7 +57,7 @@ def check_cache_memory(context: ContextPages, cache_memory: int | None, backend:
     Raises:
         ConfigError: more than the machine has, or less than one context takes.
     """
-    machine = physical_bytes() if backend.device.type == "cpu" else None
+    machine = _most_bytes(backend)
     if cache_memory is None:
         if machine is not None and context.num_bytes > machine:
             raise ConfigError(_too_long(context, machine))
@@ -83,8 +87,9 @@ def check_holds_one(context: ContextPages, cache_memory: int) -> None:
 def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend: Backend) -> int:
     """Bytes for all pages: as given, or by default what is left beside the weights within a sensible bound.
 
-    The default is half of what is free, but at most MOST_CONTEXTS contexts or LEAST_BOUND, whichever is more, and never
-    less than one context. Memory is taken as pages are written, so a context that is more than is free only warns.
+    The default is half of what is free on a machine, or what is free on a card but for a reserve; at most
+    MOST_CONTEXTS contexts or LEAST_BOUND, whichever is more, and never less than one context. Memory is taken as pages
+    are written, so a context that is more than is free only warns.
 
     Raises:
         ConfigError: as `check_cache_memory`.
@@ -92,8 +97,8 @@ def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend
     check_cache_memory(context, cache_memory, backend)
     if cache_memory is not None:
         return cache_memory
-    free = _free_bytes() if backend.device.type == "cpu" else None
-    if free is None:
+    free, usable = _free_bytes(backend, 1), _free_bytes(backend, 2)
+    if free is None or usable is None:
         return MOST_CONTEXTS * context.num_bytes
     if context.num_bytes > free:
         logger.warning(
@@ -103,13 +108,43 @@ def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend
             format_bytes(context.num_bytes),
             format_bytes(free),
         )
-    return max(context.num_bytes, min(free // 2, max(MOST_CONTEXTS * context.num_bytes, LEAST_BOUND)))
+    return max(context.num_bytes, min(usable, max(MOST_CONTEXTS * context.num_bytes, LEAST_BOUND)))
 
 
-def _free_bytes() -> int | None:
-    """What can be allocated without swapping; what is free on a machine may be more than its container may have."""
+def _shares(backend: Backend) -> tuple[tuple[torch.device, float], ...]:
+    """The devices that hold a page, and the part of it that lies on each."""
+    return backend.shares if isinstance(backend, SplitBackend) else ((backend.device, 1.0),)
+
+
+def _most_bytes(backend: Backend) -> int | None:
+    """What all pages may take at most, were there nothing else in the memory of their devices; None: not known."""
+    found = [(_device_bytes(device), share) for device, share in _shares(backend)]
+    return min((int(size / share) for size, share in found if size is not None), default=None)
+
+
+def _free_bytes(backend: Backend, machine_part: int) -> int | None:
+    """What pages could take of what is free; None: not known. machine_part: 2 for half of the machine's memory, which
+    others need as well; a card is this program's own."""
+    found = [(_free_on(device, machine_part), share) for device, share in _shares(backend)]
+    return min((int(size / share) for size, share in found if size is not None), default=None)
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return physical_bytes() if device.type == "cpu" else None
+
+
+def _free_on(device: torch.device, machine_part: int) -> int | None:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for tensors to come
+        return max(0, free + held - max(CARD_RESERVE, total // 20))
+    if device.type != "cpu":
+        return None
+    # What is free on a machine may be more than its container may have.
     free, machine = available_bytes(), physical_bytes()
-    return free if free is None or machine is None else min(free, machine)
+    return None if free is None else (free if machine is None else min(free, machine)) // machine_part
 
 
 def _too_long(context: ContextPages, machine: int) -> str:

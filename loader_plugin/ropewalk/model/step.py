@@ -241,6 +241,7 @@ def _run_layers(model: Model, pieces: Sequence[Piece], steps: _Steps) -> torch.T
         layer = model.weights.layers[instance.weights_index].compiled
         model.backend.run_layer_(step, layer, instance.cache_index, instance.residual_weight, changes)
         steps.report(done + 1)
+    model.backend.end_step_(step)
     return x
 
 

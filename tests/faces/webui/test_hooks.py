@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -272,6 +273,12 @@ def test_tokens_stay_in_main_memory_for_our_model_only(loaded: SimpleNamespace) 
     assert loaded.text_generation.encode([1, 2]).tolist() == [[1, 2]]
     assert loaded.shared.args.cpu is False
     loaded.models.unload_model()
+    with pytest.raises(RuntimeError, match="cuda"):
+        loaded.text_generation.encode([1, 2])
+
+
+def test_tokens_follow_our_model_to_its_card(loaded: SimpleNamespace) -> None:
+    loaded.shared.model._device = torch.device("cuda")
     with pytest.raises(RuntimeError, match="cuda"):
         loaded.text_generation.encode([1, 2])
 

@@ -20,6 +20,7 @@ from ropewalk.faces.webui.model_settings import (
 )
 from ropewalk.faces.webui.parameters import PARAMETERS, Choice, name_here, read_all
 from ropewalk.files.embedded import demo_model_path
+from ropewalk.model.backend_choice import choose_backend
 from ropewalk.model.options import OPTION_NAMES, ROPE_NAMES, LoadOptions
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.rope import Rope
@@ -227,7 +228,7 @@ def test_a_value_is_read_with_its_type_or_refused_by_name(value: Any, index: int
         ("ctx_size", "many", "ctx_size must be a whole number, got 'many'"),
         ("ctx_size", 10.5, "ctx_size must be a whole number, got 10.5"),
         ("alpha_value", [1], r"alpha_value must be a number, got \[1\]"),
-        ("compute_mode", "fast", "compute_mode must be one of int8, exact, got 'fast'"),
+        ("compute_mode", "fast", "compute_mode must be one of auto, int8, fp16, exact, got 'fast'"),
         ("threads", True, "threads must be a whole number, got True"),
     ],
 )
@@ -254,3 +255,20 @@ def test_both_scalings_set_say_that_they_multiply() -> None:
 @pytest.mark.parametrize("values", [{}, {"compress_pos_emb": 4}, {"alpha_value": 2, "compress_pos_emb": 1.0}])
 def test_one_scaling_alone_multiplies_with_nothing(values: dict[str, Any]) -> None:
     assert multiplied_scalings(LoadOptions(**values)) is None
+
+
+def test_a_stored_int8_goes_on_meaning_the_cpu() -> None:
+    options = load_options(demo_model_path(), {"compute_mode": "int8"})
+    assert (options.compute, options.backend) == ("int8", "auto")
+    assert choose_backend(options).name == "cpu"
+
+
+@pytest.mark.parametrize("value, wanted", [(-1, None), (1, 1), (0, 0), (256, None)])
+def test_layers_on_the_gpu_are_a_number_or_all(value: int, wanted: int | None) -> None:
+    assert load_options(demo_model_path(), {"gpu_layers": value}).gpu_layers == wanted
+
+
+def test_the_backend_and_the_split_are_settings() -> None:
+    options = load_options(demo_model_path(), {"backend": "gpu", "gpu_split": "10,20"})
+    assert (options.backend, options.gpu_split) == ("gpu", "10,20")
+    assert load_options(demo_model_path(), {"gpu_split": ""}).gpu_split is None

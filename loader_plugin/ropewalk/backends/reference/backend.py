@@ -80,3 +80,6 @@ class ReferenceBackend:
     ) -> None:
         """Add one layer instance to the residual stream of the step."""
         layers.run_layer_(step, layer, instance, weight, changes, self.compute)
+
+    def end_step_(self, step: ReferenceStep) -> None:
+        """Nothing is put off."""

@@ -18,6 +18,7 @@ from ropewalk import __version__
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
 from ropewalk.faces.cli.demo import add_demo_command
+from ropewalk.faces.cli.gpu import add_gpu_command
 from ropewalk.faces.cli.lab import add_lab_commands
 from ropewalk.faces.cli.options import (
     add_adapter_arguments,
@@ -149,7 +150,9 @@ def run_export_layers(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ropewalk", description="GPTQ language models at long context, on a CPU")
+    parser = argparse.ArgumentParser(
+        prog="ropewalk", description="GPTQ language models at long context, on CPUs and GPUs"
+    )
     parser.add_argument("--version", action="version", version=f"ropewalk {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -206,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     add_webui_command(commands)
     add_lab_commands(commands)
     add_demo_command(commands)
+    add_gpu_command(commands)
     return parser
 
 

@@ -89,9 +89,15 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-attention-size", type=int, metavar="N", help="accepted for compatibility, has no effect")
     _add_choice(group, COMPUTE, "arithmetic of the linear layers")
     _add_choice(group, BACKEND, "what runs the layers")
-    group.add_argument("--device", help="torch device of the reference backend")
-    group.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-    group.add_argument("--isa", help="instruction set (default: the best that this machine has)")
+    group.add_argument("--device", help="torch device: cuda, cuda:1, ... of the GPU backend, any of the reference")
+    group.add_argument(
+        "--gpu-layers", type=int, metavar="N", help="run N layer instances on the GPU, the others on the CPU"
+    )
+    group.add_argument(
+        "--gpu-split", metavar="GIB,GIB,...", help="GiB of weights for each card, such as 10,20 (default: one card)"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="threads of the CPU backend (default: all cores)")
+    group.add_argument("--isa", help="instruction set of the CPU backend (default: the best there is)")
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -62,6 +62,8 @@ def load_options(folder: Path, values: Mapping[str, Any]) -> LoadOptions:
     }
     if chosen["layer_order"] == declared["layer_order"]:
         options.pop("layer_order", None)  # config.json has it, or it is each layer once
+    if chosen["gpu_layers"] >= len(plan.order):
+        options.pop("gpu_layers", None)  # all of them: some versions of the web UI fill the field with 256
     if chosen["cache_memory"]:
         options["cache_memory"] = _memory(str(chosen["cache_memory"]))
     options["max_seq_len"] = chosen["ctx_size"] or declared["ctx_size"]

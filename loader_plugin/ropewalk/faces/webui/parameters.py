@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ropewalk.base.choices import CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import ConfigError
 from ropewalk.rope.spellings import METHODS
 
@@ -14,6 +14,7 @@ LOADER = "ropewalk"
 MAX_CONTEXT = 1 << 20
 FROM_CONFIG = "config"
 NO_MODEL = "None"  # as the web UI's own lists of models say it
+ALL_LAYERS = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,29 @@ PARAMETERS = (
         Choice(COMPUTE.values),
         f"Arithmetic of the linear layers. {COMPUTE.help}.",
         option="compute",
+    ),
+    Parameter(
+        "backend",
+        BACKEND.default,
+        Choice(BACKEND.values),
+        f"What runs the layers. {BACKEND.help}.",
+        option="backend",
+    ),
+    Parameter(
+        "gpu_layers",
+        ALL_LAYERS,
+        Number(),
+        f"Layers on the GPU, the others on the CPU. {ALL_LAYERS}: all, where there is a GPU.",
+        option="gpu_layers",
+        unset=ALL_LAYERS,
+    ),
+    Parameter(
+        "gpu_split",
+        "",
+        Text(),
+        "GiB of weights for each card, such as 10,20. Empty: one card.",
+        option="gpu_split",
+        unset="",
     ),
     Parameter(
         "threads",

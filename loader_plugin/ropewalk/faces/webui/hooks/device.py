@@ -1,5 +1,5 @@
-"""Our model takes and returns tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU if there is
-one, whatever the model. With --cpu they never do, so we make that flag true while our model is in use."""
+"""On the CPU, our model takes and returns tensors in main memory. Older web UIs (v3.0, not v3.23) move them to a GPU if
+there is one, whatever the model. With --cpu they never do, so we make that flag true while such a model is in use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def tensors_stay() -> Iterator[None]:
 def hook_encode(text_generation: ModuleType) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def encode(*args: Any, **options: Any) -> Any:
-            if not is_ours(webui_module("shared").model):
+            model = webui_module("shared").model
+            if not is_ours(model) or model.device.type != "cpu":
                 return original(*args, **options)
             with tensors_stay():
                 return original(*args, **options)

@@ -1,0 +1,23 @@
+"""What kernels take of torch tensors: float32 rows whose values lie next to each other."""
+
+from __future__ import annotations
+
+import torch
+
+from ropewalk.base.errors import ShapeError
+
+
+def check_rows(name: str, view: torch.Tensor, *shape: int) -> None:
+    """view: [T, ...], of this shape behind T, which is not looked at.
+
+    Raises:
+        ShapeError: another shape, not float32, or the values of a row do not follow each other.
+    """
+    found = tuple(view.shape[1:])
+    if view.ndim < 2 or (shape and found != shape):
+        raise ShapeError(f"{name} must be [T, {', '.join(map(str, shape)) or '...'}], got {list(view.shape)}")
+    if view.dtype != torch.float32 or (view.shape[0] and not view[0].is_contiguous()):
+        raise ShapeError(
+            f"{name} must be float32 with the {list(found)} values of a row next to each other, got {view.dtype} "
+            f"with strides {list(view.stride())}"
+        )

@@ -1,0 +1,151 @@
+"""Which backend runs a model: as the options say, or with "auto" as this machine allows, with the reason.
+
+    options -> the names of the backend and of its arithmetic, and why -> the backend
+
+An option that one backend alone understands decides for it under "auto". Nothing falls back: what was asked for by name
+and cannot run here is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ropewalk.backends.protocol import Backend
+from ropewalk.backends.reference import ReferenceBackend
+from ropewalk.backends.split import Place, SplitBackend
+from ropewalk.base.errors import ConfigError
+from ropewalk.model.options import LoadOptions
+from ropewalk.model.placement import Placement
+
+ARITHMETIC = {  # of each backend, its default first
+    "cpu": ("int8", "exact"),
+    "gpu": ("fp16", "exact"),
+    "reference": ("int8", "exact"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The name of a backend; why: for the loading line, empty where it was asked for by name."""
+
+    name: str
+    why: str = ""
+
+
+def choose_backend(options: LoadOptions) -> Chosen:
+    """The backend that these options mean on this machine.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+    chosen = Chosen(options.backend) if options.backend != "auto" else _automatic(options)
+    _check_options(options, chosen)
+    return chosen
+
+
+def make_backend(options: LoadOptions, placement: Placement | None = None) -> Backend:
+    """The backend of `choose_backend`, ready to pack weights. placement: of the layer instances, where there are more
+    places than one.
+
+    Raises:
+        ConfigError: as `choose_backend`; or this machine lacks what the backend needs. NativeError: no compiled core.
+    """
+    name = choose_backend(options).name
+    if placement is None:
+        return _single(name, options, options.device)
+    places = [Place(_on_place(share.device, options), share.num_instances) for share in placement.shares]
+    return SplitBackend(places, placement.weights_indices)
+
+
+def _automatic(options: LoadOptions) -> Chosen:
+    asked = _asks_for_cpu(options)
+    if options.asks_for_gpu or _device_type(options) == "cuda":
+        return Chosen("gpu", "an option asks for it")
+    if asked is not None:
+        return Chosen("cpu", f"{asked} asks for it")
+    if not torch.cuda.is_available():
+        return Chosen("cpu", "torch sees no GPU")
+    from ropewalk.backends.gpu import device as gpu  # not at the top: most machines have none
+
+    card = torch.device("cuda", torch.cuda.current_device())
+    problem = gpu.missing(card)
+    if problem is not None:
+        return Chosen("cpu", f"the GPU cannot be used: {problem}")
+    return Chosen("gpu", f"this machine has {gpu.describe(card)}")
+
+
+def _asks_for_cpu(options: LoadOptions) -> str | None:
+    """The first option that has a meaning on the CPU alone."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "isa")}
+    given |= {"compute": options.compute if options.compute == "int8" else None}
+    given |= {"gpu_layers": options.gpu_layers, "device": _device_type(options)}
+    return next((f"{name}={value!r}" for name, value in given.items() if value is not None), None)
+
+
+def _device_type(options: LoadOptions) -> str | None:
+    return None if options.device is None else str(options.device).split(":")[0]
+
+
+def _check_options(options: LoadOptions, chosen: Chosen) -> None:
+    """Refuse options of another backend than the chosen one."""
+    name, mixed = chosen.name, options.gpu_layers is not None
+    why = f" (chosen because {chosen.why})" if chosen.why else ""
+    if options.compute not in ("auto", *ARITHMETIC[name]):
+        wanted = next(other for other, values in ARITHMETIC.items() if options.compute in values)
+        raise ConfigError(
+            f'compute={options.compute!r} is arithmetic of backend="{wanted}"; backend="{name}"{why} computes in '
+            f"{' or '.join(map(repr, ARITHMETIC[name]))}"
+        )
+    for option in ("threads", "isa"):
+        value = getattr(options, option)
+        if value is not None and name != "cpu" and not (name == "gpu" and mixed):
+            raise ConfigError(f'{option}={value!r} is an option of backend="cpu"; leave it out for "{name}"')
+    for option in ("gpu_layers", "gpu_split"):
+        value = getattr(options, option)
+        if value and name != "gpu":
+            raise ConfigError(f'{option}={value!r} is an option of backend="gpu"; leave it out for "{name}"')
+    if name == "cpu" and _device_type(options) not in (None, "cpu"):
+        raise ConfigError(
+            f'device={str(options.device)!r} needs backend="gpu" or "reference"; backend="cpu" runs on the CPU only'
+        )
+    if name == "gpu" and options.gpu_layers == 0:
+        raise ConfigError('gpu_layers=0 leaves nothing for backend="gpu": give a number from 1 on, or backend="cpu"')
+    if name == "gpu" and mixed and options.compute == "fp16":
+        raise ConfigError(
+            "compute='fp16' is for the GPU alone, and gpu_layers leaves layers to the CPU: leave compute out (fp16 on "
+            "the GPU, int8 on the CPU), or give 'exact'"
+        )
+
+
+def _on_place(device: str | None, options: LoadOptions) -> Backend:
+    """One of several backends. device: of the GPU backend; None: the CPU backend."""
+    return _single("cpu" if device is None else "gpu", options, device)
+
+
+def _single(name: str, options: LoadOptions, device: str | torch.device | None) -> Backend:
+    compute = ARITHMETIC[name][0] if options.compute == "auto" else options.compute
+    if name == "reference":
+        return ReferenceBackend(compute, _torch_device(device))
+    if name == "gpu":
+        from ropewalk.backends.gpu.device import checked_device
+
+        card = checked_device(device)  # before the kernels, which need Triton
+        from ropewalk.backends.gpu.backend import GpuBackend
+
+        return GpuBackend(compute, card)
+    from ropewalk.backends.cpu import CpuBackend  # not at the top: the reference runs without the compiled core
+
+    return CpuBackend(compute=compute, isa=options.isa, threads=options.threads)
+
+
+def _torch_device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+        torch.empty(1, device=chosen).cpu()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        # torch raises a different error for an unknown name, an absent device, and a build without support for it
+        raise ConfigError(f"device={device!r} cannot be used here: {error}") from error
+    return chosen

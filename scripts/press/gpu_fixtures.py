@@ -1,0 +1,133 @@
+"""Every checkpoint fixture through the GPU backend, with the whole prompt and its greedy tokens, as a table.
+
+    python scripts/press/gpu_fixtures.py                      in Triton's interpreter, where torch sees no card
+    python scripts/press/gpu_fixtures.py --device cuda        on a card
+    python scripts/press/gpu_fixtures.py --rows 24 g4-64      prompts of 24 tokens; fixtures with this in their name
+
+A row is one fixture with one arithmetic: the largest difference from the logits of transformers, what is allowed, how
+many greedy tokens agree, and whether the prompt in chunks, and beside another sequence, has the same bits. Ends with 1
+if anything is wrong. The interpreter takes half an hour for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's own switch, which it reads when it is imported
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+
+import ropewalk  # noqa: E402
+from fixtures import allowed_error, gptq_fixture_folders  # noqa: E402
+
+FP16_ERROR = 2e-2  # of the fixtures' README, for float16 where transformers computes in float32
+CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one fixture gave."""
+
+    name: str
+    compute: str
+    num_rows: int
+    error: float
+    allowed: float
+    greedy: str
+    same_bits: bool
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        """Everything as it must be."""
+        agreed, decided = map(int, self.greedy.split("/"))
+        return self.error <= self.allowed and agreed == decided and self.same_bits
+
+    def __str__(self) -> str:
+        bits = "same bits" if self.same_bits else "OTHER BITS"
+        return (
+            f"{self.name:26} {self.compute:6} {self.num_rows:5} {self.error:10.2e} {self.allowed:10.2e} "
+            f"{self.greedy:>8} {bits:>11} {self.seconds:8.1f}{'' if self.is_right else '   WRONG'}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="", help="only fixtures with this in their name")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, help="tokens of each prompt (default: all)")
+    parser.add_argument("--greedy", type=int, default=4, help="tokens to continue with (default: %(default)s)")
+    parser.add_argument("--compute", nargs="+", default=["fp16", "exact"])
+    args = parser.parse_args()
+    print(
+        f"{'fixture':26} {'':6} {'rows':>5} {'error':>10} {'allowed':>10} {'greedy':>8} {'chunked':>11} {'seconds':>8}"
+    )
+    wrong = 0
+    for folder in gptq_fixture_folders():
+        for compute in args.compute if args.name in folder.name else ():
+            row = measured(folder, compute, args)
+            wrong += not row.is_right
+            print(row, flush=True)
+    print(f"{wrong} wrong")
+    return int(wrong > 0)
+
+
+def measured(folder: Path, compute: str, args: argparse.Namespace) -> Row:
+    """Load the fixture and compare."""
+    started = time.perf_counter()
+    with np.load(folder / "expected.npz") as arrays:
+        want = dict(arrays)
+    ids = want["input_ids"].tolist()[: args.rows]
+    model = ropewalk.load_model(folder, backend="gpu", device=args.device, compute=compute)
+    cache = model.new_cache()
+    logits = model.forward(ids, cache, logits="all")
+    kept = want["logits_positions"] < len(ids)
+    got = logits[torch.from_numpy(want["logits_positions"][kept]).to(logits.device)].cpu().numpy()
+    allowed = allowed_error(folder, "fp16").most if compute == "exact" else FP16_ERROR
+    error = float(np.abs(got - want["logits"][kept]).max())
+    greedy = continued(model, cache, logits, want, allowed, args) if args.rows is None else "0/0"
+    same = torch.equal(logits, chunked(model, ids))
+    return Row(folder.name, compute, len(ids), error, allowed, greedy, same, time.perf_counter() - started)
+
+
+def continued(model, cache, logits, want: dict[str, np.ndarray], allowed: float, args: argparse.Namespace) -> str:
+    """How many tokens of the greedy continuation agree, of those that the margin decides."""
+    agreed = decided = 0
+    wanted = zip(want["greedy_ids"].tolist(), want["greedy_margin"].tolist(), strict=True)
+    for _, (token_id, margin) in zip(range(args.greedy), wanted, strict=False):
+        if margin < 2 * allowed:
+            break
+        decided += 1
+        agreed += int(logits[-1].argmax()) == token_id
+        if model.reusable_prefix(cache, want["input_ids"].tolist()) < len(want["input_ids"]):
+            break  # frequencies depend on the length
+        logits = model.forward([token_id], cache)
+    return f"{agreed}/{decided}"
+
+
+def chunked(model, ids: list[int]) -> torch.Tensor:
+    """The logits of the prompt in chunks of different sizes, each in a step beside another sequence."""
+    cache, other, parts = model.new_cache(), model.new_cache(), []
+    first = 0
+    while first < len(ids):
+        end = min(len(ids), first + (1 if first == 3 else CHUNK if first else 3))
+        spans = [
+            ropewalk.Span(ids[first : first + 5], other, logits="none"),
+            ropewalk.Span(ids[first:end], cache, logits="all", seq_len=len(ids)),
+        ]
+        parts.append(model.step(spans)[1])
+        first = end
+    return torch.cat(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
