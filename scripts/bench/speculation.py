@@ -197,6 +197,11 @@ class ForcedDraft:
         """As the draft model's."""
         return self._draft.capacity
 
+    @property
+    def vocab_size(self) -> int:
+        """As the draft model's."""
+        return self._draft.vocab_size
+
     def truncate(self, length: int) -> None:
         """As the draft model's."""
         self._draft.truncate(length)

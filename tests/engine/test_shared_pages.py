@@ -103,9 +103,16 @@ def test_a_client_that_cannot_be_told_from_others_is_refused(folder: Path) -> No
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {"vocab_size": 500}, desc_act=True)
-    with pytest.raises(ConfigError, match="draft_model: .* knows 500 tokens, .* knows 400"):
+    write_checkpoint(tmp_path, {"vocab_size": 384}, desc_act=True)
+    with pytest.raises(ConfigError, match="draft_model: .* knows 384 tokens, .* knows 400"):
         engine_with(folder, draft_model=write_sentencepiece(tmp_path))
+
+
+def test_a_draft_model_whose_table_is_padded_otherwise_guesses(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"vocab_size": 512}, desc_act=True)
+    padded = engine_with(folder, draft_model=write_sentencepiece(tmp_path))
+    params = SamplingParams(temperature=0, max_new_tokens=80, ignore_eos=True)
+    assert padded.generate("A ropewalk is", params).steps == engine_with(folder).generate("A ropewalk is", params).steps
 
 
 def test_prompts_that_begin_alike_are_read_once_by_all_clients(folder: Path) -> None:

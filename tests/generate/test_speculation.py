@@ -11,6 +11,11 @@ from hypothesis import strategies as st
 from fake_model import FakeModel, reply
 from lone_sequence import LoneSequence
 from ropewalk.base.errors import ConfigError
+from ropewalk.generate.generate import Generation
+from ropewalk.generate.guesses import Guesses
+from ropewalk.generate.pace import Pace
+from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.generate.speculation import (
     DraftGuesser,
     Guesser,
@@ -193,23 +198,49 @@ def test_no_guess_is_made_where_none_is_wanted(guesser: Guesser) -> None:
     assert guesser.guess([1, 2, 3, 1, 2, 3], 0) == []
 
 
-TARGET = Vocabulary("big", 32000, {"<s>": 1, "</s>": 2})
+SPECIAL, SAMPLES = {"<s>": 1, "</s>": 2}, {0: b"a", 500: b" the"}
+TARGET = Vocabulary("big", 32000, 32000, SPECIAL, SAMPLES)
 
 
 def test_a_draft_model_with_the_same_vocabulary_is_accepted() -> None:
-    check_same_vocabulary(TARGET, Vocabulary("small", 32000, {"</s>": 2, "<s>": 1}))
+    check_same_vocabulary(TARGET, Vocabulary("small", 32000, 32000, {"</s>": 2, "<s>": 1}, SAMPLES))
+
+
+def test_tables_may_be_padded_to_different_sizes() -> None:
+    big = Vocabulary("big", 152064, 151643, SPECIAL, SAMPLES)
+    check_same_vocabulary(big, Vocabulary("small", 151936, 151643, SPECIAL, SAMPLES))
 
 
 @pytest.mark.parametrize(
     ("draft", "message"),
     [
-        (Vocabulary("small", 32016, TARGET.special), "small knows 32016 tokens, big knows 32000"),
-        (Vocabulary("small", 32000, {"<s>": 1, "</s>": 7}), "'</s>' is 7 in small and 2 in big"),
-        (Vocabulary("small", 32000, {"<s>": 1}), "'</s>' is missing in small and 2 in big"),
-        (Vocabulary("small", 32000, {**TARGET.special, "<x>": 9}), "'<x>' is 9 in small and missing in big"),
+        (Vocabulary("small", 32016, 32016, SPECIAL, SAMPLES), "small knows 32016 tokens, big knows 32000"),
+        (Vocabulary("small", 31000, 32000, SPECIAL, SAMPLES), "small knows 31000 tokens, big knows 32000"),
+        (Vocabulary("small", 32000, 32000, SPECIAL, {500: b"the"}), "token 500 is b'the' in small and b' the' in big"),
+        (Vocabulary("small", 32000, 32000, {"<s>": 1, "</s>": 7}, {}), "'</s>' is 7 in small and 2 in big"),
+        (Vocabulary("small", 32000, 32000, {"<s>": 1}, {}), "'</s>' is missing in small and 2 in big"),
+        (Vocabulary("small", 32000, 32000, {**SPECIAL, "<x>": 9}, {}), "'<x>' is 9 in small and missing in big"),
     ],
 )
 def test_a_draft_model_with_another_vocabulary_is_refused_by_name(draft: Vocabulary, message: str) -> None:
     with pytest.raises(ConfigError, match="^draft_model: .*a draft model needs the same tokenizer") as refused:
         check_same_vocabulary(TARGET, draft)
     assert message in str(refused.value)
+
+
+def test_a_draft_model_does_not_guess_after_tokens_that_it_has_no_row_for() -> None:
+    guesser = DraftGuesser(LoneSequence(FakeModel(vocab_size=40)))
+    guesser.read([1, 2, 50])
+    assert guesser.guess([1, 2, 50], 3) == []
+    assert len(guesser.guess([1, 2, 3], 3)) == 3
+
+
+def test_guesses_that_the_model_has_no_row_for_are_not_checked(monkeypatch) -> None:
+    monkeypatch.setattr(Pace, "wanted", lambda pace, num_others: 4)
+    guesses = Guesses(DraftGuesser(LoneSequence(FakeModel(vocab_size=200))))
+    params = SamplingParams(temperature=0, max_new_tokens=60, ignore_eos=True)
+    texts = []
+    for guessing in (None, guesses):
+        with Scheduler(FakeModel(vocab_size=64)).open([5, 6, 7]) as sequence:
+            texts.append([step.token_id for step in Generation(sequence, params, guesses=guessing)])
+    assert texts[0] == texts[1]

@@ -24,6 +24,11 @@ class LoneSequence:
         """The most positions that there can be."""
         return self._cache.capacity
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._model.config.vocab_size
+
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on."""
         self._cache.truncate(length)

@@ -24,6 +24,7 @@ from ropewalk.model.model import Model
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 
 NGRAM, DRAFT = SPECULATION.values[1:]
+NUM_SAMPLES = 256  # tokens that two tokenizers are compared by
 
 
 class Speculation:
@@ -79,7 +80,7 @@ class _Stoppable:
 
     def __init__(self, sequence: OpenSequence, cancelled: Cancelled) -> None:
         self._sequence, self._cancelled = sequence, cancelled
-        self.capacity, self.truncate = sequence.capacity, sequence.truncate
+        self.capacity, self.vocab_size, self.truncate = sequence.capacity, sequence.vocab_size, sequence.truncate
 
     @property
     def length(self) -> int:
@@ -121,4 +122,6 @@ def _vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     special = {
         tokenizer.token_bytes(token_id).decode("utf-8", "replace"): token_id for token_id in tokenizer.special_ids
     }
-    return Vocabulary(str(tokenizer.source.parent), size, special)
+    sampled = range(0, tokenizer.base_vocab_size, max(1, tokenizer.base_vocab_size // NUM_SAMPLES))
+    samples = {token_id: tokenizer.token_bytes(token_id) for token_id in sampled}
+    return Vocabulary(str(tokenizer.source.parent), size, tokenizer.base_vocab_size, special, samples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
+from itertools import takewhile
 
 from ropewalk.generate.pace import Pace
 from ropewalk.generate.scheduler.sequence import Sequence
@@ -31,6 +32,7 @@ class Guesses:
         started = time.perf_counter()
         count = min(most, self._pace.wanted(sequence.last_step.num_others))
         guesses = self._guesser.guess(token_ids, count) if count > 0 else []
+        guesses = list(takewhile(lambda token_id: token_id < sequence.vocab_size, guesses))  # not rows that only pad
         if guesses and not sequence.rotates_alike(len(token_ids), len(token_ids) + len(guesses)):
             guesses = []
         self._guess_s = time.perf_counter() - started

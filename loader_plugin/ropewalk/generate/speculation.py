@@ -115,6 +115,8 @@ class DraftSequence(Protocol):
     def length(self) -> int: ...
     @property
     def capacity(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     def truncate(self, length: int) -> None: ...
     def forward(self, token_ids: Sequence[int], logits: str = "last") -> torch.Tensor | None: ...
 
@@ -123,7 +125,8 @@ class DraftGuesser:
     """The most likely continuation by a smaller model of the same vocabulary, token by token.
 
     It keeps up with the sequence: guesses that came true stay computed, others are truncated. What `draft` holds at
-    the start must be a beginning of the sequence. There are no guesses beyond the smaller model's context.
+    the start must be a beginning of the sequence. There are no guesses beyond the smaller model's context, nor after
+    tokens that it has no row for.
     """
 
     def __init__(self, draft: DraftSequence) -> None:
@@ -134,7 +137,7 @@ class DraftGuesser:
     def read(self, token_ids: Sequence[int]) -> None:
         """Compute all but the last token, as far as the smaller model's context goes."""
         rows = self._missing(token_ids)[:-1]
-        if rows and len(token_ids) <= self._draft.capacity:
+        if rows and len(token_ids) <= self._draft.capacity and self._knows(rows):
             self._forward(rows, "none")
 
     def guess(self, token_ids: Sequence[int], count: int) -> list[int]:
@@ -142,13 +145,16 @@ class DraftGuesser:
         count = min(count, self._draft.capacity - len(token_ids) + 1)  # the last guess is not forwarded
         guesses: list[int] = []
         rows = self._missing(token_ids) if count > 0 else []
-        while rows and len(guesses) < count:
+        while rows and len(guesses) < count and self._knows(rows):
             logits = self._forward(rows, "last")  # [1, V]
             if logits is None:  # cancelled
                 break
             rows = [first_of_highest(logits[-1].detach().to("cpu", torch.float32))]
             guesses += rows
         return guesses
+
+    def _knows(self, rows: Sequence[int]) -> bool:
+        return max(rows) < self._draft.vocab_size
 
     def _forward(self, rows: list[int], logits: str) -> torch.Tensor | None:
         out = self._draft.forward(rows, logits=logits)
@@ -174,25 +180,36 @@ class DraftGuesser:
 class Vocabulary:
     """What two models must have in common for one to guess for the other.
 
-    source: the model's folder or name, for messages. special: the ids of special tokens, by the tokens' texts.
+    source: the model's folder or name, for messages. size: rows of its embedding table. num_tokens: of its tokenizer,
+    without added ones. special: the ids of special tokens, by the tokens' texts. samples: the bytes of some tokens.
     """
 
     source: str
     size: int
+    num_tokens: int
     special: Mapping[str, int]
+    samples: Mapping[int, bytes]
 
 
 def check_same_vocabulary(target: Vocabulary, draft: Vocabulary) -> None:
     """Refuse a draft model that speaks of other tokens than the model that it is to guess for.
 
+    Tables may differ in the rows that only pad them, as those of Qwen models do.
+
     Raises:
-        ConfigError: the sizes differ, or a special token of one has another id, or none, in the other.
+        ConfigError: the numbers of tokens differ, a token stands for other bytes, or a special token of one has another
+            id, or none, in the other.
     """
     advice = "a draft model needs the same tokenizer as the model: choose a smaller model of the same family"
-    if draft.size != target.size:
-        raise ConfigError(
-            f"draft_model: {draft.source} knows {draft.size} tokens, {target.source} knows {target.size}; {advice}"
-        )
+    ours, theirs = (min(each.size, each.num_tokens) for each in (target, draft))
+    if ours != theirs:
+        raise ConfigError(f"draft_model: {draft.source} knows {theirs} tokens, {target.source} knows {ours}; {advice}")
+    for token_id in sorted(target.samples.keys() & draft.samples.keys()):
+        if target.samples[token_id] != draft.samples[token_id]:
+            raise ConfigError(
+                f"draft_model: token {token_id} is {draft.samples[token_id]!r} in {draft.source} and "
+                f"{target.samples[token_id]!r} in {target.source}; {advice}"
+            )
     for token in sorted({*target.special, *draft.special}):
         ours, theirs = target.special.get(token), draft.special.get(token)
         if ours != theirs:
