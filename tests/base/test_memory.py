@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ropewalk.base.memory import available_bytes, format_bytes, parse_bytes, physical_bytes
+from ropewalk.base import memory
+from ropewalk.base.memory import FreedMemory, available_bytes, format_bytes, parse_bytes, physical_bytes
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,11 @@ def test_an_amount_of_memory_is_read_with_its_unit(text: str, size: int) -> None
 def test_what_is_not_an_amount_of_memory_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="an amount of memory is needed, such as 4GiB or 512MiB, got "):
         parse_bytes(text)
+
+
+def test_freed_memory_is_returned_now_and_then(monkeypatch) -> None:
+    returned: list[None] = []
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: returned.append(None))
+    seldom, often = FreedMemory(), FreedMemory(every_s=0.0)
+    assert [seldom.return_if_due(), often.return_if_due(), often.return_if_due()] == [False, True, True]
+    assert len(returned) == 2

@@ -6,7 +6,10 @@ import ctypes
 import os
 import re
 import sys
+import time
 from pathlib import Path
+
+RETURNED_EVERY_S = 20.0
 
 
 def physical_bytes() -> int | None:
@@ -78,3 +81,24 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)
+
+
+class FreedMemory:
+    """Hands freed memory back now and then, in programs that run for long.
+
+    glibc gives threads heaps of their own and keeps what is freed in each: with 32 threads that took turns at computing
+    steps, a server of a 1.1B model grew by some 200 MB in ten minutes.
+    """
+
+    def __init__(self, every_s: float = RETURNED_EVERY_S) -> None:
+        self._every_s = every_s
+        self._returned_s = time.monotonic()
+
+    def return_if_due(self) -> bool:
+        """Return it if the last time was long enough ago. Takes some milliseconds then."""
+        now = time.monotonic()
+        if now - self._returned_s < self._every_s:
+            return False
+        self._returned_s = now
+        return_freed_memory()
+        return True

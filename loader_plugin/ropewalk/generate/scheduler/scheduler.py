@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 
 from ropewalk.adapters.request import Request
+from ropewalk.base.memory import FreedMemory
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.scheduler.call import Call
 from ropewalk.generate.scheduler.plan import INTERACTIVE, check_client, check_priority
@@ -50,6 +51,7 @@ class Scheduler:
         self._gathering: Call | None = None  # of a leader that waits for the others
         self._stepped_s = 0.0
         self._num_opened = 0
+        self._freed = FreedMemory()
 
     @property
     def num_preempted(self) -> int:
@@ -168,10 +170,12 @@ class Scheduler:
             self._expected.discard(sequence)
             self._ended.append(sequence)
             self._tell_gathering()
-            if self._leader is not None:
-                return  # who leads frees the pages, between steps
-            self._leader = sequence
-        self._step_down(sequence)
+            somebody_leads = self._leader is not None  # and frees the pages, between steps
+            if not somebody_leads:
+                self._leader = sequence
+        if not somebody_leads:
+            self._step_down(sequence)
+        self._freed.return_if_due()
 
     def _lead(self, mine: Call) -> None:
         """Steps for all who wait, until this thread's call is over."""
