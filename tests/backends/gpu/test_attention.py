@@ -145,6 +145,16 @@ def test_split_keys_give_the_bits_of_whole_ones(kind: str, window: int | None, m
     assert len(launched) == 1 and same_bits(split, whole)
 
 
+def test_states_of_chunks_are_merged_alike_however_many_are_loaded_at_once(monkeypatch) -> None:
+    parts = sequences(new_pool(1, 8), (5 * CHUNK + 3, 2))  # six chunks
+    q, spans = queries(2, 1, 8), [parts[0].span()]
+    found = attended(spans, q)
+    assert_follows_the_formula(found, parts, q, None, torch.float16)
+    for few, many in ((8, 8), (1, 2), (1, 4)):
+        monkeypatch.setattr(attention, "STATES_AT_ONCE", (few, many))
+        assert same_bits(attended(spans, q), found)
+
+
 def test_memory_for_the_states_of_chunks_is_bounded_by_the_window() -> None:
     step = step_of([cached(new_pool(1, 8), 5000, 2).span()])
     assert attention._num_chunks(step.short, None) == 10
