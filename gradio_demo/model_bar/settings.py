@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
-from ropewalk.base.errors import RopewalkError
+from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.base.limits import MAX_LAYERS, MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.base.memory import parse_bytes
 from ropewalk.config.model import load_model_config
 from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
-from ropewalk.model.options import LoadOptions
+from ropewalk.model.options import LoadOptions, parse_split
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
 
@@ -155,6 +155,7 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
         if field.choices is not None and texts[field.name] not in field.choices:
             raise FieldError(field.name, f"must be one of {', '.join(field.choices)}, got {texts[field.name]!r:.60}")
     _memory(texts["cache_memory"])
+    _split(texts["gpu_split"])
     return LoadSettings(**numbers, **texts)
 
 
@@ -218,6 +219,14 @@ def _memory(text: str) -> int | None:
         return parse_bytes(text) if text else None
     except ValueError as error:
         raise FieldError("cache_memory", str(error)) from error
+
+
+def _split(text: str) -> None:
+    try:
+        if text:
+            parse_split(text)
+    except ConfigError as error:
+        raise FieldError("gpu_split", str(error)) from error
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:

@@ -52,8 +52,15 @@ def attention(head_dim: int, form: str, major: int = 8, fp16: bool = True, windo
         constants["OUT_STRIDE"] = group * 8 * head_dim
     kernel = attention_kernel.attend_chunks if form == "chunks" else attention_kernel.attend_whole
     details = (f" window {window}" if window else "") + ("" if fp16 else " exact") + (" sm_90" if major == 9 else "")
-    name = f"attention D{head_dim} {form} {tile.rows} rows{details}"
+    name = f"attention D{head_dim} {form}{details}"
     return case(name, kernel, constants, num_warps=tile.num_warps, num_stages=chosen.num_stages)
+
+
+def merging(head_dim: int, at_once: int) -> tuple:
+    """The merge of the states of chunks, for 32 heads."""
+    sizes = {"HEADS": 32, "D": head_dim, "DP": padded(head_dim), "CHUNK": CHUNK, "AT_ONCE": at_once}
+    name = f"merge chunks D{head_dim} {at_once} at once"
+    return case(name, attention_kernel.merge_chunks, {"OUT_STRIDE": 32 * head_dim, "WINDOW": 0, **sizes}, num_warps=1)
 
 
 def activations(name: str, kernel, **constants) -> tuple:
@@ -64,17 +71,11 @@ def activations(name: str, kernel, **constants) -> tuple:
 
 CASES = [
     *(attention(head_dim, form, 8) for head_dim in (64, 80, 128, 192, 256) for form in ("long", "chunks")),
-    *(attention(head_dim, form, 9) for head_dim in (64, 80, 128, 192, 256) for form in ("long", "chunks")),
-    *(attention(128, form, 8, window=4096) for form in ("long", "chunks")),
-    *(attention(head_dim, "long", 9, window=4096) for head_dim in (64, 128)),
-    attention(128, "short", 8),
+    *(attention(head_dim, form, 9) for head_dim in (64, 80, 128, 256) for form in ("long", "chunks")),
+    *(attention(128, form, major, window=4096) for form in ("long", "chunks") for major in (8, 9)),
+    *(attention(128, "short", major) for major in (8, 9)),
     *(attention(128, form, 8, fp16=False) for form in ("long", "chunks")),
-    case(
-        "merge chunks D128",
-        attention_kernel.merge_chunks,
-        {"OUT_STRIDE": 4096, "WINDOW": 0, "HEADS": 32, "D": 128, "DP": 128, "CHUNK": CHUNK, "AT_ONCE": STATES_AT_ONCE},
-        num_warps=1,
-    ),
+    *(merging(128, at_once) for at_once in STATES_AT_ONCE),
     case(
         "norm 128",
         rows_kernel.rms_norm,

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ropewalk.backends.gpu.codes import BLOCK_ROWS
-
 HOPPER = 9  # its generation
 COLUMNS = 64  # output columns are padded to a multiple of this
 SPLIT_ROWS = 64  # up to so many rows every part of K is a program of its own: there are too few tiles to fill a card
@@ -65,7 +63,7 @@ def linear_tile(num_rows: int, padded_columns: int, bits: int, group: int, exact
         return Tile(32, 64, 4, 2)
     if columns == 64 or num_rows <= 64:
         return Tile(64, 64, 4, 3)
-    if generation == HOPPER and bits in (4, 8) and group == BLOCK_ROWS[bits]:
+    if generation == HOPPER and (bits, group) in ((4, 128), (8, 64)):  # one scale for a whole block
         return Tile(128, 128, 8, 3)
     return Tile(64, 128, 8, 3)
 
