@@ -56,6 +56,13 @@ def attention(head_dim: int, form: str, major: int = 8, fp16: bool = True, windo
     return case(name, kernel, constants, num_warps=tile.num_warps, num_stages=chosen.num_stages)
 
 
+def merging(head_dim: int, at_once: int) -> tuple:
+    """The merge of the states of chunks, for 32 heads."""
+    sizes = {"HEADS": 32, "D": head_dim, "DP": padded(head_dim), "CHUNK": CHUNK, "AT_ONCE": at_once}
+    name = f"merge chunks D{head_dim} {at_once} at once"
+    return case(name, attention_kernel.merge_chunks, {"OUT_STRIDE": 32 * head_dim, "WINDOW": 0, **sizes}, num_warps=1)
+
+
 def activations(name: str, kernel, **constants) -> tuple:
     """A producer of activations with act-order."""
     made = {"HAS_ORDER": True, "SCALED": True, "WRITES_FLOAT32": False, **constants}
@@ -68,12 +75,7 @@ CASES = [
     *(attention(128, form, major, window=4096) for form in ("long", "chunks") for major in (8, 9)),
     *(attention(128, "short", major) for major in (8, 9)),
     *(attention(128, form, 8, fp16=False) for form in ("long", "chunks")),
-    case(
-        "merge chunks D128",
-        attention_kernel.merge_chunks,
-        {"OUT_STRIDE": 4096, "WINDOW": 0, "HEADS": 32, "D": 128, "DP": 128, "CHUNK": CHUNK, "AT_ONCE": STATES_AT_ONCE},
-        num_warps=1,
-    ),
+    *(merging(128, at_once) for at_once in STATES_AT_ONCE),
     case(
         "norm 128",
         rows_kernel.rms_norm,

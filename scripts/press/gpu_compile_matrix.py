@@ -43,8 +43,8 @@ SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 2324
 MOST_REGISTERS = 255
 # Kernels that wait for memory need several programs on a multiprocessor; 4 bits leave the least time for each weight.
 LIMITS = {  # beginning of the name: (registers, instructions for each weight)
-    "linear w4g128 decode": (128, 4.0),
-    "linear w4g32 decode": (128, 5.0),
+    "linear w4g128 decode": (128, 3.5),
+    "linear w4g32 decode": (144, 4.5),
 }
 MATRIX_INSTRUCTIONS = r"^(HGMMA|HMMA|IMMA|QMMA|OMMA|UTCHMMA)"
 ATOMICS = r"^(ATOM|ATOMG|ATOMS|RED|REDG|REDUX\.ATOM)$"

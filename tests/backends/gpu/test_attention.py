@@ -16,7 +16,7 @@ from gpu_support import DEVICE, normal, same_bits
 from ropewalk.backends.gpu import attention
 from ropewalk.backends.gpu.attention import attend
 from ropewalk.backends.gpu.pages import GpuPagePool
-from ropewalk.backends.gpu.step import LONG_ROWS
+from ropewalk.backends.gpu.step import LONG_ROWS, SHORT_ROWS
 from ropewalk.backends.protocol import RowSpan
 from ropewalk.base.errors import ShapeError
 from triton_interpreter import guarded, inside_arguments, interpreted_only, room_around
@@ -77,8 +77,10 @@ KINDS = {  # dtype of the pages, exact, dtype of the factors of products
 }
 
 
-@pytest.mark.parametrize("window", [None, 1, 100, 520])
-@pytest.mark.parametrize("kind", KINDS)
+WINDOWS = [("fp16", window) for window in (None, 1, 100, 520)] + [("fp16, exact", 520), ("fp32", None), ("fp32", 100)]
+
+
+@pytest.mark.parametrize("kind, window", WINDOWS)
 def test_sequences_of_a_step_attend_to_their_own_keys(kind: str, window: int | None) -> None:
     dtype, exact, product = KINDS[kind]
     parts = sequences(new_pool(1, 16, dtype), *PLACES)
@@ -99,8 +101,8 @@ def test_heads_of_any_size_fit_the_tiles_of_every_card(head_dim: int, major: int
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(1, 1), (3, 3), (5, 1), (6, 2), (7, 1), (40, 1)])
 def test_query_heads_read_the_keys_of_their_group(num_heads: int, num_kv_heads: int) -> None:
-    parts = sequences(new_pool(num_kv_heads, 16), (40, 18), (530, 2))
-    q = queries(20, num_heads, 16)
+    parts = sequences(new_pool(num_kv_heads, 16), (40, 18), (530, 1))
+    q = queries(19, num_heads, 16)
     found = attended([part.span() for part in parts], q)
     assert_follows_the_formula(found, parts, q, None, torch.float16)
 
@@ -121,20 +123,19 @@ def test_a_row_has_the_same_bits_alone_in_chunks_and_beside_others(major, head_d
     """One row alone is decoded, by split keys; all at once are a prompt; the rest are drafts and chunks of prompts."""
     monkeypatch.setattr(attention, "_major", lambda device: major)
     sequence, other, third = sequences(new_pool(1, head_dim), (CHUNK - 20, num_rows), (1040, 2), (0, 17))
-    q = queries(num_rows + 2 + 17, 3, head_dim)
+    q = queries(num_rows + 2 + 17, 2, head_dim)
     whole = attended([other.span(), sequence.span(), third.span()], q, window)[2 : 2 + num_rows]
     last = num_rows - 1
-    for first, end in ((0, num_rows), (0, 1), (20, 21), (last, num_rows), (7, 23), (7, 24)):
+    for first, end in ((0, num_rows), (0, 1), (last, num_rows), (10, 10 + SHORT_ROWS), (11, 12 + SHORT_ROWS)):
         alone = attended([sequence.span(first, end)], q[2 + first : 2 + end], window)
         assert same_bits(alone, whole[first:end]), (first, end)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("kind, window", [("fp16", None), ("fp16", 700), ("fp16, exact", 700), ("fp32", None)])
 def test_split_keys_give_the_bits_of_whole_ones(kind: str, window: int | None, monkeypatch) -> None:
     dtype, exact, _ = KINDS[kind]
-    parts = sequences(new_pool(1, 24, dtype), (1030, 1), (CHUNK - 1, 3), (0, 16), (1023, 1))
-    q, spans = queries(21, 3, 24), [part.span() for part in parts]
+    parts = sequences(new_pool(1, 24, dtype), (1030, 1), (CHUNK - 1, 3), (0, 4), (1023, 1))
+    q, spans = queries(9, 2, 24), [part.span() for part in parts]
     launched = []
     chunks = attention._attend_chunks
     monkeypatch.setattr(attention, "_attend_chunks", lambda *args: (launched.append(args), chunks(*args)))
@@ -143,6 +144,16 @@ def test_split_keys_give_the_bits_of_whole_ones(kind: str, window: int | None, m
     monkeypatch.setattr(attention, "SCRATCH_BYTES", 0)  # too many states: programs walk over their chunks instead
     whole = attended(spans, q, window, exact)
     assert len(launched) == 1 and same_bits(split, whole)
+
+
+def test_states_of_chunks_are_merged_alike_however_many_are_loaded_at_once(monkeypatch) -> None:
+    parts = sequences(new_pool(1, 8), (5 * CHUNK + 3, 2))  # six chunks
+    q, spans = queries(2, 1, 8), [parts[0].span()]
+    found = attended(spans, q)
+    assert_follows_the_formula(found, parts, q, None, torch.float16)
+    for few, many in ((8, 8), (1, 2), (1, 4)):
+        monkeypatch.setattr(attention, "STATES_AT_ONCE", (few, many))
+        assert same_bits(attended(spans, q), found)
 
 
 def test_memory_for_the_states_of_chunks_is_bounded_by_the_window() -> None:
@@ -187,7 +198,7 @@ def test_every_address_is_one_of_a_tensor(window: int | None, monkeypatch: pytes
         attended([part.span() for part in parts], q, window)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@settings(max_examples=7, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_shapes_follow_the_formula_and_give_rows_their_own_bits(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(KINDS)))
@@ -196,7 +207,11 @@ def test_any_shapes_follow_the_formula_and_give_rows_their_own_bits(data: st.Dat
     num_heads = num_kv_heads * data.draw(st.integers(1, 4))
     window = data.draw(st.none() | st.integers(1, 600))
     starts = st.integers(0, 80) | st.integers(CHUNK - 3, CHUNK + 3)
-    places = data.draw(st.lists(st.tuples(starts, st.integers(1, 18)), min_size=1, max_size=3))
+    places = data.draw(
+        st.lists(
+            st.tuples(starts, st.integers(1, 4) | st.integers(SHORT_ROWS + 1, SHORT_ROWS + 5)), min_size=1, max_size=3
+        )
+    )
     parts = sequences(new_pool(num_kv_heads, head_dim, dtype), *places, room=data.draw(st.integers(0, 70)))
     q = queries(sum(part.num_rows for part in parts), num_heads, head_dim)
     found = attended([part.span() for part in parts], q, window, exact)

@@ -20,7 +20,7 @@ from ropewalk.base.errors import ShapeError
 
 CHUNK = 512  # keys whose state is computed from nothing: part of the order of summation
 SCRATCH_BYTES = 1 << 26  # bound for the states of chunks; where it is exceeded, there are rows enough without them
-STATES_AT_ONCE = 16  # of a head that merge_chunks loads together
+STATES_AT_ONCE = (4, 16)  # of a head that merge_chunks loads together: contexts up to 2048, and longer ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _attend_chunks(
         D=head_dim,
         DP=constants["DP"],
         CHUNK=CHUNK,
-        AT_ONCE=STATES_AT_ONCE,
+        AT_ONCE=STATES_AT_ONCE[chunks > STATES_AT_ONCE[0]],
         num_warps=1,
         enable_fp_fusion=False,
     )

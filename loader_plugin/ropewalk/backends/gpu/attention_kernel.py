@@ -338,12 +338,6 @@ def attend_chunks(
         tl.store(accs_ptr + slot[:, None] * D + r_dim[None, :], acc, mask=here[:, None] & (r_dim < D)[None, :])
 
 
-@triton.jit
-def _one(values, index, i):
-    """values[i] of the first dimension, `index` its places; exact: all else that is added is 0."""
-    return tl.sum(tl.where(index == i, values, 0.0), 0)
-
-
 @triton.jit(do_not_specialize=["most_rows"])
 def merge_chunks(
     states_ptr,
@@ -386,8 +380,10 @@ def merge_chunks(
             whole = here[:, None] & (r_dim < D)[None, :]
             accs = tl.load(accs_ptr + slot[:, None] * D + r_dim[None, :], mask=whole, other=0.0)
             for i in tl.static_range(AT_ONCE):
-                top2, total2 = _one(tops, r_chunk, i), _one(totals, r_chunk, i)
-                acc2 = _one(accs, r_chunk[:, None], i)
+                this = r_chunk == i  # taken out by sums of it and of zeros, which are exact
+                top2 = tl.sum(tl.where(this, tops, 0.0), 0)
+                total2 = tl.sum(tl.where(this, totals, 0.0), 0)
+                acc2 = tl.sum(tl.where(this[:, None], accs, 0.0), 0)
                 top, total, acc = _merged(top, total, acc, top2, total2, acc2[None, :])
         at = out_ptr + (first_row + row) * OUT_STRIDE + head * D + r_dim
         share = tl.div_rn(1.0, total)

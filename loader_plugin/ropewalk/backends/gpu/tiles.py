@@ -63,7 +63,7 @@ def linear_tile(num_rows: int, padded_columns: int, bits: int, group: int, exact
         return Tile(32, 64, 4, 2)
     if columns == 64 or num_rows <= 64:
         return Tile(64, 64, 4, 3)
-    if generation == HOPPER and bits in (4, 8) and group >= 64:
+    if generation == HOPPER and (bits, group) in ((4, 128), (8, 64)):  # one scale for a whole block
         return Tile(128, 128, 8, 3)
     return Tile(64, 128, 8, 3)
 
