@@ -81,7 +81,13 @@ def test_activations_in_float16_lose_what_their_rounding_loses() -> None:
     assert_error(error_of(found, exact), error_of(rounded, exact), size_of(exact), factor=1.01)
 
 
-FORMS = ["4 bits", "4 bits, act-order with uneven groups", "4 bits, one group", "3 bits", "8 bits"]
+FORMS = [
+    "4 bits",
+    "4 bits, act-order with uneven groups",
+    "4 bits, one group",
+    "3 bits",
+    "8 bits, zero points of 255",
+]
 
 
 @pytest.mark.parametrize("name, compute", [*((name, "fp16") for name in FORMS), ("4 bits", "exact")])
