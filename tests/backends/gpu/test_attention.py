@@ -146,6 +146,13 @@ def test_split_keys_give_the_bits_of_whole_ones(kind: str, window: int | None, m
     assert len(launched) == 1 and same_bits(split, whole)
 
 
+def test_the_window_of_a_span_may_leave_a_chunk_between_its_rows() -> None:
+    parts = sequences(new_pool(1, 8), (CHUNK + 95, 8))  # the first rows see the end of chunk 0, the last ones do not
+    q = queries(8, 1, 8)
+    found = attended([parts[0].span()], q, window=100)
+    assert_follows_the_formula(found, parts, q, 100, torch.float16)
+
+
 def test_states_of_chunks_are_merged_alike_however_many_are_loaded_at_once(monkeypatch) -> None:
     parts = sequences(new_pool(1, 8), (5 * CHUNK + 3, 2))  # six chunks
     q, spans = queries(2, 1, 8), [parts[0].span()]

@@ -173,8 +173,8 @@ def _chunk_state(
 
 @triton.jit
 def _tile(blocks_ptr, positions_ptr, HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
-    """What the program of this block and tile works on: span, key/value head, first row, number of rows, row in block
-    and head in group of each row of the tile, position of the first row, first and last row of the block in the tile.
+    """What a program works on: span, first row of its block in the step, rows of the block, key/value head, first of
+    the tile's rows among the G times as many of the block, position of the block's first row.
     """
     block = tl.program_id(0)
     span = tl.load(blocks_ptr + block * 3)
@@ -229,7 +229,10 @@ def attend_whole(
     FP16_PAGES: tl.constexpr,
     FP16_DOT: tl.constexpr,
 ):
-    """Grid (blocks, HKV * tiles of a block). One program walks over all chunks that its rows see."""
+    """Grid (blocks, HKV * tiles of a block). One program walks over all chunks that its rows see.
+
+    From chunk to chunk acc stays in `out`: another accumulator in registers would spill.
+    """
     span, first_row, num_rows, kv_head, packed, start = _tile(blocks_ptr, positions_ptr, HKV, G, ROWS)
     if packed < num_rows * G:
         row = (packed + tl.arange(0, ROWS)) // G
@@ -244,7 +247,7 @@ def attend_whole(
             top2, total2, acc2 = _chunk_state(
                 q,
                 start + row,
-                start + packed // G,
+                low,
                 pages_ptr + span * width,
                 (instance.to(tl.int64) * 2 * HKV + kv_head) * PAGE * D,
                 HKV * PAGE * D,
@@ -264,8 +267,8 @@ def attend_whole(
             r_dim = tl.arange(0, DP)
             at = out_ptr + (first_row + row)[:, None] * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
             whole = here[:, None] & (r_dim < D)[None, :]
-            later = (tl.full((ROWS, 1), 0, tl.int32) + chunk) > first // CHUNK
-            acc = tl.load(at, mask=whole & later, other=0.0)
+            begun = (chunk + 0 * row > first // CHUNK)[:, None]  # by row, as a mask has to be
+            acc = tl.load(at, mask=whole & begun, other=0.0)
             top, total, acc = _merged(top, total, acc, top2, total2, acc2)
             last = (chunk + 1) * CHUNK >= stop
             share = tl.div_rn(1.0, tl.where(here & last, total, 1.0))
