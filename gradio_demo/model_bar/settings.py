@@ -84,7 +84,12 @@ FIELDS = (
     Field("cache_type", "Cache type", "Of keys and values: " + CACHE_TYPE.help + ".", CACHE_TYPE.values),
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
     Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
-    Field("compute", "Compute mode", "auto: int8 on a CPU, fp16 on a GPU. exact: slower, nothing is rounded.", COMPUTE.values),
+    Field(
+        "compute",
+        "Compute mode",
+        "auto: int8 on a CPU, fp16 on a GPU. exact: slower, nothing is rounded.",
+        COMPUTE.values,
+    ),
     Field("backend", "Backend", "auto: the GPU if there is one that can be used, else the CPU.", BACKEND.values),
     Field("gpu_layers", "GPU layers", "So many on the GPU, the others on the CPU.", placeholder="all"),
     Field("gpu_split", "GPU split", "GiB of weights for each card, such as 10,20.", placeholder="one card"),
