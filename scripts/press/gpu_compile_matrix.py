@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import os
 import re
 import subprocess
@@ -114,7 +115,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table there as well")
     args = parser.parse_args()
     cases = [case for case in (*LINEAR_CASES, *ROWS_CASES) if any(part in case[0] for part in args.only)]
-    lines = [f"Triton {triton.__version__}; {len(cases)} kernels; nothing has run", HEAD]
+    head = f"# kernels compiled without a card, of which none has run; Triton {triton.__version__}, {len(cases)} cases"
+    lines = [head, f"# date: {datetime.date.today().isoformat()}; command: {' '.join(sys.argv)}", HEAD]
     print("\n".join(lines), flush=True)
     wrong = 0
     for compiled in results(cases, args.target):

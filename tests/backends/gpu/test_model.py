@@ -32,6 +32,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 400
 FP16_ERROR = 5e-3  # of the largest logit: float16 has 11 bits, and a tiny model adds few products
+ONE_LAYER = {"num_hidden_layers": 1}  # a row takes the interpreter 50 ms a layer
 NAMES = ("storm", "poet", "ends")
 IDS = [(37 * i + 11) % 128 for i in range(9)]
 
@@ -40,7 +41,7 @@ IDS = [(37 * i + 11) % 128 for i in range(9)]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Biases, asymmetric zeros; adapters of several ranks, one of the embeddings and the head; a tokenizer."""
     path = tmp_path_factory.mktemp("model")
-    exact = write_checkpoint(path, {"vocab_size": VOCAB}, family="qwen2", sym=False)
+    exact = write_checkpoint(path, {**ONE_LAYER, "vocab_size": VOCAB}, family="qwen2", sym=False)
     for seed, modules in enumerate((None, ["q_proj", "o_proj", "down_proj"], ["v_proj", "embed_tokens", "lm_head"])):
         settings = {} if modules is None else {"target_modules": modules, "r": 7 - seed}
         write_adapter(path / NAMES[seed], path, exact, seed, **settings)
@@ -108,7 +109,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_has_the_logits_of_the_reference(tmp_path: Path, kind: str) -> None:
     settings = dict(KINDS[kind])
-    write_checkpoint(tmp_path, settings.pop("config_overrides", None), **settings)
+    write_checkpoint(tmp_path, ONE_LAYER | settings.pop("config_overrides", {}), **settings)
     compute = "exact" if kind == "act-order" else "fp16"
     assert_near(logits_of(on_gpu(tmp_path, compute), IDS), logits_of(on_reference(tmp_path), IDS), compute)
 
@@ -174,14 +175,14 @@ def on_gpu_logits(folder: Path, ids: list[int], **options: Any) -> torch.Tensor:
 def test_adapters_change_logits_as_on_the_reference(model: Model, folder: Path) -> None:
     reference = on_reference(folder, NAMES)
     plain = logits_of(reference, IDS)
-    for adapters in ("storm", "storm:0.5+poet@1", "ends"):
+    for adapters in ("storm", "storm:0.5+poet@0", "ends"):
         want = logits_of(reference, IDS, adapters=adapters)
         assert_near(logits_of(model, IDS, adapters=adapters), want, "fp16")
         assert float((want - plain).abs().max()) > 10 * FP16_ERROR * float(want.abs().max())  # they matter
 
 
 def test_layer_orders_repeat_layers_with_keys_of_their_own(folder: Path) -> None:
-    order = "0-1,0@0.5,1"
+    order = "0,0@0.5,0"
     want = logits_of(on_reference(folder, layer_order=order), IDS)
     model = on_gpu(folder)
     model.set_layer_order(order)
