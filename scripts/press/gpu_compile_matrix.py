@@ -160,6 +160,8 @@ def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], opt
     """Compile as a launch would: aligned pointers, integers that are multiples of 16 where the case says so."""
     if target in AMD and "ASSEMBLY" in constants:
         constants = constants | {"ASSEMBLY": False}  # it is NVIDIA's
+    if target == "gfx1100" and "IEEE" in constants:
+        constants = constants | {"IEEE": True}  # it has no TF32, see tiles.has_tf32
     names = kernel.arg_names
     types = {name: signature[name].split(":")[0] if name in signature else "constexpr" for name in names}
     multiples = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]

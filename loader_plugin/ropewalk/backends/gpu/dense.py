@@ -47,7 +47,7 @@ def pack_dense(parts: Sequence[DenseLinear], device: torch.device, compute: str)
     if any(part.bias is not None for part in parts):
         given = [torch.zeros(part.weight.shape[0]) if part.bias is None else part.bias.cpu() for part in parts]
         bias = torch.cat(given).to(device)
-    ieee = compute == "exact" or weight.dtype == torch.float32
+    ieee = compute == "exact" or weight.dtype == torch.float32 or not tiles.has_tf32(device)
     blocks = cdiv(weight.shape[1], tiles.DENSE_FEATURES)
     return DenseSegment(weight, bias, ieee, tiles.splits(blocks, weight.shape[0]))
 

@@ -46,6 +46,13 @@ def generation(device: torch.device) -> int:
     return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether matrix instructions take TF32: all of NVIDIA's that are supported, of AMD's those of the MI300."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx94")
+
+
 def linear_tile(num_rows: int, padded_columns: int, bits: int, group: int, exact: bool, generation: int) -> Tile:
     """The tile of a product of quantised weights; group: rows of a block that share their scales.
 
