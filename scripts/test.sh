@@ -1,4 +1,12 @@
 #!/usr/bin/env bash
-# Sets up everything in .venv and runs all tests.  Arguments go to pytest.
+# Sets up everything in .venv and runs all tests.  Arguments go to pytest, which then runs once.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[test]"
-exec .venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+# Servers, browsers and web UIs are given time limits: one test after the other. The rest has none that matter.
+clocked=(tests/faces tests/gradio_demo tests/scripts)
+status=0
+.venv/bin/python -m pytest -n auto --maxprocesses 8 "${clocked[@]/#/--ignore=}" || status=$?
+.venv/bin/python -m pytest "${clocked[@]}" || status=$?
+exit $status
