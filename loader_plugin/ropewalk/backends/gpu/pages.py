@@ -10,11 +10,10 @@ instance say where everything is:
 
 from __future__ import annotations
 
-import threading
-
 import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS
+from ropewalk.backends.shared import PageCount
 from ropewalk.base.memory import available_bytes, format_bytes
 
 
@@ -49,16 +48,15 @@ class GpuPagePool:
         self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int, device: torch.device
     ) -> None:
         self.num_bytes = num_bytes
+        self._count = PageCount(num_bytes)
         self._shape = (2, num_kv_heads, PAGE_TOKENS, head_dim)
         self._dtype = dtype
         self._device = device
-        self._lock = threading.RLock()  # a page may be dropped, by the collector, in a thread that holds it
-        self._used_bytes = 0
 
     @property
     def used_bytes(self) -> int:
         """Memory of the pages in use."""
-        return self._used_bytes
+        return self._count.used_bytes
 
     def page_bytes(self, num_instances: int) -> int:
         """Memory of a page for that many layer instances."""
@@ -68,10 +66,7 @@ class GpuPagePool:
     def take(self, num_instances: int) -> GpuPage:
         """A page whose keys and values are not initialised."""
         size = self.page_bytes(num_instances)
-        with self._lock:
-            if self._used_bytes + size > self.num_bytes:
-                raise MemoryError(f"a page of {size} bytes: {self._used_bytes} of {self.num_bytes} are in use")
-            self._used_bytes += size
+        self._count.take_(size)
         try:
             tensor = torch.empty((num_instances, *self._shape), dtype=self._dtype, device=self._device)
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -87,15 +82,14 @@ class GpuPagePool:
 
     def give_back(self, num_instances: int) -> None:
         """Count a page of that many layer instances as free."""
-        with self._lock:
-            self._used_bytes -= self.page_bytes(num_instances)
+        self._count.give_back_(self.page_bytes(num_instances))
 
     def _refused(self, size: int) -> str:
         free = free_bytes(self._device)
         left = "" if free is None else f"; {format_bytes(free)} are free"
         return (
             f"a page of {size} bytes ({format_bytes(size)}) could not be allocated on {self._device}{left}, and pages "
-            f"hold {format_bytes(self._used_bytes)} of at most {format_bytes(self.num_bytes)}: ask for a smaller "
+            f"hold {format_bytes(self.used_bytes)} of at most {format_bytes(self.num_bytes)}: ask for a smaller "
             "cache_memory or max_seq_len"
         )
 

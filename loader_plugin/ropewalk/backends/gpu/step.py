@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
+from ropewalk.backends.shared import check_step
 from ropewalk.base.errors import ShapeError
 
 SHORT_ROWS = 16  # spans of up to so many rows have their keys split among programs
@@ -71,17 +72,7 @@ class GpuStep:
 
 
 def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> None:
-    num_rows = sum(span.num_rows for span in spans)
-    if x.ndim != 2 or x.shape[0] != num_rows or cos.shape != sin.shape or cos.shape[:1] != x.shape[:1]:
-        raise ShapeError(
-            f"begin_step: x {list(x.shape)} and tables {list(cos.shape)}, {list(sin.shape)} do not fit {num_rows} rows"
-        )
-    for index, span in enumerate(spans):
-        if span.start < 0 or span.start + span.num_rows > PAGE_TOKENS * len(span.pages):
-            raise ShapeError(
-                f"begin_step: span {index}: positions {span.start} to {span.start + span.num_rows} lie outside its "
-                f"{len(span.pages)} pages of {PAGE_TOKENS}"
-            )
+    check_step(x, cos, sin, spans)
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device != x.device:
             raise ShapeError(

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ropewalk.backends.protocol import PAGE_TOKENS, RowChange, RowSpan
+from ropewalk.backends.protocol import RowChange, RowSpan
 from ropewalk.backends.reference.attention import attend, rotate_
 from ropewalk.backends.reference.linear import ReferenceLinear, low_rank_product, product
 from ropewalk.backends.reference.pages import append_, gathered
-from ropewalk.base.errors import ShapeError
+from ropewalk.backends.shared import check_step
 from ropewalk.families.program import (
     RESIDUAL,
     AddResidual,
@@ -59,17 +59,7 @@ class ReferenceStep:
 
 def begin_step(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> ReferenceStep:
     """Check that rows, tables, spans and pages fit each other."""
-    num_rows = sum(span.num_rows for span in spans)
-    if x.ndim != 2 or x.shape[0] != num_rows or cos.shape != sin.shape or cos.shape[:1] != x.shape[:1]:
-        raise ShapeError(
-            f"begin_step: x {list(x.shape)} and tables {list(cos.shape)}, {list(sin.shape)} do not fit {num_rows} rows"
-        )
-    for index, span in enumerate(spans):
-        if span.start < 0 or span.start + span.num_rows > PAGE_TOKENS * len(span.pages):
-            raise ShapeError(
-                f"begin_step: span {index}: positions {span.start} to {span.start + span.num_rows} lie outside its "
-                f"{len(span.pages)} pages of {PAGE_TOKENS}"
-            )
+    check_step(x, cos, sin, spans)
     return ReferenceStep(x, cos, sin, tuple(spans))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS
+from ropewalk.backends.shared import PageCount
 from ropewalk.base.errors import ShapeError
 
 
@@ -30,16 +30,15 @@ class ReferencePool:
         self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int, device: torch.device
     ) -> None:
         self.num_bytes = num_bytes
+        self._count = PageCount(num_bytes)
         self._shape = (num_kv_heads, PAGE_TOKENS, head_dim)
         self._dtype = dtype
         self._device = device
-        self._lock = threading.RLock()  # a page may be dropped, by the collector, in a thread that holds it
-        self._used_bytes = 0
 
     @property
     def used_bytes(self) -> int:
         """Memory of the pages in use."""
-        return self._used_bytes
+        return self._count.used_bytes
 
     def page_bytes(self, num_instances: int) -> int:
         """Memory of a page for that many layer instances."""
@@ -49,10 +48,7 @@ class ReferencePool:
     def take(self, num_instances: int) -> ReferencePage:
         """A page whose keys and values are not initialised."""
         size = self.page_bytes(num_instances)
-        with self._lock:
-            if self._used_bytes + size > self.num_bytes:
-                raise MemoryError(f"a page of {size} bytes: {self._used_bytes} of {self.num_bytes} are in use")
-            self._used_bytes += size
+        self._count.take_(size)
         try:
             shape = (num_instances, *self._shape)
             keys, values = (torch.empty(shape, dtype=self._dtype, device=self._device) for _ in range(2))
@@ -70,8 +66,7 @@ class ReferencePool:
 
     def give_back(self, num_instances: int) -> None:
         """Count a page of that many layer instances as free."""
-        with self._lock:
-            self._used_bytes -= self.page_bytes(num_instances)
+        self._count.give_back_(self.page_bytes(num_instances))
 
 
 def append_(pages: Sequence[ReferencePage], instance: int, k: torch.Tensor, v: torch.Tensor, start: int) -> None:

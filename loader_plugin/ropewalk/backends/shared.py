@@ -1,0 +1,53 @@
+"""What backends whose pages and rows are torch tensors have in common: the count of pages, the look at a step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
+from ropewalk.base.errors import ShapeError
+
+
+class PageCount:
+    """Bytes of the pages in use, of at most `num_bytes`. May be used from any thread."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.used_bytes = 0
+        self._lock = threading.RLock()  # a page may be dropped, by the collector, in a thread that holds it
+
+    def take_(self, size: int) -> None:
+        """Count a page as used.
+
+        Raises:
+            MemoryError: that would be more than the limit.
+        """
+        with self._lock:
+            if self.used_bytes + size > self.num_bytes:
+                raise MemoryError(f"a page of {size} bytes: {self.used_bytes} of {self.num_bytes} are in use")
+            self.used_bytes += size
+
+    def give_back_(self, size: int) -> None:
+        """Count a page as free."""
+        with self._lock:
+            self.used_bytes -= size
+
+
+def check_step(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> None:
+    """Raises:
+    ShapeError: rows, tables, spans and pages do not fit each other.
+    """
+    num_rows = sum(span.num_rows for span in spans)
+    if x.ndim != 2 or x.shape[0] != num_rows or cos.shape != sin.shape or cos.shape[:1] != x.shape[:1]:
+        raise ShapeError(
+            f"begin_step: x {list(x.shape)} and tables {list(cos.shape)}, {list(sin.shape)} do not fit {num_rows} rows"
+        )
+    for index, span in enumerate(spans):
+        if span.start < 0 or span.start + span.num_rows > PAGE_TOKENS * len(span.pages):
+            raise ShapeError(
+                f"begin_step: span {index}: positions {span.start} to {span.start + span.num_rows} lie outside its "
+                f"{len(span.pages)} pages of {PAGE_TOKENS}"
+            )
