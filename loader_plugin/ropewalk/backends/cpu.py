@@ -46,6 +46,11 @@ class CpuBackend:
         self.runtime = native.Runtime(isa, threads)
         self._arena = native.Arena()
 
+    @property
+    def arithmetic(self) -> str:
+        """Two instruction sets need not agree to the last bit."""
+        return f"{self.name} {self.compute} {self.runtime.isa}"
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
         return native.Linear(self.runtime, [self._pack_part(part) for part in parts])

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -54,6 +55,18 @@ class Segment:
     seq_len: int
 
 
+class CacheOwner(Protocol):
+    """What a cache needs of the model that made it."""
+
+    def save_cache(
+        self,
+        cache: KvCache,
+        path: str | Path,
+        progress: Callable[[int, int], None] | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> int: ...
+
+
 class HeldPage:
     """A page of the pool and who holds it. num_bytes: its memory. in_tree: the prefix tree holds it."""
 
@@ -75,7 +88,7 @@ class KvCache:
     """Keys and values of one sequence, of all layer instances. Made by `Model.new_cache`, filled by `Model.step`."""
 
     def __init__(
-        self, owner: object, lock: threading.RLock, capacity: int, layer_order: LayerOrder | None = None
+        self, owner: CacheOwner, lock: threading.RLock, capacity: int, layer_order: LayerOrder | None = None
     ) -> None:
         self.owner = owner
         self.layer_order = layer_order  # its pages have keys and values for each of the order's instances
@@ -109,6 +122,33 @@ class KvCache:
         starts = [segment.start for segment in self._segments]
         ends = [*starts[1:], self.length][: len(starts)]
         return [(segment.start, end, segment.seq_len) for segment, end in zip(self._segments, ends, strict=True)]
+
+    @property
+    def whole_segments(self) -> tuple[Segment, ...]:
+        """How its positions were computed, stretch by stretch."""
+        return tuple(self._segments)
+
+    def save(
+        self,
+        path: str | Path,
+        progress: Callable[[int, int], None] | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write it to a file, for `Model.load_cache`; returns the size of the file. See `Model.save_cache`."""
+        return self.owner.save_cache(self, path, progress, about)
+
+    def fork(self) -> KvCache:
+        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first."""
+        with self._lock:
+            made = KvCache(self.owner, self._lock, self.capacity, self.layer_order)
+            made.hold_(self.pages)
+            made.restore_(self._token_ids, self._segments)
+        return made
+
+    def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment]) -> None:
+        """Count positions whose keys and values are in the pages that it holds, in place of those before."""
+        self._token_ids = list(token_ids)
+        self._segments = list(segments)
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on, and give back their pages.

@@ -10,6 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
 from ropewalk.backends.protocol import PAGE_TOKENS, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
@@ -34,6 +36,15 @@ class PageStore:
     def page_bytes(self) -> int:
         """Memory of a page."""
         return self._pool.page_bytes(self.num_instances)
+
+    @property
+    def layout(self) -> str:
+        """A name for the bytes of a page: equal names, equal layouts."""
+        return self._pool.layout
+
+    def parts_of(self, held: HeldPage) -> list[torch.Tensor]:
+        """The memory of a page, [bytes] uint8 in each place that holds a part of it: to save it, or to restore it."""
+        return self._pool.parts_of(held.page)
 
     @property
     def num_bytes(self) -> int:

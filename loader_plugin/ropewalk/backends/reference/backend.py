@@ -28,6 +28,11 @@ class ReferenceBackend:
         self.compute = compute
         self.device = torch.device(device)
 
+    @property
+    def arithmetic(self) -> str:
+        """What decides the bits of keys and values."""
+        return f"{self.name} {self.compute} {self.device.type}"
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> ReferenceLinear:
         """Move the parts to the device; nothing is rearranged."""
         return linear.pack(parts, self.device)

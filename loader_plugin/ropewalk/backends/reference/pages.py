@@ -50,8 +50,8 @@ class ReferencePool:
         size = self.page_bytes(num_instances)
         self._count.take_(size)
         try:
-            shape = (num_instances, *self._shape)
-            keys, values = (torch.empty(shape, dtype=self._dtype, device=self._device) for _ in range(2))
+            shape = (2, num_instances, *self._shape)
+            keys, values = torch.empty(shape, dtype=self._dtype, device=self._device)
         except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as a RuntimeError
             self.give_back(num_instances)
             raise MemoryError(f"a page of {size} bytes could not be allocated") from error
@@ -63,6 +63,16 @@ class ReferencePool:
         made.keys.copy_(page.keys)
         made.values.copy_(page.values)
         return made
+
+    @property
+    def layout(self) -> str:
+        """A name for the bytes of a page."""
+        num_kv_heads, _, head_dim = self._shape
+        return f"reference-1 {self._dtype} heads={num_kv_heads} dim={head_dim}"
+
+    def parts_of(self, page: ReferencePage) -> list[torch.Tensor]:
+        """The memory of a page."""
+        return [torch.as_strided(page.keys, (2 * page.keys.numel(),), (1,)).view(torch.uint8)]
 
     def give_back(self, num_instances: int) -> None:
         """Count a page of that many layer instances as free."""

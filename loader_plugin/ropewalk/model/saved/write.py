@@ -1,0 +1,80 @@
+"""From a cache to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ropewalk import __version__
+from ropewalk.base.errors import RequestError, SavedCacheError
+from ropewalk.base.json import shown
+from ropewalk.model.cache import HeldPage, KvCache
+from ropewalk.model.saved.description import Description, SavedSegment
+from ropewalk.model.saved.file import Progress, write_file
+from ropewalk.model.saved.identity import model_facts
+
+if TYPE_CHECKING:
+    from ropewalk.model.model import Model
+
+
+def save_cache(
+    model: Model,
+    cache: KvCache,
+    path: str | Path,
+    progress: Progress | None = None,
+    about: Mapping[str, str] | None = None,
+) -> int:
+    """Write what `cache` holds to a file, for `load_cache`; returns the size of the file.
+
+    The file appears whole or not at all. about: texts to be kept with it, such as a title; the result does not depend
+    on them. progress: called with (parts of pages done, parts of pages).
+
+    Raises:
+        RequestError: an empty cache, or one of another model or layer order. SavedCacheError: it cannot be written.
+    """
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise RequestError(f"path must be that of a file to write, got {shown(path)}")
+    texts = dict(about or {})
+    if not all(isinstance(item, str) for pair in texts.items() for item in pair):
+        raise RequestError(f"about must map texts to texts, got {shown(texts)}")
+    model.check_owner(cache)
+    copy = cache.fork()  # whatever happens to the cache meanwhile, these pages stay as they are
+    if not copy.length:
+        raise RequestError("the cache is empty: there is nothing to save")
+    part_bytes = [len(part) for part in model.store.parts_of(copy.pages[0])]
+    description = Description(
+        ropewalk=__version__,
+        model=Path(model.config.source).parent.name,
+        facts=model_facts(model),
+        rope=model.rope.describe().partition("; decided by ")[0],  # not the paths of this machine
+        num_tokens=copy.length,
+        part_bytes=tuple(part_bytes),
+        segments=tuple(_segments(model, copy)),
+        about=texts,
+    )
+    parts = _parts(model, copy.pages, len(part_bytes))
+    try:
+        return write_file(Path(path), description, copy.token_ids, parts, progress or _ignored)
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise SavedCacheError(f"{path} cannot be written: {reason}") from error
+
+
+def _segments(model: Model, cache: KvCache) -> Iterator[SavedSegment]:
+    for segment in cache.whole_segments:
+        origin = segment.origin
+        yield SavedSegment(segment.start, segment.seq_len, origin.frequencies, model.saved_uses(origin.adapters))
+
+
+def _parts(model: Model, pages: Sequence[HeldPage], num_places: int) -> Iterator[torch.Tensor]:
+    """The memory of the pages, those of the first place first."""
+    for place in range(num_places):
+        for held in pages:
+            yield model.store.parts_of(held)[place]
+
+
+def _ignored(done: int, total: int) -> None:
+    pass
