@@ -18,13 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from ropewalk.backends.protocol import PAGE_TOKENS, Page
 from ropewalk.base.errors import RequestError
 from ropewalk.config.layer_order import LayerOrder
-
-CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of base/choices.CACHE_TYPE
 
 
 @dataclass(frozen=True, slots=True)
