@@ -177,6 +177,10 @@ py::array bytes_of(const std::shared_ptr<AlignedBytes>& memory) {
   return py::array(py::dtype::of<uint8_t>(), Shape{memory->size()}, memory->as<uint8_t>(), py::cast(memory));
 }
 
+py::array page_bytes(const std::shared_ptr<Page>& page) {
+  return py::array(py::dtype::of<uint8_t>(), Shape{page->num_bytes()}, page->data(), py::cast(page));
+}
+
 std::shared_ptr<AlignedBytes> aligned_bytes(int64_t size) {
   require(size >= 0, "size is negative");
   return std::make_shared<AlignedBytes>(size);
@@ -273,7 +277,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("length", &KvCache::length)
       .def_property_readonly("num_bytes", &KvCache::num_bytes);
 
-  py::class_<Page, std::shared_ptr<Page>>(m, "Page");
+  py::class_<Page, std::shared_ptr<Page>>(m, "Page").def("array", &page_bytes);
   py::class_<PagePool, std::shared_ptr<PagePool>>(m, "PagePool")
       .def(py::init(&new_page_pool), py::arg("num_heads"), py::arg("head_dim"), py::arg("type"), py::arg("num_bytes"))
       .def_property_readonly("num_bytes", &PagePool::num_bytes)

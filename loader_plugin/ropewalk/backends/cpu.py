@@ -102,7 +102,8 @@ class CpuBackend:
 
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> CpuPagePool:
         """Room for pages of keys and values."""
-        return CpuPagePool(_core.PagePool(num_kv_heads, head_dim, KV_TYPES[str(cache_format)], num_bytes))
+        core = _core.PagePool(num_kv_heads, head_dim, KV_TYPES[str(cache_format)], num_bytes)
+        return CpuPagePool(core, f"cpu-1 {cache_format} heads={num_kv_heads} dim={head_dim}")
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float
@@ -129,8 +130,9 @@ class CpuBackend:
 class CpuPagePool:
     """A pool of the core; its pages go back to it when Python drops them."""
 
-    def __init__(self, core: _core.PagePool) -> None:
+    def __init__(self, core: _core.PagePool, layout: str) -> None:
         self._core = core
+        self.layout = layout
         self.num_bytes: int = core.num_bytes
         self.copy = core.copy
         self.take = core.take
@@ -143,6 +145,10 @@ class CpuPagePool:
     def page_bytes(self, num_instances: int) -> int:
         """Memory of one page."""
         return num_instances * self._core.instance_bytes
+
+    def parts_of(self, page: _core.Page) -> list[torch.Tensor]:
+        """The memory of a page, in one part."""
+        return [torch.from_numpy(page.array())]
 
 
 class CpuLayer:

@@ -1,9 +1,9 @@
 """A fingerprint of weights, from a sample of the bytes of each tensor: fast, because it is taken while they are loaded.
 
 It differs if a name, a shape or a dtype differs; if any byte of a tensor of up to 64 KiB does (norms, biases, most
-scales and orders of rows); or if a byte does in one of 64 blocks of 256 bytes, spread evenly over a larger tensor. So it
-tells apart models, fine-tunes, merged adapters and quantisations, which change whole matrices. It does not notice single
-numbers of a large matrix that somebody edited between those blocks.
+scales and orders of rows); or if a byte does in one of 64 blocks of 256 bytes, spread evenly over a larger tensor. So
+it tells apart models, fine-tunes, merged adapters and quantisations, which change whole matrices. It does not notice
+single numbers of a large matrix that somebody edited between those blocks.
 """
 
 from __future__ import annotations

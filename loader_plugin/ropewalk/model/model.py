@@ -31,7 +31,8 @@ from ropewalk.config.quantisation import QuantConfig
 from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
 from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
-from ropewalk.model.saved.read import load_cache
+from ropewalk.model.saved.file import SavedFile
+from ropewalk.model.saved.read import load_cache, usable_prefix
 from ropewalk.model.saved.write import save_cache
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
@@ -250,6 +251,15 @@ class Model:
             )
         return KvCache(self, self.store.lock, capacity, self.layer_order)
 
+    def fork(self, cache: KvCache) -> KvCache:
+        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first.
+
+        Raises:
+            RequestError: a cache of another model or layer order.
+        """
+        self.check_owner(cache)
+        return cache.fork()
+
     def accepts(self, cache: KvCache) -> bool:
         """True if `cache` was made by this model under its present layer order."""
         return isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
@@ -347,6 +357,26 @@ class Model:
             RequestError: one of them is not loaded, or they were loaded in another order.
         """
         return self._adapters.key_of_saved(uses)
+
+    def shared_length(self, token_ids: TokenIds, adapters: Request | None = None) -> int:
+        """How many leading positions `attach` would give an empty cache for this prompt, at most.
+
+        Raises:
+            RequestError: as `forward`.
+        """
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return self.store.shared_length(self.layer_order, ids, origin)
+
+    def usable_prefix(self, file: SavedFile, token_ids: TokenIds, adapters: Request | None = None) -> int:
+        """How many leading positions `attach` would give this prompt once the saved cache is loaded and shared.
+
+        Raises:
+            SavedCacheError: the file belongs to another model, or other settings of it. RequestError: as `forward`.
+        """
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return usable_prefix(self, file, ids, origin)
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:
         """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none.

@@ -15,6 +15,7 @@ import torch
 from ropewalk.backends.protocol import PAGE_TOKENS, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
+from ropewalk.config.layer_order import LayerOrder
 from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
 from ropewalk.model.prefixes import PrefixTree
 
@@ -121,6 +122,11 @@ class PageStore:
             if length > cache.length:
                 cache.hold_(pages)
                 cache.record_(token_ids[cache.length : length], origin, seq_len)
+
+    def shared_length(self, order: LayerOrder | None, token_ids: Sequence[int], origin: Origin) -> int:
+        """How many leading positions of these tokens the tree has."""
+        with self.lock:
+            return sum(agreeing for _, agreeing in self._tree.find(order, origin, token_ids))
 
     def _needed(self, wanted: Wanted) -> int:
         """Memory of the pages that these caches lack."""

@@ -1,4 +1,4 @@
-"""The command `ropewalk`: generate, chat, serve, demo, info, perplexity, compare, retrieval, export-layers, webui.
+"""The command `ropewalk`: generate, chat, serve, demo, cache, info, perplexity, compare, retrieval and others.
 
 Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
 after Ctrl-C, 141 when the reader of stdout has gone.
@@ -17,6 +17,7 @@ from pathlib import Path
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, load_kept, prompt_after
 from ropewalk.faces.cli.demo import add_demo_command
 from ropewalk.faces.cli.gpu import add_gpu_command
 from ropewalk.faces.cli.lab import add_lab_commands
@@ -81,8 +82,10 @@ def run_generate(args: argparse.Namespace) -> int:
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, **guessing)
+    kept = load_kept(engine, args)
+    ids = engine.encode(prompt) if kept is None else prompt_after(engine, kept, prompt)
     with progress_bar("reading the prompt", "token", LONG_PREFILL) as progress:
-        stream = engine.stream(prompt, params, progress=progress, adapters=adapters)
+        stream = engine.stream(ids, params, progress=progress, adapters=adapters)
         text = prompt if args.echo else ""
         _show(text)
         for piece in stream:
@@ -161,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text (-: standard input)")
+    add_cache_argument(
+        generate,
+        "start from the text in this file (ropewalk cache save): the prompt goes on after it, unless it begins with it",
+    )
     generate.add_argument("--echo", action="store_true", help="show the prompt before its continuation")
     add_sampling_arguments(generate)
     add_speculation_arguments(generate)
@@ -172,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(chat)
     add_template_argument(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
+    add_cache_argument(chat, "go on with the conversation in this file (/save FILE, or ropewalk cache save --system)")
     add_sampling_arguments(chat)
     add_speculation_arguments(chat)
     add_load_arguments(chat)
@@ -209,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     add_webui_command(commands)
     add_lab_commands(commands)
     add_demo_command(commands)
+    add_cache_command(commands)
     add_gpu_command(commands)
     return parser
 
@@ -232,12 +241,15 @@ def _measured_file(args: argparse.Namespace) -> Path:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt given by option; otherwise standard input for a named model, or an example for the embedded one."""
+    """The prompt given by option; otherwise standard input for a named model, or an example for the embedded one. With
+    a kept text there need be none."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is not None:
         return read_text(args.prompt_file)
-    if args.model is None:
+    if args.cache is not None and sys.stdin.isatty():
+        return ""
+    if args.model is None and args.cache is None:
         return DEMO_PROMPT
     if sys.stdin.isatty():
         raise RequestError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in")

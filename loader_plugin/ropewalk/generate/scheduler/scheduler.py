@@ -76,11 +76,12 @@ class Scheduler:
         client: Hashable = None,
         priority: str = INTERACTIVE,
         keep: bool = True,
+        copies: bool = False,
     ) -> Iterator[OpenSequence]:
         """A sequence for a prompt and its reply; when the block ends, its pages are for others.
 
         client: who asks; clients share the rows for prompts fairly, and None is one of its own. keep: False if nobody
-        is going to need the same tokens again.
+        is going to need the same tokens again. copies: the sequence is to have a `copy` of its prompt once it is read.
 
         Raises:
             RequestError: wrong token ids or client, unknown adapters or priority.
@@ -92,7 +93,7 @@ class Scheduler:
         cache = self.model.new_cache()
         with self._lock:
             self._num_opened += 1
-            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep)
+            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep, copies)
             self._sequences[state.number] = state
         try:
             yield OpenSequence(self, state)

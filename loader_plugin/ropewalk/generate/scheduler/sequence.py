@@ -90,6 +90,11 @@ class Sequence:
         return self._state.reused
 
     @property
+    def copy(self) -> CacheLike | None:
+        """A cache of its own with the prompt, if the sequence was opened for that and the prompt has been read."""
+        return self._state.copy
+
+    @property
     def is_closed(self) -> bool:
         """True once nothing more can be computed."""
         return self._state.is_closed
@@ -161,7 +166,8 @@ class SequenceState:
 
     number: its age. thread, called_s: who called last, and when. is_admitted: it may have pages. computed: that many
     positions have been computed once; those that the cache does not hold now can be computed again from `made`. keep:
-    its pages are for others, too, when it ends. waits_for: the number of the sequence whose pages it waits for.
+    its pages are for others, too, when it ends. copies: its owner wants a copy of the cache once the prompt is read.
+    waits_for: the number of the sequence whose pages it waits for.
     """
 
     def __init__(
@@ -174,10 +180,13 @@ class SequenceState:
         client: Hashable,
         priority: str,
         keep: bool,
+        copies: bool = False,
     ) -> None:
         self.number, self.cache, self.prompt_ids = number, cache, list(prompt_ids)
         self.adapters, self.adapter_key = adapters, adapter_key
         self.client, self.priority, self.keep = client, priority, keep
+        self.copies = copies
+        self.copy: CacheLike | None = None
         self.token_ids: list[int] = []
         self.call: Call | None = None
         self.thread = threading.get_ident()

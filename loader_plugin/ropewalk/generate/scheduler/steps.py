@@ -34,6 +34,7 @@ class StepModel(PagedModel, Protocol):
     def adapters(self) -> tuple[str, ...]: ...
 
     def new_cache(self) -> CacheLike: ...
+    def fork(self, cache: CacheLike) -> CacheLike: ...
     def frequencies(self, seq_len: int) -> Hashable: ...
     def adapter_key(self, adapters: Request | None) -> Any: ...
     def step(self, spans: Sequence[Span]) -> list[torch.Tensor | None] | None: ...
@@ -146,7 +147,14 @@ class Steps:
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
             call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
-            call.take_(logits)
+            self._take_(call, logits)
+
+    def _take_(self, call: Call, logits: torch.Tensor | None) -> None:
+        """A span of it has been computed. What its owner wants a copy of is copied now: later its pages may be gone."""
+        call.take_(logits)
+        state = call.sequence
+        if state.copies and state.copy is None and state.cache.length >= len(state.prompt_ids):
+            state.copy = self.model.fork(state.cache)
 
     def _run_singly(self, planned: Planned, error: Exception) -> None:
         """A step has failed: find out for whom, and compute the others."""
@@ -156,7 +164,7 @@ class Steps:
         for call, span in planned:
             length = call.sequence.cache.length
             try:
-                call.take_(self._step([span], None)[0])
+                self._take_(call, self._step([span], None)[0])
             except CacheFullError:
                 continue  # it is in the next step, which makes room
             except Exception as its_own:

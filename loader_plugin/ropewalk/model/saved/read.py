@@ -14,7 +14,7 @@ import torch
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, SavedCacheError
 from ropewalk.base.json import shown
-from ropewalk.model.cache import KvCache, Origin, Segment
+from ropewalk.model.cache import KvCache, Origin, Segment, common_length
 from ropewalk.model.saved.file import REMEDY, Progress, SavedFile
 from ropewalk.model.saved.identity import differences, model_facts
 
@@ -92,6 +92,17 @@ def fitting_segments(model: Model, file: SavedFile) -> list[Segment]:
         Segment(segment.start, _origin(model, file, i), segment.seq_len)
         for i, segment in enumerate(description.segments)
     ]
+
+
+def usable_prefix(model: Model, file: SavedFile, token_ids: list[int], origin: Origin) -> int:
+    """How many leading positions of the file hold these tokens, computed in this way.
+
+    Raises:
+        SavedCacheError: as `fitting_segments`.
+    """
+    segments = fitting_segments(model, file)
+    end = next((segment.start for segment in segments if segment.origin != origin), len(file.token_ids))
+    return common_length(file.token_ids[:end], token_ids)
 
 
 def _origin(model: Model, file: SavedFile, index: int) -> Origin:
