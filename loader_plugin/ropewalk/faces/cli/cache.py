@@ -62,7 +62,7 @@ def add_cache_command(commands: Any) -> None:
         "--model",
         type=Path,
         metavar="MODEL",
-        help="the model's folder, to show the first words (default: the embedded)",
+        help="the model's folder, to show the first words",
     )
     show.add_argument("--json", action="store_true", help="as JSON")
     show.set_defaults(run=run_show)
@@ -92,9 +92,8 @@ def run_save(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with progress_bar("reading", "token") as progress:
         kept = engine.kept.save(ids, args.out, about, progress=progress, adapters=adapters)
-    note(
-        f"{args.out}: {kept.num_tokens} tokens, {format_bytes(kept.num_bytes)}, in {time.perf_counter() - started:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    note(f"{args.out}: {kept.num_tokens} tokens, {format_bytes(kept.num_bytes)}, in {seconds:.1f} s")
     return 0
 
 
@@ -120,7 +119,7 @@ def load_kept(engine: Engine, args: argparse.Namespace) -> Kept | None:
         return None
     with progress_bar("loading the cache", "page") as progress:
         kept = engine.kept.load(args.cache, progress)
-    note(f"{args.cache}: {kept.num_tokens} tokens are known and are not read again")
+    note(f"{args.cache}: {kept.num_tokens} tokens, {format_bytes(kept.num_bytes)}")
     return kept
 
 

@@ -27,8 +27,8 @@ from ropewalk.faces.cli.options import (
 from ropewalk.generate.sampling import SamplingParams
 
 HELP = (
-    "/reset forgets the conversation, /undo the last turn, /save FILE keeps it for chat --cache FILE, /exit (or Ctrl-D) "
-    "leaves; Ctrl-C stops a reply"
+    "/reset forgets the conversation, /undo the last turn, /save FILE keeps it for chat --cache FILE, /exit (or "
+    "Ctrl-D) leaves; Ctrl-C stops a reply"
 )
 REPLY_TOKENS = 512
 LONG_PREFILL = 1024

@@ -95,6 +95,9 @@ def run_generate(args: argparse.Namespace) -> int:
         _show("\n")
     if stream.routing is not None:
         note(stream.routing.describe())
+    if kept is not None:
+        known = min(stream.stats.reused_tokens, kept.num_tokens)
+        note(f"{args.cache}: {known} of its {kept.num_tokens} tokens were not read again")
     note(f"{stream.stats.describe()}; ended by {stream.finish_reason}")
     return 0
 
