@@ -323,10 +323,11 @@ class Engine:
                     request.finish_reason = "cancelled"
                     return
                 self.kept.recall(request.prompt_ids, request.adapters)
-                with self._open(request) as sequence, self._guesses(request) as guesses:
+                with self._open(request, request.copies) as sequence, self._guesses(request) as guesses:
                     request.generation = self._generation(request, sequence, guesses)
                     with closing(request.generation):
                         yield from shown_text(self.tokenizer, request, request.generation)
+                    request.prompt_cache = sequence.copy
         except GeneratorExit:
             request.finish_reason = "cancelled"
             raise

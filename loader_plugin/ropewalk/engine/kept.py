@@ -22,8 +22,8 @@ from ropewalk.engine.kept_folder import KeptFile, KeptFolder
 from ropewalk.engine.turn_queue import Ticket
 from ropewalk.generate.generate import Cancelled, Progress
 from ropewalk.generate.scheduler.plan import INTERACTIVE, PAGE_ROWS
-from ropewalk.model.cache import common_length
-from ropewalk.model.saved.read import open_saved
+from ropewalk.model.cache import KvCache, common_length
+from ropewalk.model.saved.read import fitting_segments, open_saved
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +64,13 @@ class Reader(Protocol):
 
 
 class KeptPrompts:
-    """What an engine keeps in files. folder: where requests find prompts again by themselves, if there is one."""
+    """What an engine keeps in files. folder: where requests find prompts again by themselves, if there is one.
+    num_recalled: how often they did."""
 
     def __init__(self, engine: Reader, folder: KeptFolder | None) -> None:
         self._engine = engine
         self.folder = folder
+        self.num_recalled = 0
         self._loading = threading.Lock()  # one file at a time: the next request may need the same
 
     def save(
@@ -106,29 +108,50 @@ class KeptPrompts:
     def save_as(
         self, name: str, prompt: str | Sequence[int], about: Mapping[str, str] | None = None, **reading: Any
     ) -> Kept | None:
-        """As `save`, in the folder; a prompt of the same name is replaced, one that is there already is left as it is.
-
-        Makes room for it: those that were not used for the longest time go.
+        """As `save`, in the folder: in place of what has that name, and of what was not used for the longest time.
 
         Raises:
-            RequestError: also for a name that cannot be one, for a prompt that is larger than the folder may be, and if
-                there is no folder.
+            RequestError: also as `check`.
         """
-        folder = self.require_folder()
-        path = folder.path_of(name)
         ids = self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        there = folder.find(name)
-        if there is not None and self._is_it(there, ids, about, reading.get("adapters")):
-            folder.touch(there)
-            return Kept(path, ids, there.num_bytes, there.saved.description.about)
-        needed = self._engine.model.cache_bytes(len(ids)) + 4 * len(ids) + HEAD_BYTES + _size(about)
-        folder.check_size(needed)
+        self.check(name, ids, about)
         cache = self._engine.read(ids, **reading)
-        if cache is None:
-            return None
-        folder.make_room(needed, name)
-        num_bytes = cache.save(path, about=about)
-        return Kept(path, ids, num_bytes, dict(about or {}))
+        return None if cache is None else self.write_as(name, cache, about)
+
+    def check(self, name: str, prompt_ids: Sequence[int], about: Mapping[str, str] | None = None) -> None:
+        """Whether a prompt can be kept under that name, before it is read.
+
+        Raises:
+            RequestError: there is no folder, it is not a name, or the folder may not hold so much.
+        """
+        self.require_folder().path_of(name)
+        self.folder.check_size(self._file_bytes(len(prompt_ids), about))
+
+    def write_as(self, name: str, cache: KvCache, about: Mapping[str, str] | None = None) -> Kept:
+        """Write a prompt that has been read (`Engine.read`, `TextStream.prompt_cache`) to the folder; what is there
+        already is left as it is.
+
+        Raises:
+            RequestError: as `check`. SavedCacheError: the file cannot be written, or no room be made for it.
+        """
+        folder, ids = self.require_folder(), cache.token_ids
+        there = folder.find(name)
+        if there is not None and self._holds(there, cache, about):
+            folder.touch(there)
+            return Kept(there.path, ids, there.num_bytes, there.saved.description.about)
+        folder.make_room(self._file_bytes(len(ids), about), name)
+        num_bytes = cache.save(folder.path_of(name), about=about)
+        return Kept(folder.path_of(name), ids, num_bytes, dict(about or {}))
+
+    def problem_of(self, kept: KeptFile) -> str | None:
+        """Why a file of the folder cannot be used by the model as it is loaded; None if it can."""
+        if kept.saved is None:
+            return kept.problem
+        try:
+            self._engine.model.check_saved(kept.saved)
+        except SavedCacheError as error:
+            return str(error)
+        return None
 
     def recall(self, prompt_ids: Sequence[int], adapters: Request | None = None) -> KeptFile | None:
         """Before a prompt is read: take the file of the folder with the longest beginning of it into memory.
@@ -189,16 +212,22 @@ class KeptPrompts:
             self.folder.set_aside(kept, str(error))
             return False
         self.folder.touch(kept)
+        self.num_recalled += 1
         return True
 
-    def _is_it(self, kept: KeptFile, ids: list[int], about: Mapping[str, str] | None, adapters: Request | None) -> bool:
+    def _holds(self, kept: KeptFile, cache: KvCache, about: Mapping[str, str] | None) -> bool:
         """Whether a file holds exactly this already."""
-        if kept.saved is None or kept.saved.token_ids != ids or kept.saved.description.about != dict(about or {}):
+        if kept.saved is None or kept.saved.token_ids != cache.token_ids:
             return False
         try:
-            return self._engine.model.usable_prefix(kept.saved, ids, adapters) == len(ids)
-        except (SavedCacheError, RequestError):
+            segments = fitting_segments(self._engine.model, kept.saved)
+        except SavedCacheError:
             return False
+        return tuple(segments) == cache.whole_segments and kept.saved.description.about == dict(about or {})
+
+    def _file_bytes(self, num_tokens: int, about: Mapping[str, str] | None) -> int:
+        """Of a file, or a little more."""
+        return self._engine.model.cache_bytes(num_tokens) + 4 * num_tokens + HEAD_BYTES + _size(about)
 
 
 def _size(about: Mapping[str, str] | None) -> int:

@@ -32,7 +32,7 @@ from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
 from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.saved.file import SavedFile
-from ropewalk.model.saved.read import load_cache, usable_prefix
+from ropewalk.model.saved.read import fitting_segments, load_cache, usable_prefix
 from ropewalk.model.saved.write import save_cache
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
@@ -367,6 +367,12 @@ class Model:
         ids = checked_token_ids(token_ids, self.config.vocab_size)
         origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
         return self.store.shared_length(self.layer_order, ids, origin)
+
+    def check_saved(self, file: SavedFile) -> None:
+        """Raises:
+        SavedCacheError: the file belongs to another model, or other settings of it.
+        """
+        fitting_segments(self, file)
 
     def usable_prefix(self, file: SavedFile, token_ids: TokenIds, adapters: Request | None = None) -> int:
         """How many leading positions `attach` would give this prompt once the saved cache is loaded and shared.

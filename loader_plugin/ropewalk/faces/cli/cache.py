@@ -22,11 +22,13 @@ from ropewalk.faces.cli.options import (
     note,
     progress_bar,
     read_text,
+    size_argument,
 )
 
 if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
     from ropewalk.engine.kept import Kept
+    from ropewalk.engine.kept_folder import KeptFolder
     from ropewalk.model.saved.file import SavedFile
     from ropewalk.text.chat import Message
 
@@ -71,6 +73,38 @@ def add_cache_command(commands: Any) -> None:
 def add_cache_argument(group: Any, what: str) -> None:
     """--cache FILE."""
     group.add_argument("--cache", type=Path, metavar="FILE", help=what)
+
+
+def add_kept_arguments(group: Any, default: str = "none are kept") -> None:
+    """--cache-folder and its size, for the commands that keep prompts by themselves. default: where, for people."""
+    group.add_argument(
+        "--cache-folder",
+        type=Path,
+        metavar="DIR",
+        help=f"where texts that are to be read once are kept, and found again after a restart (default: {default})",
+    )
+    group.add_argument(
+        "--cache-folder-size",
+        type=size_argument,
+        metavar="SIZE",
+        help="how much it may hold, such as 10GiB; what was not used for the longest time goes first (default: 32GiB)",
+    )
+
+
+def kept_folder(args: argparse.Namespace) -> KeptFolder | None:
+    """The folder that --cache-folder names.
+
+    Raises:
+        ConfigError: it cannot be used. RequestError: a size without a folder.
+    """
+    from ropewalk.engine.kept_folder import MOST_BYTES, KeptFolder
+
+    if args.cache_folder is None:
+        if args.cache_folder_size is not None:
+            raise RequestError("--cache-folder-size needs --cache-folder DIR")
+        return None
+    size = MOST_BYTES if args.cache_folder_size is None else args.cache_folder_size
+    return KeptFolder(args.cache_folder.expanduser(), size)
 
 
 def run_save(args: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_choice(group, CACHE_TYPE, "type of cached keys and values")
     group.add_argument(
         "--cache-memory",
-        type=_size,
+        type=size_argument,
         metavar="SIZE",
         help="memory for cached keys and values, such as 4GiB (default: half of what is free, within a sensible bound)",
     )
@@ -358,7 +358,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _size(text: str) -> int:
+def size_argument(text: str) -> int:
+    """Bytes, for argparse."""
     try:
         return parse_bytes(text)
     except ValueError as error:

@@ -30,12 +30,7 @@ def open_saved(path: str | Path) -> SavedFile:
     """
     if not isinstance(path, (str, Path)) or not str(path):
         raise RequestError(f"path must be that of a saved cache, got {shown(path)}")
-    try:
-        return SavedFile(Path(path))
-    except ValueError as error:  # a path with NUL
-        if isinstance(error, SavedCacheError):
-            raise
-        raise SavedCacheError(f"{path!r} cannot be read: {error}") from error
+    return SavedFile(Path(path))
 
 
 def load_cache(model: Model, path: str | Path, progress: Progress | None = None) -> KvCache:

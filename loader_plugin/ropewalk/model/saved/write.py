@@ -19,6 +19,8 @@ from ropewalk.model.saved.identity import model_facts
 if TYPE_CHECKING:
     from ropewalk.model.model import Model
 
+MOST_ABOUT = 4 << 20  # characters: in JSON within JSON they may take 20 times as much, and a header holds 100 MB
+
 
 def save_cache(
     model: Model,
@@ -40,6 +42,8 @@ def save_cache(
     texts = dict(about or {})
     if not all(isinstance(item, str) for pair in texts.items() for item in pair):
         raise RequestError(f"about must map texts to texts, got {shown(texts)}")
+    if sum(len(item) for pair in texts.items() for item in pair) > MOST_ABOUT:
+        raise RequestError(f"about may have {MOST_ABOUT} characters in all: keep long texts elsewhere")
     model.check_owner(cache)
     copy = cache.fork()  # whatever happens to the cache meanwhile, these pages stay as they are
     if not copy.length:
