@@ -33,9 +33,8 @@ class Shelf:
         self._session = session
         folder = session.shelf.folder
         with gr.Accordion("Read once, and keep", open=False, elem_id="documents-shelf"):
-            gr.HTML(
-                f'<p class="rw-hint">{ABOUT.format(folder=folder.folder, limit=format_bytes(folder.most_bytes))}</p>'
-            )
+            about = ABOUT.format(folder=escape(_short(folder.folder)), limit=format_bytes(folder.most_bytes))
+            gr.HTML(f'<p class="rw-line">{about}</p>')
             with gr.Row():
                 self.keep = gr.Button("Keep the ticked ones", size="sm", min_width=90, elem_id="documents-keep")
                 self.stop = gr.Button("Stop", size="sm", min_width=90, elem_id="documents-keep-stop")
