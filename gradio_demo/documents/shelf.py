@@ -32,7 +32,7 @@ class Shelf:
     def __init__(self, session: Session) -> None:
         self._session = session
         folder = session.shelf.folder
-        with gr.Accordion("Read once, and keep", open=False, elem_id="documents-shelf"):
+        with gr.Accordion("Read once, and keep", open=False, elem_id="documents-shelf") as self.box:
             about = ABOUT.format(folder=escape(_short(folder.folder)), limit=format_bytes(folder.most_bytes))
             gr.HTML(f'<p class="rw-line">{about}</p>')
             with gr.Row():
@@ -108,7 +108,12 @@ class Shelf:
         chosen = [state, listed, template, self.line]
         self.kept.input(run_choose, [self.kept, state], chosen, **HIDDEN)
         self.forget.click(run_forget, self.kept, [self.kept, self.line], **HIDDEN)
-        page.load(self._choices, None, self.kept, **HIDDEN)
+
+        def run_page(request: gr.Request) -> list[Any]:
+            choices = self._choices(request)
+            return [choices, gr.update(open=bool(choices["choices"]))]  # what is kept is offered to who comes back
+
+        page.load(run_page, None, [self.kept, self.box], **HIDDEN)
         bar.changed.change(self._choices, None, self.kept, **HIDDEN)
 
     def _choices(self, request: gr.Request, name: str | None = None) -> Any:
