@@ -23,14 +23,13 @@ from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.base.json import shown
-from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.cache import Frequencies, KvCache, Origin
 from ropewalk.model.layers import CopiedLayer, PackedLayer
-from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.saved.file import SavedFile
 from ropewalk.model.saved.read import fitting_segments, load_cache, usable_prefix
 from ropewalk.model.saved.write import save_cache
@@ -66,17 +65,6 @@ class ModelWeights:
         return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
-    for all pages of them (default: see `pages.choose_cache_memory`)."""
-
-    max_seq_len: int
-    max_input_len: int
-    cache_format: CacheFormat
-    cache_memory: int | None = None
-
-
 class Model:
     """A decoder ready to run. Made by `load_model`.
 
@@ -98,6 +86,7 @@ class Model:
         self.rope = rope
         self.backend = backend
         self.weights = weights
+        self._limits = limits
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
         self.cache_format = limits.cache_format
@@ -106,10 +95,10 @@ class Model:
         self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
         self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
-        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_format)
+        context = context_pages(backend, config, len(self.instances), limits)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
         pool = backend.new_pool(config.num_kv_heads, config.head_dim, limits.cache_format, memory)
-        self.store = PageStore(pool, len(self.instances))
+        self.store = PageStore(pool, self.cache_format, len(self.instances), limits.chunk_rows)
 
     def set_layer_order(
         self,
@@ -129,8 +118,7 @@ class Model:
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
         self._check_places(instances)
-        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_format)
-        check_holds_one(context, self.cache_memory)
+        check_holds_one(context_pages(self.backend, self.config, len(instances), self._limits), self.cache_memory)
         self.instances = instances
         self.layer_order = order
         self._adapters.set_instances(self.instances)
@@ -215,8 +203,8 @@ class Model:
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the keys and values of `length` positions, in whole pages."""
-        return num_pages(length) * self.store.page_bytes
+        """Memory of the keys and values of `length` positions, in whole pages, with a recent window if there is one."""
+        return self.store.bytes_of(length)
 
     @property
     def cache_memory(self) -> int:
@@ -249,7 +237,7 @@ class Model:
                 f"max_seq_len: a cache of {capacity} positions was asked for, but the model was loaded for "
                 f"{self.max_seq_len}; load it with max_seq_len={capacity}"
             )
-        return KvCache(self, self.store.lock, capacity, self.layer_order)
+        return KvCache(self, self.store.lock, self.cache_format, capacity, self.layer_order)
 
     def fork(self, cache: KvCache) -> KvCache:
         """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first.
@@ -276,7 +264,8 @@ class Model:
         """
         self.check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
-        return cache.common_prefix(ids[:-1], Origin(self.frequencies(len(ids)), self._adapters.key(adapters)))
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return cache.continuable(cache.common_prefix(ids[:-1], origin))
 
     def share(self, cache: KvCache) -> None:
         """Keep what `cache` holds, for `attach`: until the memory is needed, even if the cache is dropped.
@@ -366,7 +355,7 @@ class Model:
         """
         ids = checked_token_ids(token_ids, self.config.vocab_size)
         origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
-        return self.store.shared_length(self.layer_order, ids, origin)
+        return self.store.shared_length(self.new_cache(), ids, origin)
 
     def check_saved(self, file: SavedFile) -> None:
         """Raises:

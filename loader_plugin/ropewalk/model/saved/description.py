@@ -16,7 +16,7 @@ from ropewalk.adapters.sets import SavedUse
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import Section
 from ropewalk.base.limits import MAX_POSITIONS
-from ropewalk.model.cache import Frequencies
+from ropewalk.model.cache import Frequencies, num_pages
 
 MAX_BYTES = 1 << 50
 
@@ -35,7 +35,8 @@ class SavedSegment:
 class Description:
     """ropewalk: its version. model: the name of the folder, for people. facts: see identity.py. rope: for people.
 
-    part_bytes: of a page, in each place that holds a part of it. about: what the caller wanted to be kept, any texts.
+    part_bytes: of a page, in each place that holds a part of it. recent: which of the pages are held in float16 as well,
+    for a format with a recent window; recent_bytes: of such a page. about: what the caller wanted to be kept, any texts.
     """
 
     ropewalk: str
@@ -46,6 +47,16 @@ class Description:
     part_bytes: tuple[int, ...]
     segments: tuple[SavedSegment, ...]
     about: Mapping[str, str]
+    recent: tuple[int, ...] = ()
+    recent_bytes: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """(name, number, bytes of each) of the parts of pages, as they follow each other in the file."""
+        count = num_pages(self.num_tokens)
+        codes = [(f"pages.{place}", count, size) for place, size in enumerate(self.part_bytes)]
+        exact = [(f"recent.{place}", len(self.recent), size) for place, size in enumerate(self.recent_bytes)]
+        return codes + exact
 
     def to_json(self) -> str:
         """The text that `read_description` reads back as it was."""
@@ -57,6 +68,8 @@ class Description:
                 "rope": self.rope,
                 "num_tokens": self.num_tokens,
                 "part_bytes": list(self.part_bytes),
+                "recent": list(self.recent),
+                "recent_bytes": list(self.recent_bytes),
                 "segments": [_segment_to_json(segment) for segment in self.segments],
                 "about": dict(self.about),
             },
@@ -84,9 +97,11 @@ def read_description(text: str, source: str) -> Description:
         facts=_object(top, "facts"),
         rope=_text(top, "rope"),
         num_tokens=num_tokens,
-        part_bytes=tuple(_part_bytes(top)),
+        part_bytes=_integers(top, "part_bytes", 1, MAX_BYTES, at_least=1),
         segments=_segments(top, num_tokens),
         about=_about(top),
+        recent=_recent(top, num_pages(num_tokens)),
+        recent_bytes=_integers(top, "recent_bytes", 1, MAX_BYTES, at_least=0),
     )
 
 
@@ -143,11 +158,22 @@ def _sections(section: Section, key: str) -> list[Section]:
     return [Section(section.source, value, f"{section.name(key)}.{i}") for i, value in enumerate(values)]
 
 
-def _part_bytes(top: Section) -> list[int]:
-    values = top.values.get("part_bytes")
-    if not isinstance(values, list) or not values or not all(type(v) is int and 0 < v < MAX_BYTES for v in values):
-        raise top.error("part_bytes", "a list of positive integers")
-    return values
+def _integers(top: Section, key: str, low: int, end: int, at_least: int) -> tuple[int, ...]:
+    values = top.values.get(key)
+    if (
+        not isinstance(values, list)
+        or len(values) < at_least
+        or not all(type(v) is int and low <= v < end for v in values)
+    ):
+        raise top.error(key, f"a list of integers from {low} on")
+    return tuple(values)
+
+
+def _recent(top: Section, count: int) -> tuple[int, ...]:
+    indices = _integers(top, "recent", 0, count, at_least=0)
+    if any(one >= other for one, other in zip(indices, indices[1:], strict=False)):
+        raise top.error("recent", "ascending numbers of pages")
+    return indices
 
 
 def _about(top: Section) -> dict[str, str]:

@@ -4,6 +4,7 @@
     values    token_ids  [num_tokens] int32
               pages.0    [pages, bytes]  uint8: the memory of each page, as the pool lays it out
               pages.1    ...             a tensor for each place, where a model is split among several
+              recent.0   [pages, bytes]  uint8: the pages in float16 of a format with a recent window
 
 The pages can be many GiB, the rest is small: the head is read and checked on its own. Rows of the last page beyond the
 last token are saved as they are.
@@ -24,7 +25,6 @@ from ropewalk.base.json import shown
 from ropewalk.files.replaced import replaced_file
 from ropewalk.files.safetensors import SafetensorsFile
 from ropewalk.files.safetensors_header import header_text
-from ropewalk.model.cache import num_pages
 from ropewalk.model.saved.description import Description, read_description
 
 FORMAT_NAME = "ropewalk-cache"
@@ -43,14 +43,14 @@ def write_file(
 ) -> int:
     """Write a saved cache, whole or not at all; returns its size.
 
-    pages: [bytes] uint8 each, those of the first place first; copied to the CPU one by one. progress: counts them.
+    pages: [bytes] uint8 each, in the order of `Description.parts`; copied to the CPU one by one. progress: counts them.
 
     Raises:
         OSError: as `replaced_file`.
     """
     ids = torch.tensor(token_ids, dtype=torch.int32)
     text = description.to_json()
-    specs, total = _specs(description), num_pages(description.num_tokens) * len(description.part_bytes)
+    specs, total = _specs(description), _num_parts(description)
     metadata = {
         "format": FORMAT,
         "description": text,
@@ -104,7 +104,7 @@ class SavedFile:
     @property
     def num_steps(self) -> int:
         """Parts of pages in all: what progress counts, once to check them and once to read them."""
-        return num_pages(self.description.num_tokens) * len(self.description.part_bytes)
+        return _num_parts(self.description)
 
     def check_pages(self, progress: Progress) -> None:
         """Read all pages and compare their checksum, one page in memory at a time. progress: counts parts of pages.
@@ -113,23 +113,23 @@ class SavedFile:
             SavedCacheError: it is another one, or the file cannot be read or has changed.
         """
         digest, done = sha256(), 0
-        for place, size in enumerate(self.description.part_bytes):
+        for name, count, size in self.description.parts:
             part = torch.empty(size, dtype=torch.uint8)
-            for index in range(num_pages(self.description.num_tokens)):
-                self.read_page_(place, index, part)
+            for index in range(count):
+                self.read_part_(name, index, part)
                 digest.update(part.numpy())
                 done += 1
                 progress(done, self.num_steps)
         if digest.hexdigest() != self._pages_digest:
             raise self._damaged("the checksum of its pages is another one")
 
-    def read_page_(self, place: int, index: int, out: torch.Tensor) -> None:
-        """Fill out: [bytes] uint8, on the CPU, with the part of a page that lies in that place.
+    def read_part_(self, name: str, index: int, out: torch.Tensor) -> None:
+        """Fill out: [bytes] uint8, on the CPU, with a part of a page. name: one of `Description.parts`.
 
         Raises:
             SavedCacheError: the file cannot be read or has changed.
         """
-        self._read_(_pages_name(place), index * self.description.part_bytes[place], out)
+        self._read_(name, index * len(out), out)
 
     def _read_(self, name: str, first: int, out: torch.Tensor) -> None:
         with _told_as_saved_cache():
@@ -156,13 +156,12 @@ class SavedFile:
 
 def _specs(description: Description) -> list[TensorSpec]:
     """The tensors of the file, in their order."""
-    count = num_pages(description.num_tokens)
-    pages = [(_pages_name(place), "U8", (count, size)) for place, size in enumerate(description.part_bytes)]
-    return [(TOKEN_IDS, "I32", (description.num_tokens,)), *pages]
+    parts = [(name, "U8", (count, size)) for name, count, size in description.parts]
+    return [(TOKEN_IDS, "I32", (description.num_tokens,)), *parts]
 
 
-def _pages_name(place: int) -> str:
-    return f"pages.{place}"
+def _num_parts(description: Description) -> int:
+    return sum(count for _, count, _ in description.parts)
 
 
 def _head_digest(description: str, token_ids: torch.Tensor) -> str:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ropewalk import __version__
+from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.base.errors import RequestError, SavedCacheError
 from ropewalk.base.json import shown
-from ropewalk.model.cache import KvCache, Origin, Segment, common_length
+from ropewalk.model.cache import KvCache, Origin, Segment, common_length, num_pages
 from ropewalk.model.saved.file import REMEDY, Progress, SavedFile
 from ropewalk.model.saved.identity import differences, model_facts
 
@@ -48,11 +49,11 @@ def load_cache(model: Model, path: str | Path, progress: Progress | None = None)
     total = 2 * file.num_steps
     file.check_pages(lambda done, _: report(done, total))
     cache = model.new_cache()
-    model.store.reserve_([(cache, len(file.token_ids))])
+    model.store.take_(cache, len(file.token_ids), file.description.recent)
     try:
         _fill_(model, cache, file, lambda done: report(file.num_steps + done, total))
     except BaseException:
-        cache.hold_(())
+        cache.hold_((), {})
         raise
     cache.restore_(file.token_ids, segments)
     return cache
@@ -97,7 +98,15 @@ def usable_prefix(model: Model, file: SavedFile, token_ids: list[int], origin: O
     """
     segments = fitting_segments(model, file)
     end = next((segment.start for segment in segments if segment.origin != origin), len(file.token_ids))
-    return common_length(file.token_ids[:end], token_ids)
+    length = common_length(file.token_ids[:end], token_ids)
+    ends = [length, *range((length - 1) // PAGE_TOKENS * PAGE_TOKENS, 0, -PAGE_TOKENS)]
+    return next((end for end in ends if _continuable(model, file, end)), 0)
+
+
+def _continuable(model: Model, file: SavedFile, length: int) -> bool:
+    """Whether a token after so many positions finds what it reads in float16, for a format with a recent window."""
+    needed = range(model.cache_format.first_exact_page(length), num_pages(length)) if model.cache_format.recent else ()
+    return all(index in file.description.recent for index in needed)
 
 
 def _origin(model: Model, file: SavedFile, index: int) -> Origin:
@@ -115,19 +124,21 @@ def _origin(model: Model, file: SavedFile, index: int) -> Origin:
 
 def _fill_(model: Model, cache: KvCache, file: SavedFile, report: Callable[[int], None]) -> None:
     """Read every part of every page into the pages of the cache."""
+    exact = [cache.recent[index] for index in file.description.recent]
+    pages = {"pages": cache.pages, "recent": exact}
     done = 0
-    for place, size in enumerate(file.description.part_bytes):
+    for name, _, size in file.description.parts:
+        kind, _, place = name.partition(".")
         staged = torch.empty(size, dtype=torch.uint8)
-        for index, held in enumerate(cache.pages):
-            part = model.store.parts_of(held)[place]
-            if len(part) != size:
-                raise SavedCacheError(
-                    f"{file.path} has pages of {size} bytes, and those of the model have {len(part)}: {REMEDY}"
-                )
+        for index, held in enumerate(pages[kind]):
+            parts = model.store.parts_of(held)
+            part = parts[int(place)] if int(place) < len(parts) else None
+            if part is None or len(part) != size:
+                raise SavedCacheError(f"{file.path} has pages of other parts than those of the model: {REMEDY}")
             if part.device.type == "cpu":
-                file.read_page_(place, index, part)
+                file.read_part_(name, index, part)
             else:
-                file.read_page_(place, index, staged)
+                file.read_part_(name, index, staged)
                 part.copy_(staged)
             done += 1
             report(done)

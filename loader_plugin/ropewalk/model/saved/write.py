@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,18 +49,20 @@ def save_cache(
     copy = cache.fork()  # whatever happens to the cache meanwhile, these pages stay as they are
     if not copy.length:
         raise RequestError("the cache is empty: there is nothing to save")
-    part_bytes = [len(part) for part in model.store.parts_of(copy.pages[0])]
+    exact = [copy.recent[index] for index in sorted(copy.recent)]
     description = Description(
         ropewalk=__version__,
         model=Path(model.config.source).parent.name,
         facts=model_facts(model),
         rope=model.rope.describe().partition("; decided by ")[0],  # not the paths of this machine
         num_tokens=copy.length,
-        part_bytes=tuple(part_bytes),
+        part_bytes=_part_bytes(model, copy.pages),
         segments=tuple(_segments(model, copy)),
         about=texts,
+        recent=tuple(sorted(copy.recent)),
+        recent_bytes=_part_bytes(model, exact),
     )
-    parts = _parts(model, copy.pages, len(part_bytes))
+    parts = chain(_parts(model, copy.pages), _parts(model, exact))
     try:
         return write_file(Path(path), description, copy.token_ids, parts, progress or _ignored)
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
@@ -73,9 +76,14 @@ def _segments(model: Model, cache: KvCache) -> Iterator[SavedSegment]:
         yield SavedSegment(segment.start, segment.seq_len, origin.frequencies, model.saved_uses(origin.adapters))
 
 
-def _parts(model: Model, pages: Sequence[HeldPage], num_places: int) -> Iterator[torch.Tensor]:
+def _part_bytes(model: Model, pages: Sequence[HeldPage]) -> tuple[int, ...]:
+    """The size of each part of these pages, which are alike."""
+    return tuple(len(part) for part in model.store.parts_of(pages[0])) if pages else ()
+
+
+def _parts(model: Model, pages: Sequence[HeldPage]) -> Iterator[torch.Tensor]:
     """The memory of the pages, those of the first place first."""
-    for place in range(num_places):
+    for place in range(len(_part_bytes(model, pages))):
         for held in pages:
             yield model.store.parts_of(held)[place]
 
