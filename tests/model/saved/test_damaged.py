@@ -93,9 +93,10 @@ def header_bytes(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def rewritten(content: bytes, change: Callable[[dict], None]) -> bytes:
-    """The file with another description, and with checksums that are right for it."""
+def rewritten(content: bytes, change: Callable[[dict], None], drop: str | None = None) -> bytes:
+    """The file with another description and the checksum of that; without the tensor `drop` in its header."""
     header = json.loads(content[8 : header_bytes(content)])
+    header.pop(drop, None)
     metadata, values = header.pop("__metadata__"), content[header_bytes(content) :]
     description = json.loads(metadata["description"])
     change(description)
@@ -127,7 +128,11 @@ def put(*keys: str | int, value: object) -> Callable[[dict], None]:
         (put("num_tokens", value="many"), "num_tokens must be an integer"),
         (put("num_tokens", value=151), "its header is not the one that its description asks for"),
         (put("num_tokens", value=0), "num_tokens must be an integer"),
-        (put("part_bytes", value=[]), "part_bytes must be a list of positive integers"),
+        (put("part_bytes", value=[]), "part_bytes must be a list of at least 1 integers from 1 to"),
+        (put("recent", value=[3]), "recent must be a list of at least 0 integers from 0 to 2"),
+        (put("recent", value=[1, 0]), "recent must be ascending numbers of pages"),
+        (put("recent", value=[0]), "checksum of its pages is another one"),
+        (put("recent_bytes", value=[64]), "its header is not the one"),
         (put("part_bytes", value=[64]), "its header is not the one"),
         (put("segments", value=[]), "segments must be stretches of positions"),
         (put("segments", 0, "start", value=3), "segments must be stretches of positions"),
@@ -151,6 +156,23 @@ def test_what_a_description_says_is_checked(
     change: Callable[[dict], None], message: str, model: Model, content: bytes, tmp_path: Path
 ) -> None:
     assert message in refused(model, tmp_path / "kept", rewritten(content, change))
+
+
+def test_a_file_without_its_recent_window_is_refused(tmp_path: Path, model: Model) -> None:
+    window = Variant("reference", "exact").load(Path(model.config.source).parent, cache_type="q4+64")
+    cache = window.new_cache()
+    window.forward(IDS, cache)
+    cache.save(tmp_path / "kept")
+    content = (tmp_path / "kept").read_bytes()
+    assert open_saved(tmp_path / "kept").description.recent == (0, 1, 2)
+    header = json.loads(content[8 : header_bytes(content)])
+    lacking = content[: len(content) - 3 * header["recent.0"]["shape"][1]]
+
+    def lack(description: dict) -> None:
+        description["recent"], description["recent_bytes"] = [], []
+
+    changed = rewritten(lacking, lack, drop="recent.0")
+    assert "lacks pages of the recent window of a q4+64 cache" in refused(window, tmp_path / "kept", changed)
 
 
 def test_token_ids_that_the_model_does_not_know_are_refused(model: Model, content: bytes, tmp_path: Path) -> None:

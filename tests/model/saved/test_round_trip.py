@@ -16,6 +16,7 @@ from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.cache import KvCache
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
+from ropewalk.model.saved.read import open_saved
 from variants import Variant, variants
 
 FORMATS = ("fp16", "fp32", "q8", "q6", "q4", "q8_q4", "q4+64")
@@ -87,6 +88,26 @@ def test_a_loaded_cache_is_a_prefix_for_others(folder: Path, tmp_path: Path) -> 
     other = second.new_cache()
     assert second.attach(other, [*IDS, *MORE]) == len(IDS)
     assert torch.equal(follow(second, other), follow(first, cache))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_recent_window_serves_prompts_that_begin_alike(backend: str, folder: Path, tmp_path: Path) -> None:
+    first, second = (Variant(backend, "int8").load(folder, cache_type="q4+64", max_seq_len=512) for _ in range(2))
+    ids = IDS * 2  # 300 tokens, of which those before the window are in codes alone
+    cache = first.new_cache()
+    first.forward(ids, cache)
+    cache.save(tmp_path / "kept")
+    file = open_saved(tmp_path / "kept")
+    assert 0 < len(file.description.recent) < len(cache.pages)
+    second.share(second.load_cache(tmp_path / "kept"))
+    for prompt in ([*ids, *MORE], [*ids[:290], *MORE], [*ids[:100], *MORE]):
+        usable = second.usable_prefix(file, prompt)
+        other = second.new_cache()
+        assert second.attach(other, prompt) == usable == second.shared_length(prompt)
+        whole = first.new_cache()
+        expected = first.forward(prompt, whole, logits="all")[usable:]
+        assert torch.equal(second.forward(prompt[usable:], other, logits="all"), expected) or backend == "reference"
+    assert second.usable_prefix(file, [*ids[:100], *MORE]) == 0  # its window is gone
 
 
 def test_lengths_that_the_rotation_depends_on_are_kept(folder: Path, tmp_path: Path) -> None:

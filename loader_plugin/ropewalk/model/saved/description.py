@@ -35,8 +35,8 @@ class SavedSegment:
 class Description:
     """ropewalk: its version. model: the name of the folder, for people. facts: see identity.py. rope: for people.
 
-    part_bytes: of a page, in each place that holds a part of it. recent: which of the pages are held in float16 as well,
-    for a format with a recent window; recent_bytes: of such a page. about: what the caller wanted to be kept, any texts.
+    part_bytes: of a page, in each place that holds a part of it. recent: which of the pages are held in float16 as
+    well, for a format with a recent window; recent_bytes: of such a page. about: texts that the caller wanted to keep.
     """
 
     ropewalk: str
@@ -165,7 +165,7 @@ def _integers(top: Section, key: str, low: int, end: int, at_least: int) -> tupl
         or len(values) < at_least
         or not all(type(v) is int and low <= v < end for v in values)
     ):
-        raise top.error(key, f"a list of integers from {low} on")
+        raise top.error(key, f"a list of at least {at_least} integers from {low} to {end - 1}")
     return tuple(values)
 
 
