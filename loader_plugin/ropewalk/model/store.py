@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from ropewalk.backends.protocol import PAGE_TOKENS, PagePool
+from ropewalk.backends.protocol import PAGE_TOKENS, Page, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
 from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
@@ -18,6 +18,7 @@ from ropewalk.model.prefixes import PrefixTree
 
 EVICTED_PARTS = 32  # prefixes go by this part of the pool at least: finding the oldest looks at all of them
 
+Holders = dict[HeldPage, list[Hashable]]  # pages, and what each of their caches is going to write there
 Wanted = Sequence[tuple[KvCache, int]]  # caches, and the length that each is to reach
 
 
@@ -84,10 +85,67 @@ class PageStore:
                     cache.hold_(pages)
                 raise CacheFullError(self._full(wanted)) from error
 
+    def own_(self, wanted: Sequence[tuple[KvCache, int, Hashable]]) -> None:
+        """Give each cache pages that can be written, from a page on: shared ones are copied.
+
+        wanted: cache, index of the first page, and what is going to be written: caches with equal texts there keep the
+        pages that they share.
+
+        Raises:
+            CacheFullError: there is no memory for the copies. All caches are as they were.
+        """
+        with self.lock:
+            copied = {
+                key: HeldPage(page, key[0].num_bytes) for key, page in self._copies(_holders(wanted), "to be turned")
+            }
+            for cache, first, text in wanted:
+                renewed = (copied.get((held, text), held) for held in cache.pages[first:])
+                cache.hold_((*cache.pages[:first], *renewed))
+
+    def targets_of(self, cache: KvCache, start: int, end: int) -> list[HeldPage]:
+        """The pages for positions 0..end of a cache, of which those from `start` on are going to be written.
+
+        Pages that anybody else holds are replaced; what is before `start` is copied. The cache is as it was.
+
+        Raises:
+            CacheFullError: there is no memory for other pages.
+        """
+        first = start // PAGE_TOKENS
+        with self.lock:
+            kept = cache.pages[: num_pages(end)]
+            copied = dict(self._copies(_holders([(cache, first, None)], num_pages(end)), "to be shifted"))
+            return [
+                HeldPage(copied[held, None], held.num_bytes) if (held, None) in copied else held for held in kept
+            ]
+
+    def _copies(self, holders: Holders, purpose: str) -> list[tuple[tuple[HeldPage, Hashable], Page]]:
+        """Copies of the pages that others hold, one for each text, with memory that the tree can do without.
+
+        Raises:
+            CacheFullError: there is not so much.
+        """
+        shared = _shared(holders)
+        needed = sum(held.num_bytes for held, _ in shared)
+        self._make_room(needed)
+        if needed > self._pool.num_bytes - self._pool.used_bytes:
+            for held in [held for held in holders if held.in_tree and _is_whole(held, holders[held])]:
+                if held.in_tree:  # else it went with one before it
+                    self._tree.forget(held)
+            shared = _shared(holders)
+        try:
+            return [(key, self._pool.copy(key[0].page)) for key in shared]
+        except MemoryError as error:
+            needed = sum(held.num_bytes for held, _ in shared)
+            raise CacheFullError(
+                f"the cache is full: {len(shared)} pages {purpose} are shared with other sequences, and there is no "
+                f"memory for copies of them ({format_bytes(needed)}): drop other caches, or load the model with a "
+                "larger cache_memory"
+            ) from error
+
     def share(self, cache: KvCache) -> None:
         """Keep what the cache holds for others, as far as all of it was computed in one way."""
         first = cache.first_segment
-        if first is not None:
+        if first is not None and not first.origin.moves:
             with self.lock:
                 self._tree.add(cache, cache.same_origin(first.origin), self._copied_if_room)
 
@@ -150,6 +208,30 @@ class PageStore:
             f"{format_bytes(self._pool.num_bytes)} are free or only hold prefixes for later, {short}; truncate or drop "
             "other caches, give fewer tokens, or load the model with a larger cache_memory"
         )
+
+
+def _holders(wanted: Sequence[tuple[KvCache, int, Hashable]], end: int | None = None) -> Holders:
+    """The pages first..end of these caches, each with what is to be written by which of them."""
+    found: Holders = {}
+    for cache, first, text in wanted:
+        for held in cache.pages[first:end]:
+            found.setdefault(held, []).append(text)
+    return found
+
+
+def _is_whole(held: HeldPage, texts: Sequence[Hashable]) -> bool:
+    """Whether these are all the caches that hold a page, and all write the same."""
+    return len(texts) == len(held.caches) and len(set(texts)) == 1
+
+
+def _shared(holders: Holders) -> list[tuple[HeldPage, Hashable]]:
+    """The pages that cannot be written as they are, once for each text."""
+    return [
+        (held, text)
+        for held, texts in holders.items()
+        if held.in_tree or not _is_whole(held, texts)
+        for text in dict.fromkeys(texts)
+    ]
 
 
 def _next_page(cache: KvCache) -> HeldPage | None:

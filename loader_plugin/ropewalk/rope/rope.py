@@ -25,6 +25,9 @@ from ropewalk.rope.spellings import MAX_FACTOR, MIN_FACTOR
 
 logger = logging.getLogger(__name__)
 
+GROWTH = 8  # a sequence grows by this part of its length, before its keys are turned for another one,
+GROWN_TO = 64  # in multiples of this, the positions of a page
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -71,6 +74,25 @@ class Rope:
         inv, scale = self.inverse_frequencies(seq_len)
         angles = positions.astype(np.float64)[:, None] * inv  # [T, R/2]
         return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
+
+    def turns_like(self, other: Rope) -> bool:
+        """True if both rotate every key of every sequence alike, whatever decided them."""
+        mine, theirs = ((rope.method, rope.theta, rope.head_dim, rope.rotary_dim) for rope in (self, other))
+        return mine == theirs
+
+    def grown_length(self, length: int) -> int:
+        """The length whose frequencies a sequence gets that has outgrown those of its keys: `length`, or somewhat more.
+
+        It is the next of a fixed row of lengths, each an eighth longer than the one before and in whole pages, so that
+        keys that follow the length are turned a few times and not with every token. The row begins where the
+        frequencies begin to change, and depends on nothing else.
+        """
+        if not self.depends_on_length:
+            return length
+        grown = self.method.steady_length
+        while grown < length:
+            grown = -(-grown * (GROWTH + 1) // (GROWTH * GROWN_TO)) * GROWN_TO
+        return grown
 
     def describe(self) -> str:
         """One line for people: the method with its values, and what decided it."""
