@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS, Page
 from ropewalk.base.errors import RequestError
 from ropewalk.config.layer_order import LayerOrder
-
-CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of base/choices.CACHE_TYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +202,9 @@ class KvCache:
 
         grows: because the cache outgrows the length that its frequencies were for.
         """
-        self._segments = [_moved(segment, frequencies, Turned(segment.origin.frequencies)) for segment in self._segments]
+        self._segments = [
+            _moved(segment, frequencies, Turned(segment.origin.frequencies)) for segment in self._segments
+        ]
         self._reach = reach
         self._turned_at = self.length if grows else 0
 

@@ -8,8 +8,7 @@ model/step.py computes; this module holds what a loaded model consists of, and w
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,19 @@ from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
-from ropewalk.base.choices import RESCALE_MODE, ROPE_GROWTH
+from ropewalk.base.choices import ROPE_GROWTH
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.base.json import shown
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import CACHE_DTYPES, Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
 from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
-from ropewalk.model.rescale import follow_length_, rescale
-from ropewalk.model.shift import shift_
-from ropewalk.model.step import Cancelled, Checked, Progress, Span, checked_seq_len, run_step
+from ropewalk.model.live_rope import LiveRope
+from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
 from ropewalk.rope.rope import Rope, resolve_rope
@@ -65,17 +64,17 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model was loaded for: the longest sequence, the rows of a chunk, the dtype of keys and values, and bytes
+    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
     for all pages of them (default: see `pages.choose_cache_memory`)."""
 
     max_seq_len: int
     max_input_len: int
-    cache_type: str
+    cache_format: CacheFormat
     cache_memory: int | None = None
     rope_growth: str = ROPE_GROWTH.default
 
 
-class Model:
+class Model(LiveRope):
     """A decoder ready to run. Made by `load_model`.
 
     One thread at a time may compute (`step`, `forward`); others may share, attach, truncate and drop caches meanwhile.
@@ -93,22 +92,19 @@ class Model:
     ) -> None:
         self.config = config
         self.quant = quant
-        self.rope = rope
+        super().__init__(rope, limits.rope_growth)
         self.backend = backend
         self.weights = weights
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
-        self.cache_type = limits.cache_type
+        self.cache_format = limits.cache_format
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
-        self.rope_growth = limits.rope_growth
-        self.caches: weakref.WeakSet[KvCache] = weakref.WeakSet()  # all that are in use
-        self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
-        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_type)
+        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_format)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
-        pool = backend.new_pool(config.num_kv_heads, config.head_dim, CACHE_DTYPES[limits.cache_type], memory)
+        pool = backend.new_pool(config.num_kv_heads, config.head_dim, limits.cache_format, memory)
         self.store = PageStore(pool, len(self.instances))
 
     def set_layer_order(
@@ -129,7 +125,7 @@ class Model:
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
         self._check_places(instances)
-        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_type)
+        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_format)
         check_holds_one(context, self.cache_memory)
         self.instances = instances
         self.layer_order = order
@@ -140,6 +136,11 @@ class Model:
         if isinstance(self.backend, SplitBackend):
             layers = self.weights.layers
             self.backend.check_instances([layers[instance.weights_index].compiled for instance in instances])
+
+    @property
+    def cache_type(self) -> str:
+        """The format of keys and values as `load_model` spells it."""
+        return str(self.cache_format)
 
     @property
     def weight_bytes(self) -> int:
@@ -246,102 +247,14 @@ class Model:
             )
         cache = KvCache(self, self.store.lock, capacity, self.layer_order)
         cache.rope = self.rope
-        self.caches.add(cache)
+        with self.store.lock:
+            self.caches.add(cache)
         return cache
 
     def accepts(self, cache: KvCache) -> bool:
         """True if `cache` was made by this model, under its present layer order and with its present RoPE."""
         made = isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
         return made and (not cache.length or self.rope.turns_like(cache.rope))
-
-    def rescale(
-        self,
-        rope_scaling: Mapping[str, Any] | None = None,
-        mode: str = RESCALE_MODE.default,
-        caches: Iterable[KvCache] | None = None,
-        progress: Progress | None = None,
-        cancelled: Cancelled | None = None,
-        *,
-        compress_pos_emb: float | None = None,
-        alpha_value: float | None = None,
-        rope_theta: float | None = None,
-        max_seq_len: int | None = None,
-    ) -> bool:
-        """Another RoPE from now on, and caches that follow it; False once cancelled: then everything is as it was.
-
-        rope_scaling, compress_pos_emb, alpha_value, rope_theta: as for `load_model`; none of them: as the model's files
-            declare.
-        mode: "rotate" turns the cached keys by the difference of angles, in a moment: what the layers above the first
-            computed under the old RoPE stays. "recompute" computes keys and values anew, beside the old ones: the bits
-            of a fresh call, in its time.
-        caches: those to be brought along (default: all that are in use). Others stay as they are and are refused until
-            they are brought along, too, or emptied. Prefixes that were shared (`share`) belong to the RoPE of then.
-        max_seq_len: the longest sequence from now on (default: as before), at most what the memory for pages holds.
-            Caches that were made for the limit of before follow it.
-        progress: called with (positions done, positions to do). cancelled: asked before anything is written.
-
-        Raises:
-            ConfigError, UnsupportedError: as `resolve_rope`; an unknown mode; a max_seq_len that does not fit; mode
-                "rotate" where another part of the features is rotated. RequestError: a cache of another model or layer
-                order, or longer than max_seq_len; an adapter that is needed again and was unloaded.
-            CacheFullError: pages are shared, or computed anew, and there is no memory for them. Everything is as it
-                was.
-        """
-        rope = resolve_rope(
-            self.config.raw,
-            max_seq_len or self.max_seq_len,
-            rope_scaling=rope_scaling,
-            compress_pos_emb=compress_pos_emb,
-            alpha_value=alpha_value,
-            rope_theta=rope_theta,
-            source=self.config.source,
-        )
-        return rescale(self, rope, mode, caches, max_seq_len, progress, cancelled)
-
-    def shift(self, cache: KvCache, keep: int, drop: int) -> int:
-        """Take `drop` positions out of a cache, from `keep` on, and move the rest down instead of reading it again.
-
-        Returns how many positions were moved. Their keys are turned to the new positions, up to rounding; but they were
-        computed with the dropped tokens in sight, so the cache equals no fresh one, and nothing of it that was moved is
-        shared. keep: of a conversation the system prompt, and never less than a few tokens: much attention goes to the
-        first ones of a text.
-
-        Raises:
-            RequestError: a cache of another model, layer order or RoPE; positions that it does not hold.
-            CacheFullError: pages are shared, and there is no memory for others. The cache is as it was.
-        """
-        self.check_owner(cache)
-        return shift_(self, cache, keep, drop)
-
-    def new_cache_like(self, cache: KvCache) -> KvCache:
-        """An empty cache of the same capacity, which `caches` does not count: it is to take the other's place."""
-        made = KvCache(self, self.store.lock, cache.capacity, self.layer_order)
-        made.rope = self.rope
-        return made
-
-    def change_of(self, key: AdapterKey) -> ModelChange:
-        """What the adapters of an origin change, packed for the backend.
-
-        Raises:
-            RequestError: one of them has been unloaded.
-        """
-        return self._adapters.change(key)
-
-    def set_rope_(self, rope: Rope, max_seq_len: int) -> None:
-        """For `rescale`, which looks after the caches."""
-        self.rope, self.max_seq_len = rope, max_seq_len
-        self._frequencies = None
-
-    def follow_length_(self, spans: Sequence[Checked]) -> None:
-        """Bring the caches of a step along that outgrow the length of their frequencies; see model/rescale.py."""
-        follow_length_(self, spans)
-
-    def reach_of(self, reach: int, length: int) -> int:
-        """The length whose frequencies a sequence gets that is to have `length` positions. reach: the length that those
-        of its keys are for, 0 if it has none."""
-        if not reach:
-            return length
-        return reach if length <= reach else self.rope.grown_length(length)
 
     def reusable_prefix(self, cache: KvCache, token_ids: TokenIds, adapters: Request | None = None) -> int:
         """How many leading positions of `cache` a call with `token_ids` can keep and give the result of a fresh call.
@@ -444,40 +357,3 @@ class Model:
                 0; all caches are as they were.
         """
         return run_step(self, spans, progress, cancelled)
-
-    def frequencies(self, seq_len: int) -> Frequencies:
-        """The identity of the rotation tables of a call that reaches `seq_len` positions."""
-        last = self._frequencies
-        if last is not None and (last[0] == seq_len or not self.rope.depends_on_length):
-            return last[1]
-        inverse_frequencies, attention_scale = self.rope.inverse_frequencies(seq_len)
-        found = Frequencies(np.asarray(inverse_frequencies, dtype=np.float64).tobytes(), float(attention_scale))
-        self._frequencies = seq_len, found
-        return found
-
-    def check_owner(self, cache: KvCache) -> None:
-        """Raises:
-        RequestError: not a cache of this model under its present layer order, or one whose keys another RoPE rotated.
-        """
-        self.check_maker(cache)
-        if not cache.length:
-            cache.rope = self.rope
-        elif not self.rope.turns_like(cache.rope):
-            raise RequestError(
-                f"the keys of the cache were rotated by another RoPE ({cache.rope.describe()}) than the model has now "
-                f"({self.rope.describe()}): bring it along with rescale(..., caches=[cache]), or truncate it to 0"
-            )
-
-    def check_maker(self, cache: KvCache) -> None:
-        """Raises:
-        RequestError: not a cache of this model under its present layer order.
-        """
-        if not isinstance(cache, KvCache):
-            raise RequestError(f"cache must be made by model.new_cache(), got {type(cache).__name__}")
-        if cache.owner is not self:
-            raise RequestError("the cache belongs to another model; make one with new_cache() of this model")
-        if cache.layer_order != self.layer_order:
-            raise RequestError(
-                f"the cache was made for the layer order {shown(str(cache.layer_order))}, the model now has "
-                f"{shown(str(self.layer_order))}: make another cache with new_cache()"
-            )

@@ -197,7 +197,8 @@ def _counting(progress: Progress, before: int, total: int) -> Progress:
 def _chosen(model: Model, caches: Iterable[KvCache] | None) -> list[KvCache]:
     """The caches to be brought along: each once, all of this model and of its layer order."""
     if caches is None:
-        return [cache for cache in model.caches if cache.layer_order == model.layer_order]
+        with model.store.lock:
+            return [cache for cache in model.caches if cache.layer_order == model.layer_order]
     chosen = list(dict.fromkeys(caches))
     for cache in chosen:
         model.check_maker(cache)

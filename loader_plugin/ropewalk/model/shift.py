@@ -109,6 +109,4 @@ def _check(cache: KvCache, keep: Any, drop: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise RequestError(f"{name} must be an integer of at least 0, got {value!r}")
     if keep + drop > cache.length:
-        raise RequestError(
-            f"cannot take {drop} positions out from {keep} on: the cache holds {cache.length} positions"
-        )
+        raise RequestError(f"cannot take {drop} positions out from {keep} on: the cache holds {cache.length} positions")

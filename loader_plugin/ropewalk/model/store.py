@@ -114,9 +114,7 @@ class PageStore:
         with self.lock:
             kept = cache.pages[: num_pages(end)]
             copied = dict(self._copies(_holders([(cache, first, None)], num_pages(end)), "to be shifted"))
-            return [
-                HeldPage(copied[held, None], held.num_bytes) if (held, None) in copied else held for held in kept
-            ]
+            return [HeldPage(copied[held, None], held.num_bytes) if (held, None) in copied else held for held in kept]
 
     def _copies(self, holders: Holders, purpose: str) -> list[tuple[tuple[HeldPage, Hashable], Page]]:
         """Copies of the pages that others hold, one for each text, with memory that the tree can do without.
