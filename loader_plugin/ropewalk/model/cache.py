@@ -1,10 +1,10 @@
 """The key/value cache of one sequence: which tokens it holds, in which pages, and how they were computed.
 
 The backend owns the layout of a page; this module counts positions. It also remembers, segment by segment, the origin
-of keys and values: the adapters in use, the frequencies that its keys are rotated by, and what has been done to them since
-they were computed. At any moment all keys of a cache are rotated by the same frequencies: where these change (a RoPE
-method that depends on the length, another RoPE), the keys are turned or computed anew (model/rescale.py). The segments
-of a cache can differ in the rest; a prefix is reused only up to the first one whose origin is not that of the new call.
+of keys and values: the adapters in use, the frequencies that rotate its keys, and what has been done to them since they
+were computed. At any moment all keys of a cache are rotated by the same frequencies: where these change (a RoPE method
+that depends on the length, another RoPE), the keys are turned or computed anew (model/rescale.py). The segments of a
+cache can differ in the rest; a prefix is reused only up to the first one whose origin is not that of the new call.
 
 Several caches and the prefix tree may hold the same page. A page that anybody else holds is never written: the cache
 that has to append to it takes a copy first (model/store.py).
@@ -202,9 +202,8 @@ class KvCache:
 
         grows: because the cache outgrows the length that its frequencies were for.
         """
-        self._segments = [
-            _moved(segment, frequencies, Turned(segment.origin.frequencies)) for segment in self._segments
-        ]
+        moves = [Turned(segment.origin.frequencies) for segment in self._segments]
+        self._segments = [_moved(each, frequencies, move) for each, move in zip(self._segments, moves, strict=True)]
         self._reach = reach
         self._turned_at = self.length if grows else 0
 

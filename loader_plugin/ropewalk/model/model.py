@@ -23,16 +23,15 @@ from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
 from ropewalk.base.choices import ROPE_GROWTH
 from ropewalk.base.errors import ConfigError, RequestError
-from ropewalk.base.json import shown
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.cache import KvCache, Origin, num_pages
 from ropewalk.model.layers import CopiedLayer, PackedLayer
-from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.live_rope import LiveRope
+from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids

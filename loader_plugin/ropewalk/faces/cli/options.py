@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION, Choice
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH, SPECULATION, Choice
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
@@ -62,6 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compress-pos-emb", type=float, metavar="X", help="linear position interpolation")
     group.add_argument("--alpha-value", type=float, metavar="X", help="NTK-aware scaling")
     group.add_argument("--rope-theta", type=float, metavar="X", help="base of the rotary frequencies")
+    _add_choice(group, ROPE_GROWTH, "cached keys, where frequencies follow the length (dynamic, longrope)")
     add_order_arguments(parser)
 
 
