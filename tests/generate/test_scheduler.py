@@ -318,10 +318,11 @@ def test_guesses_are_checked_in_one_step_and_change_nothing() -> None:
     assert f"guessed {guessed_stats.guessed_tokens}, {guessed_stats.accepted_tokens} right" in guessed_stats.describe()
 
 
-def test_nothing_is_guessed_where_its_rows_would_be_rotated_in_another_way() -> None:
+def test_nothing_is_guessed_over_a_length_at_which_keys_are_turned() -> None:
     model = FakeModel(capacity=CAPACITY, script=lambda history: len(history) % 3, turns_at=30)
     ids, stats = reply_of(Scheduler(model), Asked(0, 10, 60, guesses=True))
-    assert 0 < stats.guessed_tokens <= 20  # between the first ten tokens and the thirtieth
-    assert (
-        ids == reply_of(Scheduler(FakeModel(capacity=CAPACITY, script=model.script, turns_at=30)), Asked(0, 10, 60))[0]
-    )
+    assert stats.accepted_tokens > 20
+    reaches = {span.cache.reach for step in model.steps for span in step}
+    for call in model.calls[1:]:
+        assert len(call) < 16
+    assert ids == reply_of(Scheduler(turning_at_30(model.script)), Asked(0, 10, 60))[0]

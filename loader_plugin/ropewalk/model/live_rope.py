@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, ModelChange
 from ropewalk.base.choices import RESCALE_MODE
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import CacheFullError, RequestError
 from ropewalk.base.json import shown
 from ropewalk.model.cache import Frequencies, KvCache
 from ropewalk.model.rescale import follow_length_, rescale
 from ropewalk.model.shift import shift_
 from ropewalk.model.step import Cancelled, Checked, Progress
+from ropewalk.model.token_ids import TokenIds, checked_token_ids
 from ropewalk.rope.rope import Rope, resolve_rope
 
 if TYPE_CHECKING:
@@ -98,6 +100,53 @@ class LiveRope:
         """
         self.check_owner(cache)
         return shift_(self, cache, keep, drop)
+
+    def keep(self, cache: KvCache, client: Hashable = None) -> None:
+        """Hold on to a cache that nobody uses any more, for `resume`: until the memory is needed.
+
+        Raises:
+            RequestError: a cache of another model, layer order or RoPE.
+        """
+        self.check_owner(cache)
+        with self.store.lock:
+            self.store.kept.add(cache, client)
+
+    def resume(
+        self,
+        cache: KvCache,
+        token_ids: TokenIds,
+        adapters: Request | None = None,
+        client: Hashable = None,
+        shifts: bool = False,
+    ) -> int:
+        """Put what a kept cache of the same client holds of `token_ids` in the place of what `cache` does, if it is
+        more, by a page at least; returns how many positions were shifted for that.
+
+        shifts: also from a cache of which a stretch has to be taken out. At most len(token_ids) - 1 positions are
+        given: the last token must be run for its logits.
+
+        Raises:
+            RequestError: as `attach`.
+        """
+        self.check_owner(cache)
+        ids = checked_token_ids(token_ids, self.config.vocab_size)[:-1]
+        key = self._adapters.key(adapters)
+        with self.store.lock:
+            for found in self.store.kept.find(ids, client, shifts, cache.length):
+                made = {segment.origin.adapters for *_, segment in found.cache.stretches}
+                if self.accepts(found.cache) and made == {key} and found.length <= cache.capacity:
+                    break
+            else:
+                return 0
+            self.store.kept.forget(found.cache)
+        removed = found.removed
+        found.cache.truncate(removed.keep + removed.drop + removed.rest)
+        try:
+            moved = shift_(self, found.cache, removed.keep, removed.drop)
+        except CacheFullError:
+            return 0
+        cache.become_(found.cache)
+        return moved
 
     def new_cache_like(self, cache: KvCache) -> KvCache:
         """An empty cache of the same capacity, which `caches` does not count: it is to take the other's place."""

@@ -14,6 +14,7 @@ from ropewalk.backends.protocol import PAGE_TOKENS, Page, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
 from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
+from ropewalk.model.kept import KeptCaches
 from ropewalk.model.prefixes import PrefixTree
 
 EVICTED_PARTS = 32  # prefixes go by this part of the pool at least: finding the oldest looks at all of them
@@ -30,6 +31,7 @@ class PageStore:
         self.num_instances = num_instances  # of the pages that are taken from now on
         self._pool = pool
         self._tree = PrefixTree()
+        self.kept = KeptCaches()
 
     @property
     def page_bytes(self) -> int:
@@ -48,9 +50,13 @@ class PageStore:
 
     @property
     def shared_bytes(self) -> int:
-        """Memory of the pages that only the tree holds."""
+        """Memory of the pages that only the tree holds, or caches that are kept for later."""
         with self.lock:
-            return self._tree.idle_bytes
+            return self._idle_bytes
+
+    @property
+    def _idle_bytes(self) -> int:
+        return self._tree.idle_bytes + self.kept.idle_bytes
 
     def missing_bytes(self, wanted: Wanted) -> int:
         """What is missing even if the tree forgets all it can; 0 if caches can grow to these lengths."""
@@ -61,7 +67,7 @@ class PageStore:
                 return 0
             # One of the caches need not copy such a page once the tree has forgotten it.
             unshared = self.page_bytes * len(_forgettable(wanted))
-            return max(0, needed - unshared - free - self._tree.idle_bytes)
+            return max(0, needed - unshared - free - self._idle_bytes)
 
     def reserve_(self, wanted: Wanted) -> None:
         """Give every cache the pages to grow to its length, and a page of its own to write to next; or change none.
@@ -95,9 +101,7 @@ class PageStore:
             CacheFullError: there is no memory for the copies. All caches are as they were.
         """
         with self.lock:
-            copied = {
-                key: HeldPage(page, key[0].num_bytes) for key, page in self._copies(_holders(wanted), "to be turned")
-            }
+            copied = {key: HeldPage(page, key[0].num_bytes) for key, page in self._copies(wanted, "to be turned")}
             for cache, first, text in wanted:
                 renewed = (copied.get((held, text), held) for held in cache.pages[first:])
                 cache.hold_((*cache.pages[:first], *renewed))
@@ -113,23 +117,25 @@ class PageStore:
         first = start // PAGE_TOKENS
         with self.lock:
             kept = cache.pages[: num_pages(end)]
-            copied = dict(self._copies(_holders([(cache, first, None)], num_pages(end)), "to be shifted"))
+            copied = dict(self._copies([(cache, first, None)], "to be shifted", num_pages(end)))
             return [HeldPage(copied[held, None], held.num_bytes) if (held, None) in copied else held for held in kept]
 
-    def _copies(self, holders: Holders, purpose: str) -> list[tuple[tuple[HeldPage, Hashable], Page]]:
+    def _copies(
+        self, wanted: Sequence[tuple[KvCache, int, Hashable]], purpose: str, end: int | None = None
+    ) -> list[tuple[tuple[HeldPage, Hashable], Page]]:
         """Copies of the pages that others hold, one for each text, with memory that the tree can do without.
 
         Raises:
             CacheFullError: there is not so much.
         """
-        shared = _shared(holders)
-        needed = sum(held.num_bytes for held, _ in shared)
+        needed = sum(held.num_bytes for held, _ in _shared(_holders(wanted, end)))
         self._make_room(needed)
+        holders = _holders(wanted, end)  # a kept cache may have gone
         if needed > self._pool.num_bytes - self._pool.used_bytes:
             for held in [held for held in holders if held.in_tree and _is_whole(held, holders[held])]:
                 if held.in_tree:  # else it went with one before it
                     self._tree.forget(held)
-            shared = _shared(holders)
+        shared = _shared(holders)
         try:
             return [(key, self._pool.copy(key[0].page)) for key in shared]
         except MemoryError as error:
@@ -174,6 +180,11 @@ class PageStore:
         return self.page_bytes * (added + copies)
 
     def _make_room(self, num_bytes: int, before: int | None = None) -> None:
+        self._evict(num_bytes, before)
+        while num_bytes > self._pool.num_bytes - self._pool.used_bytes and self.kept.drop_oldest():
+            self._evict(num_bytes, before)
+
+    def _evict(self, num_bytes: int, before: int | None) -> None:
         short = num_bytes - (self._pool.num_bytes - self._pool.used_bytes)
         if short > 0:
             self._tree.evict(max(short, self._pool.num_bytes // EVICTED_PARTS), before)
@@ -198,7 +209,7 @@ class PageStore:
 
     def _full(self, wanted: Wanted) -> str:
         needed, missing = self._needed(wanted), self.missing_bytes(wanted)
-        free = self._pool.num_bytes - self._pool.used_bytes + self._tree.idle_bytes
+        free = self._pool.num_bytes - self._pool.used_bytes + self._idle_bytes
         short = f"{format_bytes(missing)} too few" if missing else "and the machine has no more memory"
         return (
             f"the cache is full: {format_bytes(needed)} are needed for {len(wanted)} "
