@@ -264,7 +264,7 @@ class SequenceState:
         self.made = [(start, min(end, length), seq_len) for start, end, seq_len in self.made if start < length]
 
     def go_back_(self, length: int, segments: list[Segment]) -> None:
-        """A step has failed, before which the cache held this; it may have lost it, if it was about to turn its keys."""
+        """A step has failed, before which the cache held this. It has lost it if its keys were just being turned."""
         self.trim_(length)
         if self.cache.length < length:
             rest = [(max(start, length), end, seq_len) for start, end, seq_len in self.made if end > length]
