@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -86,6 +87,18 @@ inline std::vector<uint8_t*> move_places(const Pages& pages, const Page& like, c
   return places;
 }
 
+// Rows move one after the other: in pages that are both read and written, each must be read before it is written.
+inline void check_ascending(const std::vector<uint8_t*>& source, int64_t source_start,
+                            const std::vector<uint8_t*>& target, int64_t target_start, int64_t num_rows) {
+  std::map<const uint8_t*, int64_t> read;
+  for (int64_t i = source_start / kKvTile; i * kKvTile < source_start + num_rows; ++i) read[source[static_cast<size_t>(i)]] = i;
+  for (int64_t i = target_start / kKvTile; i * kKvTile < target_start + num_rows; ++i) {
+    const auto found = read.find(target[static_cast<size_t>(i)]);
+    if (found == read.end()) continue;
+    require(found->second == i && target_start <= source_start, "rows would be written before they are read");
+  }
+}
+
 inline void run_move_rows(CpuRuntime& runtime, const Pages& source, int64_t source_start, const Pages& target,
                           int64_t target_start, int64_t num_rows, const py::array& cos, const py::array& sin) {
   require(num_rows >= 0 && num_rows <= kMostPositions, "num_rows is out of range");
@@ -103,12 +116,7 @@ inline void run_move_rows(CpuRuntime& runtime, const Pages& source, int64_t sour
   require(2 * args.half <= format.head_dim, "cos has more than D / 2 columns");
   const std::vector<uint8_t*> from = move_places(source, like, "source", source_start, num_rows);
   const std::vector<uint8_t*> to = move_places(target, like, "target", target_start, num_rows);
-  // Rows ascend: where a page is both read and written, a row must have been read before it is written.
-  for (size_t i = 0; i < from.size(); ++i) {
-    for (size_t j = 0; j < to.size(); ++j) {
-      if (from[i] == to[j]) require(i == j && target_start <= source_start, "rows would be written before they are read");
-    }
-  }
+  check_ascending(from, source_start, to, target_start, num_rows);
   args.source = format.view(from.data(), 0);
   args.target = format.view(to.data(), 0);
   args.instance_bytes = format.instance_bytes();
