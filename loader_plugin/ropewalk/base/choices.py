@@ -92,6 +92,7 @@ SPECULATION = Choice(
     ),
     "none",
 )
+AUTO = "auto"  # of rope_scaling: chosen for the context asked for (rope/automatic.py)
 ROTATE, RECOMPUTE = "rotate", "recompute"
 RESCALE_MODE = Choice(
     "mode",

@@ -200,7 +200,7 @@ class Engine:
             QueueFullError: at the first piece, if `queue_limit` requests are already waiting.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        shift = self._checked_shift(context_shift)
+        shift = checked_shift(self.context_shift if context_shift is None else context_shift)
         return self._start(ids, params, cancelled, progress, adapters, ticket, client, priority, shift)
 
     def generate(
@@ -268,15 +268,33 @@ class Engine:
         """
         params = params or SamplingParams()
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
-        shift, dropped = self._checked_shift(context_shift), 0
-        if shift is not None:
-            messages, dropped = shortened(self, messages, params.max_new_tokens, **variables)
-            if (self.context_shift if context_shift is None else context_shift) is True:
-                shift = ContextShift(max(num_opening_tokens(self, messages, **variables), SINKS))
-        ids = self.chat_ids(messages, **variables)
+        ids, keep, dropped = self.chat_prompt(messages, params.max_new_tokens, context_shift, **variables)
+        shift = checked_shift(keep)
         stream = self._start(ids, params, cancelled, progress, adapters, ticket, client, priority, shift)
         self._last.dropped_messages = dropped
         return stream
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        context_shift: bool | int | None = None,
+        **variables: Any,
+    ) -> tuple[list[int], bool | int, int]:
+        """(the prompt in token ids, `context_shift` for `stream`, how many of the oldest messages were left out).
+
+        With context shift, messages are left out that leave no room for a reply, and what stays at the start of the
+        window is what stands before the first turn, unless a number is given.
+
+        Raises:
+            RequestError, ContextLengthError: as for `chat_ids`.
+        """
+        wanted = self.context_shift if context_shift is None else context_shift
+        if checked_shift(wanted) is None:
+            return self.chat_ids(messages, **variables), False, 0
+        kept, dropped = shortened(self, messages, max_new_tokens, **variables)
+        keep = max(num_opening_tokens(self, messages, **variables), SINKS) if wanted is True else wanted
+        return self.chat_ids(kept, **variables), keep, dropped
 
     def chat_ids(
         self, messages: Sequence[Message], *, continue_final_message: bool = False, **variables: Any
@@ -333,9 +351,6 @@ class Engine:
         ids = checked_prompt(self.scheduler.vocab_size, self.context_size, prompt_ids)
         uses = _adapters_or_auto(adapters)
         return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority, shift)
-
-    def _checked_shift(self, context_shift: bool | int | None) -> ContextShift | None:
-        return checked_shift(self.context_shift if context_shift is None else context_shift)
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
         """The text of a request, piece by piece; holds a turn and pages until its end."""

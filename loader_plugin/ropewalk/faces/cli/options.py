@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH, SPECULATION, Choice
+from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH, SPECULATION, Choice
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
@@ -57,7 +57,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for cached keys and values, such as 4GiB (default: half of what is free, within a sensible bound)",
     )
     group.add_argument(
-        "--rope-scaling", type=_json_object, metavar="JSON", help='such as \'{"type": "yarn", "factor": 4}\''
+        "--rope-scaling",
+        type=_scaling,
+        metavar="JSON",
+        help='such as \'{"type": "yarn", "factor": 4}\', or auto: chosen for --max-seq-len',
     )
     group.add_argument("--compress-pos-emb", type=float, metavar="X", help="linear position interpolation")
     group.add_argument("--alpha-value", type=float, metavar="X", help="NTK-aware scaling")
@@ -127,6 +130,25 @@ def speculation_options(args: argparse.Namespace) -> dict[str, Any]:
     if kind == "draft" and args.draft_model is None:
         raise RequestError("--speculation draft needs --draft-model FOLDER")
     return {"speculation": None if kind == "none" else kind, "draft_model": args.draft_model}
+
+
+def add_shift_argument(parser: argparse._ActionsContainer, whose: str = "") -> None:
+    """Whether the oldest turns go at the end of the window."""
+    parser.add_argument(
+        "--context-shift",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="N",
+        help="when the window is full, drop the oldest turns and move the rest down, without reading it again; keep N "
+        f"tokens at the start (default: the system prompt){whose}",
+    )
+
+
+def shift_option(args: argparse.Namespace) -> bool | int:
+    """--context-shift, as `Engine` takes it."""
+    return args.context_shift
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None:
@@ -364,6 +386,10 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _scaling(text: str) -> dict[str, Any] | str:
+    return text if text == AUTO else _json_object(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
     load,
@@ -19,6 +20,7 @@ from ropewalk.faces.cli.options import (
     model_folder,
     note,
     sampling_params,
+    shift_option,
     speculation_options,
 )
 
@@ -86,6 +88,7 @@ def add_serve_command(commands: Any) -> None:
         help="requests that may wait (default: %(default)s)",
     )
     add_template_argument(group)
+    add_shift_argument(group, "; requests can say otherwise: context_shift")
     group.add_argument(
         "--adapter",
         action="append",
@@ -132,7 +135,10 @@ def _engine(args: argparse.Namespace) -> Engine:
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weights and instances in a model name")
-    engine = Engine(model, tokenizer, args.chat_template, args.max_running, args.queue_limit, **guessing)
+    shift = shift_option(args)
+    engine = Engine(
+        model, tokenizer, args.chat_template, args.max_running, args.queue_limit, context_shift=shift, **guessing
+    )
     _ = engine.chat_template  # a broken or missing template is better reported here than to a client
     return engine
 

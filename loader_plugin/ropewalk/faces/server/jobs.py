@@ -173,6 +173,7 @@ class Job:
             ticket=self.ticket,
             client=self._client,
             priority=self._work.priority,
+            context_shift=choice.context_shift,
         )
         tokens = _ShownTokens(stream)
         if choice.echo:
