@@ -18,7 +18,8 @@ from ropewalk.model.rescale import follow_length_, rescale
 from ropewalk.model.shift import shift_
 from ropewalk.model.step import Cancelled, Checked, Progress
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
-from ropewalk.rope.rope import Rope, resolve_rope
+from ropewalk.rope.given import rope_as_given
+from ropewalk.rope.rope import Rope
 
 if TYPE_CHECKING:
     from ropewalk.adapters.sets import AdapterSets
@@ -44,7 +45,7 @@ class LiveRope:
 
     def rescale(
         self,
-        rope_scaling: Mapping[str, Any] | None = None,
+        rope_scaling: Mapping[str, Any] | str | None = None,
         mode: str = RESCALE_MODE.default,
         caches: Iterable[KvCache] | None = None,
         progress: Progress | None = None,
@@ -75,7 +76,7 @@ class LiveRope:
             CacheFullError: pages are shared, or computed anew, and there is no memory for them. Everything is as it
                 was.
         """
-        rope = resolve_rope(
+        rope = rope_as_given(
             self.config.raw,
             max_seq_len or self.max_seq_len,
             rope_scaling=rope_scaling,

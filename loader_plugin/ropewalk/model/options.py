@@ -37,6 +37,7 @@ class LoadOptions:
     gpu_split: GiB of weights for each card, from the first on, such as "10,20" (default: one card, `device`).
     threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
     rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `resolve_rope`.
+        rope_scaling="auto": if max_seq_len is more than the checkpoint covers, a rule chooses (rope/automatic.py).
     rope_growth: what happens to cached keys when a sequence outgrows the length of their frequencies, under a method
         that follows the length: "rotate" turns them, "recompute" computes them anew.
     cache_type: the format of cached keys and values: "fp32", "fp16", "q8", "q6", "q4", two of them as keys_values such
@@ -62,7 +63,7 @@ class LoadOptions:
     backend: str = BACKEND.default
     threads: int | None = None
     isa: str | None = None
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | str | None = None
     compress_pos_emb: float | None = None
     alpha_value: float | None = None
     rope_theta: float | None = None

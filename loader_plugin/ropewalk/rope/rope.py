@@ -114,6 +114,7 @@ def resolve_rope(
     alpha_value: float | None = None,
     rope_theta: float | None = None,
     source: str = "config.json",
+    why: str | None = None,
 ) -> Rope:
     """The RoPE of a model: what its config.json asks for, or what the arguments put in its place.
 
@@ -126,6 +127,7 @@ def resolve_rope(
     alpha_value: NTK-aware scaling by this alpha, in place of config.json's scaling; both knobs together divide the
         NTK-aware frequencies by compress_pos_emb. 1 means no scaling. Neither goes together with rope_scaling.
     rope_theta: the base, in place of config.json's; it combines with everything else.
+    why: what decided, in place of the names of arguments.
 
     Raises:
         ConfigError: a key or an argument has the wrong type, is out of range, or contradicts another.
@@ -153,6 +155,8 @@ def resolve_rope(
     # to take. An argument, however, is given for the length that it reaches.
     default_length = reach if by_knobs or rope_scaling is not None else min(reach, declared)
     rope = _rope(decision, theta, default_length)
+    if why is not None:
+        rope = replace(rope, decided_by=why)
     if seq_len is not None:
         _warn_beyond(rope, _length(seq_len, "seq_len", 1))
     return rope

@@ -231,7 +231,9 @@ def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
     options = load_options(args)
-    if not options.has_rope:
+    if options.rope_scaling == AUTO and getattr(args, "adapter", None):
+        options = _with_adapters_first(args, folder, options)
+    elif not options.has_rope:
         scaling = _rope_of_adapters(args)
         if scaling is None and to_talk and args.model is None:
             scaling = embedded_scaling()
@@ -242,6 +244,17 @@ def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
     return model, tokenizer
+
+
+def _with_adapters_first(args: argparse.Namespace, folder: Path, options: LoadOptions) -> LoadOptions:
+    """The automatic choice gives way to what an adapter was trained for, if the checkpoint covers too little itself."""
+    from ropewalk.config.model import load_model_config
+    from ropewalk.rope.automatic import covered_without
+
+    config = load_model_config(folder)
+    if covered_without(config.raw, options.max_seq_len, config.source):
+        return options
+    return replace(options, rope_scaling=_rope_of_adapters(args) or AUTO)
 
 
 def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:
