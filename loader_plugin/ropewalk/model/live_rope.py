@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, ModelChange
 from ropewalk.base.choices import RESCALE_MODE
-from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.base.errors import RequestError
 from ropewalk.base.json import shown
 from ropewalk.model.cache import Frequencies, KvCache
 from ropewalk.model.rescale import follow_length_, rescale
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ropewalk.adapters.sets import AdapterSets
     from ropewalk.config.layer_order import LayerOrder
     from ropewalk.config.model import ModelConfig
+    from ropewalk.model.pages import ModelLimits
     from ropewalk.model.store import PageStore
 
 
@@ -33,6 +35,7 @@ class LiveRope:
 
     config: ModelConfig
     layer_order: LayerOrder
+    limits: ModelLimits
     max_seq_len: int
     store: PageStore
     _adapters: AdapterSets
@@ -141,17 +144,17 @@ class LiveRope:
                 return 0
             self.store.kept.forget(found.cache)
         removed = found.removed
-        found.cache.truncate(removed.keep + removed.drop + removed.rest)
         try:
+            found.cache.truncate(removed.keep + removed.drop + removed.rest)
             moved = shift_(self, found.cache, removed.keep, removed.drop)
-        except CacheFullError:
+        except RequestError:  # no memory for it, or the recent positions are not held in float16 any more
             return 0
         cache.become_(found.cache)
         return moved
 
     def new_cache_like(self, cache: KvCache) -> KvCache:
         """An empty cache of the same capacity, which `caches` does not count: it is to take the other's place."""
-        made = KvCache(self, self.store.lock, cache.capacity, self.layer_order)
+        made = KvCache(self, self.store.lock, cache.cache_format, cache.capacity, self.layer_order)
         made.rope = self.rope
         return made
 
@@ -166,6 +169,7 @@ class LiveRope:
     def set_rope_(self, rope: Rope, max_seq_len: int) -> None:
         """For `rescale`, which looks after the caches."""
         self.rope, self.max_seq_len = rope, max_seq_len
+        self.limits = replace(self.limits, max_seq_len=max_seq_len)
         self._frequencies = None
 
     def frequencies(self, seq_len: int) -> Frequencies:

@@ -21,17 +21,15 @@ from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
-from ropewalk.base.choices import ROPE_GROWTH
 from ropewalk.base.errors import ConfigError, RequestError
-from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import KvCache, Origin, num_pages
+from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.live_rope import LiveRope
-from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
@@ -61,18 +59,6 @@ class ModelWeights:
         return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
-    for all pages of them (default: see `pages.choose_cache_memory`)."""
-
-    max_seq_len: int
-    max_input_len: int
-    cache_format: CacheFormat
-    cache_memory: int | None = None
-    rope_growth: str = ROPE_GROWTH.default
-
-
 class Model(LiveRope):
     """A decoder ready to run. Made by `load_model`.
 
@@ -94,6 +80,7 @@ class Model(LiveRope):
         super().__init__(rope, limits.rope_growth)
         self.backend = backend
         self.weights = weights
+        self.limits = limits
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
         self.cache_format = limits.cache_format
@@ -101,10 +88,10 @@ class Model(LiveRope):
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
-        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_format)
+        context = context_pages(backend, config, len(self.instances), limits)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
         pool = backend.new_pool(config.num_kv_heads, config.head_dim, limits.cache_format, memory)
-        self.store = PageStore(pool, len(self.instances))
+        self.store = PageStore(pool, self.cache_format, len(self.instances), limits.chunk_rows)
 
     def set_layer_order(
         self,
@@ -124,8 +111,7 @@ class Model(LiveRope):
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
         self._check_places(instances)
-        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_format)
-        check_holds_one(context, self.cache_memory)
+        check_holds_one(context_pages(self.backend, self.config, len(instances), self.limits), self.cache_memory)
         self.instances = instances
         self.layer_order = order
         self._adapters.set_instances(self.instances)
@@ -210,8 +196,8 @@ class Model(LiveRope):
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the keys and values of `length` positions, in whole pages."""
-        return num_pages(length) * self.store.page_bytes
+        """Memory of the keys and values of `length` positions, in whole pages, with a recent window if there is one."""
+        return self.store.bytes_of(length)
 
     @property
     def cache_memory(self) -> int:
@@ -244,7 +230,7 @@ class Model(LiveRope):
                 f"max_seq_len: a cache of {capacity} positions was asked for, but the model was loaded for "
                 f"{self.max_seq_len}; load it with max_seq_len={capacity}"
             )
-        cache = KvCache(self, self.store.lock, capacity, self.layer_order)
+        cache = KvCache(self, self.store.lock, self.cache_format, capacity, self.layer_order)
         cache.rope = self.rope
         with self.store.lock:
             self.caches.add(cache)
@@ -267,7 +253,8 @@ class Model(LiveRope):
         """
         self.check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
-        return cache.common_prefix(ids[:-1], Origin(self.frequencies(len(ids)), self._adapters.key(adapters)))
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return cache.continuable(cache.common_prefix(ids[:-1], origin))
 
     def share(self, cache: KvCache) -> None:
         """Keep what `cache` holds, for `attach`: until the memory is needed, even if the cache is dropped.

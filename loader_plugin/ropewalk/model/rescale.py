@@ -14,7 +14,7 @@ several of them share is turned once, for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -106,10 +106,10 @@ def turn_(model: Model, turns: Sequence[Turn], progress: Progress | None = None)
     turns = [turn for turn in turns if turn.cache.length and turn.cache.frequencies != turn.frequencies]
     for turn in turns:
         check_turns(turn.cache.frequencies, turn.frequencies)
-    model.store.own_([(turn.cache, 0, turn.frequencies) for turn in turns])
+    model.store.own_([(turn.cache, turn.frequencies) for turn in turns])
     filled: dict[HeldPage, int] = {}
     for turn in turns:
-        for index, held in enumerate(turn.cache.pages):
+        for index, held in (*enumerate(turn.cache.pages), *turn.cache.recent.items()):
             rows = min(PAGE_TOKENS, turn.cache.length - PAGE_TOKENS * index)
             filled[held] = max(filled.get(held, 0), rows)
     done: set[HeldPage] = set()
@@ -130,8 +130,19 @@ def turn_(model: Model, turns: Sequence[Turn], progress: Progress | None = None)
 
 
 def _turn_pages_(model: Model, turn: Turn, filled: dict[HeldPage, int], done: set[HeldPage]) -> None:
-    """Turn the pages of one cache that no other has brought along yet, in runs of neighbours."""
-    numbered = list(enumerate(turn.cache.pages))
+    """Turn the pages of one cache that no other has brought along yet, in runs of neighbours of a kind."""
+    recent = sorted(turn.cache.recent.items())
+    for numbered in (list(enumerate(turn.cache.pages)), recent):  # pages in float16 have neighbours of theirs
+        _turn_runs_(model, turn, numbered, filled, done)
+
+
+def _turn_runs_(
+    model: Model,
+    turn: Turn,
+    numbered: Sequence[tuple[int, HeldPage]],
+    filled: dict[HeldPage, int],
+    done: set[HeldPage],
+) -> None:
     for is_done, run in groupby(numbered, key=lambda pair: pair[1] in done):
         if is_done:
             continue
@@ -215,8 +226,8 @@ def _check_length(model: Model, max_seq_len: int, caches: Sequence[KvCache]) -> 
             "truncate or shift it first, or leave it out"
         )
     if max_seq_len > model.max_seq_len:
-        num_instances = len(model.instances)
-        context = context_pages(model.backend, model.config, num_instances, max_seq_len, model.cache_format)
+        limits = replace(model.limits, max_seq_len=max_seq_len)
+        context = context_pages(model.backend, model.config, len(model.instances), limits)
         check_holds_one(context, model.cache_memory)
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.base.errors import RequestError
-from ropewalk.model.cache import KvCache
+from ropewalk.model.cache import HeldPage, KvCache, num_pages
 from ropewalk.model.rotation import shift_tables
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def shift_(model: Model, cache: KvCache, keep: int, drop: int) -> int:
     """Take `drop` positions out of a cache, from `keep` on; returns how many were moved down.
 
     Raises:
-        RequestError: the cache does not hold these positions. CacheFullError: pages are shared, and there is no memory
+        RequestError: the cache does not hold these positions; or its format has a recent window that would reach back
+            over positions that it does not hold in float16. CacheFullError: pages are shared, and there is no memory
             for others. The cache is as it was.
     """
     _check(cache, keep, drop)
@@ -46,8 +48,9 @@ def shift_(model: Model, cache: KvCache, keep: int, drop: int) -> int:
     if not num_rows:
         cache.truncate(keep)
         return 0
+    _check_window(cache, keep, drop)
     source = cache.pages
-    target = model.store.targets_of(cache, keep, keep + num_rows)
+    target, recent = model.store.targets_of(cache, keep, keep + num_rows)
     cos, sin = (
         torch.from_numpy(table).to(model.backend.device) for table in shift_tables(cache.frequencies, drop, num_rows)
     )  # [num_rows, R/2]
@@ -55,12 +58,58 @@ def shift_(model: Model, cache: KvCache, keep: int, drop: int) -> int:
         model.backend.move_rows_(
             [held.page for held in source], keep + drop, [held.page for held in target], keep, num_rows, cos, sin
         )
-        cache.hold_(target)
+        for index, held in recent.items():
+            _fill_recent_(model, cache, index, held, keep, drop, cos, sin)
+        cache.hold_(target, recent)
         cache.record_shift_(keep, drop)
     except BaseException:  # interrupted: what is before `keep` is as it was
-        cache.truncate(keep)
+        cache.truncate(cache.continuable(keep))
         raise
     return num_rows
+
+
+def _fill_recent_(
+    model: Model,
+    cache: KvCache,
+    index: int,
+    target: HeldPage,
+    keep: int,
+    drop: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> None:
+    """A page in float16 of the shifted cache: positions before `keep` as they were, later ones moved. cos, sin: of all
+    rows that move, which are turned alike."""
+    first, end = PAGE_TOKENS * index, min(PAGE_TOKENS * (index + 1), cache.length - drop)
+    held = cache.recent
+    if first < keep:
+        num_rows = min(keep, end) - first
+        still = torch.ones_like(cos[:1]).repeat(num_rows, 1), torch.zeros_like(cos[:1]).repeat(num_rows, 1)
+        model.backend.move_rows_([held[index].page], 0, [target.page], 0, num_rows, *still)
+    start = max(first, keep)
+    if start < end:
+        low = (start + drop) // PAGE_TOKENS
+        pages = [held[place].page for place in range(low, num_pages(end + drop))]
+        place, num_rows = start + drop - PAGE_TOKENS * low, end - start
+        model.backend.move_rows_(pages, place, [target.page], start - first, num_rows, cos[:num_rows], sin[:num_rows])
+
+
+def _check_window(cache: KvCache, keep: int, drop: int) -> None:
+    """Raises:
+    RequestError: a token after the shift would read positions in float16 that are held in codes alone.
+    """
+    end = cache.length - drop
+    needed: set[int] = set()
+    for index in cache.exact_pages(end, end):
+        first, last = PAGE_TOKENS * index, min(PAGE_TOKENS * (index + 1), end)
+        needed.update([index] if first < keep else [])
+        moved = range((max(first, keep) + drop) // PAGE_TOKENS, num_pages(last + drop))
+        needed.update(moved if max(first, keep) < last else [])
+    if not needed.issubset(cache.recent):
+        raise RequestError(
+            f"cannot shift: after it the {cache.cache_format.recent} recent positions of the {cache.cache_format} "
+            f"cache would begin before {keep}, where it holds none in float16: keep fewer at the start, or drop fewer"
+        )
 
 
 def find_removed(new: Sequence[int], old: Sequence[int]) -> Removed | None:

@@ -1,5 +1,8 @@
 """The pages of one model: taken from the backend's pool for its caches, shared through the prefix tree.
 
+A format with a recent window has pages in float16 besides (model/recent.py): a step reserves as many as its rows need
+at once, and slides over them chunk by chunk.
+
 One lock guards the tree, the lists of pages and who holds them, so that one thread may share or attach prefixes while
 another computes a step. A page is written only by the step of the one cache that holds it.
 """
@@ -8,14 +11,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from ropewalk.backends.protocol import PAGE_TOKENS, Page, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
 from ropewalk.model.kept import KeptCaches
 from ropewalk.model.prefixes import PrefixTree
+from ropewalk.model.recent import RecentPages, continuable
 
 EVICTED_PARTS = 32  # prefixes go by this part of the pool at least: finding the oldest looks at all of them
 
@@ -26,10 +31,12 @@ Wanted = Sequence[tuple[KvCache, int]]  # caches, and the length that each is to
 class PageStore:
     """Pages for caches of one model, with keys and values for so many layer instances each."""
 
-    def __init__(self, pool: PagePool, num_instances: int) -> None:
+    def __init__(self, pool: PagePool, cache_format: CacheFormat, num_instances: int, chunk_rows: int) -> None:
         self.lock = threading.RLock()
         self.num_instances = num_instances  # of the pages that are taken from now on
+        self.chunk_rows = chunk_rows  # the most rows of a sequence that are computed at once
         self._pool = pool
+        self._recent = RecentPages(pool, cache_format)
         self._tree = PrefixTree()
         self.kept = KeptCaches()
 
@@ -37,6 +44,11 @@ class PageStore:
     def page_bytes(self) -> int:
         """Memory of a page."""
         return self._pool.page_bytes(self.num_instances)
+
+    def bytes_of(self, length: int) -> int:
+        """Memory of the pages of a cache of so many positions."""
+        recent = self._recent.num_held(length) * self._recent.page_bytes(self.num_instances)
+        return num_pages(length) * self.page_bytes + recent
 
     @property
     def num_bytes(self) -> int:
@@ -82,68 +94,89 @@ class PageStore:
             if self._needed(wanted) > self._pool.num_bytes - self._pool.used_bytes:
                 for held in _forgettable(wanted):
                     self._tree.forget(held)
-            before = [(cache, cache.pages) for cache, _ in wanted]
+            before = [(cache, cache.pages, cache.recent) for cache, _ in wanted]
             try:
                 for cache, length in wanted:
                     self._grow_(cache, length)
+                    self._recent.reserve_(cache, length, self.chunk_rows, self.num_instances)
             except MemoryError as error:  # the machine has less than the limit
-                for cache, pages in before:
-                    cache.hold_(pages)
+                for cache, pages, recent in before:
+                    cache.hold_(pages, recent)
                 raise CacheFullError(self._full(wanted)) from error
 
-    def own_(self, wanted: Sequence[tuple[KvCache, int, Hashable]]) -> None:
-        """Give each cache pages that can be written, from a page on: shared ones are copied.
+    def slide_(self, cache: KvCache, end: int) -> None:
+        """Before rows up to position `end` are computed: the pages that they write in float16, of those reserved."""
+        if cache.cache_format.recent:
+            with self.lock:
+                self._recent.slide_(cache, end)
 
-        wanted: cache, index of the first page, and what is going to be written: caches with equal texts there keep the
-        pages that they share.
+    def settle_(self, cache: KvCache) -> None:
+        """A step is over: what the cache does not need goes back."""
+        with self.lock:
+            cache.give_back_()
+            self._recent.release_(cache)
+
+    def own_(self, wanted: Sequence[tuple[KvCache, Hashable]]) -> None:
+        """Give each cache pages that can be written: shared ones are copied.
+
+        wanted: caches, and what is going to be written: those with equal texts keep the pages that they share.
 
         Raises:
             CacheFullError: there is no memory for the copies. All caches are as they were.
         """
         with self.lock:
-            copied = {key: HeldPage(page, key[0].num_bytes) for key, page in self._copies(wanted, "to be turned")}
-            for cache, first, text in wanted:
-                renewed = (copied.get((held, text), held) for held in cache.pages[first:])
-                cache.hold_((*cache.pages[:first], *renewed))
+            copies = self._copies(lambda: _holders(wanted), "to be turned")
+            copied = {key: HeldPage(page, key[0].num_bytes) for key, page in copies}
+            for cache, text in wanted:
+                pages = [copied.get((held, text), held) for held in cache.pages]
+                recent = {index: copied.get((held, text), held) for index, held in cache.recent.items()}
+                cache.hold_(pages, recent)
 
-    def targets_of(self, cache: KvCache, start: int, end: int) -> list[HeldPage]:
-        """The pages for positions 0..end of a cache, of which those from `start` on are going to be written.
+    def targets_of(self, cache: KvCache, start: int, end: int) -> tuple[list[HeldPage], dict[int, HeldPage]]:
+        """The pages for positions 0..end of a cache, of which those from `start` on are going to be written, and new
+        ones in float16 for the window before the next token.
 
         Pages that anybody else holds are replaced; what is before `start` is copied. The cache is as it was.
 
         Raises:
             CacheFullError: there is no memory for other pages.
         """
-        first = start // PAGE_TOKENS
+        first, exact = start // PAGE_TOKENS, cache.exact_pages(end, end)
+        size = self._recent.page_bytes(self.num_instances)
         with self.lock:
             kept = cache.pages[: num_pages(end)]
-            copied = dict(self._copies([(cache, first, None)], "to be shifted", num_pages(end)))
-            return [HeldPage(copied[held, None], held.num_bytes) if (held, None) in copied else held for held in kept]
+            copies = self._copies(lambda: {held: [None] for held in kept[first:]}, "to be shifted", size * len(exact))
+            copied = {held: page for (held, _), page in copies}
+            try:
+                recent = {index: HeldPage(self._pool.take(self.num_instances, recent=True), size) for index in exact}
+            except MemoryError as error:
+                raise CacheFullError(_no_copies(len(exact), "in float16 are needed", size * len(exact))) from error
+            return [HeldPage(copied[held], held.num_bytes) if held in copied else held for held in kept], recent
 
     def _copies(
-        self, wanted: Sequence[tuple[KvCache, int, Hashable]], purpose: str, end: int | None = None
+        self, holders: Callable[[], Holders], purpose: str, besides: int = 0
     ) -> list[tuple[tuple[HeldPage, Hashable], Page]]:
         """Copies of the pages that others hold, one for each text, with memory that the tree can do without.
+
+        besides: bytes that are going to be needed, too.
 
         Raises:
             CacheFullError: there is not so much.
         """
-        needed = sum(held.num_bytes for held, _ in _shared(_holders(wanted, end)))
+        needed = sum(held.num_bytes for held, _ in _shared(holders())) + besides
         self._make_room(needed)
-        holders = _holders(wanted, end)  # a kept cache may have gone
+        found = holders()  # a kept cache may have gone
         if needed > self._pool.num_bytes - self._pool.used_bytes:
-            for held in [held for held in holders if held.in_tree and _is_whole(held, holders[held])]:
+            for held in [held for held in found if held.in_tree and _is_whole(held, found[held])]:
                 if held.in_tree:  # else it went with one before it
                     self._tree.forget(held)
-        shared = _shared(holders)
+        shared = _shared(found)
         try:
             return [(key, self._pool.copy(key[0].page)) for key in shared]
         except MemoryError as error:
             needed = sum(held.num_bytes for held, _ in shared)
             raise CacheFullError(
-                f"the cache is full: {len(shared)} pages {purpose} are shared with other sequences, and there is no "
-                f"memory for copies of them ({format_bytes(needed)}): drop other caches, or load the model with a "
-                "larger cache_memory"
+                _no_copies(len(shared), f"{purpose} are shared with other sequences", needed)
             ) from error
 
     def share(self, cache: KvCache) -> None:
@@ -159,25 +192,30 @@ class PageStore:
         The cache holds a prefix of `token_ids`, all of that origin.
         """
         with self.lock:
+            found = continuable(cache, self._tree.find(cache.layer_order, origin, token_ids))
             pages, length = list(cache.pages), cache.length
-            for index, (held, agreeing) in enumerate(self._tree.find(cache.layer_order, origin, token_ids)):
+            for index, (node, agreeing) in enumerate(found):
                 end = index * PAGE_TOKENS + agreeing
                 if end <= length:
                     continue
-                mine = held if agreeing == PAGE_TOKENS else self._copied_if_room(held)
+                mine = node.held if agreeing == PAGE_TOKENS else self._copied_if_room(node.held)
                 if mine is None:
                     break
                 pages[index:] = [mine]
                 length = end
-            if length > cache.length:
-                cache.hold_(pages)
+            if length == cache.length:
+                return
+            recent = self._recent.attached(cache, found, length, self._copied_if_room)
+            if recent is not None:
+                cache.hold_(pages, recent)
                 cache.record_(token_ids[cache.length : length], origin, seq_len)
 
     def _needed(self, wanted: Wanted) -> int:
         """Memory of the pages that these caches lack."""
         added = sum(max(0, num_pages(length) - len(cache.pages)) for cache, length in wanted)
         copies = sum(count - _is_theirs(held, count) for held, count in _written(wanted).items())
-        return self.page_bytes * (added + copies)
+        recent = sum(self._recent.num_lacking(cache, length, self.chunk_rows) for cache, length in wanted)
+        return self.page_bytes * (added + copies) + self._recent.page_bytes(self.num_instances) * recent
 
     def _make_room(self, num_bytes: int, before: int | None = None) -> None:
         self._evict(num_bytes, before)
@@ -219,13 +257,20 @@ class PageStore:
         )
 
 
-def _holders(wanted: Sequence[tuple[KvCache, int, Hashable]], end: int | None = None) -> Holders:
-    """The pages first..end of these caches, each with what is to be written by which of them."""
+def _holders(wanted: Sequence[tuple[KvCache, Hashable]]) -> Holders:
+    """The pages of these caches, of both kinds, each with what is to be written by which of them."""
     found: Holders = {}
-    for cache, first, text in wanted:
-        for held in cache.pages[first:end]:
+    for cache, text in wanted:
+        for held in (*cache.pages, *cache.recent.values()):
             found.setdefault(held, []).append(text)
     return found
+
+
+def _no_copies(number: int, what: str, num_bytes: int) -> str:
+    return (
+        f"the cache is full: {number} pages {what}, and there is no memory for copies of them "
+        f"({format_bytes(num_bytes)}): drop other caches, or load the model with a larger cache_memory"
+    )
 
 
 def _is_whole(held: HeldPage, texts: Sequence[Hashable]) -> bool:

@@ -362,9 +362,12 @@ class Scheduler:
 
     def _shifted(self, sequence: SequenceState, keep: int, drop: int) -> int:
         moved = 0
-        if sequence.cache.length >= len(sequence.token_ids):
-            sequence.trim_(len(sequence.token_ids))
-            moved = self.model.shift(sequence.cache, keep, drop)
+        sequence.trim_(len(sequence.token_ids))
+        if sequence.cache.length == len(sequence.token_ids):
+            try:
+                moved = self.model.shift(sequence.cache, keep, drop)
+            except RequestError:  # no memory for it, or a recent window that reaches too far back: read it again
+                sequence.trim_(keep)
         else:
             sequence.trim_(keep)
         sequence.shift_(keep, drop)
