@@ -10,6 +10,7 @@ import torch
 
 from ropewalk.adapters.request import AdapterUse
 from ropewalk.engine.turn_queue import Ticket
+from ropewalk.generate.context_shift import ContextShift
 from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
 from ropewalk.generate.routing import Routing
 from ropewalk.generate.sampling import SamplingParams
@@ -41,7 +42,8 @@ class Completion:
 class TextRequest:
     """The state of one request. Kept apart from its stream, so that nothing holds a stream that the caller drops.
 
-    ticket: the caller's place in the queue, if it has one. client, priority: who asks, and how urgently. copies: the
+    ticket: the caller's place in the queue, if it has one. client, priority: who asks, and how urgently. shift: whether
+    the oldest tokens go at the end of the window. dropped_messages: of a conversation, for want of room. copies: the
     cache of the prompt is wanted, as prompt_cache. token_texts: the text that each step added.
     """
 
@@ -53,6 +55,8 @@ class TextRequest:
     ticket: Ticket | None = None
     client: Hashable = None
     priority: str = INTERACTIVE
+    shift: ContextShift | None = None
+    dropped_messages: int = 0
     queue_s: float = 0.0
     routing: Routing | None = None
     generation: Generation | None = None
@@ -104,6 +108,11 @@ class TextStream(Iterator[str]):
     def queue_s(self) -> float:
         """How long the request waited for its turn, from when its first piece was requested."""
         return self._request.queue_s
+
+    @property
+    def dropped_messages(self) -> int:
+        """How many of the oldest messages of the conversation were left out, for want of room."""
+        return self._request.dropped_messages
 
     @property
     def routing(self) -> Routing | None:

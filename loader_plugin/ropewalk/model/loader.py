@@ -74,7 +74,9 @@ def load_model(
     plan = plan_loading(folder, options)
     ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)
     logger.info("%s", plan.rope.describe())
-    limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory)
+    limits = ModelLimits(
+        plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory, options.rope_growth
+    )
     context = context_pages(ops, plan.config, len(plan.order), limits)
     check_cache_memory(context, limits.cache_memory, ops)
     second = plan.second

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ropewalk.adapters.request import Request
-from ropewalk.base.errors import ContextLengthError, RequestError, SavedCacheError
+from ropewalk.base.choices import ROTATE
+from ropewalk.base.errors import ContextLengthError, RequestError, RopewalkError, SavedCacheError
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.cache import MESSAGES, conversation_opening, kept_messages, load_kept
@@ -22,13 +23,16 @@ from ropewalk.faces.cli.options import (
     note,
     progress_bar,
     sampling_params,
+    shift_option,
     speculation_options,
 )
+from ropewalk.faces.cli.rescale import HELP as RESCALE_HELP
+from ropewalk.faces.cli.rescale import parse_rescale
 from ropewalk.generate.sampling import SamplingParams
 
 HELP = (
     "/reset forgets the conversation, /undo the last turn, /save FILE keeps it for chat --cache FILE, /exit (or "
-    "Ctrl-D) leaves; Ctrl-C stops a reply"
+    f"Ctrl-D) leaves; Ctrl-C stops a reply; {RESCALE_HELP}"
 )
 REPLY_TOKENS = 512
 LONG_PREFILL = 1024
@@ -87,11 +91,14 @@ class Conversation:
         self.messages = [message for message in messages if message["role"] != "system"]
 
     def _reply(self) -> tuple[str, str]:
-        self._shorten()
+        if not self.engine.context_shift:
+            self._shorten()
         pieces = []
         with _interrupt_sets() as interrupted, progress_bar("reading", "token", LONG_PREFILL) as progress:
             messages = self._opening + self.messages
             stream = self.engine.chat(messages, self.params, interrupted.is_set, progress, self.adapters)
+            if stream.dropped_messages:
+                note(f"the context is full: left out the {stream.dropped_messages} oldest messages")
             for piece in stream:
                 pieces.append(piece)
                 sys.stdout.write(piece)
@@ -129,7 +136,7 @@ def chat_loop(args: argparse.Namespace) -> int:
     params, guessing = sampling_params(args, max_new_tokens=REPLY_TOKENS), speculation_options(args)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
-    engine = Engine(model, tokenizer, args.chat_template, **guessing)
+    engine = Engine(model, tokenizer, args.chat_template, context_shift=shift_option(args), **guessing)
     conversation = Conversation(engine, params, args.system, adapters)
     _ = engine.chat_template  # a broken or missing template is better reported before the first question
     kept = load_kept(engine, args)
@@ -159,6 +166,8 @@ def _answer(conversation: Conversation, line: str) -> None:
         note("forgot the last turn" if conversation.undo() else "there is nothing to undo")
     elif command.startswith("/save "):
         _tell(lambda: conversation.save(Path(command.removeprefix("/save ").strip()).expanduser()))
+    elif command.split()[0] == "/rescale":
+        _rescale(conversation.engine, command.removeprefix("/rescale"))
     elif command.startswith("/"):
         note(HELP)
     else:
@@ -171,6 +180,17 @@ def _tell(do: Callable[[], str]) -> None:
         note(do())
     except (RequestError, SavedCacheError) as error:
         note(f"ropewalk: error: {error}")
+
+
+def _rescale(engine: Engine, text: str) -> None:
+    try:
+        given = parse_rescale(text)
+        engine.rescale(**given)
+    except RopewalkError as error:
+        note(f"ropewalk: error: {error}")
+        return
+    how = "the conversation was turned to it" if given["mode"] == ROTATE else "the conversation will be read anew"
+    note(f"{engine.model.rope.describe()}; {how}")
 
 
 @contextmanager

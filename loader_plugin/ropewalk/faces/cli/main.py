@@ -27,6 +27,7 @@ from ropewalk.faces.cli.options import (
     add_model_arguments,
     add_order_arguments,
     add_sampling_arguments,
+    add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
     load,
@@ -181,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with a model", description=run_chat.__doc__)
     add_model_arguments(chat)
     add_template_argument(chat)
+    add_shift_argument(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
     add_cache_argument(chat, "go on with the conversation in this file (/save FILE, or ropewalk cache save --system)")
     add_sampling_arguments(chat)

@@ -13,6 +13,7 @@ from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
     load,
@@ -20,6 +21,7 @@ from ropewalk.faces.cli.options import (
     model_folder,
     note,
     sampling_params,
+    shift_option,
     speculation_options,
 )
 
@@ -88,6 +90,7 @@ def add_serve_command(commands: Any) -> None:
     )
     add_kept_arguments(group)
     add_template_argument(group)
+    add_shift_argument(group, "; requests can say otherwise: context_shift")
     group.add_argument(
         "--adapter",
         action="append",
@@ -140,6 +143,7 @@ def _engine(args: argparse.Namespace) -> Engine:
         args.chat_template,
         args.max_running,
         args.queue_limit,
+        context_shift=shift_option(args),
         kept_folder=kept_folder(args),
         **guessing,
     )

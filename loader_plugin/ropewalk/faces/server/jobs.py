@@ -176,6 +176,7 @@ class Job:
             ticket=self.ticket,
             client=self._client,
             priority=self._work.priority,
+            context_shift=choice.context_shift,
         )
         tokens = _ShownTokens(stream)
         keeps = self._work.keep is not None and index == 0  # all choices have one prompt

@@ -159,11 +159,15 @@ class ReplyWriter:
         accepted = sum(done.stats.accepted_tokens for done in self.finished.values())
         guesses = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": guessed - accepted}
         details = {"completion_tokens_details": guesses} if guessed else {}
+        cached = {"cached_tokens": sum(stats.reused_tokens for stats in prompts.values())}
+        shifted = sum(done.stats.shifted_tokens for done in self.finished.values())
+        if shifted:  # moved down in the cache instead of read again
+            cached["shifted_tokens"] = shifted
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(stats.reused_tokens for stats in prompts.values())},
+            "prompt_tokens_details": cached,
             **details,
         }
 

@@ -39,11 +39,13 @@ SAME_NAME = (
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to write. echo: the text of the prompt, if the reply begins with it."""
+    """One reply to write. echo: the text of the prompt, if the reply begins with it. context_shift: as for
+    `Engine.stream`."""
 
     prompt_ids: list[int]
     params: SamplingParams
     echo: str = ""
+    context_shift: bool | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ class Desk:
             echo = ""
             if request.echo:
                 echo = prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(ids)
-            choices += [Choice(ids, each, echo) for each in _with_seeds(params, request.n or 1)]
+            shift = request.context_shift
+            choices += [Choice(ids, each, echo, shift) for each in _with_seeds(params, request.n or 1)]
         return self._work(request, choices, ignored)
 
     def chat(self, request: ChatRequest) -> Work:
@@ -98,8 +101,11 @@ class Desk:
         params = self._params(request, self.defaults.max_new_tokens if tokens is None else tokens, logprobs)
         template = self.engine.chat_template
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + template.stop)))
-        ids = self._checked(self.engine.chat_ids(_messages(request.messages), **_variables(request)))
-        return self._work(request, [Choice(ids, each) for each in _with_seeds(params, request.n or 1)], ignored)
+        ids, shift, _ = self.engine.chat_prompt(
+            _messages(request.messages), params.max_new_tokens, request.context_shift, **_variables(request)
+        )
+        ids, each_params = self._checked(ids), _with_seeds(params, request.n or 1)
+        return self._work(request, [Choice(ids, each, context_shift=shift) for each in each_params], ignored)
 
     def _work(self, request: SamplingFields, choices: Sequence[Choice], ignored: Sequence[str]) -> Work:
         options = request.stream_options

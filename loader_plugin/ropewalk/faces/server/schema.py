@@ -73,6 +73,11 @@ class SamplingFields(BaseModel):
     keep: str | None = Field(
         None, description="keep what was read of the prompt under this name, so that it need not be read again"
     )
+    context_shift: bool | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="at the end of the window, drop the oldest and move the rest down; a number: tokens kept at the "
+        "start (true: the system prompt)",
+    )
     user: str | None = Field(None, description="accepted, not used")
 
 
