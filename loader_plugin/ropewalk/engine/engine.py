@@ -398,7 +398,7 @@ class Engine:
     def _open(self, request: TextRequest, copies: bool = False) -> AbstractContextManager[OpenSequence]:
         shifts = request.shift is not None
         return self.scheduler.open(
-            request.prompt_ids, request.adapters, request.client, request.priority, shifts=shifts, copies=copies
+            request.prompt_ids, request.adapters, request.client, request.priority, copies=copies, shifts=shifts
         )
 
     def _guesses(self, request: TextRequest) -> AbstractContextManager[Guesses | None]:

@@ -118,8 +118,8 @@ class Scheduler:
         client: Hashable = None,
         priority: str = INTERACTIVE,
         keep: bool = True,
-        shifts: bool = False,
         copies: bool = False,
+        shifts: bool = False,
     ) -> Iterator[OpenSequence]:
         """A sequence for a prompt and its reply; when the block ends, its pages are for others.
 
@@ -138,7 +138,7 @@ class Scheduler:
         cache = self.model.new_cache()
         with self._lock:
             self._num_opened += 1
-            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep, shifts, copies)
+            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep, copies, shifts)
             self._sequences[state.number] = state
         try:
             yield OpenSequence(self, state)

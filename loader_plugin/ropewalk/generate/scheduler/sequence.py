@@ -221,13 +221,13 @@ class SequenceState:
         client: Hashable,
         priority: str,
         keep: bool,
-        shifts: bool = False,
         copies: bool = False,
+        shifts: bool = False,
     ) -> None:
         self.number, self.cache, self.prompt_ids = number, cache, list(prompt_ids)
         self.adapters, self.adapter_key = adapters, adapter_key
-        self.client, self.priority, self.keep, self.shifts = client, priority, keep, shifts
-        self.copies = copies
+        self.client, self.priority, self.keep = client, priority, keep
+        self.copies, self.shifts = copies, shifts
         self.copy: CacheLike | None = None
         self.token_ids: list[int] = []
         self.call: Call | None = None
