@@ -86,7 +86,7 @@ def compare_positions(
         made, adapters = open_variant(model, variant, length)
         num_used = tokens_used(len(ids), [length], max_tokens, made.max_seq_len)
         kept = None if record is None else record.part(variant.name, facts_of(made, variant.adapters))
-        count = _Counter(part_of(progress, number, len(variants)), num_used)
+        count = TokenCount(part_of(progress, number, len(variants)), num_used)
         windows = read_windows(made, ids[:num_used], length, count.add, cancelled, adapters, kept)
         if windows is None:
             break
@@ -128,7 +128,7 @@ def part_of(progress: Progress | None, part: int, count: int) -> Progress | None
     return lambda done, total: progress(part * total + done, count * total)
 
 
-class _Counter:
+class TokenCount:
     """Adds up numbers of tokens into a progress."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:

@@ -3,9 +3,9 @@
     {"ropewalk": "perplexity", "version": 1, "settings": {"text": ...},
      "parts": {"yarn": {"settings": {"RoPE": ...}, "kept": {"2048 0": ...}}}}
 
-A record is of one kind and one text; its parts are the ways in which the model was run. What the numbers depend on stands
-in `settings`, and a file that was made for others is refused. The file is replaced as a whole after every unit of work,
-so it holds what was finished, whenever the program ends.
+A record is of one kind and one text; its parts are the ways in which the model was run. What the numbers depend on
+stands in `settings`, and a file that was made for others is refused. The file is replaced as a whole after every unit
+of work, so it holds what was finished, whenever the program ends.
 """
 
 from __future__ import annotations

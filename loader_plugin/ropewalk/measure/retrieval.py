@@ -1,9 +1,9 @@
 """Retrieval by depth and length: does the model remember what it read long ago?
 
 The tasks are those of measure/tasks.py. A token of an answer counts as found if it is the most likely one after the
-tokens before it (the true ones, so that one mistake costs one token); an answer is found if all of its tokens are, which
-is when greedy generation would write it. The share of tokens is reported beside it: with small models it shows a slope
-where the share of whole answers is zero throughout.
+tokens before it (the true ones, so that one mistake costs one token); an answer is found if all of its tokens are,
+which is when greedy generation would write it. The share of tokens is reported beside it: with small models it shows a
+slope where the share of whole answers is zero throughout.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def terminal_table(columns: Sequence[str], rows: Sequence[Row]) -> str:
     cells = [[str(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = [
-        "  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in cells
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zipped))
+        for zipped in (list(zip(row, widths, strict=True)) for row in cells)
     ]
     return "".join(line.rstrip() + "\n" for line in lines)
 

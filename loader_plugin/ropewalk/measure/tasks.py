@@ -27,7 +27,26 @@ NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nThe pass key is "
 NAMED_NEEDLE = "\nThe pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.\n"
 NAMED_QUESTION = "\nThe pass key of {name} is "
-NAMES = tuple("hemp jute flax sisal cotton manila coir silk nylon wool linen ramie kapok bast abaca tow".split())
+NAMES = tuple(
+    [
+        "hemp",
+        "jute",
+        "flax",
+        "sisal",
+        "cotton",
+        "manila",
+        "coir",
+        "silk",
+        "nylon",
+        "wool",
+        "linen",
+        "ramie",
+        "kapok",
+        "bast",
+        "abaca",
+        "tow",
+    ]
+)
 KEY_DIGITS = 5
 FIRST_PAIR, NEXT_PAIR, LAST_PAIR = '\n{{"{key}": "{value}"', ',\n "{key}": "{value}"', "}\n"
 PAIR_QUESTION = '\nThe value of "{key}" is "'

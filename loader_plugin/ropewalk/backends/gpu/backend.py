@@ -40,6 +40,10 @@ class GpuBackend:
             sum_products_exactly()
         self._graphs = StepGraphs(cuda_capture(device)) if device.type == "cuda" else None
 
+    def computing(self, compute: str) -> None:
+        """Weights are laid out for one arithmetic."""
+        return None
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> GpuLinear:
         """Lay out linears that read the same input on the device."""
         with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
