@@ -1,7 +1,7 @@
 """The context lab: perplexity by length, what is found again by depth and length, and which scaling to take.
 
-The room `ropewalk.measure` does the measuring: compare, retrieval and recommend. It runs on a variant of the loaded model
-that shares its weights, so that conversations can go on meanwhile.
+The room `ropewalk.measure` does the measuring: compare, retrieval and recommend. It runs on a variant of the loaded
+model that shares its weights, so that conversations can go on meanwhile.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class ContextLab:
 
         def show(curves: list[Curve]) -> _Shown:
             rows = tuple(
-                (curve.name, row.length, with_error(row.perplexity, row.error)) for curve in curves for row in curve.rows
+                (curve.name, row.length, with_error(row.perplexity, row.error))
+                for curve in curves
+                for row in curve.rows
             )
             trained = self._workbench.require().model.rope.original_length
             svg = svg_text(plot_curves(curves, trained)) if rows else ""
@@ -205,8 +207,10 @@ def read_length(number: float | None) -> int:
     Raises:
         RequestError: not a whole number within the limits of loading.
     """
-    if number is None or int(number) != number or not 2 <= number <= MAX_SEQ_LEN:
-        raise RequestError(f"the context wanted is a whole number of tokens from 2 to {MAX_SEQ_LEN}, got {number!r:.60}")
+    if number is None or not float(number).is_integer() or not 2 <= number <= MAX_SEQ_LEN:
+        raise RequestError(
+            f"the context wanted is a whole number of tokens from 2 to {MAX_SEQ_LEN}, got {number!r:.60}"
+        )
     return int(number)
 
 

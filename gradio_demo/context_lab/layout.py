@@ -24,8 +24,8 @@ ABOUT = (
 )
 MAX_CHOSEN_ADAPTERS = 3
 ABOUT_ADVICE = (
-    "Methods and factors are measured at the context that you want, and one is recommended, with the reason and what to "
-    "type. Nothing of the loaded model changes."
+    "Methods and factors are measured at the context that you want, and one is recommended, with the reason and what "
+    "to type. Nothing of the loaded model changes."
 )
 CHOSEN = ["none", "linear", "dynamic", "yarn"]
 LENGTHS = "256, 512, 1024, 2048"
@@ -99,7 +99,13 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                     [], label="Scaling", info="The one that the model reads with.", elem_id="lab-scaling"
                 )
                 trials = gr.Slider(
-                    1, 16, 4, step=1, label="Trials per cell", info="More trials, finer percentages.", elem_id="lab-trials"
+                    1,
+                    16,
+                    4,
+                    step=1,
+                    label="Trials per cell",
+                    info="More trials, finer percentages.",
+                    elem_id="lab-trials",
                 )
                 cells.show()
     text = [file, pasted]

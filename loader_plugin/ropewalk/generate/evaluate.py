@@ -183,14 +183,14 @@ def row_of(windows: Items[BlockSums]) -> PerplexityRow:
 def stretches(windows: Items[BlockSums], start: int, end: int) -> tuple[list[float], list[int]]:
     """Sums of -log p and numbers of tokens over stretches of text, of the positions start..end-1 of all windows.
 
-    A stretch has STRETCH tokens, or what there is of it in a window; windows shorter than that share one with their
-    neighbours. start: a multiple of BLOCK.
+    A stretch has STRETCH tokens, or what there is of it in a window; whole windows shorter than that share one with
+    their neighbours. start: a multiple of BLOCK.
     """
     sums: list[float] = []
     counts: list[int] = []
     num_open = STRETCH  # tokens in the last stretch, which is full at first
     for window in windows:
-        if window.length >= STRETCH:
+        if window.length >= STRETCH or end - start < window.length:
             num_open = STRETCH
         for block, count in list(enumerate(window.counts()))[start // BLOCK : -(-end // BLOCK)]:
             if num_open >= STRETCH:

@@ -17,7 +17,9 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def test_compare_writes_a_line_per_scaling_and_length(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--lengths", "64,128", "--scalings", "none, yarn", "--max-tokens", "256", "--csv", "-"]) == 0
+    assert (
+        main(["compare", "--lengths", "64,128", "--scalings", "none, yarn", "--max-tokens", "256", "--csv", "-"]) == 0
+    )
     found = rows(capsys.readouterr().out)
     assert [(row["variant"], row["length"]) for row in found] == [
         ("none", "64"),
