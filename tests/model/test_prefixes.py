@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
 from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import KvCache
 from ropewalk.model.model import Model
 from ropewalk.model.step import Span
@@ -231,7 +232,7 @@ def test_attaching_is_refused_where_forward_would_refuse(model: Model) -> None:
     with pytest.raises(RequestError, match="token id 128 at position 0"):
         model.attach(cache, [128])
     with pytest.raises(RequestError, match="another model"):
-        model.attach(KvCache(object(), threading.RLock(), 9), [1])
+        model.attach(KvCache(object(), threading.RLock(), CacheFormat.parse("fp16"), 9), [1])
     with pytest.raises(RequestError, match="new_cache.*got dict"):
         model.share({})
     with pytest.raises(RequestError, match="no adapter 'gone'"):

@@ -48,8 +48,13 @@ class FakeCache:
     def segments(self) -> list[tuple[int, int, int]]:
         return list(self._segments)
 
+    def continuable(self, length: int) -> int:
+        kept_back = self.model.kept_back
+        return length if kept_back is None or self.length - length <= kept_back else 0
+
     def truncate(self, length: int) -> None:
         with self.model.alone():
+            assert self.continuable(length) == length
             assert 0 <= length <= self.length
             del self.positions[length:]
             del self.pages[-(-length // PAGE) :]
@@ -66,7 +71,7 @@ class FakeModel:
     """Logits of a prefix are random numbers seeded by it, or what `script` maps its length to: one token for sure.
 
     calls: the token ids of each span. num_pages: of the pool (None: any number). turns_at: keys of sequences longer
-    than this are rotated by their length, and the logits tell.
+    than this are rotated by their length, and the logits tell. kept_back: how far caches can be cut back (None: all).
     """
 
     def __init__(
@@ -78,10 +83,12 @@ class FakeModel:
         num_pages: int | None = None,
         turns_at: int | None = None,
         max_input_len: int = 2048,
+        kept_back: int | None = None,
     ) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=eos, source="fake")
         self.max_seq_len = self.capacity = capacity
         self.max_input_len, self.num_pages, self.turns_at, self.script = max_input_len, num_pages, turns_at, script
+        self.kept_back = kept_back
         self.adapters: tuple[str, ...] = ()
         self.calls: list[list[int]] = []
         self.steps: list[list[Span]] = []

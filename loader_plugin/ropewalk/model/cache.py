@@ -7,19 +7,26 @@ differ; a prefix is reused only up to the first one whose origin is not that of 
 
 Several caches and the prefix tree may hold the same page. A page that anybody else holds is never written: the cache
 that has to append to it takes a copy first (model/store.py).
+
+A format with a recent window has pages in float16 besides, of the last positions only: a cache cannot be cut back so
+far that those are gone which the next token must read (`KvCache.continuable`).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ropewalk.backends.protocol import PAGE_TOKENS, Page
 from ropewalk.base.errors import RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.layer_order import LayerOrder
+
+KEPT_BACK = PAGE_TOKENS  # positions by which a cache with a recent window can be cut back in any case: wrong guesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class Segment:
 
 
 class HeldPage:
-    """A page of the pool and who holds it. num_bytes: its memory. in_tree: the prefix tree holds it."""
+    """A page of the pool, of either kind, and who holds it. num_bytes: its memory. in_tree: the tree holds it."""
 
     __slots__ = ("caches", "in_tree", "num_bytes", "page")
 
@@ -71,12 +78,19 @@ class KvCache:
     """Keys and values of one sequence, of all layer instances. Made by `Model.new_cache`, filled by `Model.step`."""
 
     def __init__(
-        self, owner: object, lock: threading.RLock, capacity: int, layer_order: LayerOrder | None = None
+        self,
+        owner: object,
+        lock: threading.RLock,
+        cache_format: CacheFormat,
+        capacity: int,
+        layer_order: LayerOrder | None = None,
     ) -> None:
         self.owner = owner
+        self.cache_format = cache_format
         self.layer_order = layer_order  # its pages have keys and values for each of the order's instances
         self.capacity = capacity
         self.pages: tuple[HeldPage, ...] = ()
+        self.recent: Mapping[int, HeldPage] = MappingProxyType({})  # pages in float16, by their place among the pages
         self._lock = lock  # of the store that the pages come from
         self._token_ids: list[int] = []
         self._segments: list[Segment] = []
@@ -94,7 +108,7 @@ class KvCache:
     @property
     def num_bytes(self) -> int:
         """Memory of the pages that it holds; others may hold the same."""
-        return sum(held.num_bytes for held in self.pages)
+        return sum(held.num_bytes for held in (*self.pages, *self.recent.values()))
 
     @property
     def segments(self) -> list[tuple[int, int, int]]:
@@ -110,28 +124,53 @@ class KvCache:
         """Forget all positions from `length` on, and give back their pages.
 
         Raises:
-            RequestError: the cache does not hold that many positions.
+            RequestError: the cache does not hold that many positions; or its format has a recent window, and the
+                positions before `length` are not held in float16 any more (see `continuable`).
         """
         if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= self.length:
             raise RequestError(f"cannot truncate to {length!r}: the cache holds {self.length} positions (0 empties it)")
+        if self.continuable(length) < length:
+            raise RequestError(
+                f"cannot truncate to {length}: a {self.cache_format} cache of {self.length} positions holds those from "
+                f"{min(self.recent, default=0) * PAGE_TOKENS} on in float16, and the next token would have to read the "
+                f"{self.cache_format.recent} before it so; truncate to 0 and compute the tokens again"
+            )
         del self._token_ids[length:]
         self._segments = [segment for segment in self._segments if segment.start < length]
         self.give_back_()
 
-    def give_back_(self) -> None:
-        """Let go of the pages beyond the last position."""
-        kept = num_pages(self.length)
-        if kept < len(self.pages):
-            self.hold_(self.pages[:kept])
+    def continuable(self, length: int) -> int:
+        """The most positions, up to `length`, to which it can be truncated: all of them, or none.
 
-    def hold_(self, pages: Sequence[HeldPage]) -> None:
-        """Hold exactly these pages from now on."""
+        None only for a format with a recent window, if `length` is more than a page before the end: then what the next
+        token must read in float16 may be gone.
+        """
+        needed = self.exact_pages(length, length)
+        return length if all(index in self.recent for index in needed) else 0
+
+    def exact_pages(self, start: int, end: int) -> range:
+        """The pages up to position `end` that tokens from position `start` on read in float16."""
+        if not self.cache_format.recent:
+            return range(0)
+        return range(self.cache_format.first_exact_page(start), num_pages(end))
+
+    def give_back_(self) -> None:
+        """Let go of the pages beyond the last position, and of those in float16 that no token to come reads."""
+        kept = num_pages(self.length)
+        recent = self.exact_pages(max(0, self.length - KEPT_BACK), self.length)
+        if kept < len(self.pages) or any(index not in recent for index in self.recent):
+            self.hold_(self.pages[:kept], {index: held for index, held in self.recent.items() if index in recent})
+
+    def hold_(self, pages: Sequence[HeldPage], recent: Mapping[int, HeldPage] | None = None) -> None:
+        """Hold exactly these pages from now on. recent: those in float16 (default: the same as before)."""
+        recent = self.recent if recent is None else recent
         with self._lock:
-            for held in set(self.pages).difference(pages):
+            held_now = {*pages, *recent.values()}
+            for held in {*self.pages, *self.recent.values()} - held_now:
                 held.caches.discard(self)
-            for held in pages:
+            for held in held_now:
                 held.caches.add(self)
-            self.pages = tuple(pages)
+            self.pages, self.recent = tuple(pages), MappingProxyType(dict(recent))
 
     def record_(self, token_ids: Sequence[int], origin: Origin, seq_len: int) -> None:
         """Count positions whose keys and values have just been written to the pages.

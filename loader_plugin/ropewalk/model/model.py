@@ -23,14 +23,13 @@ from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.base.json import shown
-from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.cache import Frequencies, KvCache, Origin
 from ropewalk.model.layers import CopiedLayer, PackedLayer
-from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
@@ -60,17 +59,6 @@ class ModelWeights:
         return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
-    for all pages of them (default: see `pages.choose_cache_memory`)."""
-
-    max_seq_len: int
-    max_input_len: int
-    cache_format: CacheFormat
-    cache_memory: int | None = None
-
-
 class Model:
     """A decoder ready to run. Made by `load_model`.
 
@@ -92,6 +80,7 @@ class Model:
         self.rope = rope
         self.backend = backend
         self.weights = weights
+        self._limits = limits
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
         self.cache_format = limits.cache_format
@@ -100,10 +89,10 @@ class Model:
         self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
         self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
-        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_format)
+        context = context_pages(backend, config, len(self.instances), limits)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
         pool = backend.new_pool(config.num_kv_heads, config.head_dim, limits.cache_format, memory)
-        self.store = PageStore(pool, len(self.instances))
+        self.store = PageStore(pool, self.cache_format, len(self.instances), limits.chunk_rows)
 
     def set_layer_order(
         self,
@@ -123,8 +112,7 @@ class Model:
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
         self._check_places(instances)
-        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_format)
-        check_holds_one(context, self.cache_memory)
+        check_holds_one(context_pages(self.backend, self.config, len(instances), self._limits), self.cache_memory)
         self.instances = instances
         self.layer_order = order
         self._adapters.set_instances(self.instances)
@@ -209,8 +197,8 @@ class Model:
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the keys and values of `length` positions, in whole pages."""
-        return num_pages(length) * self.store.page_bytes
+        """Memory of the keys and values of `length` positions, in whole pages, with a recent window if there is one."""
+        return self.store.bytes_of(length)
 
     @property
     def cache_memory(self) -> int:
@@ -243,7 +231,7 @@ class Model:
                 f"max_seq_len: a cache of {capacity} positions was asked for, but the model was loaded for "
                 f"{self.max_seq_len}; load it with max_seq_len={capacity}"
             )
-        return KvCache(self, self.store.lock, capacity, self.layer_order)
+        return KvCache(self, self.store.lock, self.cache_format, capacity, self.layer_order)
 
     def accepts(self, cache: KvCache) -> bool:
         """True if `cache` was made by this model under its present layer order."""
@@ -261,7 +249,8 @@ class Model:
         """
         self.check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
-        return cache.common_prefix(ids[:-1], Origin(self.frequencies(len(ids)), self._adapters.key(adapters)))
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return cache.continuable(cache.common_prefix(ids[:-1], origin))
 
     def share(self, cache: KvCache) -> None:
         """Keep what `cache` holds, for `attach`: until the memory is needed, even if the cache is dropped.

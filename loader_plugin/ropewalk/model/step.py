@@ -22,7 +22,7 @@ import torch
 from ropewalk.adapters.low_rank import UNCHANGED, embed_changed, head_changed
 from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, ModelChange
-from ropewalk.backends.protocol import BackendStep, RowChange, RowSpan
+from ropewalk.backends.protocol import BackendStep, Page, RowChange, RowSpan
 from ropewalk.base.errors import CacheFullError, RequestError
 from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
@@ -106,7 +106,9 @@ def run_step(
     total, done = sum(len(span.ids) for span in rows), 0
     try:
         _reserve_(model, checked, named)
-        for pieces in _chunks(rows, model.max_input_len):
+        for pieces in _chunks(rows, model.store.chunk_rows):
+            for piece in pieces:
+                model.store.slide_(piece.span.cache, piece.span.cache.length + piece.end - piece.first)
             num_rows = pieces[-1].last_row
             steps = _Steps(done, num_rows, total, len(model.instances), progress, cancelled)
             x = _run_layers(model, pieces, steps)
@@ -119,7 +121,7 @@ def run_step(
             done += num_rows
     finally:
         for span in rows:
-            span.cache.give_back_()
+            model.store.settle_(span.cache)
     return [span.out for span in checked]
 
 
@@ -266,12 +268,18 @@ def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendSte
     for _, group in groupby(pieces, key=lambda piece: piece.span.origin.frequencies):
         alike, positions = list(group), []
         for piece in alike:
-            start, num_rows = piece.span.cache.length, piece.end - piece.first
-            positions.append(np.arange(start, start + num_rows))
-            spans.append(RowSpan(num_rows, start, tuple(held.page for held in piece.span.cache.pages)))
+            cache, num_rows = piece.span.cache, piece.end - piece.first
+            positions.append(np.arange(cache.length, cache.length + num_rows))
+            spans.append(RowSpan(num_rows, cache.length, tuple(held.page for held in cache.pages), _recent(cache)))
         tables.append(model.rope.tables_at(np.concatenate(positions), alike[0].span.seq_len))  # [rows, R/2] each
     cos, sin = (torch.from_numpy(np.concatenate(parts)).to(x.device) for parts in zip(*tables, strict=True))
     return model.backend.begin_step(x, cos, sin, spans)
+
+
+def _recent(cache: KvCache) -> tuple[Page | None, ...]:
+    """The pages in float16 in the places of all pages, if the format has any."""
+    held = cache.recent
+    return tuple(held[index].page if index in held else None for index in range(len(cache.pages))) if held else ()
 
 
 def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> None:

@@ -1,5 +1,8 @@
 """The pages of one model: taken from the backend's pool for its caches, shared through the prefix tree.
 
+A format with a recent window has pages in float16 besides (model/recent.py): a step reserves as many as its rows need
+at once, and slides over them chunk by chunk.
+
 One lock guards the tree, the lists of pages and who holds them, so that one thread may share or attach prefixes while
 another computes a step. A page is written only by the step of the one cache that holds it.
 """
@@ -13,8 +16,10 @@ from collections.abc import Sequence
 from ropewalk.backends.protocol import PAGE_TOKENS, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import HeldPage, KvCache, Origin, num_pages
 from ropewalk.model.prefixes import PrefixTree
+from ropewalk.model.recent import RecentPages, continuable
 
 EVICTED_PARTS = 32  # prefixes go by this part of the pool at least: finding the oldest looks at all of them
 
@@ -24,16 +29,23 @@ Wanted = Sequence[tuple[KvCache, int]]  # caches, and the length that each is to
 class PageStore:
     """Pages for caches of one model, with keys and values for so many layer instances each."""
 
-    def __init__(self, pool: PagePool, num_instances: int) -> None:
+    def __init__(self, pool: PagePool, cache_format: CacheFormat, num_instances: int, chunk_rows: int) -> None:
         self.lock = threading.RLock()
         self.num_instances = num_instances  # of the pages that are taken from now on
+        self.chunk_rows = chunk_rows  # the most rows of a sequence that are computed at once
         self._pool = pool
+        self._recent = RecentPages(pool, cache_format)
         self._tree = PrefixTree()
 
     @property
     def page_bytes(self) -> int:
         """Memory of a page."""
         return self._pool.page_bytes(self.num_instances)
+
+    def bytes_of(self, length: int) -> int:
+        """Memory of the pages of a cache of so many positions."""
+        recent = self._recent.num_held(length) * self._recent.page_bytes(self.num_instances)
+        return num_pages(length) * self.page_bytes + recent
 
     @property
     def num_bytes(self) -> int:
@@ -75,14 +87,27 @@ class PageStore:
             if self._needed(wanted) > self._pool.num_bytes - self._pool.used_bytes:
                 for held in _forgettable(wanted):
                     self._tree.forget(held)
-            before = [(cache, cache.pages) for cache, _ in wanted]
+            before = [(cache, cache.pages, cache.recent) for cache, _ in wanted]
             try:
                 for cache, length in wanted:
                     self._grow_(cache, length)
+                    self._recent.reserve_(cache, length, self.chunk_rows, self.num_instances)
             except MemoryError as error:  # the machine has less than the limit
-                for cache, pages in before:
-                    cache.hold_(pages)
+                for cache, pages, recent in before:
+                    cache.hold_(pages, recent)
                 raise CacheFullError(self._full(wanted)) from error
+
+    def slide_(self, cache: KvCache, end: int) -> None:
+        """Before rows up to position `end` are computed: the pages that they write in float16, of those reserved."""
+        if cache.cache_format.recent:
+            with self.lock:
+                self._recent.slide_(cache, end)
+
+    def settle_(self, cache: KvCache) -> None:
+        """A step is over: what the cache does not need goes back."""
+        with self.lock:
+            cache.give_back_()
+            self._recent.release_(cache)
 
     def share(self, cache: KvCache) -> None:
         """Keep what the cache holds for others, as far as all of it was computed in one way."""
@@ -97,25 +122,30 @@ class PageStore:
         The cache holds a prefix of `token_ids`, all of that origin.
         """
         with self.lock:
+            found = continuable(cache, self._tree.find(cache.layer_order, origin, token_ids))
             pages, length = list(cache.pages), cache.length
-            for index, (held, agreeing) in enumerate(self._tree.find(cache.layer_order, origin, token_ids)):
+            for index, (node, agreeing) in enumerate(found):
                 end = index * PAGE_TOKENS + agreeing
                 if end <= length:
                     continue
-                mine = held if agreeing == PAGE_TOKENS else self._copied_if_room(held)
+                mine = node.held if agreeing == PAGE_TOKENS else self._copied_if_room(node.held)
                 if mine is None:
                     break
                 pages[index:] = [mine]
                 length = end
-            if length > cache.length:
-                cache.hold_(pages)
+            if length == cache.length:
+                return
+            recent = self._recent.attached(cache, found, length, self._copied_if_room)
+            if recent is not None:
+                cache.hold_(pages, recent)
                 cache.record_(token_ids[cache.length : length], origin, seq_len)
 
     def _needed(self, wanted: Wanted) -> int:
         """Memory of the pages that these caches lack."""
         added = sum(max(0, num_pages(length) - len(cache.pages)) for cache, length in wanted)
         copies = sum(count - _is_theirs(held, count) for held, count in _written(wanted).items())
-        return self.page_bytes * (added + copies)
+        recent = sum(self._recent.num_lacking(cache, length, self.chunk_rows) for cache, length in wanted)
+        return self.page_bytes * (added + copies) + self._recent.page_bytes(self.num_instances) * recent
 
     def _make_room(self, num_bytes: int, before: int | None = None) -> None:
         short = num_bytes - (self._pool.num_bytes - self._pool.used_bytes)

@@ -36,6 +36,7 @@ class CacheLike(Protocol):
     def num_bytes(self) -> int: ...
     @property
     def segments(self) -> list[Segment]: ...
+    def continuable(self, length: int) -> int: ...
     def truncate(self, length: int) -> None: ...
 
 
@@ -199,9 +200,13 @@ class SequenceState:
         return len(self.token_ids) >= len(self.prompt_ids)
 
     def trim_(self, length: int) -> None:
-        """Let the cache hold no more than this."""
-        if self.cache.length > length:
-            self.cache.truncate(length)
+        """Let the cache hold no more than this; nothing, if it could not go on from there."""
+        if self.cache.length <= length:
+            return
+        kept = self.cache.continuable(length)
+        if kept < length:
+            self.remember_()
+        self.cache.truncate(kept)
 
     def begin_(self, length: int) -> None:
         """A call begins: what was computed beyond the tokens that it follows does not count any more."""
