@@ -40,17 +40,12 @@ class Variant:
 
 LINEAR = {"rope_type": "linear", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 BY_PARTS = {"rope_type": "ntk-by-parts", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
-NTK = {"rope_type": "ntk", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 YARN = {"rope_type": "yarn", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
-# Under dynamic NTK a window of 2,048 tokens has one set of frequencies, that of its length: alpha 13.
-DYNAMIC = {"rope_type": "dynamic", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 VARIANTS = (
     Variant("linear-4", LINEAR),
     Variant("ntk-by-parts-4", BY_PARTS),
     Variant("extrapolation", {"rope_type": "default"}),
     Variant("yarn-4", YARN),
-    Variant("ntk-4", NTK),
-    Variant("dynamic-4", DYNAMIC),
 )
 
 
