@@ -105,6 +105,7 @@ def plot_divergence(found: Sequence[Divergence], base: str) -> Figure:
     axes.set_xlim(least, max(max(d.kl_99, d.kl_mean, least) for d in found) * 12)
     axes.set_yticks(places, [d.name for d in found])
     axes.invert_yaxis()
+    axes.set_axisbelow(True)
     axes.set_xlabel(f"KL divergence from {base} in nats")
     axes.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
     figure.legend(frameon=False, labelcolor=INK, ncols=2, fontsize=9, loc="outside upper center")
@@ -138,6 +139,7 @@ def plot_recommendation(found: Recommendation) -> Figure:
     _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(ordered)), [one.candidate.name for one in ordered])
     axes.invert_yaxis()
+    axes.set_axisbelow(True)
     axes.minorticks_off()
     axes.set_xlabel(f"perplexity at {found.length:,} tokens (lower is better)")
     return figure
