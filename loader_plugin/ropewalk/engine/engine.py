@@ -262,7 +262,7 @@ class Engine:
         Arguments and errors as for `stream`.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        request = self._request(ids, None, cancelled, progress, adapters, ticket, client, priority)
+        request = self._request(ids, None, cancelled, progress, adapters, ticket, client, priority, None)
         with self._turns.take(request) as has_turn, torch.inference_mode():
             if not has_turn or not self._choose_adapters(request):
                 return None
