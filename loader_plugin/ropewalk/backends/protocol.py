@@ -173,6 +173,12 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """The device of the tensors that go in and come out."""
 
+    def computing(self, compute: str) -> Backend | None:
+        """This backend with other arithmetic, which takes the weights that this one packed; None if they do not serve.
+
+        Layers are compiled anew for it.
+        """
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
         """Lay out linear layers that read the same input; their outputs are concatenated in the given order.
 

@@ -83,6 +83,10 @@ class SplitBackend:
         """Of the last place."""
         return self._home.device
 
+    def computing(self, compute: str) -> None:
+        """Weights on a card are laid out for one arithmetic."""
+        return None
+
     def places_of(self, weights_index: int) -> tuple[int, ...]:
         """The places that run this layer; one that runs nowhere is kept in the last."""
         pairs = enumerate(self._weights_indices)

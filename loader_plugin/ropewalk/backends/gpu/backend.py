@@ -48,6 +48,10 @@ class GpuBackend:
         major, minor = torch.cuda.get_device_capability(self.device)
         return f"{self.name} {self.compute} {major}.{minor}"
 
+    def computing(self, compute: str) -> None:
+        """Weights are laid out for one arithmetic."""
+        return None
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> GpuLinear:
         """Lay out linears that read the same input on the device."""
         with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
