@@ -59,7 +59,7 @@ def test_every_layer_order_has_its_own_pages(order: str, folder: Path, tmp_path:
 
 
 def test_adapters_are_found_again_by_what_they_hold(tmp_path: Path) -> None:
-    folders = sorted((demo_model_path() / "adapters").iterdir())
+    folders = sorted((demo_model_path() / "adapters").iterdir())[:3]
     models = [load_model(demo_model_path(), backend="cpu", max_seq_len=512) for _ in range(2)]
     for name, folder in zip("abc", folders, strict=True):
         models[0].load_adapter(folder, name)
@@ -153,7 +153,7 @@ def test_turned_keys_are_saved_as_they_are(folder: Path, tmp_path: Path) -> None
     assert torch.equal(follow(second, loaded), follow(first, cache))
 
 
-@pytest.mark.parametrize("growth", [100, 1100])
+@pytest.mark.parametrize("growth", [100, 1000])
 def test_keys_go_on_to_follow_the_length(growth: int, folder: Path, tmp_path: Path) -> None:
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     first, second = (Variant("cpu", "exact").load(folder, rope_scaling=scaling, max_seq_len=2048) for _ in range(2))
