@@ -10,7 +10,6 @@ long as there is memory: a conversation that continues, or begins like another o
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
@@ -22,10 +21,13 @@ from ropewalk.adapters.request import AdapterUse, Request, checked_request
 from ropewalk.base.choices import MAX_RUNNING, RESCALE_MODE
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.engine.dry_breakers import TextBreakers
+from ropewalk.engine.kept import KeptPrompts
+from ropewalk.engine.kept_folder import KeptFolder
 from ropewalk.engine.shorten import num_opening_tokens, shortened
 from ropewalk.engine.speculation import Speculation
 from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
 from ropewalk.engine.turn_queue import Ticket, TurnQueue
+from ropewalk.engine.turns import Turns
 from ropewalk.generate.context_shift import SINKS, ContextShift, checked_shift
 from ropewalk.generate.evaluate import token_logprobs
 from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
@@ -42,8 +44,6 @@ from ropewalk.text.continuation import render_continued
 from ropewalk.text.tokenizer.length import encode_fitting
 from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
 
-WAIT_STEP_S = 0.05  # how often a waiting request checks whether it has been cancelled
-
 
 class Engine:
     """Generates text. `last_stats` and `last_finish_reason` describe the request that was started last.
@@ -56,6 +56,7 @@ class Engine:
     context_shift: what requests do that do not say it themselves; see `stream`.
     speculation: "ngram" guesses ahead what stood in the text before, "draft" asks `draft_model`, a smaller model of the
         same vocabulary or its folder; the text is the same without. Default: "draft" if there is a draft model.
+    kept_folder: where prompts are kept that were read once; those that begin like one of them start from it (`kept`).
 
     Raises:
         ConfigError: the tokenizer, or the draft model, belongs to another model; max_running or speculation is wrong.
@@ -72,6 +73,7 @@ class Engine:
         draft_model: Any = None,
         speculation: str | None = None,
         context_shift: bool | int = False,
+        kept_folder: KeptFolder | None = None,
     ) -> None:
         check_tokenizer_fits(tokenizer, model.config.vocab_size)
         if not isinstance(max_running, int) or isinstance(max_running, bool) or max_running < 1:
@@ -87,9 +89,9 @@ class Engine:
             chat_template = named_template(chat_template, tokenizer.special_tokens)
         self._chat_template: Template | None = chat_template
         self._template_lock = threading.Lock()
-        self._holders: list[int] = []  # threads whose requests run without a ticket from the caller
-        self._busy: set[Ticket] = set()  # tickets of callers whose streams run
+        self._turns = Turns(self.queue)
         self._last: TextRequest | None = None
+        self.kept = KeptPrompts(self, kept_folder)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.end_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
 
@@ -235,7 +237,7 @@ class Engine:
         `stream`.
         """
         request = self._request(prompt_ids, SamplingParams(), cancelled, None, adapters, ticket, client, priority, None)
-        with self._turn(request) as has_turn, torch.inference_mode():
+        with self._turns.take(request) as has_turn, torch.inference_mode():
             if not has_turn or not self._choose_adapters(request):
                 return None
             with self._open(request) as sequence:
@@ -244,6 +246,30 @@ class Engine:
         if found is None:
             return None
         return [Step(ids[0])] + [Step(token_id, *values) for token_id, values in zip(ids[1:], found, strict=True)]
+
+    def read(
+        self,
+        prompt: str | Sequence[int],
+        cancelled: Cancelled | None = None,
+        progress: Progress | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+        client: Hashable = None,
+        priority: str = INTERACTIVE,
+    ) -> Any:
+        """Read a prompt, write nothing: a cache (`model.KvCache`) that holds it, to be saved; None if cancelled.
+
+        Arguments and errors as for `stream`.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        request = self._request(ids, None, cancelled, progress, adapters, ticket, client, priority, None)
+        with self._turns.take(request) as has_turn, torch.inference_mode():
+            if not has_turn or not self._choose_adapters(request):
+                return None
+            self.kept.recall(request.prompt_ids, request.adapters)
+            with self._open(request, copies=True) as sequence:
+                sequence.forward(request.prompt_ids, "none", request.progress, request.cancelled)
+                return sequence.copy
 
     def chat(
         self,
@@ -355,22 +381,24 @@ class Engine:
     def _pieces(self, request: TextRequest) -> Iterator[str]:
         """The text of a request, piece by piece; holds a turn and pages until its end."""
         try:
-            with self._turn(request) as has_turn:
+            with self._turns.take(request) as has_turn:
                 if not has_turn or not self._choose_adapters(request):
                     request.finish_reason = "cancelled"
                     return
-                with self._open(request) as sequence, self._guesses(request) as guesses:
+                self.kept.recall(request.prompt_ids, request.adapters)
+                with self._open(request, request.copies) as sequence, self._guesses(request) as guesses:
                     request.generation = self._generation(request, sequence, guesses)
                     with closing(request.generation):
                         yield from shown_text(self.tokenizer, request, request.generation)
+                    request.prompt_cache = sequence.copy
         except GeneratorExit:
             request.finish_reason = "cancelled"
             raise
 
-    def _open(self, request: TextRequest) -> AbstractContextManager[OpenSequence]:
+    def _open(self, request: TextRequest, copies: bool = False) -> AbstractContextManager[OpenSequence]:
         shifts = request.shift is not None
         return self.scheduler.open(
-            request.prompt_ids, request.adapters, request.client, request.priority, shifts=shifts
+            request.prompt_ids, request.adapters, request.client, request.priority, copies=copies, shifts=shifts
         )
 
     def _guesses(self, request: TextRequest) -> AbstractContextManager[Guesses | None]:
@@ -398,55 +426,6 @@ class Engine:
         if request.routing is not None:
             request.adapters = request.routing.adapters
         return request.routing is not None
-
-    @contextmanager
-    def _turn(self, request: TextRequest) -> Iterator[bool]:
-        """Wait for the request's turn and hold it; gives False if cancelled while waiting."""
-        ticket = request.ticket
-        if ticket is not None:
-            with self._use(ticket):
-                yield self._await(ticket, request)
-            return
-        thread = threading.get_ident()
-        if self._holders.count(thread) == self.queue.num_turns:
-            raise RequestError(
-                "this engine is still busy with a stream that this thread began: exhaust it or close() it first"
-            )
-        with self.queue.enter(client=request.client, priority=request.priority) as ticket:
-            has_turn = self._await(ticket, request)
-            self._holders.append(thread)
-            try:
-                yield has_turn
-            finally:
-                self._holders.remove(thread)
-
-    @contextmanager
-    def _use(self, ticket: Ticket) -> Iterator[None]:
-        """Raises:
-        RequestError: another stream is using this ticket.
-        """
-        if ticket in self._busy:
-            raise RequestError("a ticket allows one stream at a time: exhaust or close() the first one")
-        self._busy.add(ticket)
-        try:
-            yield
-        finally:
-            self._busy.discard(ticket)
-
-    def _await(self, ticket: Ticket, request: TextRequest) -> bool:
-        """Wait for the turn; False if cancelled while waiting.
-
-        Raises:
-            RequestError: the ticket is closed, so its turn will never come.
-        """
-        started = time.perf_counter()
-        while not ticket.wait(WAIT_STEP_S):
-            if ticket.closed:
-                raise RequestError("this ticket is closed: enter the queue again")
-            if request.cancelled():
-                return False
-        request.queue_s = time.perf_counter() - started
-        return True
 
 
 def _never() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,8 +43,8 @@ class TextRequest:
     """The state of one request. Kept apart from its stream, so that nothing holds a stream that the caller drops.
 
     ticket: the caller's place in the queue, if it has one. client, priority: who asks, and how urgently. shift: whether
-    the oldest tokens go at the end of the window. dropped_messages: of a conversation, for want of room. token_texts:
-    the text that each step added.
+    the oldest tokens go at the end of the window. dropped_messages: of a conversation, for want of room. copies: the
+    cache of the prompt is wanted, as prompt_cache. token_texts: the text that each step added.
     """
 
     prompt_ids: list[int]
@@ -61,6 +62,8 @@ class TextRequest:
     generation: Generation | None = None
     finish_reason: str | None = None
     stop_string: str | None = None
+    copies: bool = False
+    prompt_cache: Any = None
     steps: list[Step] = field(default_factory=list)
     token_texts: list[str] = field(default_factory=list)
 
@@ -72,6 +75,16 @@ class TextStream(Iterator[str]):
     def __init__(self, request: TextRequest, pieces: Iterator[str]) -> None:
         self._request = request
         self._pieces = pieces
+
+    def keep_prompt(self) -> None:
+        """Have `prompt_cache` after the reply. To be called before its first piece."""
+        self._request.copies = True
+
+    @property
+    def prompt_cache(self) -> Any:
+        """What was read of the prompt, in a cache (`model.KvCache`) of its own, once the reply has ended; None if it
+        ended before that, or nobody asked for it (`keep_prompt`)."""
+        return self._request.prompt_cache
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -78,6 +79,18 @@ class Segment:
     seq_len: int
 
 
+class CacheOwner(Protocol):
+    """What a cache needs of the model that made it."""
+
+    def save_cache(
+        self,
+        cache: KvCache,
+        path: str | Path,
+        progress: Callable[[int, int], None] | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> int: ...
+
+
 class HeldPage:
     """A page of the pool, of either kind, and who holds it. num_bytes: its memory. in_tree: the tree holds it."""
 
@@ -100,7 +113,7 @@ class KvCache:
 
     def __init__(
         self,
-        owner: object,
+        owner: CacheOwner,
         lock: threading.RLock,
         cache_format: CacheFormat,
         capacity: int,
@@ -168,6 +181,33 @@ class KvCache:
     def was_moved(self) -> bool:
         """True if some of its keys were turned or shifted since they were computed."""
         return any(segment.origin.moves for segment in self._segments)
+
+    @property
+    def whole_segments(self) -> tuple[Segment, ...]:
+        """How its positions were computed, stretch by stretch."""
+        return tuple(self._segments)
+
+    def save(
+        self,
+        path: str | Path,
+        progress: Callable[[int, int], None] | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write it to a file, for `Model.load_cache`; returns the size of the file. See `Model.save_cache`."""
+        return self.owner.save_cache(self, path, progress, about)
+
+    def fork(self) -> KvCache:
+        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first."""
+        with self._lock:
+            made = KvCache(self.owner, self._lock, self.cache_format, self.capacity, self.layer_order)
+            made.hold_(self.pages, self.recent)
+            made.restore_(self._token_ids, self._segments)
+        return made
+
+    def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment]) -> None:
+        """Count positions whose keys and values are in the pages that it holds, in place of those before."""
+        self._token_ids = list(token_ids)
+        self._segments = list(segments)
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on, and give back their pages.

@@ -18,7 +18,7 @@ import torch
 
 from ropewalk.adapters.lora import read_adapter
 from ropewalk.adapters.request import Request
-from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange
+from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange, SavedUse
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError, RequestError
@@ -30,6 +30,9 @@ from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.live_rope import LiveRope
 from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.saved.file import SavedFile
+from ropewalk.model.saved.read import fitting_segments, load_cache, usable_prefix
+from ropewalk.model.saved.write import save_cache
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
@@ -43,6 +46,7 @@ class ModelWeights:
     """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V.
 
     layers: those of the model, followed by those of the second model, if any.
+    fingerprint, second_fingerprint: of the tensors of either as they were read (see files/fingerprint.py).
     """
 
     embeddings: torch.Tensor
@@ -50,6 +54,8 @@ class ModelWeights:
     final_norm: torch.Tensor
     head: PackedLinear
     head_is_embeddings: bool
+    fingerprint: str
+    second_fingerprint: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -236,6 +242,15 @@ class Model(LiveRope):
             self.caches.add(cache)
         return cache
 
+    def fork(self, cache: KvCache) -> KvCache:
+        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first.
+
+        Raises:
+            RequestError: a cache of another model or layer order.
+        """
+        self.check_owner(cache)
+        return cache.fork()
+
     def accepts(self, cache: KvCache) -> bool:
         """True if `cache` was made by this model, under its present layer order and with its present RoPE."""
         made = isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
@@ -291,6 +306,76 @@ class Model(LiveRope):
         if cache.same_origin(origin) == cache.length:
             self.store.attach(cache, ids[: min(len(ids) - 1, cache.capacity)], origin, length)
         return cache.length
+
+    def save_cache(
+        self,
+        cache: KvCache,
+        path: str | Path,
+        progress: Progress | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write what `cache` holds to a file, for `load_cache`; returns the size. The file appears whole or not at all.
+
+        progress: called with (parts of pages done, parts of pages). about: texts to be kept with it.
+
+        Raises:
+            RequestError: an empty cache, or one of another model or layer order. SavedCacheError: it cannot be written.
+        """
+        return save_cache(self, cache, path, progress, about)
+
+    def load_cache(self, path: str | Path, progress: Progress | None = None) -> KvCache:
+        """The cache that a file holds; what follows has the bits that would follow the one that was saved.
+
+        Everything is checked before a page is taken. progress: called with (steps done, steps in all).
+
+        Raises:
+            SavedCacheError: cut short, damaged, or saved with another model, RoPE, layer order, adapters, arithmetic,
+                cache type or version: the message names the file, what was found and what is accepted.
+            CacheFullError: there is no room for its pages.
+        """
+        return load_cache(self, path, progress)
+
+    def saved_uses(self, key: AdapterKey) -> tuple[SavedUse, ...]:
+        """A set of adapters by their content, for a file.
+
+        Raises:
+            RequestError: one of them has been unloaded.
+        """
+        return self._adapters.saved_uses(key)
+
+    def key_of_saved(self, uses: Sequence[SavedUse]) -> AdapterKey:
+        """The key of a set that a file names.
+
+        Raises:
+            RequestError: one of them is not loaded, or they were loaded in another order.
+        """
+        return self._adapters.key_of_saved(uses)
+
+    def shared_length(self, token_ids: TokenIds, adapters: Request | None = None) -> int:
+        """How many leading positions `attach` would give an empty cache for this prompt, at most.
+
+        Raises:
+            RequestError: as `forward`.
+        """
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return self.store.shared_length(self.new_cache(), ids, origin)
+
+    def check_saved(self, file: SavedFile) -> None:
+        """Raises:
+        SavedCacheError: the file belongs to another model, or other settings of it.
+        """
+        fitting_segments(self, file)
+
+    def usable_prefix(self, file: SavedFile, token_ids: TokenIds, adapters: Request | None = None) -> int:
+        """How many leading positions `attach` would give this prompt once the saved cache is loaded and shared.
+
+        Raises:
+            SavedCacheError: the file belongs to another model, or other settings of it. RequestError: as `forward`.
+        """
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return usable_prefix(self, file, ids, origin)
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:
         """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none.

@@ -13,6 +13,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
+import torch
+
 from ropewalk.backends.protocol import PAGE_TOKENS, Page, PagePool
 from ropewalk.base.errors import CacheFullError
 from ropewalk.base.memory import format_bytes
@@ -49,6 +51,15 @@ class PageStore:
         """Memory of the pages of a cache of so many positions."""
         recent = self._recent.num_held(length) * self._recent.page_bytes(self.num_instances)
         return num_pages(length) * self.page_bytes + recent
+
+    @property
+    def layout(self) -> str:
+        """A name for the bytes of a page: equal names, equal layouts."""
+        return self._pool.layout
+
+    def parts_of(self, held: HeldPage) -> list[torch.Tensor]:
+        """The memory of a page, [bytes] uint8 in each place that holds a part of it: to save it, or to restore it."""
+        return self._pool.parts_of(held.page)
 
     @property
     def num_bytes(self) -> int:
@@ -103,6 +114,25 @@ class PageStore:
                 for cache, pages, recent in before:
                     cache.hold_(pages, recent)
                 raise CacheFullError(self._full(wanted)) from error
+
+    def take_(self, cache: KvCache, length: int, recent: Sequence[int]) -> None:
+        """Give an empty cache the pages of so many positions, and these in float16, to be filled from a file.
+
+        Raises:
+            CacheFullError: as `reserve_`. The cache is as it was.
+        """
+        with self.lock:
+            count, exact_bytes = self.num_instances, self._recent.page_bytes(self.num_instances)
+            needed = num_pages(length) * self.page_bytes + len(recent) * exact_bytes
+            if needed > self._pool.num_bytes - self._pool.used_bytes + self._tree.idle_bytes:
+                raise CacheFullError(self._full([(cache, length)]))
+            self._make_room(needed)
+            try:
+                pages = [HeldPage(self._pool.take(count), self.page_bytes) for _ in range(num_pages(length))]
+                exact = {index: HeldPage(self._pool.take(count, recent=True), exact_bytes) for index in recent}
+            except MemoryError as error:  # the machine has less than the limit
+                raise CacheFullError(self._full([(cache, length)])) from error
+            cache.hold_(pages, exact)
 
     def slide_(self, cache: KvCache, end: int) -> None:
         """Before rows up to position `end` are computed: the pages that they write in float16, of those reserved."""
@@ -209,6 +239,12 @@ class PageStore:
             if recent is not None:
                 cache.hold_(pages, recent)
                 cache.record_(token_ids[cache.length : length], origin, seq_len)
+
+    def shared_length(self, cache: KvCache, token_ids: Sequence[int], origin: Origin) -> int:
+        """How many leading positions of these tokens an empty cache can attach to."""
+        with self.lock:
+            found = continuable(cache, self._tree.find(cache.layer_order, origin, token_ids))
+            return sum(agreeing for _, agreeing in found)
 
     def _needed(self, wanted: Wanted) -> int:
         """Memory of the pages that these caches lack."""

@@ -19,6 +19,7 @@ from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
+    from ropewalk.model.variants import AdapterUse
 
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
@@ -52,7 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_choice(group, CACHE_TYPE, "type of cached keys and values")
     group.add_argument(
         "--cache-memory",
-        type=_size,
+        type=size_argument,
         metavar="SIZE",
         help="memory for cached keys and values, such as 4GiB (default: half of what is free, within a sensible bound)",
     )
@@ -220,24 +221,19 @@ def order_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ORDER_OPTIONS}
 
 
-def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
+def load(args: argparse.Namespace, to_talk: bool = False, options: LoadOptions | None = None) -> tuple[Any, Any]:
     """(model, tokenizer), with a progress bar, and the RoPE decision on stderr.
 
-    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise.
+    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise. options:
+    those of `options_for_adapters`, where they are known already.
     """
     from ropewalk.model.loader import load_model
     from ropewalk.text.tokenizer.load import load_tokenizer
 
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
-    options = load_options(args)
-    if options.rope_scaling == AUTO and getattr(args, "adapter", None):
-        options = _with_adapters_first(args, folder, options)
-    elif not options.has_rope:
-        scaling = _rope_of_adapters(args)
-        if scaling is None and to_talk and args.model is None:
-            scaling = embedded_scaling()
-        options = replace(options, rope_scaling=scaling)
+    if options is None:
+        options = options_for_adapters(args, to_talk)
     with progress_bar("loading", "layer") as progress:
         model = load_model(folder, options=options, progress=progress)
     note(model.rope.describe())
@@ -255,6 +251,31 @@ def _with_adapters_first(args: argparse.Namespace, folder: Path, options: LoadOp
     if covered_without(config.raw, options.max_seq_len, config.source):
         return options
     return replace(options, rope_scaling=_rope_of_adapters(args) or AUTO)
+
+
+def options_for_adapters(args: argparse.Namespace, to_talk: bool = False) -> LoadOptions:
+    """The options of loading; where none is about RoPE, with the scaling that the adapters given were trained for."""
+    options = load_options(args)
+    if options.rope_scaling == AUTO and getattr(args, "adapter", None):
+        return _with_adapters_first(args, model_folder(args), options)
+    if options.has_rope:
+        return options
+    scaling = _rope_of_adapters(args)
+    if scaling is None and to_talk and args.model is None:
+        scaling = embedded_scaling()
+    return replace(options, rope_scaling=scaling)
+
+
+def adapter_uses(args: argparse.Namespace) -> tuple[AdapterUse, ...]:
+    """The adapters that --adapter names, for those who load them themselves."""
+    from ropewalk.model.variants import AdapterUse
+
+    given = [_adapter_option(args, text) for text in args.adapter]
+    names = _adapter_names(list(dict.fromkeys(folder for folder, _, _ in given)))
+    return tuple(
+        AdapterUse(names[folder], folder, 1.0 if weight is None else weight, instances)
+        for folder, weight, instances in given
+    )
 
 
 def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:
@@ -394,7 +415,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _size(text: str) -> int:
+def size_argument(text: str) -> int:
+    """Bytes, for argparse."""
     try:
         return parse_bytes(text)
     except ValueError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
 from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
@@ -87,6 +88,7 @@ def add_serve_command(commands: Any) -> None:
         metavar="N",
         help="requests that may wait (default: %(default)s)",
     )
+    add_kept_arguments(group)
     add_template_argument(group)
     add_shift_argument(group, "; requests can say otherwise: context_shift")
     group.add_argument(
@@ -135,9 +137,15 @@ def _engine(args: argparse.Namespace) -> Engine:
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weights and instances in a model name")
-    shift = shift_option(args)
     engine = Engine(
-        model, tokenizer, args.chat_template, args.max_running, args.queue_limit, context_shift=shift, **guessing
+        model,
+        tokenizer,
+        args.chat_template,
+        args.max_running,
+        args.queue_limit,
+        context_shift=shift_option(args),
+        kept_folder=kept_folder(args),
+        **guessing,
     )
     _ = engine.chat_template  # a broken or missing template is better reported here than to a client
     return engine
@@ -151,7 +159,13 @@ def _bytes(mebibytes: float) -> int:
 
 def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
     """The folders that errors may name."""
-    given = (model_folder(args), args.second_folder, args.draft_model, *(Path(text) for text in args.adapter))
+    given = (
+        model_folder(args),
+        args.second_folder,
+        args.draft_model,
+        args.cache_folder,
+        *(Path(text) for text in args.adapter),
+    )
     return tuple(folder for folder in given if folder is not None)
 
 

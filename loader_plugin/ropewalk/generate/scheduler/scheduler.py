@@ -118,13 +118,15 @@ class Scheduler:
         client: Hashable = None,
         priority: str = INTERACTIVE,
         keep: bool = True,
+        copies: bool = False,
         shifts: bool = False,
     ) -> Iterator[OpenSequence]:
         """A sequence for a prompt and its reply; when the block ends, its pages are for others.
 
         client: who asks; clients share the rows for prompts fairly, and None is one of its own. keep: False if nobody
-        is going to need the same tokens again. shifts: the prompt may be that of an earlier sequence of the client
-        without a stretch in the middle: what was computed after it is then moved down instead of computed again.
+        is going to need the same tokens again. copies: the sequence is to have a `copy` of its prompt once it is read.
+        shifts: the prompt may be that of an earlier sequence of the client without a stretch in the middle: what was
+        computed after it is then moved down instead of computed again.
 
         Raises:
             RequestError: wrong token ids or client, unknown adapters or priority.
@@ -136,7 +138,7 @@ class Scheduler:
         cache = self.model.new_cache()
         with self._lock:
             self._num_opened += 1
-            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep, shifts)
+            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep, copies, shifts)
             self._sequences[state.number] = state
         try:
             yield OpenSequence(self, state)

@@ -112,6 +112,11 @@ class Sequence:
         return self._state.reused
 
     @property
+    def copy(self) -> CacheLike | None:
+        """A cache of its own with the prompt, if the sequence was opened for that and the prompt has been read."""
+        return self._state.copy
+
+    @property
     def shifted(self) -> int:
         """How many of its positions were moved to where they are, instead of being computed there."""
         return self._state.shifted
@@ -202,7 +207,8 @@ class SequenceState:
     shifts: what was computed of an older prompt, of which a stretch is missing now, may be moved down for this one.
     number: its age. thread, called_s: who called last, and when. is_admitted: it may have pages. computed: that many
     positions have been computed once; those that the cache does not hold now can be computed again from `made`. keep:
-    its pages are for others, too, when it ends. waits_for: the number of the sequence whose pages it waits for.
+    its pages are for others, too, when it ends. copies: its owner wants a copy of the cache once the prompt is read.
+    waits_for: the number of the sequence whose pages it waits for.
     """
 
     def __init__(
@@ -215,11 +221,14 @@ class SequenceState:
         client: Hashable,
         priority: str,
         keep: bool,
+        copies: bool = False,
         shifts: bool = False,
     ) -> None:
         self.number, self.cache, self.prompt_ids = number, cache, list(prompt_ids)
         self.adapters, self.adapter_key = adapters, adapter_key
-        self.client, self.priority, self.keep, self.shifts = client, priority, keep, shifts
+        self.client, self.priority, self.keep = client, priority, keep
+        self.copies, self.shifts = copies, shifts
+        self.copy: CacheLike | None = None
         self.token_ids: list[int] = []
         self.call: Call | None = None
         self.thread = threading.get_ident()

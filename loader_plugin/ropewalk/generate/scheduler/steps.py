@@ -33,6 +33,8 @@ class StepModel(PagedModel, RotatingModel, Protocol):
     @property
     def adapters(self) -> tuple[str, ...]: ...
 
+    def new_cache(self) -> CacheLike: ...
+    def fork(self, cache: CacheLike) -> CacheLike: ...
     def rescale(self, *, mode: str, caches: Iterable[CacheLike] | None = None, **rope: Any) -> bool: ...
     def shift(self, cache: CacheLike, keep: int, drop: int) -> int: ...
     def adapter_key(self, adapters: Request | None) -> Any: ...
@@ -147,7 +149,14 @@ class Steps:
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
             call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
-            call.take_(logits)
+            self._take_(call, logits)
+
+    def _take_(self, call: Call, logits: torch.Tensor | None) -> None:
+        """A span of it has been computed. What its owner wants a copy of is copied now: later its pages may be gone."""
+        call.take_(logits)
+        state = call.sequence
+        if state.copies and state.copy is None and state.cache.length >= len(state.prompt_ids):
+            state.copy = self.model.fork(state.cache)
 
     def _run_singly(self, planned: Planned, error: Exception) -> None:
         """A step has failed: find out for whom, and compute the others."""
@@ -157,7 +166,7 @@ class Steps:
         for call, span in planned:
             length = call.sequence.cache.length
             try:
-                call.take_(self._step([span], None)[0])
+                self._take_(call, self._step([span], None)[0])
             except CacheFullError:
                 continue  # it is in the next step, which makes room
             except Exception as its_own:
