@@ -201,13 +201,18 @@ class KvCache:
         with self._lock:
             made = KvCache(self.owner, self._lock, self.cache_format, self.capacity, self.layer_order)
             made.hold_(self.pages, self.recent)
-            made.restore_(self._token_ids, self._segments)
+            made.restore_(self._token_ids, self._segments, self._reach)
+            made.rope, made._turned_at = self.rope, self._turned_at
         return made
 
-    def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment]) -> None:
-        """Count positions whose keys and values are in the pages that it holds, in place of those before."""
+    def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment], reach: int) -> None:
+        """Count positions whose keys and values are in the pages that it holds, in place of those before.
+
+        reach: the length that their frequencies are for.
+        """
         self._token_ids = list(token_ids)
         self._segments = list(segments)
+        self._reach, self._turned_at = reach, 0
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on, and give back their pages.

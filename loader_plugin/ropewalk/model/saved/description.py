@@ -16,25 +16,28 @@ from ropewalk.adapters.sets import SavedUse
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import Section
 from ropewalk.base.limits import MAX_POSITIONS
-from ropewalk.model.cache import Frequencies, num_pages
+from ropewalk.model.cache import Frequencies, Shifted, Turned, num_pages
 
 MAX_BYTES = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
 class SavedSegment:
-    """Positions from `start` up to the next segment, as `cache.Segment`, with adapters by their content."""
+    """Positions from `start` up to the next segment, as `cache.Segment`, with adapters by their content. moves: what
+    was done to them since they were computed."""
 
     start: int
     seq_len: int
     frequencies: Frequencies
     adapters: tuple[SavedUse, ...]
+    moves: tuple[Turned | Shifted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """ropewalk: its version. model: the name of the folder, for people. facts: see identity.py. rope: for people.
 
+    reach: the length that the frequencies of all keys are for.
     part_bytes: of a page, in each place that holds a part of it. recent: which of the pages are held in float16 as
     well, for a format with a recent window; recent_bytes: of such a page. about: texts that the caller wanted to keep.
     """
@@ -47,6 +50,7 @@ class Description:
     part_bytes: tuple[int, ...]
     segments: tuple[SavedSegment, ...]
     about: Mapping[str, str]
+    reach: int
     recent: tuple[int, ...] = ()
     recent_bytes: tuple[int, ...] = ()
 
@@ -67,6 +71,7 @@ class Description:
                 "facts": dict(self.facts),
                 "rope": self.rope,
                 "num_tokens": self.num_tokens,
+                "reach": self.reach,
                 "part_bytes": list(self.part_bytes),
                 "recent": list(self.recent),
                 "recent_bytes": list(self.recent_bytes),
@@ -100,6 +105,7 @@ def read_description(text: str, source: str) -> Description:
         part_bytes=_integers(top, "part_bytes", 1, MAX_BYTES, at_least=1),
         segments=_segments(top, num_tokens),
         about=_about(top),
+        reach=top.integer("reach", num_tokens, MAX_POSITIONS),
         recent=_recent(top, num_pages(num_tokens)),
         recent_bytes=_integers(top, "recent_bytes", 1, MAX_BYTES, at_least=0),
     )
@@ -109,12 +115,24 @@ def _segment_to_json(segment: SavedSegment) -> dict[str, Any]:
     return {
         "start": segment.start,
         "seq_len": segment.seq_len,
-        "inverse_frequencies": segment.frequencies.inverse_frequencies.hex(),  # float64, as numpy lays them out
-        "attention_scale": segment.frequencies.attention_scale,
+        **_frequencies_to_json(segment.frequencies),
+        "moves": [
+            _frequencies_to_json(move.before)
+            if isinstance(move, Turned)
+            else {"start": move.start, "dropped": move.dropped.hex()}
+            for move in segment.moves
+        ],
         "adapters": [
             {"name": use.name, "digest": use.digest, "weight": use.weight, "instances": use.instances}
             for use in segment.adapters
         ],
+    }
+
+
+def _frequencies_to_json(frequencies: Frequencies) -> dict[str, Any]:
+    return {
+        "inverse_frequencies": frequencies.inverse_frequencies.hex(),  # float64, as numpy lays them out
+        "attention_scale": frequencies.attention_scale,
     }
 
 
@@ -127,17 +145,31 @@ def _segments(top: Section, num_tokens: int) -> tuple[SavedSegment, ...]:
 
 
 def _segment(section: Section, num_tokens: int) -> SavedSegment:
-    try:
-        inverse_frequencies = bytes.fromhex(_text(section, "inverse_frequencies"))
-    except ValueError as error:
-        raise section.error("inverse_frequencies", "hexadecimal digits") from error
-    scale = section.number("attention_scale", 0.0, 1e6, above=True)
     return SavedSegment(
         start=section.integer("start", 0, num_tokens - 1),
         seq_len=section.integer("seq_len", 1, MAX_POSITIONS),
-        frequencies=Frequencies(inverse_frequencies, scale),
+        frequencies=_frequencies(section),
         adapters=tuple(_use(use) for use in _sections(section, "adapters")),
+        moves=tuple(_move(move) for move in _sections(section, "moves")),
     )
+
+
+def _move(section: Section) -> Turned | Shifted:
+    if not section.has("dropped"):
+        return Turned(_frequencies(section))
+    return Shifted(section.integer("start", 0, MAX_POSITIONS), _bytes(section, "dropped"))
+
+
+def _frequencies(section: Section) -> Frequencies:
+    scale = section.number("attention_scale", 0.0, 1e6, above=True)
+    return Frequencies(_bytes(section, "inverse_frequencies"), scale)
+
+
+def _bytes(section: Section, key: str) -> bytes:
+    try:
+        return bytes.fromhex(_text(section, key))
+    except ValueError as error:
+        raise section.error(key, "hexadecimal digits") from error
 
 
 def _use(section: Section) -> SavedUse:

@@ -55,7 +55,7 @@ def load_cache(model: Model, path: str | Path, progress: Progress | None = None)
     except BaseException:
         cache.hold_((), {})
         raise
-    cache.restore_(file.token_ids, segments)
+    cache.restore_(file.token_ids, segments, file.description.reach)
     return cache
 
 
@@ -111,13 +111,13 @@ def _continuable(model: Model, file: SavedFile, length: int) -> bool:
 
 def _origin(model: Model, file: SavedFile, index: int) -> Origin:
     segment = file.description.segments[index]
-    if segment.frequencies != model.frequencies(segment.seq_len):
+    if segment.frequencies != model.frequencies(file.description.reach):
         raise SavedCacheError(
             f"{file.path} has keys that were rotated in another way ({file.description.rope}) than this model rotates "
             f"them ({model.rope.describe()}): load the model with the same RoPE options, or read the text anew"
         )
     try:
-        return Origin(segment.frequencies, model.key_of_saved(segment.adapters))
+        return Origin(segment.frequencies, model.key_of_saved(segment.adapters), segment.moves)
     except RequestError as error:
         raise SavedCacheError(f"{file.path} does not fit the adapters of the model: {error}") from error
 

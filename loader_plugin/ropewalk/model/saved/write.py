@@ -59,6 +59,7 @@ def save_cache(
         part_bytes=_part_bytes(model, copy.pages),
         segments=tuple(_segments(model, copy)),
         about=texts,
+        reach=copy.reach,
         recent=tuple(sorted(copy.recent)),
         recent_bytes=_part_bytes(model, exact),
     )
@@ -73,7 +74,8 @@ def save_cache(
 def _segments(model: Model, cache: KvCache) -> Iterator[SavedSegment]:
     for segment in cache.whole_segments:
         origin = segment.origin
-        yield SavedSegment(segment.start, segment.seq_len, origin.frequencies, model.saved_uses(origin.adapters))
+        uses = model.saved_uses(origin.adapters)
+        yield SavedSegment(segment.start, segment.seq_len, origin.frequencies, uses, origin.moves)
 
 
 def _part_bytes(model: Model, pages: Sequence[HeldPage]) -> tuple[int, ...]:
