@@ -135,7 +135,7 @@ def plot_recommendation(found: Recommendation) -> Figure:
             va="center", color=INK, fontsize=8,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlim(least, 1.3 * max(values))
+    axes.set_xlim(least, 1.5 * max(value + error for value, error in zip(values, errors, strict=True)))
     _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(ordered)), [one.candidate.name for one in ordered])
     axes.invert_yaxis()
