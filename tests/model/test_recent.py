@@ -145,7 +145,7 @@ def test_the_smallest_pool_holds_a_full_context(folder: Path, variant: Variant) 
 def test_a_step_that_lacks_pages_leaves_all_as_it_was(folder: Path) -> None:
     variant = Variant("reference", "exact")
     page = loaded(folder, variant, cache_memory=1 << 24)
-    memory = page.cache_bytes(CONTEXT) * 2
+    memory = page.cache_bytes(CONTEXT) * 3
     model = loaded(folder, variant, max_input_len=64, cache_memory=memory)
     caches = [model.new_cache() for _ in range(4)]
     model.step([Span(ids_of(200, seed), cache, "none") for seed, cache in enumerate(caches)])

@@ -47,6 +47,11 @@ class CpuBackend:
         self.runtime = native.Runtime(isa, threads)
         self._arena = native.Arena()
 
+    @property
+    def arithmetic(self) -> str:
+        """Two instruction sets need not agree to the last bit."""
+        return f"{self.name} {self.compute} {self.runtime.isa}"
+
     def computing(self, compute: str) -> CpuBackend | None:
         """The same threads; tiles serve both ways of computing."""
         if compute not in ("exact", "int8"):

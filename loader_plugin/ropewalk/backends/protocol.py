@@ -166,6 +166,10 @@ class Backend(Protocol):
         """ "exact" (float32 activations), "int8" (activations of quantised layers quantised on the fly) or "fp16"."""
 
     @property
+    def arithmetic(self) -> str:
+        """What decides the bits of keys and values: name, compute, kernels; "cpu int8 avx2". For saved caches."""
+
+    @property
     def device(self) -> torch.device:
         """The device of the tensors that go in and come out."""
 

@@ -9,6 +9,7 @@ import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS, Backend
 from ropewalk.backends.split import SplitBackend
+from ropewalk.base.choices import ROPE_GROWTH
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
 from ropewalk.config.cache_format import CacheFormat
@@ -33,6 +34,7 @@ class ModelLimits:
     max_input_len: int
     cache_format: CacheFormat
     cache_memory: int | None = None
+    rope_growth: str = ROPE_GROWTH.default
 
     @property
     def chunk_rows(self) -> int:

@@ -46,7 +46,9 @@ class Span:
     adapters: loaded adapters with their weights and, if they are not for every layer, their layer instances:
         [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see adapters/request.py).
     seq_len: the length that later calls will reach, if one sequence is passed in several calls: RoPE methods that
-        depend on the length then use it from the start (default: the length that this call reaches).
+        depend on the length then use it from the start (default: the length that this call reaches). A cache that
+        outgrows the length its keys are rotated for gets the frequencies of a somewhat longer one
+        (`Rope.grown_length`), and its keys are brought along (`rope_growth` of `load_model`).
     """
 
     token_ids: TokenIds
@@ -101,11 +103,18 @@ def run_step(
     Raises:
         RequestError: as `Model.step`. Nothing has been written.
     """
-    checked = check_spans(model, spans, named)
+    return run_checked(model, check_spans(model, spans, named), progress, cancelled, named)
+
+
+def run_checked(
+    model: Model, checked: Sequence[Checked], progress: Progress | None, cancelled: Cancelled | None, named: bool
+) -> list[torch.Tensor | None] | None:
+    """As `run_step`, for spans that can be computed."""
     rows = _side_by_side(checked)
     total, done = sum(len(span.ids) for span in rows), 0
     try:
         _reserve_(model, checked, named)
+        model.follow_length_(checked)
         for pieces in _chunks(rows, model.store.chunk_rows):
             for piece in pieces:
                 model.store.slide_(piece.span.cache, piece.span.cache.length + piece.end - piece.first)
@@ -162,7 +171,7 @@ def _checked(model: Model, index: int, span: Span) -> Checked:
             f"at least {needed}"
         )
     change = model.adapter_change(span.adapters)
-    end = max(needed, checked_seq_len(seq_len) or 0)
+    end = model.reach_of(cache.reach, max(needed, checked_seq_len(seq_len) or 0))
     origin = Origin(model.frequencies(end), change.key)
     return Checked(index, ids, cache, change, origin, end, _new_logits(model, len(ids), logits))
 

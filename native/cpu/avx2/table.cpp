@@ -144,6 +144,7 @@ struct Verbs {
     return {half(a.low), half(a.high)};
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   struct Codes {  // 16 lanes of 4 codes
     __m256i low, high;

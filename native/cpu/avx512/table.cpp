@@ -90,6 +90,7 @@ struct Verbs {
     return with(_mm512_shuffle_f32x4(a, a, 0x4e), 0xff00);
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   using Codes = __m512i;  // 16 lanes of 4 codes
   using Quad = __m512i;   // 4 activations in every lane

@@ -70,8 +70,9 @@ void weigh_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, c
 // The same in integers, for coded values.
 template <class V>
 void weigh_coded_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, const PageRows& rows) {
+  const bool whole = see_all(a, tile, rows, kKvTile);
   for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
-    page_softmax_row<V>(tile, row, visible_places(a, tile, row, rows.first_key));
+    page_softmax_row<V>(tile, row, whole ? KeyRange{0, kKvTile} : visible_places(a, tile, row, rows.first_key));
   }
   take_page<V>(tile, rows.row_begin, rows.row_end);
   const auto* scales = reinterpret_cast<const uint16_t*>(rows.page.values + code_bytes(kv.values, kv.head_dim));

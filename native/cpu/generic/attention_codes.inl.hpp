@@ -36,10 +36,15 @@ void quantise_query(const AttendTile& tile, int64_t row, const float* q, float z
   }
 }
 
+// Into the second cache: more requests are under way at once than into the first (scripts/bench/attention.py).
 template <class V>
 void prefetch_bytes(const uint8_t* p, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) V::prefetch(p + i);
+  for (int64_t i = 0; i < num_bytes; i += 64) V::prefetch_far(p + i);
 }
+
+// Codes and scales of 16 keys in one block of dims, or of 32 keys in 16 dims.
+template <int kBits>
+static constexpr int64_t kAheadBytes = kBlockRows * kLanes * kBits / 8 + kLanes * 2;
 
 // The scores of kRows rows over kTiles tiles of 16 keys, in all blocks of dims.
 template <class V, int kBits, int kRows, int kTiles>
@@ -58,9 +63,7 @@ void score_codes_block(const AttendTile& tile, int64_t row, const uint8_t* codes
     for (int m = 0; m < kRows; ++m) {
       for (int j = 0; j < kTiles; ++j) sum[m][j] = Dot::zero();
     }
-    if (next != nullptr) {
-      for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + (j * blocks + b) * kBlockBytes, kBlockBytes);
-    }
+    if (next != nullptr) prefetch_bytes<V>(next + b * kTiles * kAheadBytes<kBits>, kTiles * kAheadBytes<kBits>);
     for (int quad = 0; quad < 4; ++quad) {
       typename V::Codes first[kTiles], second[kTiles];
       for (int j = 0; j < kTiles; ++j) {
@@ -100,7 +103,7 @@ void score_codes(const AttendTile& tile, const PageRows& rows) {
   for_even_blocks<V::kCodeRows>(rows.row_begin, rows.row_end, [&]<int kRows>(int64_t row) {
     constexpr int kTiles = kRows > V::kCodeRows / 2 ? 1 : kRows > V::kCodeRows / 4 ? 2 : 4;
     for (int64_t j = 0; j < kKvTile / kLanes; j += kTiles) {
-      const uint8_t* next = row == rows.row_begin ? rows.next.keys + j * blocks * kBlockBytes : nullptr;
+      const uint8_t* next = row == rows.row_begin ? rows.next.keys + j * blocks * kAheadBytes<kBits> : nullptr;
       score_codes_block<V, kBits, kRows, kTiles>(tile, row, codes + j * blocks * kBlockBytes, scales + j * blocks * kLanes,
                                                  next, tile.scores + row * kKvTile + j * kLanes);
     }
@@ -204,7 +207,7 @@ void weigh_codes(const AttendTile& tile, const PageRows& rows, int64_t row_begin
         offsets[m] *= zero_point(kBits);
       }
       const int64_t first = d / kLanes * kGroupBytes;
-      if (row == rows.row_begin) prefetch_bytes<V>(rows.next.values + first, 2 * kGroupBytes);
+      if (row == rows.row_begin) prefetch_bytes<V>(rows.next.values + 4 * b * kAheadBytes<kBits>, 4 * kAheadBytes<kBits>);
       const auto weigh = [&]<int kGroups>(int64_t group) {
         weigh_codes_block<V, kBits, kRows, kGroups>(w, rows.page.values + first + group * kGroupBytes,
                                                     tile.correction + row, factors, offsets, tile.padded_dim,

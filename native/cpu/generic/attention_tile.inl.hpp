@@ -126,12 +126,16 @@ struct PageRows {
   int64_t row_begin, row_end;
 };
 
+static inline bool see_all(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, int64_t num_keys) {
+  return visible_keys(a, tile, rows.row_end - 1).begin <= rows.first_key &&
+         visible_keys(a, tile, rows.row_begin).end >= rows.first_key + num_keys;
+}
+
 // Calls visit(row_begin, row_end, places) for rows that see the same keys of a page: all at once where each sees all of
 // it, else the rows of one token.  Whoever weighs values must not look at those that a row does not see.
 template <class Visit>
 void for_rows_alike(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, int64_t num_keys, Visit visit) {
-  if (visible_keys(a, tile, rows.row_end - 1).begin <= rows.first_key &&
-      visible_keys(a, tile, rows.row_begin).end >= rows.first_key + num_keys) {
+  if (see_all(a, tile, rows, num_keys)) {
     visit(rows.row_begin, rows.row_end, KeyRange{0, num_keys});
     return;
   }

@@ -12,6 +12,10 @@ template <class V>
 float largest_score(const float* scores, KeyRange places) {
   const auto hidden = V::broadcast(kNoScore);
   auto highest = hidden;
+  if (places.begin == 0 && places.end == kKvTile) {
+    for (int64_t j = 0; j < kKvTile; j += kLanes) highest = V::max(highest, V::load(scores + j));
+    return V::reduce_max(highest);
+  }
   for (int64_t j = 0; j < kKvTile; j += kLanes) {
     highest = V::max(highest, V::select_range(V::load(scores + j), hidden, places.begin - j, places.end - j));
   }

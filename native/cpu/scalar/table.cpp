@@ -136,6 +136,7 @@ struct Verbs {
     });
   }
   static void prefetch(const void*) {}
+  static void prefetch_far(const void*) {}
 
   struct Codes {  // 16 lanes of 4 codes
     uint8_t byte[64];

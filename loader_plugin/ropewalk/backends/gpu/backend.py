@@ -40,6 +40,14 @@ class GpuBackend:
             sum_products_exactly()
         self._graphs = StepGraphs(cuda_capture(device)) if device.type == "cuda" else None
 
+    @property
+    def arithmetic(self) -> str:
+        """Cards of different capabilities run other code."""
+        if self.device.type == "cpu":
+            return f"{self.name} {self.compute} interpreted"
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return f"{self.name} {self.compute} {major}.{minor}"
+
     def computing(self, compute: str) -> None:
         """Weights are laid out for one arithmetic."""
         return None

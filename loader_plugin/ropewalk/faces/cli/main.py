@@ -17,6 +17,7 @@ from pathlib import Path
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, load_kept, prompt_after
 from ropewalk.faces.cli.demo import add_demo_command
 from ropewalk.faces.cli.divergence import add_divergence_command
 from ropewalk.faces.cli.gpu import add_gpu_command
@@ -27,6 +28,7 @@ from ropewalk.faces.cli.options import (
     add_model_arguments,
     add_order_arguments,
     add_sampling_arguments,
+    add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
     load,
@@ -83,8 +85,10 @@ def run_generate(args: argparse.Namespace) -> int:
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, **guessing)
+    kept = load_kept(engine, args)
+    ids = engine.encode(prompt) if kept is None else prompt_after(engine, kept, prompt)
     with progress_bar("reading the prompt", "token", LONG_PREFILL) as progress:
-        stream = engine.stream(prompt, params, progress=progress, adapters=adapters)
+        stream = engine.stream(ids, params, progress=progress, adapters=adapters)
         text = prompt if args.echo else ""
         _show(text)
         for piece in stream:
@@ -94,6 +98,9 @@ def run_generate(args: argparse.Namespace) -> int:
         _show("\n")
     if stream.routing is not None:
         note(stream.routing.describe())
+    if kept is not None:
+        known = min(stream.stats.reused_tokens, kept.num_tokens)
+        note(f"{args.cache}: {known} of its {kept.num_tokens} tokens were not read again")
     note(f"{stream.stats.describe()}; ended by {stream.finish_reason}")
     return 0
 
@@ -138,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text (-: standard input)")
+    add_cache_argument(
+        generate,
+        "start from the text in this file (ropewalk cache save): the prompt goes on after it, unless it begins with it",
+    )
     generate.add_argument("--echo", action="store_true", help="show the prompt before its continuation")
     add_sampling_arguments(generate)
     add_speculation_arguments(generate)
@@ -148,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with a model", description=run_chat.__doc__)
     add_model_arguments(chat)
     add_template_argument(chat)
+    add_shift_argument(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system text of the conversation")
+    add_cache_argument(chat, "go on with the conversation in this file (/save FILE, or ropewalk cache save --system)")
     add_sampling_arguments(chat)
     add_speculation_arguments(chat)
     add_load_arguments(chat)
@@ -173,17 +186,21 @@ def _parser() -> argparse.ArgumentParser:
     add_divergence_command(commands)
     add_report_command(commands)
     add_demo_command(commands)
+    add_cache_command(commands)
     add_gpu_command(commands)
     return parser
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt given by option; otherwise standard input for a named model, or an example for the embedded one."""
+    """The prompt given by option; otherwise standard input for a named model, or an example for the embedded one. With
+    a kept text there need be none."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is not None:
         return read_text(args.prompt_file)
-    if args.model is None:
+    if args.cache is not None and sys.stdin.isatty():
+        return ""
+    if args.model is None and args.cache is None:
         return DEMO_PROMPT
     if sys.stdin.isatty():
         raise RequestError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in")
