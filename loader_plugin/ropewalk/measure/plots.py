@@ -34,8 +34,10 @@ FORMATS = ("svg", "png", "pdf")
 
 
 def plot_curves(curves: Sequence[Curve], trained: int | None = None) -> Figure:
-    """Perplexity by context length, a line per variant, with bands of one standard error. trained: the length that the
-    model was trained on, marked.
+    """Perplexity by context length, a line per variant. trained: the length that the model was trained on, marked.
+
+    One line alone has a band of one standard error. Several do not: that error is of the text, which all of them read,
+    and bands that overlap would look as if they could not be told apart.
 
     Raises:
         RequestError: there is nothing to plot. UnsupportedError: matplotlib is not installed.
@@ -45,8 +47,8 @@ def plot_curves(curves: Sequence[Curve], trained: int | None = None) -> Figure:
         raise RequestError("there is nothing to plot: no variant was measured to its end")
     figure, axes = _figure()
     for number, curve in enumerate(curves):
-        points = [(row.length, row.perplexity, row.error) for row in curve.rows]
-        _draw_line(axes, number, curve.name, points)
+        points = [(row.length, row.perplexity, row.nll_error) for row in curve.rows]
+        _draw_line(axes, number, curve.name, points, len(curves) == 1)
     lengths = sorted({row.length for curve in curves for row in curve.rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], **_aslant(len(lengths)))
@@ -62,8 +64,8 @@ def plot_positions(curves: Sequence[PositionCurve], trained: int | None = None) 
         raise RequestError("there is nothing to plot: no variant was measured to its end")
     figure, axes = _figure()
     for number, curve in enumerate(curves):
-        points = [((row.start + row.end) / 2, row.perplexity, row.error) for row in curve.rows]
-        _draw_line(axes, number, curve.name, points)
+        points = [((row.start + row.end) / 2, row.perplexity, row.nll_error) for row in curve.rows]
+        _draw_line(axes, number, curve.name, points, len(curves) == 1)
     end = max(row.end for curve in curves for row in curve.rows)
     step = 2 ** math.floor(math.log2(max(end, 4) / 4))
     places = range(0, end + 1, step)
@@ -135,7 +137,7 @@ def plot_recommendation(found: Recommendation) -> Figure:
             va="center", color=INK, fontsize=8,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_xlim(least, 1.3 * max(values))
+    axes.set_xlim(least, 1.5 * max(value + error for value, error in zip(values, errors, strict=True)))
     _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(ordered)), [one.candidate.name for one in ordered])
     axes.invert_yaxis()
@@ -206,16 +208,19 @@ def check_plottable(path: Path) -> None:
     _figure()
 
 
-def _draw_line(axes: Axes, number: int, name: str, points: Sequence[tuple[float, float, float | None]]) -> None:
-    """One curve of (place, value, standard error)."""
+def _draw_line(
+    axes: Axes, number: int, name: str, points: Sequence[tuple[float, float, float | None]], with_band: bool
+) -> None:
+    """One curve of (place, perplexity, standard error of its logarithm)."""
     places, values, errors = zip(*points, strict=True)
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    # A second round of colours is dashed.
-    style = "-" if number < len(COLOURS) else "--"
+    style = "-" if number < len(COLOURS) else "--"  # of a second round of colours
     axes.plot(places, values, style, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name)
-    low = [value - (error or 0.0) for value, error in zip(values, errors, strict=True)]
-    high = [value + (error or 0.0) for value, error in zip(values, errors, strict=True)]
-    axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    if with_band:
+        factors = [math.exp(error or 0.0) for error in errors]
+        low = [value / factor for value, factor in zip(values, factors, strict=True)]
+        high = [value * factor for value, factor in zip(values, factors, strict=True)]
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _finish_perplexity(figure: Figure, axes: Axes, num_curves: int, trained: int | None) -> None:

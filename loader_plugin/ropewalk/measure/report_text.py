@@ -46,10 +46,12 @@ def report_text(found: Findings, plan: ReportPlan, model: Model, source: Source)
 
 
 def _summary(found: Findings, plan: ReportPlan, source: Source) -> str:
+    own = found.recommendation.measured[0].candidate.rope
     return (
         f"Measured on `{source.model}` with the first {min(plan.max_tokens, source.num_tokens):,} tokens of "
         f"`{source.text}`, at context lengths up to {max(plan.lengths):,}. Errors are standard errors over stretches "
-        "of 512 tokens; differences between settings are surer than they say, since all read the same text.\n"
+        "of 512 tokens; differences between settings are surer than they say, since all read the same text. "
+        f"The checkpoint's own RoPE is `{own.method.name}`, its original length {own.original_length:,}.\n"
     )
 
 
@@ -95,9 +97,13 @@ def _map(name: str, cells: Sequence[RetrievalCell], plan: ReportPlan) -> str:
         f"### Retrieval: {TASKS.meanings[name]}\n\n"
         f"![Retrieval by depth and length: {TASKS.meanings[name]}](retrieval-{name}.png)\n\n"
         f"{markdown_table(('depth', *(f'{length:,}' for length in lengths)), rows)}\n"
-        f"Whole answers found, and in brackets the share of their tokens; {plan.trials} trials per cell, under the "
+        f"Whole answers found, and in brackets the share of their tokens; {_trials(plan.trials)} per cell, under the "
         "recommended scaling.\n"
     )
+
+
+def _trials(count: int) -> str:
+    return "one trial" if count == 1 else f"{count} trials"
 
 
 def _found(cell: RetrievalCell | None) -> str:
