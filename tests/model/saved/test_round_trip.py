@@ -61,7 +61,7 @@ def test_every_layer_order_has_its_own_pages(order: str, folder: Path, tmp_path:
 def test_adapters_are_found_again_by_what_they_hold(tmp_path: Path) -> None:
     folders = sorted((demo_model_path() / "adapters").iterdir())[:3]
     models = [load_model(demo_model_path(), backend="cpu", max_seq_len=512) for _ in range(2)]
-    for name, folder in zip("abc", folders, strict=True):
+    for name, folder in zip("abc", folders, strict=False):
         models[0].load_adapter(folder, name)
     for name, folder in zip("yz", folders[1:], strict=True):  # other names, other numbers
         models[1].load_adapter(folder, name)
