@@ -11,6 +11,7 @@ from ropewalk.base.errors import (
     QueueFullError,
     RequestError,
     RopewalkError,
+    SavedCacheError,
     ShapeError,
     UnsupportedError,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "QueueFullError",
     "RequestError",
     "RopewalkError",
+    "SavedCacheError",
     "ShapeError",
     "UnsupportedError",
 ]
