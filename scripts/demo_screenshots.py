@@ -124,13 +124,16 @@ def picture_notebook(page: Page) -> None:
 
 
 def picture_documents(page: Page) -> None:
-    """A file and a question."""
+    """A file that is kept, and a question."""
     choose(page, "Ask documents")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ropewalks.txt"
         path.write_text(DOCUMENT, encoding="utf-8")
         page.set_input_files("#documents-files input[type=file]", path)
         wait_text(page, "#documents-list", "ropewalks.txt")
+    page.get_by_text("Read once, and keep").click()
+    page.click("#documents-keep")
+    wait_text(page, "#documents-keep-line", "kept: ")
     fill_setting(page, "#documents-seed", "5")
     page.locator("#documents-question textarea").fill("How long is the ropewalk at Chatham?")
     page.click("#documents-ask")

@@ -23,6 +23,7 @@ from ropewalk.gradio_demo.model_bar.settings import (
     field_of,
     load_options,
     read_settings,
+    rescale_arguments,
     suggested_settings,
 )
 from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
@@ -33,6 +34,7 @@ from ropewalk.model.model import Model
 from ropewalk.model.options import LoadOptions
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 
+RESCALED = ("max_seq_len", "compress_pos_emb", "alpha_value", "rope_method", "rope_factor")  # without loading again
 FOLDER = "folder"  # the field for errors that belong to none of the settings
 
 
@@ -148,6 +150,30 @@ class Workbench:
         loaded = self.require()
         with loaded.engine.exclusive():
             loaded.model.set_layer_order(order)
+
+    def rescale(self, values: Mapping[str, Any], mode: str) -> Loaded:
+        """Give the loaded model the RoPE and the context length in the fields, while its conversations are open.
+
+        mode: "rotate" or "recompute", as for `Engine.rescale`.
+
+        Raises:
+            RequestError: no model, or a running reply is too long. FieldError: names the field that is wrong.
+        """
+        loaded = self.require()
+        settings = read_settings(values)
+        try:
+            arguments = rescale_arguments(settings, checkpoint_settings(loaded.folder))
+            loaded.engine.rescale(mode=mode, **arguments)
+        except FieldError:
+            raise
+        except RopewalkError as error:
+            raise _of_field(error) from error
+        rope, now = loaded.model.rope, {name: getattr(settings, name) for name in RESCALED}
+        about = {"rope": rope.describe(), "rope_decided_by": rope.decided_by, "rope_covers": rope.covers}
+        info = replace(loaded.info, max_seq_len=loaded.model.max_seq_len, **about)
+        self._generation += 1
+        self._loaded = replace(loaded, settings=replace(loaded.settings, **now), info=info)
+        return self._loaded
 
     def adapters(self, loaded: Loaded) -> list[str]:
         """The LoRAs that can be used with a model."""

@@ -5,7 +5,7 @@
 Windows of a text are read token by token after a first part, as in generation, under {"rope_type": "dynamic"}: by
 transformers with its own cache, which leaves keys rotated by the base of the length that they were computed for; by
 ropewalk in the same way ("stale"); with keys that are turned when the sequence outgrows the length of their base
-("rotate", the default), or computed anew ("recompute"). At every 16th position the logits are compared with those of a
+("rotate", the default), or computed anew ("recompute"). At every 32nd position the logits are compared with those of a
 whole forward of exactly that length. All in float32, on the dequantised weights.
 """
 
@@ -28,7 +28,7 @@ from ropewalk.model.model import Model
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo_model"))
 from evaluate import quantised_model
 
-EVERY = 16  # positions between comparisons
+EVERY = 32  # positions between comparisons
 Rows = torch.Tensor  # [positions from the first part on, V]
 
 
@@ -37,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factor", type=float, default=2.0)
     parser.add_argument("--first", type=int, default=448, help="tokens that are read at once")
-    parser.add_argument("--length", type=int, default=1536)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1280)
+    parser.add_argument("--windows", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(2)
     folder = demo_model_path()
@@ -46,7 +46,7 @@ def main() -> None:
     print_head("dynamic NTK step by step against whole, the embedded model")
     print(
         f"factor {args.factor:g}, {args.windows} windows of {args.length} tokens, the first {args.first} at once; "
-        f"perplexity of the others; KL of the whole forward from the step, in nats, at every {EVERY}th position"
+        f"perplexity of the others; KL of the whole forward from the step, in nats, at every {EVERY}nd position"
     )
     whole_ids = ropewalk.load_tokenizer(folder).encode((folder / "held_out.txt").read_text())
     windows = [whole_ids[number * args.length :][: args.length] for number in range(args.windows)]

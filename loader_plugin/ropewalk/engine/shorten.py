@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 REPLY_TOKENS = 512  # room for a reply whose length is not limited,
 REPLY_PART = 4  # but no more than this part of the window
-STRIDES = 4  # of a window: so much goes at once, lest every question shifts the rest
+STRIDES = 4  # of what fits: so much goes at once, lest every question shifts the rest
 
 
 def shortened(
@@ -39,8 +39,7 @@ def shortened(
     excess = _length(engine, whole, variables) - (capacity - room)
     if excess <= 0 or len(whole) - first < 2:
         return whole, 0
-    stride = max(capacity // STRIDES, 1)
-    limit = capacity - room + excess - -(-excess // stride) * stride  # what is left after whole strides have gone
+    limit = limit_of_strides(capacity - room, capacity - room + excess)
     starts = [place for place in range(first + 1, len(whole)) if whole[place].get("role") == "user"]
     starts = starts or [len(whole) - 1]
     low, high = 0, len(starts) - 1
@@ -51,6 +50,15 @@ def shortened(
         else:
             low = middle + 1
     return whole[:first] + whole[starts[low] :], starts[low] - first
+
+
+def limit_of_strides(most: int, length: int) -> int:
+    """The most tokens that are to be left of a prompt of that length, of which `most` fit: whole strides go.
+
+    So a conversation that grows loses the same turns again, until the next stride is due.
+    """
+    stride = max(most // STRIDES, 1)
+    return length - -(-(length - most) // stride) * stride
 
 
 def num_opening(messages: Sequence[Message]) -> int:

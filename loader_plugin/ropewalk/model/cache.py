@@ -173,6 +173,11 @@ class KvCache:
         return self._reach
 
     @property
+    def turned_at(self) -> int:
+        """How long it was when its keys were last turned because it had outgrown their frequencies; 0 if never."""
+        return self._turned_at
+
+    @property
     def is_ahead(self) -> bool:
         """True if it was truncated after its keys had been turned for the length that it had then."""
         return self.length < self._turned_at
@@ -201,13 +206,17 @@ class KvCache:
         with self._lock:
             made = KvCache(self.owner, self._lock, self.cache_format, self.capacity, self.layer_order)
             made.hold_(self.pages, self.recent)
-            made.restore_(self._token_ids, self._segments)
+            made.rope = self.rope
+            made.restore_(self._token_ids, self._segments, self._reach, self._turned_at)
         return made
 
-    def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment]) -> None:
-        """Count positions whose keys and values are in the pages that it holds, in place of those before."""
-        self._token_ids = list(token_ids)
-        self._segments = list(segments)
+    def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment], reach: int, turned_at: int) -> None:
+        """Count positions whose keys and values are in the pages that it holds, in place of those before.
+
+        reach, turned_at: as they were when these positions were saved.
+        """
+        self._token_ids, self._segments = list(token_ids), list(segments)
+        self._reach, self._turned_at = reach, turned_at
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on, and give back their pages.

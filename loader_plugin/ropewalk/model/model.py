@@ -249,7 +249,10 @@ class Model(LiveRope):
             RequestError: a cache of another model or layer order.
         """
         self.check_owner(cache)
-        return cache.fork()
+        with self.store.lock:
+            made = cache.fork()
+            self.caches.add(made)
+        return made
 
     def accepts(self, cache: KvCache) -> bool:
         """True if `cache` was made by this model, under its present layer order and with its present RoPE."""

@@ -12,6 +12,7 @@ import safetensors
 import torch
 
 from gptq_writer import write_checkpoint
+from ropewalk.base.errors import SavedCacheError
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.cache import KvCache
 from ropewalk.model.loader import load_model
@@ -123,6 +124,48 @@ def test_lengths_that_the_rotation_depends_on_are_kept(folder: Path, tmp_path: P
         model.forward(MORE, held, logits="all", seq_len=1200) for model, held in ((first, cache), (second, loaded))
     ]
     assert torch.equal(*results)
+
+
+def test_a_shifted_conversation_is_saved_as_it_is(folder: Path, tmp_path: Path) -> None:
+    first, second = (Variant("cpu", "int8").load(folder) for _ in range(2))
+    cache = first.new_cache()
+    first.forward(IDS, cache)
+    first.shift(cache, 10, 30)
+    cache.save(tmp_path / "kept")
+    loaded = second.load_cache(tmp_path / "kept")
+    assert loaded.was_moved and loaded.whole_segments == cache.whole_segments
+    assert torch.equal(follow(second, loaded), follow(first, cache))
+    second.share(loaded)
+    assert second.shared_length(loaded.token_ids) <= 10  # what was moved equals nothing that is computed
+
+
+def test_turned_keys_are_saved_as_they_are(folder: Path, tmp_path: Path) -> None:
+    first, second = (Variant("cpu", "int8").load(folder) for _ in range(2))
+    cache = first.new_cache()
+    first.forward(IDS, cache)
+    first.rescale(mode="rotate", compress_pos_emb=2.0)
+    cache.save(tmp_path / "kept")
+    with pytest.raises(SavedCacheError, match="rotated in another way"):
+        second.load_cache(tmp_path / "kept")
+    second.rescale(mode="rotate", compress_pos_emb=2.0)
+    loaded = second.load_cache(tmp_path / "kept")
+    assert loaded.was_moved and loaded.whole_segments == cache.whole_segments
+    assert torch.equal(follow(second, loaded), follow(first, cache))
+
+
+@pytest.mark.parametrize("growth", [100, 1100])
+def test_keys_go_on_to_follow_the_length(growth: int, folder: Path, tmp_path: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    first, second = (Variant("cpu", "exact").load(folder, rope_scaling=scaling, max_seq_len=2048) for _ in range(2))
+    ids = [(37 * i) % 128 for i in range(1000)]
+    cache = first.new_cache()
+    for start in range(0, len(ids), 250):
+        first.forward(ids[start : start + 250], cache)
+    cache.save(tmp_path / "kept")
+    loaded = second.load_cache(tmp_path / "kept")
+    assert (loaded.reach, loaded.turned_at) == (cache.reach, cache.turned_at)
+    more = [(11 * i) % 128 for i in range(growth)]
+    assert torch.equal(second.forward(more, loaded), first.forward(more, cache))
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128])

@@ -16,7 +16,7 @@ from ropewalk.adapters.sets import SavedUse
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import Section
 from ropewalk.base.limits import MAX_POSITIONS
-from ropewalk.model.cache import Frequencies, num_pages
+from ropewalk.model.cache import Frequencies, Shifted, Turned, num_pages
 
 MAX_BYTES = 1 << 50
 
@@ -29,6 +29,7 @@ class SavedSegment:
     seq_len: int
     frequencies: Frequencies
     adapters: tuple[SavedUse, ...]
+    moves: tuple[Turned | Shifted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Description:
     """ropewalk: its version. model: the name of the folder, for people. facts: see identity.py. rope: for people.
 
     part_bytes: of a page, in each place that holds a part of it. recent: which of the pages are held in float16 as
-    well, for a format with a recent window; recent_bytes: of such a page. about: texts that the caller wanted to keep.
+    well, for a format with a recent window; recent_bytes: of such a page. reach, turned_at: those of the cache. about:
+    texts that the caller wanted to keep.
     """
 
     ropewalk: str
@@ -46,6 +48,8 @@ class Description:
     num_tokens: int
     part_bytes: tuple[int, ...]
     segments: tuple[SavedSegment, ...]
+    reach: int
+    turned_at: int
     about: Mapping[str, str]
     recent: tuple[int, ...] = ()
     recent_bytes: tuple[int, ...] = ()
@@ -71,6 +75,8 @@ class Description:
                 "recent": list(self.recent),
                 "recent_bytes": list(self.recent_bytes),
                 "segments": [_segment_to_json(segment) for segment in self.segments],
+                "reach": self.reach,
+                "turned_at": self.turned_at,
                 "about": dict(self.about),
             },
             separators=(",", ":"),
@@ -91,6 +97,9 @@ def read_description(text: str, source: str) -> Description:
         raise ConfigError(f"{source}: the description is not a JSON object")
     top = Section(source, values)
     num_tokens = top.integer("num_tokens", 1, MAX_POSITIONS)
+    recent, recent_bytes = _recent(top, num_pages(num_tokens)), _integers(top, "recent_bytes", 1, MAX_BYTES, 0)
+    if bool(recent) != bool(recent_bytes):
+        raise top.error("recent_bytes", "there exactly if there are recent pages")
     return Description(
         ropewalk=_text(top, "ropewalk"),
         model=_text(top, "model"),
@@ -99,9 +108,11 @@ def read_description(text: str, source: str) -> Description:
         num_tokens=num_tokens,
         part_bytes=_integers(top, "part_bytes", 1, MAX_BYTES, at_least=1),
         segments=_segments(top, num_tokens),
+        reach=top.integer("reach", 1, MAX_POSITIONS),
+        turned_at=top.integer("turned_at", 0, MAX_POSITIONS),
         about=_about(top),
-        recent=_recent(top, num_pages(num_tokens)),
-        recent_bytes=_integers(top, "recent_bytes", 1, MAX_BYTES, at_least=0),
+        recent=recent,
+        recent_bytes=recent_bytes,
     )
 
 
@@ -109,13 +120,27 @@ def _segment_to_json(segment: SavedSegment) -> dict[str, Any]:
     return {
         "start": segment.start,
         "seq_len": segment.seq_len,
-        "inverse_frequencies": segment.frequencies.inverse_frequencies.hex(),  # float64, as numpy lays them out
-        "attention_scale": segment.frequencies.attention_scale,
+        **_frequencies_to_json(segment.frequencies),
         "adapters": [
             {"name": use.name, "digest": use.digest, "weight": use.weight, "instances": use.instances}
             for use in segment.adapters
         ],
+        "moves": [_move_to_json(move) for move in segment.moves],
     }
+
+
+def _frequencies_to_json(frequencies: Frequencies) -> dict[str, Any]:
+    """In hexadecimal, so that every bit comes back: float64, as numpy lays them out."""
+    return {
+        "inverse_frequencies": frequencies.inverse_frequencies.hex(),
+        "attention_scale": frequencies.attention_scale,
+    }
+
+
+def _move_to_json(move: Turned | Shifted) -> dict[str, Any]:
+    if isinstance(move, Turned):
+        return _frequencies_to_json(move.before)
+    return {"start": move.start, "dropped": move.dropped.hex()}
 
 
 def _segments(top: Section, num_tokens: int) -> tuple[SavedSegment, ...]:
@@ -127,17 +152,31 @@ def _segments(top: Section, num_tokens: int) -> tuple[SavedSegment, ...]:
 
 
 def _segment(section: Section, num_tokens: int) -> SavedSegment:
-    try:
-        inverse_frequencies = bytes.fromhex(_text(section, "inverse_frequencies"))
-    except ValueError as error:
-        raise section.error("inverse_frequencies", "hexadecimal digits") from error
-    scale = section.number("attention_scale", 0.0, 1e6, above=True)
     return SavedSegment(
         start=section.integer("start", 0, num_tokens - 1),
         seq_len=section.integer("seq_len", 1, MAX_POSITIONS),
-        frequencies=Frequencies(inverse_frequencies, scale),
+        frequencies=_frequencies(section),
         adapters=tuple(_use(use) for use in _sections(section, "adapters")),
+        moves=tuple(_move(move) for move in _sections(section, "moves")),
     )
+
+
+def _frequencies(section: Section) -> Frequencies:
+    scale = section.number("attention_scale", 0.0, 1e6, above=True)
+    return Frequencies(_bytes(section, "inverse_frequencies"), scale)
+
+
+def _move(section: Section) -> Turned | Shifted:
+    if section.has("dropped"):
+        return Shifted(section.integer("start", 0, MAX_POSITIONS), _bytes(section, "dropped"))
+    return Turned(_frequencies(section))
+
+
+def _bytes(section: Section, key: str) -> bytes:
+    try:
+        return bytes.fromhex(_text(section, key))
+    except ValueError as error:
+        raise section.error(key, "hexadecimal digits") from error
 
 
 def _use(section: Section) -> SavedUse:

@@ -5,7 +5,7 @@ head -> version, model, layer order, RoPE, adapters, room -> checksum of the pag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ def load_cache(model: Model, path: str | Path, progress: Progress | None = None)
     except BaseException:
         cache.hold_((), {})
         raise
-    cache.restore_(file.token_ids, segments)
+    cache.restore_(file.token_ids, segments, file.description.reach, file.description.turned_at)
     return cache
 
 
@@ -84,10 +84,10 @@ def fitting_segments(model: Model, file: SavedFile) -> list[Segment]:
         )
     if any(not 0 <= token_id < model.config.vocab_size for token_id in file.token_ids):
         raise SavedCacheError(f"{file.path} is damaged (it has tokens that the model does not know): {REMEDY}")
-    return [
-        Segment(segment.start, _origin(model, file, i), segment.seq_len)
-        for i, segment in enumerate(description.segments)
-    ]
+    if not _continuable(model, len(file.token_ids), description.recent):
+        raise SavedCacheError(f"{file.path} lacks pages of the recent window of a {model.cache_type} cache: {REMEDY}")
+    segments = enumerate(description.segments)
+    return [Segment(segment.start, _origin(model, file, index), segment.seq_len) for index, segment in segments]
 
 
 def usable_prefix(model: Model, file: SavedFile, token_ids: list[int], origin: Origin) -> int:
@@ -100,24 +100,30 @@ def usable_prefix(model: Model, file: SavedFile, token_ids: list[int], origin: O
     end = next((segment.start for segment in segments if segment.origin != origin), len(file.token_ids))
     length = common_length(file.token_ids[:end], token_ids)
     ends = [length, *range((length - 1) // PAGE_TOKENS * PAGE_TOKENS, 0, -PAGE_TOKENS)]
-    return next((end for end in ends if _continuable(model, file, end)), 0)
+    shared = [index for index in _window(model, end) if index in file.description.recent]  # see `PrefixTree.add`
+    return next((end for end in ends if _continuable(model, end, shared)), 0)
 
 
-def _continuable(model: Model, file: SavedFile, length: int) -> bool:
-    """Whether a token after so many positions finds what it reads in float16, for a format with a recent window."""
-    needed = range(model.cache_format.first_exact_page(length), num_pages(length)) if model.cache_format.recent else ()
-    return all(index in file.description.recent for index in needed)
+def _window(model: Model, length: int) -> range:
+    """The pages that a token after so many positions reads in float16, for a format with a recent window."""
+    recent = model.cache_format.recent
+    return range(model.cache_format.first_exact_page(length), num_pages(length)) if recent else range(0)
+
+
+def _continuable(model: Model, length: int, recent: Collection[int]) -> bool:
+    """Whether a token after so many positions finds what it reads in float16 among these pages."""
+    return all(index in recent for index in _window(model, length))
 
 
 def _origin(model: Model, file: SavedFile, index: int) -> Origin:
     segment = file.description.segments[index]
-    if segment.frequencies != model.frequencies(segment.seq_len):
+    if segment.frequencies != model.frequencies(file.description.reach):  # all keys are rotated by those
         raise SavedCacheError(
             f"{file.path} has keys that were rotated in another way ({file.description.rope}) than this model rotates "
             f"them ({model.rope.describe()}): load the model with the same RoPE options, or read the text anew"
         )
     try:
-        return Origin(segment.frequencies, model.key_of_saved(segment.adapters))
+        return Origin(segment.frequencies, model.key_of_saved(segment.adapters), segment.moves)
     except RequestError as error:
         raise SavedCacheError(f"{file.path} does not fit the adapters of the model: {error}") from error
 

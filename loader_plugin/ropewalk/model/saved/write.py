@@ -58,7 +58,10 @@ def save_cache(
         num_tokens=copy.length,
         part_bytes=_part_bytes(model, copy.pages),
         segments=tuple(_segments(model, copy)),
+        reach=copy.reach,
+        turned_at=copy.turned_at,
         about=texts,
+        reach=copy.reach,
         recent=tuple(sorted(copy.recent)),
         recent_bytes=_part_bytes(model, exact),
     )
@@ -73,7 +76,8 @@ def save_cache(
 def _segments(model: Model, cache: KvCache) -> Iterator[SavedSegment]:
     for segment in cache.whole_segments:
         origin = segment.origin
-        yield SavedSegment(segment.start, segment.seq_len, origin.frequencies, model.saved_uses(origin.adapters))
+        uses = model.saved_uses(origin.adapters)
+        yield SavedSegment(segment.start, segment.seq_len, origin.frequencies, uses, origin.moves)
 
 
 def _part_bytes(model: Model, pages: Sequence[HeldPage]) -> tuple[int, ...]:
