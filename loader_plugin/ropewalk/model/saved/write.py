@@ -61,7 +61,6 @@ def save_cache(
         reach=copy.reach,
         turned_at=copy.turned_at,
         about=texts,
-        reach=copy.reach,
         recent=tuple(sorted(copy.recent)),
         recent_bytes=_part_bytes(model, exact),
     )
