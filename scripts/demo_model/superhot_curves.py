@@ -25,7 +25,7 @@ from ropewalk.model.variants import AdapterUse, Variant, open_variant
 from superhot_training import BY_PARTS, CONTEXT, FACTOR, LINEAR, YARN
 
 LOGGER = logging.getLogger(__name__)
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 BIN = 256  # positions
 NTK = {"rope_type": "ntk", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 DYNAMIC = {"rope_type": "dynamic", "factor": 1.0, "original_max_position_embeddings": CONTEXT}

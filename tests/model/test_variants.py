@@ -11,7 +11,8 @@ import torch
 
 from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
-from ropewalk.base.errors import ConfigError, RequestError
+from ropewalk.base.errors import ConfigError, RequestError, UnsupportedError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.generate.evaluate import perplexity
 from ropewalk.measure.compare import compare_perplexity, curves_csv
 from ropewalk.model.loader import load_model
@@ -27,6 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     exact = write_checkpoint(folder, {"vocab_size": 64, "max_position_embeddings": 16}, dense=True)
     write_adapter(folder / "storm", folder, exact, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codes")
+    write_checkpoint(folder, {"vocab_size": 64, "max_position_embeddings": 64})
     return folder
 
 
@@ -53,6 +61,27 @@ def test_a_variant_shares_the_weights_and_leaves_the_model_as_it_is(model: Model
     assert made.weights is model.weights and len(made.instances) == 3 and made.max_seq_len == 32
     assert torch.equal(model.forward(IDS[:16], model.new_cache(), logits="all"), before)
     assert not model.accepts(made.new_cache())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_other_arithmetic_and_another_cache_share_the_packed_weights(
+    folder_of_codes: Path, backend: str, compute: str
+) -> None:
+    other = {"exact": "int8", "int8": "exact"}[compute]
+    model = load_model(folder_of_codes, backend=backend, compute=compute, cache_type="fp16")
+    made = variant_model(model, compute=other, cache_format=CacheFormat.parse("q8"))
+    loaded = load_model(folder_of_codes, backend=backend, compute=other, cache_type="q8")
+    assert torch.equal(logits(made), logits(loaded))
+    assert not torch.equal(logits(made), logits(model))
+    for ours, theirs in zip(made.weights.layers, model.weights.layers, strict=True):
+        assert all(ours.linears[name] is theirs.linears[name] for name in theirs.linears)
+    assert made.weight_bytes == model.weight_bytes and (made.backend.compute, model.backend.compute) == (other, compute)
+
+
+def test_arithmetic_that_the_weights_do_not_serve_is_refused(model: Model) -> None:
+    with pytest.raises(UnsupportedError, match="for compute=.fp16. the model must be loaded anew"):
+        variant_model(model, compute="fp16")
 
 
 def test_an_adapter_brings_the_scaling_that_it_notes(folder: Path, model: Model) -> None:

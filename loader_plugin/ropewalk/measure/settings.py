@@ -19,7 +19,7 @@ from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
 from ropewalk.model.options import ROPE_NAMES, LoadOptions
 from ropewalk.model.variants import AdapterUse, Chosen, can_compute, load_adapters, variant_model
-from ropewalk.rope.rope import resolve_rope
+from ropewalk.rope.given import rope_as_given
 
 ORDER_NAMES = ("layer_order", "recompute_n_layers", "rewind_n_layers")
 # What a variant of a loaded model can change; of the rest, these change no result.
@@ -136,7 +136,7 @@ def _shared(base: OpenSetting, setting: Setting) -> Model:
         arguments["compute"] = _arithmetic(model, setting)
     if _differ(options, base.setting.options, ROPE_NAMES):
         given = {name: getattr(options, name) for name in ROPE_NAMES}
-        arguments["rope"] = resolve_rope(model.config.raw, **given, source=model.config.source)
+        arguments["rope"] = rope_as_given(model.config.raw, model.max_seq_len, **given, source=model.config.source)
     if _differ(options, base.setting.options, ORDER_NAMES):
         second = len(model.weights.layers) - model.config.num_layers or None
         given = {name: getattr(options, name) for name in ORDER_NAMES}

@@ -70,7 +70,7 @@ def variant_model(
         order = choose_layer_order(model.config, layer_order, second_layers=second_layers)
     backend, weights = _computing(model, compute)
     length, chunk = max_seq_len or model.max_seq_len, min(model.max_input_len, MAX_CHUNK)
-    limits = ModelLimits(length, chunk, cache_format or model.cache_format)
+    limits = ModelLimits(length, chunk, cache_format or model.cache_format, rope_growth=model.rope_growth)
     return Model(model.config, model.quant, rope or model.rope, backend, weights, limits, order)
 
 

@@ -86,6 +86,7 @@ def run_divergence(args: argparse.Namespace) -> int:
 
     check_plot(args)
     text = measured_text(args)
+    args.max_seq_len = args.max_seq_len or args.length
     settings = [versus(args, words) for words in args.versus or _formats(args)]
     base, _, token_ids = open_model(args, text, args.length)
     length = args.length or min(LONGEST, base.model.max_seq_len)
