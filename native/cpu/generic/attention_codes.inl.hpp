@@ -55,6 +55,7 @@ void score_codes_block(const AttendTile& tile, int64_t row, const uint8_t* codes
   const int64_t blocks = tile.block_dim / kBlockRows;
   const int8_t* q = tile.codes + row * tile.block_dim;
   typename V::F32 total[kRows][kTiles];
+#pragma GCC unroll 8  // or GCC clears them by way of memory, with a `rep stos`: 6 % of decoding over q8
   for (int m = 0; m < kRows; ++m) {
     for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
   }
