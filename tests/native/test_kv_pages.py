@@ -143,20 +143,20 @@ def step_of(x: torch.Tensor, kind: str) -> float:
 
 
 @every_isa
-@pytest.mark.parametrize("text", ["q8", "q4", "q4+64"])
-def test_rows_move_to_pages_of_their_own_and_back_bit_for_bit_where_nothing_turns(isa, text):
+@pytest.mark.parametrize("text, recent", [("fp16", False), ("q8", False), ("q4", False), ("q4+64", True)])
+def test_rows_that_move_to_pages_of_their_own_and_do_not_turn_read_as_before(isa, text, recent):
     cache = filled(text, isa)
-    for recent in (False, True)[: 2 if cache.format.recent else 1]:
-        source = cache.recent if recent else cache.pages
-        target = [cache.pool.take(2, recent) for _ in source]
-        for page in target:
-            cache.pool.parts_of(page)[0].fill_(255)
-        moved(cache, source, target, 0, 0, torch.zeros(ROWS, 24))
-        values = [cache.pool.parts_of(page)[0].numpy() for page in target]
-        assert np.array_equal(values[0], cache.pool.parts_of(source[0])[0].numpy()) or text != "q4+64" or not recent
-        kept = cache.format.exact if recent else cache.format
-        from_, to = (list(map(id, pages)) for pages in (source, target))
-        assert not set(from_) & set(to) and kept.values in ("fp16", *BITS)
+    source = cache.recent if recent else cache.pages
+    target = [cache.pool.take(2, recent) for _ in source]
+    before = [cache.halves(instance, recent) for instance in (0, 1)]
+    moved(cache, source, target, 0, 0, torch.zeros(ROWS, 24))
+    source[:] = target
+    for instance in (0, 1):
+        for old, new in zip(before[instance], cache.halves(instance, recent), strict=True):
+            assert np.array_equal(new[1].numbers, old[1].numbers)
+            # A key is rounded anew: what it reads may not be a multiple of the scale that it then has.
+            tolerance = 0 if recent or text == "fp16" else step_of(torch.from_numpy(old[0].numbers), text)
+            assert np.abs(new[0].numbers - old[0].numbers).max() <= tolerance
 
 
 MOVES = {
