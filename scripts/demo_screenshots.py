@@ -124,13 +124,16 @@ def picture_notebook(page: Page) -> None:
 
 
 def picture_documents(page: Page) -> None:
-    """A file and a question."""
+    """A file that is kept, and a question."""
     choose(page, "Ask documents")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ropewalks.txt"
         path.write_text(DOCUMENT, encoding="utf-8")
         page.set_input_files("#documents-files input[type=file]", path)
         wait_text(page, "#documents-list", "ropewalks.txt")
+    page.get_by_text("Read once, and keep").click()
+    page.click("#documents-keep")
+    wait_text(page, "#documents-keep-line", "kept: ")
     fill_setting(page, "#documents-seed", "5")
     page.locator("#documents-question textarea").fill("How long is the ropewalk at Chatham?")
     page.click("#documents-ask")
@@ -148,10 +151,19 @@ def picture_lab(page: Page) -> None:
 def picture_retrieval(page: Page) -> None:
     """Pass keys by depth and length."""
     choose(page, "Context lab")
-    page.get_by_role("tab", name="Finding a pass key").first.click()
+    choose(page, "Finding it again")
     page.click("#lab-retrieval-go")
     wait_text(page, "#lab-retrieval-progress", "done")
     page.locator("#lab-retrieval-plot svg").wait_for()
+
+
+def picture_recommend(page: Page) -> None:
+    """Which scaling to take, and why."""
+    choose(page, "Context lab")
+    choose(page, "Which scaling?")
+    page.click("#lab-recommend-go")
+    wait_text(page, "#lab-recommend-progress", "The rule")
+    page.locator("#lab-recommend-plot svg").wait_for()
 
 
 def picture_layers(page: Page) -> None:
@@ -168,6 +180,7 @@ TABS: dict[str, Callable[[Page], None]] = {
     "notebook": picture_notebook,
     "documents": picture_documents,
     "lab": picture_lab,
+    "recommend": picture_recommend,
     "retrieval": picture_retrieval,
     "layers": picture_layers,
 }

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ropewalk.base.errors import RequestError
+from ropewalk.engine.shorten import limit_of_strides
+from ropewalk.generate.context_shift import SINKS
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.chat.conversations import Conversation, Turn
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
 from ropewalk.gradio_demo.replies.reply import DONE, Reply, start_reply
-from ropewalk.gradio_demo.replies.request import DROP, STOP, ReplyRequest, with_stop
+from ropewalk.gradio_demo.replies.request import DROP, SHIFT, STOP, ReplyRequest, with_stop
 from ropewalk.gradio_demo.replies.status import Meter, describe, meter
 from ropewalk.gradio_demo.replies.templates import chat_template, prompt_ids
+from ropewalk.model.cache import common_length
 from ropewalk.text.chat import Template
 from ropewalk.text.tokenizer.load import Tokenizer
 
@@ -44,7 +47,8 @@ def make_reply(
         loaded.tokenizer, template, conversation, loaded.model.max_seq_len - room, request.overflow
     )
     params = with_stop(request.params, template.stop)
-    return start_reply(loaded.engine, ids, params, request.adapters, person), dropped
+    keep = _opening(loaded.tokenizer, template, conversation) if request.overflow == SHIFT else False
+    return start_reply(loaded.engine, ids, params, request.adapters, person, keep), dropped
 
 
 def fitting_prompt(
@@ -56,13 +60,18 @@ def fitting_prompt(
         RequestError: it is longer and may not be shortened, or no question would be left.
     """
     turns, dropped = conversation.turns, 0
+    most = limit
     while True:
         ids = prompt_ids(tokenizer, template, replace(conversation, turns=turns).messages)
         if len(ids) <= limit:
             return ids, dropped
+        if overflow == SHIFT and not dropped:
+            limit = limit_of_strides(most, len(ids))
         keep = next((i for i, turn in enumerate(turns[1:], 1) if turn.role == "user"), None)
         if overflow == STOP or keep is None:
-            raise RequestError(_too_long(len(ids), limit, overflow))
+            if len(ids) <= most:
+                return ids, dropped
+            raise RequestError(_too_long(len(ids), most, overflow))
         turns, dropped = turns[keep:], dropped + keep
 
 
@@ -84,10 +93,19 @@ def _room(params: SamplingParams, size: int) -> int:
     return max(min(params.max_new_tokens or size, size // 4), min(LEAST_ROOM, size - 1))
 
 
+def _opening(tokenizer: Tokenizer, template: Template, conversation: Conversation) -> int:
+    """How many tokens stand before the first turn: the system prompt, or at least the first few."""
+    one, other = (
+        prompt_ids(tokenizer, template, replace(conversation, turns=(Turn("user", text),)).messages)
+        for text in ("a", "0")
+    )
+    return max(common_length(one, other), SINKS)
+
+
 def _too_long(length: int, limit: int, overflow: str) -> str:
     advice = (
         "shorten the question, or load the model with a longer context"
-        if overflow == DROP
+        if overflow != STOP
         else f"start a new conversation, or choose to {DROP}"
     )
     return f"the conversation has {length} tokens and {limit} fit beside a reply: {advice}"

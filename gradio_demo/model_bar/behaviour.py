@@ -37,6 +37,15 @@ class Loading:
         self._owner.require(visitor)
         self._workbench.unload()
 
+    def rescale(self, visitor: Visitor, values: Mapping[str, Any], mode: str) -> Loaded:
+        """As `Workbench.rescale`.
+
+        Raises:
+            RequestError: this visitor may not change the model that all share; or as there. FieldError: as there.
+        """
+        self._owner.require(visitor)
+        return self._workbench.rescale(values, mode)
+
     def note(self, visitor: Visitor) -> str:
         """Why this visitor may not load, or ""."""
         return "" if self._owner.may(visitor) else f"You can look, but not load: {self._owner.explanation}."

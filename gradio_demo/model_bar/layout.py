@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from ropewalk.base.choices import RECOMPUTE, ROTATE
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.model_bar.pictures import model_card, note_line, queue_line, status_line
 from ropewalk.gradio_demo.model_bar.settings import FIELDS, Field, FieldError, LoadSettings
@@ -50,6 +52,7 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
             with gr.Accordion("Or drop a model folder", open=False):
                 dropped = gr.File(label="With config.json, tokenizer and weights", file_count="directory", height=160)
             fields = _fields()
+            rescaling = _rescale_row()
             adapters = gr.Dropdown(
                 [],
                 multiselect=True,
@@ -63,6 +66,7 @@ def build_model_bar(session: Session, page: gr.Blocks) -> ModelBar:
             card = gr.HTML(model_card(session.workbench.loaded), elem_id="card")
     bar = ModelBar(status, queue, card, note, folder, fields, adapters, changed, order)
     _connect(session, bar, message, load, unload, dropped, page)
+    _connect_rescaling(session, bar, *rescaling)
     return bar
 
 
@@ -80,6 +84,37 @@ def _folder_row(session: Session) -> tuple[gr.Dropdown, gr.Button, gr.Button, gr
         load = gr.Button("Load", variant="primary", elem_id="load", min_width=100, size="md")
         unload = gr.Button("Unload", elem_id="unload", min_width=100, size="md")
     return folder, load, unload, message
+
+
+def _rescale_row() -> tuple[gr.Radio, gr.Button, gr.HTML]:
+    """The RoPE of the model that is loaded, changed while conversations are open."""
+    with gr.Group(elem_id="rescale-row"):
+        mode = gr.Radio(
+            [("turn what is cached, at once", ROTATE), ("read conversations again, exactly", RECOMPUTE)],
+            value=ROTATE,
+            label="Change the RoPE without loading again",
+            info="Gives the loaded model the context length and the RoPE fields above; conversations stay open.",
+            elem_id="rescale-mode",
+        )
+        button = gr.Button("Change the RoPE now", size="sm", elem_id="rescale")
+    return mode, button, gr.HTML(elem_id="rescale-note", elem_classes=["rw-tight"])
+
+
+def _connect_rescaling(session: Session, bar: ModelBar, mode: gr.Radio, button: gr.Button, note: gr.HTML) -> None:
+    workbench = session.workbench
+
+    def run_rescale(mode: str, request: gr.Request, *values: Any) -> list[Any]:
+        named = dict(zip((field.name for field in FIELDS), values, strict=True))
+        try:
+            loaded = session.loading.rescale(visitor(request), named, mode)
+        except RopewalkError as error:
+            return [problem(str(error)), gr.skip(), gr.skip(), gr.skip()]
+        done = "what was cached is turned to it" if mode == ROTATE else "conversations are read again when they go on"
+        text = escape(f"{loaded.model.rope.describe()}; {done}")
+        return [f'<div class="rw-line">{text}</div>', status_line(loaded), model_card(loaded), workbench.generation]
+
+    shown = [note, bar.status, bar.card, bar.changed]
+    button.click(run_rescale, [mode, *bar.fields], shown, api_name="rescale", show_progress_on=[note])
 
 
 def _fields() -> list[gr.components.Component]:

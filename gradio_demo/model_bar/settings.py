@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
+from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.base.limits import MAX_LAYERS, MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.base.memory import parse_bytes
@@ -79,8 +79,8 @@ FIELDS = (
     Field(
         "rope_method",
         "RoPE method",
-        "How positions are scaled, instead of the checkpoint's way.",
-        (AS_CHECKPOINT, *ROPE_METHODS),
+        "How positions are scaled, instead of the checkpoint's way; auto: chosen for the context length.",
+        (AS_CHECKPOINT, AUTO, *ROPE_METHODS),
     ),
     Field("rope_factor", "RoPE factor", "How many times the original length it is to reach.", placeholder="none"),
     Field("cache_type", "Cache type", "Of keys and values: " + CACHE_TYPE.help + ".", CACHE_TYPE.values, is_open=True),
@@ -190,6 +190,18 @@ def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
     return LoadOptions(**{name: value for name, value in arguments.items() if value is not None})
 
 
+def rescale_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str, Any]:
+    """The RoPE among the settings, as arguments of `Engine.rescale`.
+
+    Raises:
+        FieldError: as `load_options`.
+    """
+    arguments = _rope_arguments(settings, original)
+    if settings.max_seq_len is not None:
+        arguments["max_seq_len"] = settings.max_seq_len
+    return arguments
+
+
 def field_of(message: str) -> str | None:
     """The field that a loading error is about, by the names in its message; None if it names no field."""
     spellings = {"rope_method": ("rope_scaling", "rope_type"), "layer_order": ("layer_order", "layer order")}
@@ -215,6 +227,8 @@ def _rope_arguments(settings: LoadSettings, original: LoadSettings) -> dict[str,
     if knobs:
         name = next(iter(knobs))
         raise FieldError(name, f"the RoPE method {settings.rope_method} replaces it: set it back, or choose no method")
+    if settings.rope_method == AUTO:
+        return {"rope_scaling": AUTO}
     if settings.rope_method == "default":
         return {"rope_scaling": {"rope_type": "default"}}
     if settings.rope_factor is None:

@@ -14,6 +14,7 @@ from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import available_bytes, format_bytes
 from ropewalk.config.layer_order import LayerOrder
 from ropewalk.engine.engine import Engine
+from ropewalk.engine.kept_folder import KeptFolder
 from ropewalk.generate.generate import Progress
 from ropewalk.gradio_demo.model_bar.settings import (
     FieldError,
@@ -22,6 +23,7 @@ from ropewalk.gradio_demo.model_bar.settings import (
     field_of,
     load_options,
     read_settings,
+    rescale_arguments,
     suggested_settings,
 )
 from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
@@ -32,6 +34,7 @@ from ropewalk.model.model import Model
 from ropewalk.model.options import LoadOptions
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 
+RESCALED = ("max_seq_len", "compress_pos_emb", "alpha_value", "rope_method", "rope_factor")  # without loading again
 FOLDER = "folder"  # the field for errors that belong to none of the settings
 
 
@@ -56,11 +59,13 @@ class Loaded:
 class Workbench:
     """Loads, holds and unloads. Running replies keep the model that they began with until they end.
 
-    max_running: how many replies may run at a time. They share the memory of the cache.
+    max_running: how many replies may run at a time. They share the memory of the cache. kept_folder: where documents
+    are kept that were read once.
     """
 
-    def __init__(self, access: Access, max_running: int = MAX_RUNNING) -> None:
+    def __init__(self, access: Access, kept_folder: KeptFolder, max_running: int = MAX_RUNNING) -> None:
         self.access = access
+        self.kept_folder = kept_folder
         self._max_running = max_running
         self._loaded: Loaded | None = None
         self._generation = 0
@@ -122,7 +127,7 @@ class Workbench:
             self._check_memory(info, options)
             draft = self._draft_folder(settings)
             model, tokenizer = _read(folder, options, progress)
-            engine = _engine(model, tokenizer, self._max_running, settings.speculation, draft)
+            engine = self._engine(model, tokenizer, settings.speculation, draft)
             self._generation += 1
             self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
         finally:
@@ -146,6 +151,30 @@ class Workbench:
         with loaded.engine.exclusive():
             loaded.model.set_layer_order(order)
 
+    def rescale(self, values: Mapping[str, Any], mode: str) -> Loaded:
+        """Give the loaded model the RoPE and the context length in the fields, while its conversations are open.
+
+        mode: "rotate" or "recompute", as for `Engine.rescale`.
+
+        Raises:
+            RequestError: no model, or a running reply is too long. FieldError: names the field that is wrong.
+        """
+        loaded = self.require()
+        settings = read_settings(values)
+        try:
+            arguments = rescale_arguments(settings, checkpoint_settings(loaded.folder))
+            loaded.engine.rescale(mode=mode, **arguments)
+        except FieldError:
+            raise
+        except RopewalkError as error:
+            raise _of_field(error) from error
+        rope, now = loaded.model.rope, {name: getattr(settings, name) for name in RESCALED}
+        about = {"rope": rope.describe(), "rope_decided_by": rope.decided_by, "rope_covers": rope.covers}
+        info = replace(loaded.info, max_seq_len=loaded.model.max_seq_len, **about)
+        self._generation += 1
+        self._loaded = replace(loaded, settings=replace(loaded.settings, **now), info=info)
+        return self._loaded
+
     def adapters(self, loaded: Loaded) -> list[str]:
         """The LoRAs that can be used with a model."""
         return list(self.access.adapter_folders(loaded.folder))
@@ -168,6 +197,22 @@ class Workbench:
                     if name not in loaded.model.adapters:  # somebody else may have wanted it meanwhile
                         loaded.model.load_adapter(folders[name], name)
         return wanted
+
+    def _engine(self, model: Model, tokenizer: Tokenizer, speculation: str, draft: Path | None) -> Engine:
+        kind = None if speculation == SPECULATION.default else speculation
+        try:
+            return Engine(
+                model,
+                tokenizer,
+                max_running=self._max_running,
+                draft_model=draft,
+                speculation=kind,
+                kept_folder=self.kept_folder,
+            )
+        except RopewalkError as error:
+            if draft is None:
+                raise
+            raise FieldError("draft_model", str(error)) from error
 
     def _options(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, LoadOptions]:
         settings = read_settings(values)
@@ -229,16 +274,6 @@ def _read(folder: Path, options: LoadOptions, progress: Progress | None) -> tupl
         return load_model(folder, options=options, progress=progress), tokenizer
     except RopewalkError as error:
         raise _of_field(error) from error
-
-
-def _engine(model: Model, tokenizer: Tokenizer, max_running: int, speculation: str, draft: Path | None) -> Engine:
-    kind = None if speculation == SPECULATION.default else speculation
-    try:
-        return Engine(model, tokenizer, max_running=max_running, draft_model=draft, speculation=kind)
-    except RopewalkError as error:
-        if draft is None:
-            raise
-        raise FieldError("draft_model", str(error)) from error
 
 
 def _of_field(error: RopewalkError) -> FieldError:

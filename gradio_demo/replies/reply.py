@@ -100,11 +100,15 @@ def start_reply(
     params: SamplingParams,
     adapters: Sequence[tuple[str, float]] = (),
     person: str | None = None,
+    context_shift: bool | int = False,
 ) -> Reply:
-    """The continuation of a prompt, not begun yet. person: who asks; people take turns."""
+    """The continuation of a prompt, not begun yet. person: who asks; people take turns. context_shift: as for
+    `Engine.stream`."""
     wanted = list(adapters) or None
 
     def start(cancelled: Cancelled, progress: Progress, ticket: Ticket) -> TextStream:
-        return engine.stream(prompt_ids, params, cancelled, progress, wanted, ticket, person)
+        return engine.stream(
+            prompt_ids, params, cancelled, progress, wanted, ticket, person, context_shift=context_shift
+        )
 
     return Reply(engine, start, person)

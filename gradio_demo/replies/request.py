@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 
 from ropewalk.generate.sampling import SamplingParams
 
-DROP, STOP = "drop the oldest turns", "stop and say so"
-OVERFLOW_POLICIES = (DROP, STOP)
+SHIFT, DROP, STOP = (
+    "drop the oldest turns, shift the rest",
+    "drop the oldest turns, read the rest again",
+    "stop and say so",
+)
+OVERFLOW_POLICIES = (SHIFT, DROP, STOP)
 
 
 @dataclass(frozen=True, slots=True)

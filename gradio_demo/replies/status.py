@@ -49,8 +49,9 @@ def meter(stats: GenerationStats | None, size: int) -> Meter:
     """How the context is filled."""
     if stats is None:
         return Meter(size=size)
-    written = max(stats.context_used - stats.prompt_tokens, 0)
-    return Meter(stats.reused_tokens, stats.prompt_tokens - stats.reused_tokens, written, stats.context_size)
+    prompt = min(stats.prompt_tokens, stats.context_used)  # some of it may have been dropped meanwhile
+    reused = min(stats.reused_tokens, prompt)
+    return Meter(reused, prompt - reused, max(stats.context_used - prompt, 0), stats.context_size)
 
 
 def _speeds(stats: GenerationStats | None) -> list[str]:
@@ -58,8 +59,11 @@ def _speeds(stats: GenerationStats | None) -> list[str]:
         return []
     read = stats.prompt_tokens - stats.reused_tokens
     right = f", {stats.accepted_tokens} of {stats.guessed_tokens} guesses right" if stats.guessed_tokens else ""
+    shifted = f", {stats.shifted_tokens} of them shifted" if stats.shifted_tokens else ""
+    if stats.dropped_tokens:
+        shifted = f", {stats.shifted_tokens} shifted, the {stats.dropped_tokens} oldest dropped on the way"
     return [
-        f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} from the cache",
+        f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} from the cache{shifted}",
         f"{read} read at {stats.prompt_tokens_per_s:,.0f} tokens/s",
         f"{stats.new_tokens} written at {stats.new_tokens_per_s:,.0f} tokens/s{right}",
     ]

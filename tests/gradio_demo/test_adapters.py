@@ -15,7 +15,12 @@ from ropewalk.faces.cli.main import main
 from ropewalk.generate.evaluate import perplexity
 
 FOLDER = Path(ropewalk.__file__).resolve().parent / "demo_model"
-NOTED = {"linear-4": "linear", "ntk-by-parts-4": "ntk-by-parts", "extrapolation": "default"}
+NOTED = {
+    "linear-4": "linear",
+    "ntk-by-parts-4": "ntk-by-parts",
+    "extrapolation": "default",
+    "yarn-4": "yarn",
+}
 TRAINED, EXTENDED = 512, 2048
 SCORED_TOKENS = 4 * EXTENDED  # of held_out.txt
 
@@ -42,7 +47,7 @@ def test_the_adapters_are_small_and_note_their_rope() -> None:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("adapter", ["linear-4", "ntk-by-parts-4"])
+@pytest.mark.parametrize("adapter", ["linear-4", "ntk-by-parts-4", "yarn-4"])
 def test_an_adapter_makes_the_model_read_four_times_its_context(held_out_ids: list[int], adapter: str) -> None:
     scaling = rope_of_adapters([FOLDER / "adapters" / adapter])
     extended = measured(held_out_ids, adapter, EXTENDED, rope_scaling=scaling)

@@ -47,6 +47,19 @@ class CpuBackend:
         self.runtime = native.Runtime(isa, threads)
         self._arena = native.Arena()
 
+    @property
+    def arithmetic(self) -> str:
+        """Two instruction sets need not agree to the last bit."""
+        return f"{self.name} {self.compute} {self.runtime.isa}"
+
+    def computing(self, compute: str) -> CpuBackend | None:
+        """The same threads; tiles serve both ways of computing."""
+        if compute not in ("exact", "int8"):
+            return None
+        other = CpuBackend.__new__(CpuBackend)
+        other.compute, other.runtime, other._arena = compute, self.runtime, self._arena
+        return other
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
         return native.Linear(self.runtime, [self._pack_part(part) for part in parts])

@@ -74,9 +74,18 @@ class SplitBackend:
         return "+".join(dict.fromkeys(place.backend.compute for place in self.places))
 
     @property
+    def arithmetic(self) -> str:
+        """Of all places, with the layer instances of each, such as "20 of gpu fp16 8.9, 12 of cpu int8 avx2"."""
+        return ", ".join(f"{place.num_instances} of {place.backend.arithmetic}" for place in self.places)
+
+    @property
     def device(self) -> torch.device:
         """Of the last place."""
         return self._home.device
+
+    def computing(self, compute: str) -> None:
+        """Weights on a card are laid out for one arithmetic."""
+        return None
 
     def places_of(self, weights_index: int) -> tuple[int, ...]:
         """The places that run this layer; one that runs nowhere is kept in the last."""

@@ -14,6 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ropewalk.adapters.request import Request, checked_request
+from ropewalk.base.choices import RESCALE_MODE
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import return_freed_memory
 from ropewalk.engine.speculation import Speculation
@@ -37,14 +38,20 @@ STEP_OPTIONS = ("use_cache", "logits_to_keep", "num_logits_to_keep")  # what `ge
 
 
 def from_pretrained(
-    folder: str | Path, speculation: str | None = None, draft_model: Any = None, **options: Any
+    folder: str | Path,
+    speculation: str | None = None,
+    draft_model: Any = None,
+    context_shift: bool = False,
+    **options: Any,
 ) -> RopewalkForCausalLM:
     """Load a model folder; the other options and errors are those of `ropewalk.load_model`.
 
     speculation, draft_model: who guesses tokens ahead in `generate`, as for `ropewalk.Engine`; the text is the same
         without.
+    context_shift: a prompt that is an earlier one without a stretch after its beginning, as when a front end drops the
+        oldest messages, is not read again: what follows the stretch is moved down in the cache. The text may differ.
     """
-    return RopewalkForCausalLM(load_model(folder, **options), speculation, draft_model)
+    return RopewalkForCausalLM(load_model(folder, **options), speculation, draft_model, context_shift)
 
 
 class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
@@ -53,7 +60,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     Logits are float32 and equal those of `Model.forward` bit for bit. Replies in several threads share their steps;
     what samples in them draws from torch's one random state, as always in transformers.
 
-    speculation, draft_model: see `from_pretrained`.
+    speculation, draft_model, context_shift: see `from_pretrained`.
     logits_by_default: how many of the last tokens get logits in a direct call without `logits_to_keep`; 0 means all,
         as in transformers. Logits of a whole long text take much memory: 4 bytes * tokens * vocabulary.
     """
@@ -61,21 +68,28 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
     _supports_sdpa = True  # else transformers warns that attention is slow
     _supports_cache_class = True  # asked for by transformers before 4.54 when a cache is handed back
 
-    def __init__(self, model: Model, speculation: str | None = None, draft_model: Any = None) -> None:
+    def __init__(
+        self, model: Model, speculation: str | None = None, draft_model: Any = None, context_shift: bool = False
+    ) -> None:
         config = make_config(model)
         super().__init__(config)
         self.generation_config = make_generation_config(model)
         self.logits_by_default = 0
-        self._runner: Runner | None = Runner(model, _speculation(speculation, draft_model, model))
+        self._runner: Runner | None = Runner(model, _speculation(speculation, draft_model, model), context_shift)
         self._device = model.backend.device
         self.eval()
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, speculation: str | None = None, draft_model: Any = None, **options: Any
+        cls,
+        folder: str | Path,
+        speculation: str | None = None,
+        draft_model: Any = None,
+        context_shift: bool = False,
+        **options: Any,
     ) -> RopewalkForCausalLM:
         """As `ropewalk.hf.from_pretrained`."""
-        return cls(load_model(folder, **options), speculation, draft_model)
+        return cls(load_model(folder, **options), speculation, draft_model, context_shift)
 
     @property
     def ropewalk_model(self) -> Model:
@@ -136,6 +150,11 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
         runner = self._loaded
         runner.model.adapter_key(adapters)
         runner.adapters = checked_request(adapters)
+
+    def rescale(self, rope_scaling: Any = None, mode: str = RESCALE_MODE.default, **rope: Any) -> None:
+        """Another RoPE from the next step on, for open conversations as well; arguments and errors as for
+        `ropewalk.Engine.rescale`."""
+        self._loaded.rescale(mode, rope_scaling=rope_scaling, **rope)
 
     def watch(self, progress: Progress | None = None, cancelled: Cancelled | None = None) -> None:
         """From now on, report while tokens are read: stopping criteria are called only once a prompt has been read.

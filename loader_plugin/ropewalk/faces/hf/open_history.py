@@ -18,7 +18,8 @@ from ropewalk.generate.scheduler.sequence import Cancelled, Progress
 class OpenHistory:
     """The sequence of one history, from the call that opens it until the history is dropped.
 
-    token_ids: what the first call will reach. key: a sequence is for one set of adapters and one layer order.
+    token_ids: what the first call will reach. key: a sequence is for one set of adapters and one layer order. shifts:
+    as for `Scheduler.open`.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class OpenHistory:
         adapters: Request | None,
         key: Hashable,
         foresight: Foresight | None = None,
+        shifts: bool = False,
     ) -> None:
         self.key = key
         self._lock = threading.Lock()  # a sequence is for one thread at a time
@@ -36,7 +38,7 @@ class OpenHistory:
         self._stack = ExitStack()
         if foresight is not None:
             self._stack.callback(foresight.close)
-        self._sequence = self._stack.enter_context(scheduler.open(token_ids, adapters))
+        self._sequence = self._stack.enter_context(scheduler.open(token_ids, adapters, shifts=shifts))
 
     def __del__(self) -> None:
         if hasattr(self, "_sequence") and self._sequence.length > self._length:
@@ -48,6 +50,11 @@ class OpenHistory:
     def guessed(self) -> int:
         """Tokens guessed ahead."""
         return 0 if self._foresight is None else self._foresight.guessed
+
+    @property
+    def shifted(self) -> int:
+        """Tokens that were moved down in the cache instead of being read again."""
+        return self._sequence.shifted
 
     @property
     def accepted(self) -> int:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from ropewalk.faces.hf.history import TokenHistory
+from ropewalk.faces.hf.open_history import OpenHistory
 from ropewalk.generate.generate import GenerationStats
 
 
@@ -25,19 +26,20 @@ class ReplyClock:
         self._prompt: _Prompt | None = None
         self._history: TokenHistory | None = None
         self._latest = 0.0
-        self._guessed = self._accepted = 0
+        self._guessed = self._accepted = self._shifted = 0
         self._stopped: GenerationStats | None = None
 
     def count(
-        self, history: TokenHistory, keep: int, reused: int, seconds: float, guessed: int = 0, accepted: int = 0
+        self, history: TokenHistory, keep: int, reused: int, seconds: float, opened: OpenHistory | None = None
     ) -> None:
         """One step has been run: `history` is what has been computed, `reused` tokens of it came from the cache.
 
-        keep: how many of the last tokens got logits; all but the first of these are guesses of an assistant. guessed,
-        accepted: tokens that were guessed ahead so far, and those that came true.
+        keep: how many of the last tokens got logits; all but the first of these are guesses of an assistant. opened:
+        knows the tokens that were guessed ahead so far, and those that were shifted.
         """
         self._history, self._latest = history, time.perf_counter()
-        self._guessed, self._accepted = guessed, accepted
+        if opened is not None:
+            self._guessed, self._accepted, self._shifted = opened.guessed, opened.accepted, opened.shifted
         if self._prompt is None:
             self._prompt = _Prompt(len(history) - keep + 1, reused, seconds, self._latest)
 
@@ -62,4 +64,5 @@ class ReplyClock:
             context_size=self._context_size,
             guessed_tokens=self._guessed,
             accepted_tokens=self._accepted,
+            shifted_tokens=self._shifted,
         )

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -35,14 +36,15 @@ IGNORED_LABEL = -100  # the convention of torch's cross entropy
 
 
 class Runner:
-    """One model for callers in any threads. speculation: who guesses ahead in replies, if anybody."""
+    """One model for callers in any threads. speculation: who guesses ahead in replies, if anybody. shifts: what was
+    computed of older prompts is moved down for prompts that lack a stretch of them."""
 
-    def __init__(self, model: Model, speculation: Speculation | None = None) -> None:
+    def __init__(self, model: Model, speculation: Speculation | None = None, shifts: bool = False) -> None:
         self.model = model
         self.adapters: tuple[AdapterUse, ...] = ()
         self.progress: Progress | None = None
         self.cancelled: Cancelled | None = None
-        self._speculation = speculation
+        self._speculation, self._shifts = speculation, shifts
         self._scheduler = Scheduler(model, PATIENCE if speculation is None else speculation.patience)
         self._opened: weakref.WeakKeyDictionary[TokenHistory, OpenHistory] = weakref.WeakKeyDictionary()
         self._opening = threading.RLock()  # a history may be dropped, by the collector, in a thread that holds it
@@ -75,6 +77,10 @@ class Runner:
             clock.stop()
             self._replying.clock = outer
 
+    def rescale(self, mode: str, **rope: Any) -> None:
+        """As `Scheduler.rescale`."""
+        self._scheduler.rescale(mode, **rope)
+
     def extend(self, history: TokenHistory, token_ids: list[int], keep: int) -> torch.Tensor:
         """Append tokens to a history and give the logits after the last `keep` of them, [keep, V] float32.
 
@@ -91,7 +97,7 @@ class Runner:
         history.extend_(ids)
         clock = self._clock
         if clock is not None and history.slot == MAIN:
-            clock.count(history, keep, reused, time.perf_counter() - started, opened.guessed, opened.accepted)
+            clock.count(history, keep, reused, time.perf_counter() - started, opened)
         return logits
 
     def loss(self, token_ids: list[int], labels: list[int]) -> torch.Tensor:
@@ -148,7 +154,8 @@ class Runner:
             opened = self._opened.get(history)
         if opened is None or opened.key != key:
             whole = history.token_ids + ids
-            opened = OpenHistory(self._scheduler, whole, self.adapters, key, self._foresight(history, whole))
+            foresight = self._foresight(history, whole)
+            opened = OpenHistory(self._scheduler, whole, self.adapters, key, foresight, self._shifts)
             with self._opening:
                 self._opened[history] = opened
         return opened

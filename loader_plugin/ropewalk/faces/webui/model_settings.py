@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.choices import SPECULATION
+from ropewalk.base.choices import AUTO, SPECULATION
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.base.memory import parse_bytes
-from ropewalk.faces.webui.parameters import FROM_CONFIG, NO_MODEL, PARAMETERS, read_all
+from ropewalk.faces.webui.parameters import FROM_CONFIG, NO_MODEL, OFF, ON, PARAMETERS, read_all
 from ropewalk.model.info import ModelInfo, model_info
 from ropewalk.model.options import LoadOptions
 from ropewalk.model.plan import LoadPlan, plan_loading
@@ -89,6 +89,15 @@ def speculation(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return (None if kind == SPECULATION.default else str(kind)), named
 
 
+def context_shift(values: Mapping[str, Any]) -> bool:
+    """Whether prompts that lack a stretch are shifted instead of read again.
+
+    Raises:
+        ConfigError: a value is not one of the choices.
+    """
+    return read_all(values).get("context_shift", OFF) == ON
+
+
 def describe(folder: Path, values: Mapping[str, Any]) -> ModelInfo:
     """Facts about the model as it would be loaded with these values. Checks all that can be checked without weights.
 
@@ -157,6 +166,8 @@ def _rope_options(chosen: Settings, declared: Settings, plan: LoadPlan) -> dict[
     method = declared["rope_method"] if chosen["rope_method"] == FROM_CONFIG else chosen["rope_method"]
     if method == declared["rope_method"] and _same(chosen, declared, "rope_factor"):
         return options
+    if method == AUTO:
+        return {name: value for name, value in options.items() if name not in knobs} | {"rope_scaling": AUTO}
     if method == FROM_CONFIG:
         raise ConfigError(f"rope_factor={chosen['rope_factor']:g} needs rope_method to say which scaling it is for")
     own = _declared_scaling(plan) if method == declared["rope_method"] else {"rope_type": method}

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
+from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import ConfigError
 from ropewalk.rope.spellings import METHODS
 
 LOADER = "ropewalk"
 MAX_CONTEXT = 1 << 20
 FROM_CONFIG = "config"
+OFF, ON = "off", "on"
 NO_MODEL = "None"  # as the web UI's own lists of models say it
 ALL_LAYERS = -1
 
@@ -120,8 +121,9 @@ PARAMETERS = (
     Parameter(
         "rope_method",
         FROM_CONFIG,
-        Choice((FROM_CONFIG, *METHODS)),
-        f"RoPE scaling by name, in place of compress_pos_emb and alpha_value. {FROM_CONFIG}: as config.json says.",
+        Choice((FROM_CONFIG, AUTO, *METHODS)),
+        f"RoPE scaling by name, in place of compress_pos_emb and alpha_value. {FROM_CONFIG}: as config.json says; "
+        f"{AUTO}: chosen for the context length.",
     ),
     Parameter(
         "rope_factor",
@@ -193,6 +195,12 @@ PARAMETERS = (
         SPECULATION.default,
         Choice(SPECULATION.values),
         f"Guessing tokens ahead; the text is the same. {SPECULATION.help}.",
+    ),
+    Parameter(
+        "context_shift",
+        OFF,
+        Choice((OFF, ON)),
+        "When the web UI drops the oldest messages of a full context: on moves the rest down without reading it again.",
     ),
     Parameter(
         "model_draft",

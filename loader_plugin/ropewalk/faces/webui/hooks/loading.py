@@ -19,7 +19,7 @@ from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.faces.webui.hooks.loader_table import settings_of_others
 from ropewalk.faces.webui.hooks.lora import apply
-from ropewalk.faces.webui.model_settings import describe, load_options, multiplied_scalings, speculation
+from ropewalk.faces.webui.model_settings import context_shift, describe, load_options, multiplied_scalings, speculation
 from ropewalk.faces.webui.parameters import LOADER, PARAMETERS, name_here
 from ropewalk.faces.webui.patching import HookError, swap
 from ropewalk.faces.webui.running import is_ours, model_folder, webui_module
@@ -144,12 +144,14 @@ def _prepare(model_name: str) -> Callable[..., Any]:
     folder, args = model_folder(model_name), webui_module("shared").args
     options = load_options(folder, vars(args))
     kind, draft = speculation(vars(args))
+    shifts = context_shift(vars(args))
     setattr(args, context_name(), options.max_seq_len)
     if multiply := multiplied_scalings(options):
         logger.warning("ropewalk: %s", multiply)
 
     def load(_: str) -> Any:
-        model = from_pretrained(folder, kind, None if draft is None else model_folder(draft), options=options)
+        draft_folder = None if draft is None else model_folder(draft)
+        model = from_pretrained(folder, kind, draft_folder, shifts, options=options)
         model.logits_by_default = 1  # the web UI reads the last row only, here and in the token tabs
         return model
 
