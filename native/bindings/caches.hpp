@@ -91,7 +91,9 @@ inline std::vector<uint8_t*> move_places(const Pages& pages, const Page& like, c
 inline void check_ascending(const std::vector<uint8_t*>& source, int64_t source_start,
                             const std::vector<uint8_t*>& target, int64_t target_start, int64_t num_rows) {
   std::map<const uint8_t*, int64_t> read;
-  for (int64_t i = source_start / kKvTile; i * kKvTile < source_start + num_rows; ++i) read[source[static_cast<size_t>(i)]] = i;
+  for (int64_t i = source_start / kKvTile; i * kKvTile < source_start + num_rows; ++i) {
+    read[source[static_cast<size_t>(i)]] = i;
+  }
   for (int64_t i = target_start / kKvTile; i * kKvTile < target_start + num_rows; ++i) {
     const auto found = read.find(target[static_cast<size_t>(i)]);
     if (found == read.end()) continue;

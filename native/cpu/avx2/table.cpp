@@ -213,7 +213,9 @@ struct Verbs {
     // Of 6 bits: the upper bits of the pairs of two lines, 2 bits each.
     static __m256i upper_codes(const uint8_t* line, int field) {
       const __m256i plane = load_line(line);
-      return low_bits(field < 2 ? _mm256_slli_epi16(plane, 4 - 2 * field) : _mm256_srli_epi16(plane, 2 * field - 4), 0x30);
+      const __m256i shifted =
+          field < 2 ? _mm256_slli_epi16(plane, 4 - 2 * field) : _mm256_srli_epi16(plane, 2 * field - 4);
+      return low_bits(shifted, 0x30);
     }
     static __m256i codes(const uint8_t* block, int index, int i, int byte) {
       const __m256i low = low_codes(block + index * 64 + byte, i);
@@ -264,8 +266,11 @@ struct Verbs::Dot<6> {
     const __m256i upper = field < 2 ? _mm256_slli_epi16(plane, 4 - 2 * field) : _mm256_srli_epi16(plane, 2 * field - 4);
     return _mm256_or_si256(lower, low_bits(upper, 0x30));
   }
-  static Codes first_half(const uint8_t* block, int quad) { return {codes(block, quad, 0, 0), codes(block, quad, 0, 32)}; }
-  static Codes second_half(const uint8_t* block, int quad) { return {codes(block, quad, 1, 0), codes(block, quad, 1, 32)}; }
+  static Codes half_of(const uint8_t* block, int quad, int half) {
+    return {codes(block, quad, half, 0), codes(block, quad, half, 32)};
+  }
+  static Codes first_half(const uint8_t* block, int quad) { return half_of(block, quad, 0); }
+  static Codes second_half(const uint8_t* block, int quad) { return half_of(block, quad, 1); }
   static Sum add(Sum sum, Codes codes, Quad x) {
     return {_mm256_add_epi32(sum.low, pair_sums(_mm256_maddubs_epi16(codes.low, x))),
             _mm256_add_epi32(sum.high, pair_sums(_mm256_maddubs_epi16(codes.high, x)))};

@@ -110,7 +110,9 @@ struct Verbs {
     using Sum = __m512i;
     static Sum zero() { return _mm512_setzero_si512(); }
     static Codes line(const uint8_t* block, int index) { return _mm512_loadu_si512(block + index * 64); }
-    static Codes low_bits(Codes codes, int mask) { return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask))); }
+    static Codes low_bits(Codes codes, int mask) {
+      return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask)));
+    }
     // Of 6 bits the upper two stand in a plane of their own: bits 2f and 2f + 1 of a byte, f = quad % 2 * 2 + half.
     static Codes upper_bits(const uint8_t* block, int quad, int half) {
       const Codes plane = line(block, 4 + quad / 2);
@@ -151,7 +153,7 @@ struct Verbs {
   static PairSum add_sums(PairSum a, PairSum b) { return _mm512_add_epi32(a, b); }
   static F32 pair_to_f32(PairSum sum) { return _mm512_cvtepi32_ps(sum); }
   static F32 word_to_f32(Words words, int which) {
-    return _mm512_cvtepi32_ps(which == 0 ? _mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16) : _mm512_srai_epi32(words, 16));
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(which == 0 ? _mm512_slli_epi32(words, 16) : words, 16));
   }
 
   // Codes of 32 keys in 16 dims as pairs of neighbouring keys, kPerLine of them to a line.
@@ -160,7 +162,9 @@ struct Verbs {
     static constexpr int kPerLine = kBits == 8 ? 2 : 4;
     static constexpr int kLines = 16 / kPerLine;
     static __m512i line(const uint8_t* block, int index) { return _mm512_loadu_si512(block + index * 64); }
-    static Words low_bits(Words words, int mask) { return _mm512_and_si512(words, _mm512_set1_epi16(static_cast<short>(mask))); }
+    static Words low_bits(Words words, int mask) {
+      return _mm512_and_si512(words, _mm512_set1_epi16(static_cast<short>(mask)));
+    }
     static void load(const uint8_t* block, int index, Words (&words)[kPerLine]) {
       const Words all = line(block, index);
       if constexpr (kBits == 8) {

@@ -94,7 +94,8 @@ static inline void move_value(KvType type, uint8_t* source, int64_t source_place
     return;
   }
   const int64_t row_bytes = value_bytes(type, head_dim) / kKvTile;
-  __builtin_memmove(target + target_place * row_bytes, source + source_place * row_bytes, static_cast<size_t>(row_bytes));
+  __builtin_memmove(target + target_place * row_bytes, source + source_place * row_bytes,
+                    static_cast<size_t>(row_bytes));
 }
 
 template <class V>
@@ -109,7 +110,8 @@ void move_rows(const MoveArgs& a, int64_t item_begin, int64_t item_end) noexcept
     const int64_t d_size = source.head_dim;
     for (int64_t t = 0; t < a.num_rows; ++t) {
       const int64_t from = a.source_start + t, to = a.target_start + t;
-      const HeadPage old_page = head_page(source, head, from / kKvTile), new_page = head_page(target, head, to / kKvTile);
+      const HeadPage old_page = head_page(source, head, from / kKvTile);
+      const HeadPage new_page = head_page(target, head, to / kKvTile);
       take_key<V>(source.keys, old_page.keys, d_size, from % kKvTile, row, coded);
       rotate_head<V>(row, a.cos + t * a.half, a.sin + t * a.half, a.half);
       put_key<V>(target.keys, new_page.keys, d_size, to % kKvTile, row, coded);

@@ -202,7 +202,8 @@ void attend(const AttendArgs& a, int64_t item_begin, int64_t item_end, float* sc
     AttendTile tile = tile_of(a, item);
     float* rest = carve_scratch(tile, scratch);
     const SoftmaxState total = state_at(rest, kQueryRows, tile.padded_dim);
-    const SoftmaxState part = state_at(rest + attend_part_floats(kQueryRows, a.kv.head_dim), kQueryRows, tile.padded_dim);
+    float* second = rest + attend_part_floats(kQueryRows, a.kv.head_dim);
+    const SoftmaxState part = state_at(second, kQueryRows, tile.padded_dim);
     load_queries<V>(a, tile);
     const KeyRange keys = tile_keys(a, tile);
     const int64_t first = keys.begin / kKeyRange;

@@ -55,6 +55,7 @@ void score_codes_block(const AttendTile& tile, int64_t row, const uint8_t* codes
   const int64_t blocks = tile.block_dim / kBlockRows;
   const int8_t* q = tile.codes + row * tile.block_dim;
   typename V::F32 total[kRows][kTiles];
+#pragma GCC unroll 8  // or GCC clears them by way of memory, with a `rep stos`: 6 % of decoding over q8
   for (int m = 0; m < kRows; ++m) {
     for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
   }
@@ -104,8 +105,9 @@ void score_codes(const AttendTile& tile, const PageRows& rows) {
     constexpr int kTiles = kRows > V::kCodeRows / 2 ? 1 : kRows > V::kCodeRows / 4 ? 2 : 4;
     for (int64_t j = 0; j < kKvTile / kLanes; j += kTiles) {
       const uint8_t* next = row == rows.row_begin ? rows.next.keys + j * blocks * kAheadBytes<kBits> : nullptr;
-      score_codes_block<V, kBits, kRows, kTiles>(tile, row, codes + j * blocks * kBlockBytes, scales + j * blocks * kLanes,
-                                                 next, tile.scores + row * kKvTile + j * kLanes);
+      score_codes_block<V, kBits, kRows, kTiles>(tile, row, codes + j * blocks * kBlockBytes,
+                                                 scales + j * blocks * kLanes, next,
+                                                 tile.scores + row * kKvTile + j * kLanes);
     }
   });
 }
@@ -207,7 +209,9 @@ void weigh_codes(const AttendTile& tile, const PageRows& rows, int64_t row_begin
         offsets[m] *= zero_point(kBits);
       }
       const int64_t first = d / kLanes * kGroupBytes;
-      if (row == rows.row_begin) prefetch_bytes<V>(rows.next.values + 4 * b * kAheadBytes<kBits>, 4 * kAheadBytes<kBits>);
+      if (row == rows.row_begin) {
+        prefetch_bytes<V>(rows.next.values + 4 * b * kAheadBytes<kBits>, 4 * kAheadBytes<kBits>);
+      }
       const auto weigh = [&]<int kGroups>(int64_t group) {
         weigh_codes_block<V, kBits, kRows, kGroups>(w, rows.page.values + first + group * kGroupBytes,
                                                     tile.correction + row, factors, offsets, tile.padded_dim,

@@ -41,7 +41,9 @@ template <class V>
 void code_row(const float* x, int64_t head_dim, KvType type, CodedRow& coded) {
   alignas(64) float row[kMostHeadDim];
   const int64_t padded = round_up(head_dim, kBlockRows);
-  for (int64_t d = 0; d < padded; d += kLanes) V::store(row + d, V::load_partial(x + d, head_dim - d < 0 ? 0 : head_dim - d));
+  for (int64_t d = 0; d < padded; d += kLanes) {
+    V::store(row + d, V::load_partial(x + d, head_dim - d < 0 ? 0 : head_dim - d));
+  }
   if (is_rotated(type)) hadamard<V>(row, head_dim);
   for (int64_t d = 0; d < padded; d += kBlockRows) {
     code_block<V>(row + d, code_bits(type), coded.codes + d, coded.scales + d / kBlockRows);
@@ -145,7 +147,9 @@ static inline void put_keys(uint8_t* keys, KvType type, int64_t head_dim, int64_
       put_code(tile, kBits, at, row.codes[d]);
     });
   });
-  for (int64_t b = 0; b < ceil_div(head_dim, kBlockRows); ++b) *key_scale(keys, type, head_dim, place, b) = row.scales[b];
+  for (int64_t b = 0; b < ceil_div(head_dim, kBlockRows); ++b) {
+    *key_scale(keys, type, head_dim, place, b) = row.scales[b];
+  }
 }
 
 static inline void put_values(uint8_t* values, KvType type, int64_t head_dim, int64_t place, const CodedRow& row) {
@@ -165,7 +169,9 @@ static inline void take_keys(uint8_t* keys, KvType type, int64_t head_dim, int64
       row.codes[d] = static_cast<int16_t>(code_at(tile, kBits, at));
     });
   });
-  for (int64_t b = 0; b < ceil_div(head_dim, kBlockRows); ++b) row.scales[b] = *key_scale(keys, type, head_dim, place, b);
+  for (int64_t b = 0; b < ceil_div(head_dim, kBlockRows); ++b) {
+    row.scales[b] = *key_scale(keys, type, head_dim, place, b);
+  }
 }
 
 static inline void take_values(uint8_t* values, KvType type, int64_t head_dim, int64_t place, CodedRow& row) {
@@ -205,7 +211,9 @@ void decode_values(const uint8_t* values, int64_t head_dim, int64_t padded_dim, 
   const auto zero = V::broadcast(zero_point(kBits));
   float scale[kKvTile];
   for (int64_t d = 0; d < padded_dim; d += kLanes) {
-    for (int64_t j = 0; j < kKvTile; j += kLanes) V::store(scale + j, V::load_f16(scales + d / kBlockRows * kKvTile + j));
+    for (int64_t j = 0; j < kKvTile; j += kLanes) {
+      V::store(scale + j, V::load_f16(scales + d / kBlockRows * kKvTile + j));
+    }
     const uint8_t* tile = values + d / kLanes * (kKvTile / kBlockRows) * 64 * kBits;
     int64_t key = 0;
     for (int64_t half = 0; half < kKvTile / kBlockRows; ++half) {

@@ -50,6 +50,20 @@ void softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
 // The unit of AttendTile::weights: a page has small weights beside large ones, so the largest takes all 15 bits.
 static constexpr float kWeightSteps = 32767.0f;
 
+// exp(x) for x <= 0 as 2^n * 2^r, |r| <= 1/2, 2^r by a polynomial whose largest relative error is 2^-18 (fitted over
+// that range, exact at 0): less than the rounding to 15 bits, in two thirds of the instructions of exp_f32.
+template <class V>
+typename V::F32 exp_weight(typename V::F32 x) {
+  const auto t = V::max(V::broadcast(-126.0f), V::mul(x, V::broadcast(1.44269504088896341f)));
+  const auto n = V::round(t);
+  const auto r = V::sub(t, n);
+  auto p = V::fma(V::broadcast(0.009582851f), r, V::broadcast(0.05590643f));
+  p = V::fma(p, r, V::broadcast(0.24024099f));
+  p = V::fma(p, r, V::broadcast(0.6931242f));
+  p = V::fma(p, r, V::broadcast(1.0f));
+  return V::mul_pow2(p, n);
+}
+
 // weights = exp(score - largest of the page) in integers, masked, with their sum before rounding.
 template <class V>
 void page_softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
@@ -61,7 +75,7 @@ void page_softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
   const float largest = largest_score<V>(scores, places);
   auto total = V::zero();
   for (int64_t j = 0; j < kKvTile; j += kLanes) {
-    auto p = exp_f32<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
+    auto p = exp_weight<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
     if (!whole) p = V::select_range(p, V::zero(), places.begin - j, places.end - j);
     V::store_int16(tile.weights + row * kKvTile + j, V::mul(p, V::broadcast(kWeightSteps)));
     total = V::add(total, p);
