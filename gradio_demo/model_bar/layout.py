@@ -94,7 +94,7 @@ def _fields() -> list[gr.components.Component]:
 def _field(field: Field, value: Any) -> gr.components.Component:
     common = {"label": field.label, "info": field.info, "min_width": 200, "elem_id": f"field-{field.name}"}
     if field.choices is not None:
-        return gr.Dropdown(list(field.choices), value=value, **common)
+        return gr.Dropdown(list(field.choices), value=value, allow_custom_value=field.is_open, **common)
     return gr.Textbox(shown_value(value), lines=1, placeholder=field.placeholder, **common)
 
 

@@ -17,6 +17,7 @@ from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, S
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.base.limits import MAX_LAYERS, MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.base.memory import parse_bytes
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import load_model_config
 from ropewalk.files.embedded import EMBEDDED_FACTOR, EMBEDDED_METHOD
 from ropewalk.model.options import LoadOptions, parse_split
@@ -61,13 +62,14 @@ class LoadSettings:
 @dataclass(frozen=True, slots=True)
 class Field:
     """How a setting is shown. choices: a list to pick from; None: a field to type in. placeholder: what an empty one
-    means."""
+    means. is_open: what is not in the list can be typed in."""
 
     name: str
     label: str
     info: str
     choices: tuple[str, ...] | None = None
     placeholder: str = ""
+    is_open: bool = False
 
 
 FIELDS = (
@@ -81,7 +83,7 @@ FIELDS = (
         (AS_CHECKPOINT, *ROPE_METHODS),
     ),
     Field("rope_factor", "RoPE factor", "How many times the original length it is to reach.", placeholder="none"),
-    Field("cache_type", "Cache type", "Of keys and values: " + CACHE_TYPE.help + ".", CACHE_TYPE.values),
+    Field("cache_type", "Cache type", "Of keys and values: " + CACHE_TYPE.help + ".", CACHE_TYPE.values, is_open=True),
     Field("max_input_len", "Chunk size", "Tokens of a prompt read at once: bounds memory, never changes a result."),
     Field("threads", "Threads", "Processor threads to use.", placeholder="all"),
     Field(
@@ -157,9 +159,10 @@ def read_settings(values: Mapping[str, Any]) -> LoadSettings:
     }
     texts = {field.name: str(values.get(field.name) or "").strip() for field in FIELDS if field.name not in numbers}
     for field in FIELDS:
-        if field.choices is not None and texts[field.name] not in field.choices:
+        if field.choices is not None and not field.is_open and texts[field.name] not in field.choices:
             raise FieldError(field.name, f"must be one of {', '.join(field.choices)}, got {texts[field.name]!r:.60}")
     _memory(texts["cache_memory"])
+    _cache_type(texts["cache_type"])
     _split(texts["gpu_split"])
     return LoadSettings(**numbers, **texts)
 
@@ -232,6 +235,13 @@ def _split(text: str) -> None:
             parse_split(text)
     except ConfigError as error:
         raise FieldError("gpu_split", str(error)) from error
+
+
+def _cache_type(text: str) -> None:
+    try:
+        CacheFormat.parse(text)
+    except ConfigError as error:
+        raise FieldError("cache_type", str(error).removeprefix("cache_type: ")) from error
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:

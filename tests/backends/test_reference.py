@@ -19,6 +19,7 @@ from ropewalk.backends.reference.attention import attend, rotate_
 from ropewalk.backends.reference.layers import silu_mul
 from ropewalk.backends.reference.pages import append_, gathered
 from ropewalk.base.errors import ShapeError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.quantisation import QuantSettings
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_gptq_linear
@@ -107,7 +108,7 @@ def test_no_operation_assumes_the_default_device(tmp_path: Path) -> None:
         results += [EXACT.linear(x, dense_packed), EXACT.embed(table, torch.tensor([3], device="cpu"))]
         results += [EXACT.rms_norm(x, x[0], 1e-5), silu_mul(x)]
         rotate_(k, k[:, 0, :4].contiguous(), k[:, 1, :4].contiguous())
-        page = EXACT.new_pool(2, 8, torch.float16, 1 << 20).take(1)
+        page = EXACT.new_pool(2, 8, CacheFormat.parse("fp16"), 1 << 20).take(1)
         append_([page], 0, k, k, 0)
         results.append(attend(q, *gathered([page], 0, 2), 0, 3))
     assert all(result.device.type == "cpu" for result in results)
@@ -221,13 +222,12 @@ def test_attention_is_causal_windowed_and_grouped(
     assert_as_accurate(got, *(attention_by_hand(q, k, v, start, window, dtype) for dtype in DTYPES))
 
 
-def pages_of(num_pages: int, dtype: torch.dtype = torch.float32, instances: int = 2) -> list:
+def pages_of(num_pages: int, cache_type: str = "fp32", instances: int = 2) -> list:
     """Pages of 2 heads of 8, full of what was never written."""
-    pool = EXACT.new_pool(2, 8, dtype, 1 << 30)
+    pool = EXACT.new_pool(2, 8, CacheFormat.parse(cache_type), 1 << 30)
     pages = [pool.take(instances) for _ in range(num_pages)]
     for page in pages:
-        page.keys.fill_(float("nan"))
-        page.values.fill_(float("nan"))
+        page.memory.fill_(255)  # NaN in every float type
     return pages
 
 
@@ -243,7 +243,7 @@ def test_positions_are_found_again_whatever_pages_and_calls_they_came_in(cuts: t
 
 
 def test_keys_and_values_are_rounded_to_the_dtype_of_the_pages() -> None:
-    pages, k, v, q = pages_of(1, torch.float16), rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
+    pages, k, v, q = pages_of(1, "fp16"), rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
     append_(pages, 0, k, v, 0)
     expected = (attention_by_hand(q, k.half(), v.half(), 0, None, dtype) for dtype in DTYPES)
     assert_as_accurate(attend(q, *gathered(pages, 0, 4), 0, None), *expected)

@@ -16,6 +16,7 @@ from peft_writer import write_adapter
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.engine.speculation import _like
 from ropewalk.model import backend_choice
 from ropewalk.model.loader import load_model
@@ -101,7 +102,7 @@ def test_a_page_takes_what_it_takes_in_one_place(folder: Path, split) -> None:
 
 
 def test_pages_of_all_places_together_keep_the_limit(split) -> None:
-    pool = split(1, 2).backend.new_pool(2, 16, torch.float16, 0)
+    pool = split(1, 2).backend.new_pool(2, 16, CacheFormat.parse("fp16"), 0)
     with pytest.raises(MemoryError, match="a page of .* bytes: 0 of 0 are in use"):
         pool.take(3)
 

@@ -14,6 +14,7 @@ from gptq_writer import model_config, write_checkpoint
 from ropewalk.adapters.low_rank import LayerChange
 from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
 from ropewalk.backends.reference import attention, layers, pages
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import parse_model_config
 from ropewalk.families import FAMILIES
 from ropewalk.families.program import RESIDUAL, AddResidual, Append, Attend, Linear, Program, RmsNorm, SiluMul, View
@@ -100,7 +101,7 @@ class OneByOne:
             self.kernels = native
             self.kv = native.KvCache(self.backend.runtime, config.num_kv_heads, config.head_dim, 512, "f32")
         else:
-            pool = self.backend.new_pool(config.num_kv_heads, config.head_dim, torch.float32, 1 << 30)
+            pool = self.backend.new_pool(config.num_kv_heads, config.head_dim, CacheFormat.parse("fp32"), 1 << 30)
             self.pages = [pool.take(1) for _ in range(8)]
 
     def linear(self, x: torch.Tensor, layer: PackedLayer, name: str, changes: list[RowChange]) -> torch.Tensor:
@@ -172,7 +173,7 @@ def test_a_replayed_layer_has_the_bits_of_its_operations_one_by_one(
     write_checkpoint(tmp_path, overrides, family=family, desc_act=True, sym=False)
     model = variant.load(tmp_path, max_seq_len=256, cache_type="fp32")
     plain, config = OneByOne(model, variant), model.config
-    pool = model.backend.new_pool(config.num_kv_heads, config.head_dim, torch.float32, 1 << 30)
+    pool = model.backend.new_pool(config.num_kv_heads, config.head_dim, CacheFormat.parse("fp32"), 1 << 30)
     held = tuple(pool.take(1) for _ in range(3))
     generator = torch.Generator().manual_seed(3)
     for start, num_rows in ((0, 70), (70, 1), (71, 30)):  # over the end of a page, one row, some more

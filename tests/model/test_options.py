@@ -16,7 +16,6 @@ from ropewalk.base.errors import ConfigError
 from ropewalk.faces.cli.main import main
 from ropewalk.faces.webui.parameters import PARAMETERS
 from ropewalk.gradio_demo.model_bar.settings import FIELDS, LoadSettings
-from ropewalk.model.cache import CACHE_DTYPES
 from ropewalk.model.info import model_info
 from ropewalk.model.options import LoadOptions, options_with
 
@@ -49,13 +48,20 @@ def test_the_signature_shows_every_option_with_its_default() -> None:
     }.items()
 
 
-@pytest.mark.parametrize("choice", [COMPUTE, BACKEND, CACHE_TYPE], ids=lambda choice: choice.name)
+@pytest.mark.parametrize("choice", [COMPUTE, BACKEND], ids=lambda choice: choice.name)
 def test_a_choice_is_checked_by_its_values(choice: Choice) -> None:
     assert choice.default in choice.values
     for value in choice.values:
         assert getattr(LoadOptions(**{choice.name: value}), choice.name) == value
     with pytest.raises(ConfigError, match=f"{choice.name} must be one of .*{choice.default!r}.*, got 'fp12'"):
         LoadOptions(**{choice.name: "fp12"})
+
+
+def test_every_offered_cache_type_is_one_and_others_are_accepted_too() -> None:
+    for value in (*CACHE_TYPE.values, "q6_q4+512"):
+        assert str(LoadOptions(cache_type=value).cache_format) == value
+    with pytest.raises(ConfigError, match="cache_type: there is no 'fp12'; accepted are fp32, fp16, q8, q6, q4, two"):
+        LoadOptions(cache_type="fp12")
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_input_len", "threads", "max_attention_size", "cache_memory"])
@@ -66,7 +72,6 @@ def test_a_count_must_be_a_positive_integer(name: str, value: Any) -> None:
 
 
 def test_every_front_end_offers_the_same_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuple(CACHE_DTYPES) == CACHE_TYPE.values
     page, shown = {field.name: field for field in FIELDS}, LoadSettings()
     web_ui = {item.option: item for item in PARAMETERS if item.option is not None}
     with pytest.raises(SystemExit):
@@ -75,5 +80,6 @@ def test_every_front_end_offers_the_same_choices_and_defaults(capsys: pytest.Cap
     for choice in (COMPUTE, CACHE_TYPE, BACKEND):
         assert page[choice.name].choices == web_ui[choice.name].widget.choices == choice.values
         assert getattr(shown, choice.name) == web_ui[choice.name].default == choice.default
-        assert f"--{choice.name.replace('_', '-')} {{{','.join(choice.values)}}}" in text
+        values = "TYPE" if choice.is_open else f"{{{','.join(choice.values)}}}"
+        assert f"--{choice.name.replace('_', '-')} {values}" in text
     assert shown.max_input_len == web_ui["max_input_len"].default == LoadOptions().max_input_len

@@ -12,6 +12,7 @@ import torch
 from gptq_writer import model_config, write_checkpoint
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.base.errors import CacheFullError, ConfigError, RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import parse_model_config
 from ropewalk.model import pages as pages_module
 from ropewalk.model.loader import load_model
@@ -37,7 +38,7 @@ one_of_each = pytest.mark.parametrize(
 
 
 def context(max_seq_len: int = 256, page_bytes: int = PAGE) -> ContextPages:
-    return ContextPages(max_seq_len, "fp16", page_bytes)
+    return ContextPages(max_seq_len, CacheFormat.parse("fp16"), page_bytes)
 
 
 @pytest.fixture
@@ -51,11 +52,12 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     return set_to
 
 
-@pytest.mark.parametrize("cache_type, itemsize", [("fp16", 2), ("fp32", 4)])
+@pytest.mark.parametrize("cache_type, itemsize", [("fp16", 2), ("fp32", 4), ("q8", 34 / 16), ("fp16_q4", 25 / 16)])
 @pytest.mark.parametrize("length, pages", [(1, 1), (64, 1), (65, 2), (1000, 16)])
 def test_planned_bytes_are_those_of_whole_pages(cache_type: str, itemsize: int, length: int, pages: int) -> None:
-    planned = planned_bytes(CONFIG, 3, length, cache_type)
-    assert planned == context_pages(BACKEND, CONFIG, 3, length, cache_type).num_bytes
+    cache_format = CacheFormat.parse(cache_type)
+    planned = planned_bytes(CONFIG, 3, length, cache_format)
+    assert planned == context_pages(BACKEND, CONFIG, 3, length, cache_format).num_bytes
     assert planned == 2 * 3 * 2 * 16 * itemsize * 64 * pages
 
 
@@ -238,7 +240,7 @@ def test_a_machine_with_less_memory_than_the_pool_leaves_caches_as_they_were(
 
 
 def test_pages_are_counted_when_threads_take_and_drop_them() -> None:
-    pool = BACKEND.new_pool(2, 16, pages_module.CACHE_DTYPES["fp16"], 16 * PAGE)
+    pool = BACKEND.new_pool(2, 16, CacheFormat.parse("fp16"), 16 * PAGE)
 
     def work() -> None:
         for _ in range(300):

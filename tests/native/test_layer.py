@@ -15,6 +15,7 @@ from ropewalk import _core, native
 from ropewalk.backends.cpu import CpuBackend
 from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
 from ropewalk.base.errors import ShapeError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.decoder import decoder_layer
 from ropewalk.families.recorder import LayerShape, record
 
@@ -50,7 +51,7 @@ class TinyLayer:
         self.window = window
         shape = LayerShape(HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, qk_norm=True, window=window)
         self.layer = self.backend.compile_layer(record(decoder_layer, shape), self.linears | self.norms, EPS)
-        self.pool = self.backend.new_pool(KV_HEADS, HEAD_DIM, torch.float16, 1 << 26)
+        self.pool = self.backend.new_pool(KV_HEADS, HEAD_DIM, CacheFormat.parse("fp16"), 1 << 26)
 
     def change(self, seed: int, rank: int = 3) -> SimpleNamespace:
         """A low-rank change of two of the four linears."""
@@ -178,7 +179,7 @@ def test_a_row_does_not_depend_on_what_else_is_in_the_step(tiny, data):
 
 
 def test_pages_go_back_to_their_pool():
-    pool = CpuBackend("int8", threads=1).new_pool(2, 24, torch.float16, 3 * 64 * 2 * (24 + 32) * 2)
+    pool = CpuBackend("int8", threads=1).new_pool(2, 24, CacheFormat.parse("fp16"), 3 * 64 * 2 * (24 + 32) * 2)
     assert pool.page_bytes(1) == 64 * 2 * (24 + 32) * 2
     pages = [pool.take(1) for _ in range(3)]
     assert pool.used_bytes == pool.num_bytes
@@ -207,7 +208,7 @@ def small_step(**other):
 
 def test_a_step_is_refused_before_anything_is_touched():
     tiny = LAYERS[native.available_isas()[0]]
-    page, other = tiny.pool.take(1), CpuBackend("int8").new_pool(2, 24, torch.float16, 1 << 20).take(1)
+    page, other = tiny.pool.take(1), CpuBackend("int8").new_pool(2, 24, CacheFormat.parse("fp16"), 1 << 20).take(1)
     for spans, message in [
         ([], "fewer rows"),
         ([(1, 0, [page])], "fewer rows"),
@@ -243,7 +244,7 @@ def test_a_layer_is_refused_a_step_that_does_not_fit_it():
         run(small_step(x=np.zeros((2, HIDDEN + 1), np.float32)))
     with pytest.raises(ShapeError, match="more than D / 2"):
         run(small_step(cos=np.zeros((2, 13), np.float32), sin=np.zeros((2, 13), np.float32)))
-    pool = CpuBackend("int8").new_pool(2, 16, torch.float16, 1 << 20)
+    pool = CpuBackend("int8").new_pool(2, 16, CacheFormat.parse("fp16"), 1 << 20)
     with pytest.raises(ShapeError, match="do not fit the pages"):
         run(small_step(spans=[(2, 0, [pool.take(1)])]))
     none = [None] * 4

@@ -10,6 +10,7 @@ import torch
 
 from ropewalk import native
 from ropewalk.base.errors import ShapeError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import (
     AddResidual,
     Append,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ropewalk.backends.protocol import LayerChange, LowRankPart, RowChange, RowSpan
     from ropewalk.gptq.linear import DenseLinear
 
-KV_TYPES = {torch.float16: "f16", torch.float32: "f32"}
+KV_TYPES = {"fp16": "f16", "fp32": "f32"}
 
 
 class CpuBackend:
@@ -94,9 +95,9 @@ class CpuBackend:
         """Root mean square norm over the last dimension."""
         return native.rms_norm(self.runtime, x, weight, eps)
 
-    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> CpuPagePool:
+    def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> CpuPagePool:
         """Room for pages of keys and values."""
-        return CpuPagePool(_core.PagePool(num_kv_heads, head_dim, KV_TYPES[dtype], num_bytes))
+        return CpuPagePool(_core.PagePool(num_kv_heads, head_dim, KV_TYPES[str(cache_format)], num_bytes))
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float

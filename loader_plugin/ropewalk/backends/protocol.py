@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class PackedLowRank(Protocol):
 class Page(Protocol):
     """Keys and values of PAGE_TOKENS positions of all layer instances; the layout is the backend's own.
 
+    There are two kinds: pages in the format of the cache, and, for a format with a recent window, in float16.
+
     Its memory goes back to the pool when the last reference to it is dropped.
     """
 
@@ -84,21 +87,31 @@ class PagePool(Protocol):
     def used_bytes(self) -> int:
         """Memory of the pages in use."""
 
-    def page_bytes(self, num_instances: int) -> int:
-        """Memory of a page for that many layer instances."""
+    @property
+    def layout(self) -> str:
+        """What the bytes of a page mean: equal names, equal meaning, also in another process."""
 
-    def take(self, num_instances: int) -> Page:
-        """A page whose keys and values are not initialised.
+    def page_bytes(self, num_instances: int, recent: bool = False) -> int:
+        """Memory of a page for that many layer instances. recent: of the kind in float16."""
+
+    def take(self, num_instances: int, recent: bool = False) -> Page:
+        """A page whose keys and values are not initialised. recent: of the kind in float16.
 
         Raises:
             MemoryError: the limit or the machine does not allow it.
         """
 
     def copy(self, page: Page) -> Page:
-        """Another page with the keys and values of `page`.
+        """Another page with the keys and values of `page`, of the same kind.
 
         Raises:
             MemoryError: as `take`.
+        """
+
+    def parts_of(self, page: Page) -> list[torch.Tensor]:
+        """The memory of a page, [bytes] uint8 on its device: one part for each place that a model runs in.
+
+        To read them is to save the page; what is written to them restores one of the same layout and instances.
         """
 
 
@@ -107,11 +120,14 @@ class RowSpan:
     """Rows of a step that belong to one sequence; they follow those of the span before.
 
     Their positions are start..start + num_rows. pages: of the positions from 0 on, enough for all of these.
+    recent: for a format with a recent window, the same pages in float16, in the places of `pages`; None before
+    `CacheFormat.first_exact_page(start)`. Rows are written to both.
     """
 
     num_rows: int
     start: int
     pages: tuple[Page, ...]
+    recent: tuple[Page | None, ...] = ()
 
 
 class LayerChange(Protocol):
@@ -211,10 +227,31 @@ class Backend(Protocol):
         Returns [..., C] float32, contiguous.
         """
 
-    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> PagePool:
-        """A pool of pages of keys and values in torch.float16 or torch.float32, of at most `num_bytes` together.
+    def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> PagePool:
+        """A pool of pages of keys and values, of at most `num_bytes` together.
 
         Nothing is set aside yet: a page takes memory when it is taken, or even later, when it is first written.
+        """
+
+    def move_rows_(
+        self,
+        source: Sequence[Page],
+        source_start: int,
+        target: Sequence[Page],
+        target_start: int,
+        num_rows: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """Copy positions source_start.. of pages to positions target_start.. of others, keys turned on the way.
+
+        For all layer instances. source, target: pages from position 0 on, of one pool and kind; they may be the same if
+        target_start <= source_start. cos, sin: [num_rows, R/2] float32 on `device`, applied to every head of a key as
+        `Rotate` does, whatever their length; keys in codes are read, turned, and rounded anew. Values stay as they are,
+        code for code.
+
+        Raises:
+            ShapeError: positions outside of the pages, or tables that do not fit.
         """
 
     def compile_layer(
@@ -247,12 +284,15 @@ class Backend(Protocol):
 
             x_i  <-  x_i cos_i - x_{i+R/2} sin_i        x_{i+R/2}  <-  x_{i+R/2} cos_i + x_i sin_i
 
-        Append: keys (already rotated) and values are rounded to the dtype of the pool.
+        Append: keys (already rotated) and values are rounded as the format of the pool says (config/cache_format.py).
         Attend: causal attention of a row at position i over the positions 0..i of its own sequence:
 
             out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window if there is one
 
         Query head h reads key/value head h // (Hq / Hkv). Scratch memory does not grow with T times the number of keys.
+        Over codes in "int8": queries are rounded to 8 bits in blocks of 32 dims, as activations are, and the weight of
+        each value times its scale to 14 bits within its page; both products are summed in integers. With a recent
+        window, row i reads the pages from `CacheFormat.first_exact_page(i)` on in float16.
         SiluMul: silu(gate) * up with silu(x) = x / (1 + exp(-x)).
         """
 

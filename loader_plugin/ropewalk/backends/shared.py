@@ -1,4 +1,4 @@
-"""What backends whose pages and rows are torch tensors have in common: the count of pages, the look at a step."""
+"""What backends whose pages and rows are torch tensors have in common: the count of pages, and what they check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
+from ropewalk.backends.protocol import PAGE_TOKENS, Page, RowSpan
 from ropewalk.base.errors import ShapeError
 
 
@@ -34,6 +34,28 @@ class PageCount:
         """Count a page as free."""
         with self._lock:
             self.used_bytes -= size
+
+
+def check_move(
+    source: Sequence[Page],
+    source_start: int,
+    target: Sequence[Page],
+    target_start: int,
+    num_rows: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> None:
+    """Raises:
+    ShapeError: rows that are to be moved lie outside their pages, or the tables do not fit them.
+    """
+    if num_rows < 0 or cos.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != num_rows:
+        raise ShapeError(f"move_rows: tables {list(cos.shape)} and {list(sin.shape)} do not fit {num_rows} rows")
+    for name, pages, start in (("source", source, source_start), ("target", target, target_start)):
+        if start < 0 or start + num_rows > PAGE_TOKENS * len(pages):
+            raise ShapeError(
+                f"move_rows: {name}: positions {start} to {start + num_rows} lie outside its {len(pages)} pages of "
+                f"{PAGE_TOKENS}"
+            )
 
 
 def check_step(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> None:

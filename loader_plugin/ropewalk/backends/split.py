@@ -29,6 +29,7 @@ from ropewalk.backends.protocol import (
     RowSpan,
 )
 from ropewalk.base.errors import ConfigError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
@@ -115,9 +116,9 @@ class SplitBackend:
         """On the last place."""
         return self._home.rms_norm(x, weight, eps)
 
-    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> SplitPool:
+    def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> SplitPool:
         """Pages with a part in each place."""
-        pools = [place.backend.new_pool(num_kv_heads, head_dim, dtype, num_bytes) for place in self.places]
+        pools = [place.backend.new_pool(num_kv_heads, head_dim, cache_format, num_bytes) for place in self.places]
         return SplitPool(self, pools, num_bytes)
 
     def compile_layer(

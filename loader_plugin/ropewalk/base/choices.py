@@ -12,11 +12,15 @@ from ropewalk.base.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An option of `load_model`: its name, its values with a short description of each, and the default."""
+    """An option of `load_model`: its name, its values with a short description of each, and the default.
+
+    is_open: there are more values than those offered; what is made of them checks them.
+    """
 
     name: str
     meanings: Mapping[str, str]
     default: str
+    is_open: bool = False
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -51,8 +55,19 @@ COMPUTE = Choice(
 )
 CACHE_TYPE = Choice(
     "cache_type",
-    MappingProxyType({"fp16": "half the memory", "fp32": "as computed"}),
+    MappingProxyType(
+        {
+            "fp16": "16 bits",
+            "q8": "8.5 bits, hardly to be told from fp16",
+            "q6": "6.5 bits",
+            "q4": "4.5 bits",
+            "q8_q4": "keys as q8, values as q4",
+            "q4+256": "q4, and the last 256 positions in fp16 besides",
+            "fp32": "as computed",
+        }
+    ),
     "fp16",
+    is_open=True,
 )
 BACKEND = Choice(
     "backend",

@@ -17,13 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ropewalk.backends.protocol import PAGE_TOKENS, Page
 from ropewalk.base.errors import RequestError
 from ropewalk.config.layer_order import LayerOrder
-
-CACHE_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}  # of base/choices.CACHE_TYPE
 
 
 @dataclass(frozen=True, slots=True)

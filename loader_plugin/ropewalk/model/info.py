@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.memory import format_bytes
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.families import FAMILIES
@@ -120,7 +121,7 @@ def model_info(
     lent_bytes = 0 if plan.second is None else _layer_bytes(Path(options.second_folder), plan.second)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
-        info = _info(folder, plan, checkpoint, options.cache_type)
+        info = _info(folder, plan, checkpoint, options.cache_format)
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
 
 
@@ -133,7 +134,7 @@ def _layer_bytes(folder: Path, config: ModelConfig) -> int:
         return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
-def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_type: str) -> ModelInfo:
+def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: CacheFormat) -> ModelInfo:
     config, quant, rope, order, context = plan.config, plan.quant, plan.rope, plan.order, plan.max_seq_len
     lengths = sorted({*(length for length in CACHE_LENGTHS if length < context), context})
     windows = [window for window in config.sliding_windows if window is not None]
@@ -162,8 +163,8 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_type: str)
         max_seq_len=context,
         files={path.name: path.stat().st_size for path in checkpoint.files},
         weight_bytes=checkpoint.total_bytes,
-        cache_type=cache_type,
-        cache_bytes={n: planned_bytes(config, len(order), n, cache_type) for n in lengths},
+        cache_type=str(cache_format),
+        cache_bytes={n: planned_bytes(config, len(order), n, cache_format) for n in lengths},
     )
 
 

@@ -74,8 +74,8 @@ def load_model(
     plan = plan_loading(folder, options)
     ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)
     logger.info("%s", plan.rope.describe())
-    limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_type, options.cache_memory)
-    context = context_pages(ops, plan.config, len(plan.order), limits.max_seq_len, limits.cache_type)
+    limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory)
+    context = context_pages(ops, plan.config, len(plan.order), limits.max_seq_len, limits.cache_format)
     check_cache_memory(context, limits.cache_memory, ops)
     second = plan.second
     report = _step_counter(progress, plan.config.num_layers + (second.num_layers if second else 0) + 1)

@@ -23,11 +23,12 @@ from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.base.json import shown
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import CACHE_DTYPES, Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
 from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
@@ -61,12 +62,12 @@ class ModelWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model was loaded for: the longest sequence, the rows of a chunk, the dtype of keys and values, and bytes
+    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
     for all pages of them (default: see `pages.choose_cache_memory`)."""
 
     max_seq_len: int
     max_input_len: int
-    cache_type: str
+    cache_format: CacheFormat
     cache_memory: int | None = None
 
 
@@ -93,15 +94,15 @@ class Model:
         self.weights = weights
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
-        self.cache_type = limits.cache_type
+        self.cache_format = limits.cache_format
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
         self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
-        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_type)
+        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_format)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
-        pool = backend.new_pool(config.num_kv_heads, config.head_dim, CACHE_DTYPES[limits.cache_type], memory)
+        pool = backend.new_pool(config.num_kv_heads, config.head_dim, limits.cache_format, memory)
         self.store = PageStore(pool, len(self.instances))
 
     def set_layer_order(
@@ -122,7 +123,7 @@ class Model:
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
         self._check_places(instances)
-        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_type)
+        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_format)
         check_holds_one(context, self.cache_memory)
         self.instances = instances
         self.layer_order = order
@@ -133,6 +134,11 @@ class Model:
         if isinstance(self.backend, SplitBackend):
             layers = self.weights.layers
             self.backend.check_instances([layers[instance.weights_index].compiled for instance in instances])
+
+    @property
+    def cache_type(self) -> str:
+        """The format of keys and values as `load_model` spells it."""
+        return str(self.cache_format)
 
     @property
     def weight_bytes(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
+from ropewalk.config.cache_format import CacheFormat
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,9 @@ class LoadOptions:
     gpu_split: GiB of weights for each card, from the first on, such as "10,20" (default: one card, `device`).
     threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
     rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `resolve_rope`.
-    cache_type: "fp16" or "fp32", the dtype of cached keys and values.
+    cache_type: the format of cached keys and values: "fp32", "fp16", "q8", "q6", "q4", two of them as keys_values such
+        as "q8_q4", and with codes a window of recent positions that stay in float16, such as "q4+256"; see
+        `config/cache_format.py`.
     cache_memory: bytes for the keys and values of all sequences together (default: what is left beside the weights,
         within a bound: at most 16 contexts or 4 GiB, whichever is more); at least one context.
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
@@ -82,14 +85,20 @@ class LoadOptions:
             raise ConfigError(f"max_seq_len must be at most {MAX_SEQ_LEN}, got {self.max_seq_len}")
         if self.threads is not None and self.threads > MAX_THREADS:
             raise ConfigError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
-        for choice in (COMPUTE, BACKEND, CACHE_TYPE):
+        for choice in (COMPUTE, BACKEND):
             choice.check(getattr(self, choice.name))
+        CacheFormat.parse(self.cache_type)
         if self.gpu_layers is not None and not _is_count(self.gpu_layers):
             raise ConfigError(f"gpu_layers must be an integer from 0 on, got {self.gpu_layers!r}")
         if self.gpu_split is not None:
             parse_split(self.gpu_split)
         if self.second_folder is not None and not isinstance(self.second_folder, (str, Path)):
             raise ConfigError(f"second_folder must be a path, got {type(self.second_folder).__name__}")
+
+    @property
+    def cache_format(self) -> CacheFormat:
+        """What `cache_type` spells."""
+        return CacheFormat.parse(self.cache_type)
 
     @property
     def asks_for_gpu(self) -> bool:

@@ -11,8 +11,9 @@ from ropewalk.backends.protocol import PAGE_TOKENS, Backend
 from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
-from ropewalk.model.cache import CACHE_DTYPES, num_pages
+from ropewalk.model.cache import num_pages
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class ContextPages:
     """The pages of one sequence that fills the context."""
 
     max_seq_len: int
-    cache_type: str
+    cache_format: CacheFormat
     page_bytes: int
 
     @property
@@ -35,18 +36,18 @@ class ContextPages:
         return num_pages(self.max_seq_len) * self.page_bytes
 
 
-def planned_bytes(config: ModelConfig, num_instances: int, length: int, cache_type: str) -> int:
+def planned_bytes(config: ModelConfig, num_instances: int, length: int, cache_format: CacheFormat) -> int:
     """Memory of the pages of `length` positions, known without a backend; one may pad heads of an odd size."""
-    per_position = 2 * config.num_kv_heads * config.head_dim * CACHE_DTYPES[cache_type].itemsize
+    per_position = cache_format.position_bytes(config.num_kv_heads, config.head_dim)
     return per_position * num_instances * PAGE_TOKENS * num_pages(length)
 
 
 def context_pages(
-    backend: Backend, config: ModelConfig, num_instances: int, max_seq_len: int, cache_type: str
+    backend: Backend, config: ModelConfig, num_instances: int, max_seq_len: int, cache_format: CacheFormat
 ) -> ContextPages:
     """The pages of one context as the backend lays them out."""
-    pool = backend.new_pool(config.num_kv_heads, config.head_dim, CACHE_DTYPES[cache_type], 0)
-    return ContextPages(max_seq_len, cache_type, pool.page_bytes(num_instances))
+    pool = backend.new_pool(config.num_kv_heads, config.head_dim, cache_format, 0)
+    return ContextPages(max_seq_len, cache_format, pool.page_bytes(num_instances))
 
 
 def check_cache_memory(context: ContextPages, cache_memory: int | None, backend: Backend) -> None:
@@ -78,7 +79,7 @@ def check_holds_one(context: ContextPages, cache_memory: int) -> None:
         fitting = cache_memory // context.page_bytes * PAGE_TOKENS
         shorter = f", or ask for a max_seq_len of at most {fitting}" if fitting else ""
         raise ConfigError(
-            f"cache_memory: {cache_memory} bytes hold {fitting} positions of the {context.cache_type} cache in pages "
+            f"cache_memory: {cache_memory} bytes hold {fitting} positions of the {context.cache_format} cache in pages "
             f"of {PAGE_TOKENS}, and one context of {context.max_seq_len} takes {context.num_bytes} "
             f"({format_bytes(context.num_bytes)}); give cache_memory={context.num_bytes} or more{shorter}"
         )
@@ -103,7 +104,7 @@ def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend
     if context.num_bytes > free:
         logger.warning(
             "the %s cache of %d positions takes %s once it is full, and %s are free: ask for a smaller max_seq_len",
-            context.cache_type,
+            context.cache_format,
             context.max_seq_len,
             format_bytes(context.num_bytes),
             format_bytes(free),
@@ -150,7 +151,7 @@ def _free_on(device: torch.device, machine_part: int) -> int | None:
 def _too_long(context: ContextPages, machine: int) -> str:
     fitting = machine // context.page_bytes * PAGE_TOKENS
     return (
-        f"max_seq_len: a {context.cache_type} cache of {context.max_seq_len} positions takes "
+        f"max_seq_len: a {context.cache_format} cache of {context.max_seq_len} positions takes "
         f"{format_bytes(context.num_bytes)} ({format_bytes(context.page_bytes / PAGE_TOKENS)} per position), this "
         f"machine has {format_bytes(machine)}; ask for a smaller max_seq_len (at most {fitting})"
     )

@@ -48,7 +48,7 @@ def variant_model(
     if layer_order is not None:
         second_layers = len(model.weights.layers) - model.config.num_layers or None
         order = choose_layer_order(model.config, layer_order, second_layers=second_layers)
-    limits = ModelLimits(max_seq_len or model.max_seq_len, min(model.max_input_len, MAX_CHUNK), model.cache_type)
+    limits = ModelLimits(max_seq_len or model.max_seq_len, min(model.max_input_len, MAX_CHUNK), model.cache_format)
     return Model(model.config, model.quant, rope or model.rope, model.backend, model.weights, limits, order)
 
 

@@ -19,9 +19,11 @@ from ropewalk.backends.gpu.pages import GpuPagePool
 from ropewalk.backends.gpu.step import GpuStep
 from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
 from ropewalk.base.errors import RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 LOAD_REMEDY = "give gpu_layers, so that the CPU runs the rest, or gpu_split for several cards"
 RUN_REMEDY = "load the model with a smaller max_input_len or cache_memory"
 
@@ -80,9 +82,9 @@ class GpuBackend:
             rows.rms_norm_(flat, weight, eps, out)
         return out.view(x.shape)
 
-    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> GpuPagePool:
+    def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> GpuPagePool:
         """A pool of pages on the device."""
-        return GpuPagePool(num_kv_heads, head_dim, dtype, num_bytes, self.device)
+        return GpuPagePool(num_kv_heads, head_dim, DTYPES[str(cache_format)], num_bytes, self.device)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | GpuLinear], norm_eps: float

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
-from ropewalk.backends.reference import layers, linear
+from ropewalk.backends.reference import layers, linear, pages
 from ropewalk.backends.reference.layers import ReferenceLayer, ReferenceStep
 from ropewalk.backends.reference.linear import ReferenceLinear, ReferenceLowRank
-from ropewalk.backends.reference.pages import ReferencePool
+from ropewalk.backends.reference.pages import ReferencePage, ReferencePool
+from ropewalk.backends.shared import check_move
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
@@ -59,9 +61,23 @@ class ReferenceBackend:
         """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
         return layers.rms_norm(x, weight, eps)
 
-    def new_pool(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int) -> ReferencePool:
+    def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> ReferencePool:
         """A pool of pages on the device."""
-        return ReferencePool(num_kv_heads, head_dim, dtype, num_bytes, self.device)
+        return ReferencePool(num_kv_heads, head_dim, cache_format, num_bytes, self.device)
+
+    def move_rows_(
+        self,
+        source: Sequence[ReferencePage],
+        source_start: int,
+        target: Sequence[ReferencePage],
+        target_start: int,
+        num_rows: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """Row by row; cos, sin: [num_rows, R/2] float32."""
+        check_move(source, source_start, target, target_start, num_rows, cos, sin)
+        pages.move_rows_(source, source_start, target, target_start, num_rows, cos, sin)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | ReferenceLinear], norm_eps: float

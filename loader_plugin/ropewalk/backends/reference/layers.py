@@ -10,7 +10,7 @@ import torch
 from ropewalk.backends.protocol import RowChange, RowSpan
 from ropewalk.backends.reference.attention import attend, rotate_
 from ropewalk.backends.reference.linear import ReferenceLinear, low_rank_product, product
-from ropewalk.backends.reference.pages import append_, gathered
+from ropewalk.backends.reference.pages import append_, as_seen, gathered, pieces
 from ropewalk.backends.shared import check_step
 from ropewalk.families.program import (
     RESIDUAL,
@@ -116,11 +116,10 @@ class _Run:
                 rotate_(self._read(x), self._step.cos, self._step.sin)
             case Append(k, v):
                 for rows, span in self._spans():
-                    append_(span.pages, self._instance, self._read(k)[rows], self._read(v)[rows], span.start)
+                    self._append_(span, self._read(k)[rows], self._read(v)[rows])
             case Attend(q, out, window):
                 for rows, span in self._spans():
-                    keys, values = gathered(span.pages, self._instance, span.start + span.num_rows)
-                    seen = attend(self._read(q)[rows], keys, values, span.start, window)  # [rows, Hq * D]
+                    seen = self._attend(span, self._read(q)[rows], window)  # [rows, Hq * D]
                     self._read(out)[rows] = seen.view(-1, out.heads, out.size)  # [rows, Hq, D]
             case SiluMul(gate_up, out):
                 self._write(out, silu_mul(self._read(gate_up).flatten(1)))
@@ -135,6 +134,21 @@ class _Run:
             if change is not None:
                 y[rows.first : rows.end] += low_rank_product(x[rows.first : rows.end], change)
         return y
+
+    def _append_(self, span: RowSpan, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v: [T, Hkv, D], the rows of a span; those that are given a page for it are written in float16, too."""
+        append_(span.pages, self._instance, k, v, span.start)
+        for index, place, rows in pieces(span.start, span.num_rows):
+            if index < len(span.recent) and span.recent[index] is not None:
+                append_([span.recent[index]], self._instance, k[rows], v[rows], place)
+
+    def _attend(self, span: RowSpan, q: torch.Tensor, window: int | None) -> torch.Tensor:
+        """q: [T, Hq, D], the rows of a span -> [T, Hq * D]."""
+        parts = []
+        for rows, pages in as_seen(span):
+            keys, values = gathered(pages, self._instance, span.start + rows.stop)
+            parts.append(attend(q[rows], keys, values, span.start + rows.start, window))
+        return torch.cat(parts)
 
     def _spans(self) -> Iterator[tuple[slice, RowSpan]]:
         first = 0
@@ -171,5 +185,5 @@ def _spans_within(spans: Sequence[RowSpan], first: int, end: int) -> Iterator[Ro
     for span in spans:
         low, high = max(first, row), min(end, row + span.num_rows)
         if low < high:
-            yield RowSpan(high - low, span.start + low - row, span.pages)
+            yield replace(span, num_rows=high - low, start=span.start + low - row)
         row += span.num_rows

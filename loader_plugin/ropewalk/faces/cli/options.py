@@ -350,7 +350,8 @@ def progress_bar(what: str, unit: str, at_least: int = 0) -> Iterator[Callable[[
 
 def _add_choice(group: argparse._ArgumentGroup, choice: Choice, what: str) -> None:
     text = f"{what} ({choice.help}; default: {choice.default})"
-    group.add_argument(_flag(choice.name), choices=choice.values, default=choice.default, help=text)
+    values = {"metavar": "TYPE"} if choice.is_open else {"choices": choice.values}
+    group.add_argument(_flag(choice.name), **values, default=choice.default, help=text)
 
 
 def _flag(name: str) -> str:

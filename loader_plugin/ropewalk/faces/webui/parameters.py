@@ -33,9 +33,10 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of several words."""
+    """One of several words. is_open: or another one, which whoever takes it checks."""
 
     choices: tuple[str, ...]
+    is_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,9 @@ class Parameter:
         except (TypeError, ValueError, OverflowError) as error:
             needed = {int: "a whole number", float: "a number", str: "text"}[kind]
             raise ConfigError(f"{self.name} must be {needed}, got {value!r:.80}") from error
-        if isinstance(self.widget, Choice) and read not in self.widget.choices:
-            raise ConfigError(f"{self.name} must be one of {', '.join(self.widget.choices)}, got {value!r:.80}")
+        widget = self.widget
+        if isinstance(widget, Choice) and not widget.is_open and read not in widget.choices:
+            raise ConfigError(f"{self.name} must be one of {', '.join(widget.choices)}, got {value!r:.80}")
         return read
 
 
@@ -93,7 +95,7 @@ PARAMETERS = (
     Parameter(
         "cache_type",
         CACHE_TYPE.default,
-        Choice(CACHE_TYPE.values),
+        Choice(CACHE_TYPE.values, CACHE_TYPE.is_open),
         f"Type of cached keys and values. {CACHE_TYPE.help}.",
         option="cache_type",
     ),

@@ -55,7 +55,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_flag(group: Any, item: Parameter) -> None:
-    choices = item.widget.choices if isinstance(item.widget, Choice) else None
+    closed = isinstance(item.widget, Choice) and not item.widget.is_open
+    choices = item.widget.choices if closed else None
     help_text = item.info.replace("%", "%%")
     group.add_argument(*spellings(item), type=type(item.default), default=item.default, choices=choices, help=help_text)
 

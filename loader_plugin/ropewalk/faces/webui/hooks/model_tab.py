@@ -89,7 +89,7 @@ def _field(gradio: ModuleType, item: Parameter) -> Any:
     if isinstance(widget, Number):
         return gradio.Number(precision=0, **common)
     if isinstance(widget, Choice):
-        return gradio.Dropdown(choices=list(widget.choices), **common)
+        return gradio.Dropdown(choices=list(widget.choices), allow_custom_value=widget.is_open, **common)
     return gradio.Textbox(**common)
 
 
