@@ -17,7 +17,6 @@ from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.engine.speculation import _like
 from ropewalk.model import backend_choice
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
@@ -138,7 +137,7 @@ def test_the_gpu_backend_and_the_cpu_backend_share_a_model(folder: Path) -> None
     for adapters in (None, "storm"):
         want = logits(whole(folder), adapters=adapters)
         assert torch.allclose(logits(model, adapters=adapters), want, atol=2e-3)
-    assert _like(model.backend) == {"backend": "gpu", "compute": "exact", "device": torch.device("cpu")}
+    assert model.backend.load_options == {"backend": "gpu", "compute": "exact", "device": torch.device("cpu")}
 
 
 def test_a_split_over_cards_is_by_gib_of_weights(folder: Path) -> None:

@@ -73,14 +73,16 @@ def _keys(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     BITS: tl.constexpr,
-    TO: tl.constexpr,
+    FP16: tl.constexpr,
 ):
     """[DP, BLOCK] keys of one block. place, here: [BLOCK]. Floats are loaded the way that products want them."""
     if BITS < 16:
-        return tl.trans(load_rows(head, place[:, None], here[:, None], BLOCK, D, DP, PAGE, BITS, TO))
+        return tl.trans(load_rows(head, place[:, None], here[:, None], BLOCK, D, DP, PAGE, BITS, FP16))
     dim = tl.arange(0, DP)[:, None]
     floats = head.to(tl.pointer_type(tl.float32 if BITS == 32 else tl.float16))
-    return tl.load(floats + (place[None, :] * D + dim), mask=here[None, :] & (dim < D), other=0.0).to(TO)
+    return tl.load(floats + (place[None, :] * D + dim), mask=here[None, :] & (dim < D), other=0.0).to(
+        tl.float16 if FP16 else tl.float32
+    )
 
 
 @triton.jit
@@ -118,8 +120,8 @@ def _key_blocks(
         page = tl.multiple_of(tl.load(pages_ptr + key // PAGE).to(tl.pointer_type(tl.uint8)), 16)
         place = key % PAGE + r_key
         here = key + r_key < stop if MASKED else r_key >= 0
-        k = _keys(page + key_offset, place, here, D, DP, PAGE, BLOCK, K_BITS, multiplied)  # [DP, BLOCK]
-        v = load_rows(page + value_offset, place[:, None], here[:, None], BLOCK, D, DP, PAGE, V_BITS, multiplied)
+        k = _keys(page + key_offset, place, here, D, DP, PAGE, BLOCK, K_BITS, FP16_DOT)  # [DP, BLOCK]
+        v = load_rows(page + value_offset, place[:, None], here[:, None], BLOCK, D, DP, PAGE, V_BITS, FP16_DOT)
         scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
         if MASKED:
             seen = (key + r_key)[None, :] < end[:, None]
@@ -160,8 +162,8 @@ def _chunk_state(
 ):
     """State of ROWS queries q: [ROWS, DP] over keys first..stop of one chunk; first: of a block.
 
-    begin, end: [ROWS] the keys that they see; all_see: the least end. Most blocks are seen whole and need no mask; where
-    rows are bounded few are, and float32 products leave no registers for a second loop.
+    begin, end: [ROWS] the keys that they see; all_see: the least end. Most blocks are seen whole and need no mask;
+    where rows are bounded few are, and float32 products leave no registers for a second loop.
     """
     top, _ = nothing(ROWS)
     sums = tl.zeros((ROWS, _ONES), tl.float32)

@@ -33,13 +33,15 @@ def load_rows(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     BITS: tl.constexpr,
-    TO: tl.constexpr,
+    FP16: tl.constexpr,
 ):
-    """[ROWS, DP] in the dtype TO; numbers that mean nothing in rows that are not here and from D on, finite there."""
+    """[ROWS, DP] float16 or float32; what rows that are not here have, and dims from D on, means nothing."""
     dim = tl.arange(0, DP)[None, :]
     if BITS >= 16:
         floats = head.to(tl.pointer_type(tl.float32 if BITS == 32 else tl.float16))
-        return tl.load(floats + (place * D + dim), mask=here & (dim < D), other=0.0).to(TO)
+        return tl.load(floats + (place * D + dim), mask=here & (dim < D), other=0.0).to(
+            tl.float16 if FP16 else tl.float32
+        )
     P: tl.constexpr = (D + _BLOCK - 1) // _BLOCK * _BLOCK
     codes = _codes(head, place, here, ROWS, P, DP, PAGE, BITS)
     # Nothing changes, but without it Triton decodes keys after they went to the warps that multiply: each all of them.
@@ -47,7 +49,7 @@ def load_rows(
     block = tl.arange(0, DP // _BLOCK)[None, :]
     scales = (head + PAGE * P * BITS // 8).to(tl.pointer_type(tl.float16))
     scale = tl.load(scales + (place * (P // _BLOCK) + block), mask=here & (block < P // _BLOCK), other=0.0)
-    return decoded(codes, scale, ROWS, DP, BITS, TO)
+    return decoded(codes, scale, ROWS, DP, BITS, FP16)
 
 
 @triton.jit
@@ -70,18 +72,18 @@ def _codes(
 
 
 @triton.jit
-def decoded(codes, scale, ROWS: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr):
-    """scale * (code - zero), rounded once to TO. codes: [ROWS, DP] uint8; scale: [ROWS, DP/32] float16.
+def decoded(codes, scale, ROWS: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, FP16: tl.constexpr):
+    """scale * (code - zero), rounded once. codes: [ROWS, DP] uint8; scale: [ROWS, DP/32] float16.
 
     For float16 codes are put into mantissas, nothing is converted: 2 code + 1 in the last bits of 0x6000, which is 512,
     is 512 + code + 1/2, of which 512 + 1/2 + zero is an exact float16 as well.
     """
     ZERO: tl.constexpr = ((1 << BITS) - 1) / 2
-    if TO == tl.float16:
+    if FP16:
         whole = ((codes.to(tl.uint16) << 1) | 0x6001).to(tl.float16, bitcast=True) - (512.5 + ZERO)
     else:
         whole = codes.to(tl.float32) - ZERO
-    values = whole.reshape(ROWS, DP // _BLOCK, _BLOCK) * scale.to(TO)[:, :, None]
+    values = whole.reshape(ROWS, DP // _BLOCK, _BLOCK) * scale.to(whole.dtype)[:, :, None]
     return values.reshape(ROWS, DP)
 
 

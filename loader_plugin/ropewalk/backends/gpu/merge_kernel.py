@@ -1,7 +1,7 @@
 """The states of chunks (see `attention_kernel.py`) merged in order into the result of a row.
 
-    result = ((chunk 0 + chunk 1) + chunk 2) + ...                             where a row's keys are of one kind
-    result = H (older 0 + older 1 + ...) + (recent 0 + recent 1 + ...)         with a recent window; H: `hadamard`
+result = ((chunk 0 + chunk 1) + chunk 2) + ...                             where a row's keys are of one kind
+result = H (older 0 + older 1 + ...) + (recent 0 + recent 1 + ...)         with a recent window; H: `hadamard`
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def merge_chunks(
     """Grid (blocks, most_rows, HEADS): the states of the chunks that a row sees, merged in order.
 
     states: [chunks, blocks, most_rows, HEADS, 2] float32 (top, total); accs: [..., D] float32. With a recent window the
-    first `older_states` of them, counted in rows and heads, are of older keys; H: the size of the rotation that their
-    values are turned back by, 1 for none. AT_ONCE states are loaded together: they come from far, and merging them takes
-    but a few instructions.
+    first `older_states` of them, counted in rows and heads, are of older keys; H: the size of the matrix that their
+    values are turned back by, 1 for none. AT_ONCE states are loaded together: they come from far, and merging them
+    takes but a few instructions.
     """
     block, row, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = tl.load(blocks_ptr + block * 3 + 1)
