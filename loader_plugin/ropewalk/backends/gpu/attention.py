@@ -179,11 +179,11 @@ def attend(
     if layout.turns_keys:
         turned = torch.empty(q.shape, device=q.device)
         turn_(q, turned)
-    parts = [Part(ALL.value, turned, step.pages, layout, tiles(layout, fp16, major))]
+    sources = [(ALL.value, turned, step.pages, layout)]
     if step.recent is not None:
-        recent = Part(RECENT.value, q, step.recent, layout.exact, tiles(layout.exact, fp16, major))
-        parts = [Part(OLDER.value, turned, step.pages, layout, parts[0].tiles), recent]
-    attention = Attention(step, tuple(parts), instance, window, out, fp16)
+        sources = [(OLDER.value, turned, step.pages, layout), (RECENT.value, q, step.recent, layout.exact)]
+    parts = tuple(Part(*source, tiles(source[-1], fp16, major, len(sources) > 1)) for source in sources)
+    attention = Attention(step, parts, instance, window, out, fp16)
     if step.long.num_blocks:
         attention.run_(step.long, "long")
     if step.short.num_blocks:

@@ -330,7 +330,7 @@ def attend_whole(
             r_dim = tl.arange(0, DP)
             at = out_ptr + (first_row + row)[:, None] * OUT_STRIDE + heads[:, None] * D + r_dim[None, :]
             if PART != ALL:
-                at = out_ptr + _slots(0 * chunk, row, heads, most_rows, HKV, G)[:, None] * D + r_dim[None, :]
+                at = out_ptr + _slots(0, row, heads, most_rows, HKV, G)[:, None] * D + r_dim[None, :]
             whole = here[:, None] & (r_dim < D)[None, :]
             begun = (chunk + 0 * row > first // CHUNK)[:, None]  # by row, as a mask has to be
             acc = tl.load(at, mask=whole & begun, other=0.0)
@@ -341,7 +341,7 @@ def attend_whole(
             tl.store(at, acc, mask=whole)
             tl.debug_barrier()  # what one thread has written here, another may read in the next chunk
         if PART != ALL:
-            slot = _slots(0 * packed, row, heads, most_rows, HKV, G)
+            slot = _slots(0, row, heads, most_rows, HKV, G)
             tl.store(states_ptr + slot * 2, top, mask=here)
             tl.store(states_ptr + slot * 2 + 1, total, mask=here)
 
@@ -349,8 +349,8 @@ def attend_whole(
 @triton.jit
 def _slots(chunk, row, heads, most_rows, HKV: tl.constexpr, G: tl.constexpr):
     """Where the states of rows of this block in a chunk have their place."""
-    block = chunk.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    return (block * most_rows + row) * (HKV * G) + heads
+    block = chunk * tl.num_programs(0) + tl.program_id(0)
+    return (block.to(tl.int64) * most_rows + row) * (HKV * G) + heads
 
 
 @triton.jit(do_not_specialize=["width", "instance", "most_rows"])
