@@ -86,7 +86,7 @@ def move_rows(
             if V_BITS >= 16:
                 _copy(source, target, place, target_place, here, 0, D * V_BITS // 8, DP * V_BITS // 8)
             else:
-                LOW: tl.constexpr = 8 // V_BITS  # dims of a byte of the first piece
+                LOW: tl.constexpr = 1 if V_BITS == 8 else 2  # dims of a byte of the first piece
                 _copy(source, target, place, target_place, here, 0, P // LOW, DP // LOW)
                 if V_BITS == 6:
                     _copy(source, target, place, target_place, here, PAGE * P // 2, P // 4, DP // 4)
