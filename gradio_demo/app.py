@@ -26,7 +26,7 @@ def build_page(session: Session) -> gr.Blocks:
             with gr.Tab("Notebook", id="notebook"):
                 build_notebook(session, bar)
             with gr.Tab("Ask documents", id="documents"):
-                build_documents(session, bar)
+                build_documents(session, bar, page)
             with gr.Tab("Context lab", id="lab"):
                 build_context_lab(session, bar)
             with gr.Tab("Layers", id="layers"):

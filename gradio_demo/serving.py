@@ -12,6 +12,7 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from ropewalk.base.errors import RequestError
+from ropewalk.engine.kept_folder import KeptFolder
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.session import make_session
@@ -46,6 +47,7 @@ def serve_demo(
     max_running: int,
     owner: Owner,
     note: Callable[[str], None],
+    kept_folder: KeptFolder | None = None,
 ) -> None:
     """Load a model and serve the page until interrupted.
 
@@ -55,10 +57,11 @@ def serve_demo(
     granted = () if model is None else (model.resolve(),)
     access = Access(None if models is None else models.resolve(), granted, Path(get_upload_folder()))
     with tempfile.TemporaryDirectory(prefix="ropewalk-demo-") as exports:
-        session = make_session(access, data, Path(exports), max_running, owner)
+        session = make_session(access, data, Path(exports), max_running, owner, kept_folder)
         name = EMBEDDED if model is None else str(granted[0])
         session.workbench.load(name, asdict(session.workbench.suggest(name)))
         page = build_page(session)
+        note(f"Documents that are read once are kept in {session.shelf.folder.folder}")
         note(f"The page is at {launch(page, address)} (Ctrl-C ends it)")
         page.block_thread()
 

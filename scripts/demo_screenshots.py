@@ -148,10 +148,19 @@ def picture_lab(page: Page) -> None:
 def picture_retrieval(page: Page) -> None:
     """Pass keys by depth and length."""
     choose(page, "Context lab")
-    page.get_by_role("tab", name="Finding a pass key").first.click()
+    choose(page, "Finding it again")
     page.click("#lab-retrieval-go")
     wait_text(page, "#lab-retrieval-progress", "done")
     page.locator("#lab-retrieval-plot svg").wait_for()
+
+
+def picture_recommend(page: Page) -> None:
+    """Which scaling to take, and why."""
+    choose(page, "Context lab")
+    choose(page, "Which scaling?")
+    page.click("#lab-recommend-go")
+    wait_text(page, "#lab-recommend-progress", "The rule")
+    page.locator("#lab-recommend-plot svg").wait_for()
 
 
 def picture_layers(page: Page) -> None:
@@ -168,6 +177,7 @@ TABS: dict[str, Callable[[Page], None]] = {
     "notebook": picture_notebook,
     "documents": picture_documents,
     "lab": picture_lab,
+    "recommend": picture_recommend,
     "retrieval": picture_retrieval,
     "layers": picture_layers,
 }

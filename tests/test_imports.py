@@ -34,7 +34,7 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
     "text.tokenizer.json": {"tokenizers"},
     "text.tokenizer.sentencepiece": {"sentencepiece"},
     "measure.plots": {"matplotlib"},
-    "faces.cli.lab": {"matplotlib"},
+    "faces.cli.measuring": {"matplotlib"},
     "faces.cli.options": {"tqdm"},
     "faces.hf": {"transformers"},
     "faces.server": {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
@@ -43,7 +43,16 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
 # Those that start fast by importing the rest when it is needed, and the choice of a backend, which needs one alone: the
 # compiled core or Triton.
 IMPORT_WHEN_CALLED = {
-    *("faces.cli.demo", "faces.cli.gpu", "faces.cli.lab", "faces.cli.main", "faces.cli.options", "faces.cli.serve"),
+    *(
+        "faces.cli.cache",
+        "faces.cli.demo",
+        "faces.cli.gpu",
+        "faces.cli.lab",
+        "faces.cli.main",
+        "faces.cli.options",
+        "faces.cli.serve",
+    ),
+    *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
     *("faces.cli.webui", "measure.plots", "model.backend_choice"),
     *("faces.webui.hooks.loading", "faces.webui.hooks.model_tab", "faces.webui.registration"),
 }

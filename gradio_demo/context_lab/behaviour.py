@@ -1,7 +1,7 @@
-"""The context lab: perplexity by length, and pass keys found by depth and length, under the scalings that one chooses.
+"""The context lab: perplexity by length, what is found again by depth and length, and which scaling to take.
 
-`ropewalk.measure.compare` and `ropewalk.measure.retrieval` do the measuring. It runs on a variant of the loaded model
-that shares its weights, so that conversations can go on meanwhile.
+The room `ropewalk.measure` does the measuring: compare, retrieval and recommend. It runs on a variant of the loaded
+model that shares its weights, so that conversations can go on meanwhile.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import RequestError, RopewalkError
+from ropewalk.base.limits import MAX_SEQ_LEN
 from ropewalk.gradio_demo.model_bar.workbench import Loaded, Workbench
 from ropewalk.gradio_demo.replies.measuring import Measured, Measurement
 from ropewalk.gradio_demo.replies.running import Running
 from ropewalk.gradio_demo.shared.texts import read_text_file
 from ropewalk.gradio_demo.shared.visitors import Visitor
 from ropewalk.measure.compare import Curve, compare_perplexity, curves_csv
-from ropewalk.measure.plots import plot_curves, plot_retrieval, svg_text
-from ropewalk.measure.retrieval import RetrievalCell, cells_csv, make_probes, retrieval_map
+from ropewalk.measure.plots import plot_curves, plot_recommendation, plot_retrieval, svg_text
+from ropewalk.measure.recommend import RULE, Recommendation, recommend, recommendation_csv, recommendation_rows
+from ropewalk.measure.retrieval import RetrievalCell, cells_csv, retrieval_map
+from ropewalk.measure.tables import with_error
+from ropewalk.measure.tasks import make_task
 from ropewalk.model.variants import AS_LOADED, SCALINGS, Variant, adapter_variant, open_variant, scaling_variant
 
 HELD_OUT = "held_out.txt"
@@ -30,13 +34,26 @@ ADAPTER_MARK = "adapter "
 
 @dataclass(frozen=True, slots=True)
 class LabView:
-    """What is shown at one moment. rows: the table under `columns`; csv: a file to download."""
+    """What is shown at one moment. rows: the table under `columns`; csv: a file to download; advice: what to take, and
+    why, as paragraphs."""
 
     measured: Measured
     svg: str = ""
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[Any, ...], ...] = ()
     csv: Path | None = None
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A result as a view has it."""
+
+    svg: str
+    table: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    advice: tuple[str, ...] = ()
 
 
 class ContextLab:
@@ -85,30 +102,55 @@ class ContextLab:
             ids = loaded.tokenizer.encode(text, add_bos=False)
             return compare_perplexity(loaded.model, ids, wanted, variants, int(max_tokens), progress, cancelled)
 
-        def show(curves: list[Curve]) -> tuple[str, str, list[tuple[Any, ...]]]:
-            rows = [(curve.name, row.length, round(row.perplexity, 3)) for curve in curves for row in curve.rows]
-            return (svg_text(plot_curves(curves)) if rows else ""), curves_csv(curves), rows
+        def show(curves: list[Curve]) -> _Shown:
+            rows = tuple(
+                (curve.name, row.length, with_error(row.perplexity, row.error))
+                for curve in curves
+                for row in curve.rows
+            )
+            trained = self._workbench.require().model.rope.original_length
+            svg = svg_text(plot_curves(curves, trained)) if rows else ""
+            return _Shown(svg, curves_csv(curves), ("scaling", "length", "perplexity"), rows)
 
-        yield from self._follow(visitor, work, show, ("scaling", "length", "perplexity"), "perplexity")
+        yield from self._follow(visitor, work, show, "perplexity")
+
+    def recommend(self, visitor: Visitor, text: str, length: float | None, max_tokens: float) -> Iterator[LabView]:
+        """Measure methods and factors for one length, and say which to take."""
+
+        def work(progress: Any, cancelled: Any) -> Recommendation:
+            loaded, wanted = self._workbench.require(), read_length(length)
+            ids = loaded.tokenizer.encode(text, add_bos=False)
+            return recommend(loaded.model, ids, wanted, max(int(max_tokens), wanted), progress, cancelled)
+
+        def show(found: Recommendation) -> _Shown:
+            columns, rows = recommendation_rows(found)
+            svg = svg_text(plot_recommendation(found)) if found.measured else ""
+            advice = [found.reason[:1].upper() + found.reason[1:]]
+            if found.chosen is not None:
+                advice += [f"The options: {found.options}", f"The rule: {RULE}."]
+            return _Shown(svg, recommendation_csv(found), columns, tuple(rows), tuple(advice))
+
+        yield from self._follow(visitor, work, show, "recommendation")
 
     def retrieval(
-        self, visitor: Visitor, text: str, lengths: str, scaling: str, factor: str, trials: float
+        self, visitor: Visitor, text: str, lengths: str, scaling: str, factor: str, trials: float, task: str = "keys"
     ) -> Iterator[LabView]:
-        """Keys found again, by depth and length."""
+        """Answers found again, by depth and length. task: one of `tasks.TASKS`."""
 
         def work(progress: Any, cancelled: Any) -> list[RetrievalCell]:
             loaded, wanted = self._workbench.require(), read_lengths(lengths)
             variant = self._variant(loaded, scaling, read_factor(factor), max(wanted))
             model, adapters = open_variant(loaded.model, variant, max(wanted))
             ids = loaded.tokenizer.encode(text, add_bos=False)
-            probes = make_probes(loaded.tokenizer, int(trials))
-            return retrieval_map(model, ids, probes, wanted, DEPTHS, progress, cancelled, adapters)
+            made = make_task(task, loaded.tokenizer, ids, int(trials))
+            return retrieval_map(model, made, wanted, DEPTHS, progress, cancelled, adapters)
 
-        def show(cells: list[RetrievalCell]) -> tuple[str, str, list[tuple[Any, ...]]]:
-            rows = [(c.length, f"{c.depth:.0%}", f"{c.found:.0%}", f"{c.tokens_found:.0%}") for c in cells]
-            return (svg_text(plot_retrieval(cells, scaling)) if rows else ""), cells_csv(cells), rows
+        def show(cells: list[RetrievalCell]) -> _Shown:
+            rows = tuple((c.length, f"{c.depth:.0%}", f"{c.found:.0%}", f"{c.tokens_found:.0%}") for c in cells)
+            svg = svg_text(plot_retrieval(cells, scaling)) if rows else ""
+            return _Shown(svg, cells_csv(cells), ("length", "depth", "found", "tokens found"), rows)
 
-        yield from self._follow(visitor, work, show, ("length", "depth", "keys found", "tokens found"), "retrieval")
+        yield from self._follow(visitor, work, show, "retrieval")
 
     def _variant(self, loaded: Loaded, name: str, factor: float | None, longest: int) -> Variant:
         if name.startswith(ADAPTER_MARK):
@@ -123,8 +165,7 @@ class ContextLab:
         self,
         visitor: Visitor,
         work: Any,
-        show: Callable[[Any], tuple[str, str, Any]],
-        columns: tuple[str, ...],
+        show: Callable[[Any], _Shown],
         name: str,
     ) -> Iterator[LabView]:
         """Views while it runs, then one with plot and table; if it was cancelled, of what was measured until then."""
@@ -135,10 +176,10 @@ class ContextLab:
                     if measured.result is None:
                         yield LabView(measured)
                         continue
-                    svg, table, rows = show(measured.result)
+                    shown = show(measured.result)
                     path = self._exports / f"{name}-{visitor.tab[:12]}.csv"
-                    path.write_text(table, encoding="utf-8")
-                    yield LabView(measured, svg, columns, tuple(rows), path)
+                    path.write_text(shown.table, encoding="utf-8")
+                    yield LabView(measured, shown.svg, shown.columns, shown.rows, path, shown.advice)
         except RopewalkError as error:
             yield LabView(Measured(running=False, error=str(error)))
 
@@ -158,6 +199,19 @@ def read_lengths(text: str) -> list[int]:
     if not 1 <= len(lengths) <= MAX_LENGTHS:
         raise RequestError(f"give from 1 to {MAX_LENGTHS} lengths, got {len(lengths)}")
     return lengths
+
+
+def read_length(number: float | None) -> int:
+    """The context that is wanted, in tokens.
+
+    Raises:
+        RequestError: not a whole number within the limits of loading.
+    """
+    if number is None or not float(number).is_integer() or not 2 <= number <= MAX_SEQ_LEN:
+        raise RequestError(
+            f"the context wanted is a whole number of tokens from 2 to {MAX_SEQ_LEN}, got {number!r:.60}"
+        )
+    return int(number)
 
 
 def read_factor(text: str) -> float | None:

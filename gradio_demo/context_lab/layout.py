@@ -1,4 +1,4 @@
-"""The context lab: two measurements with their plots and tables."""
+"""The context lab: three measurements with their plots and tables."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.context_lab.behaviour import ADAPTER_MARK, LabView
-from ropewalk.gradio_demo.context_lab.pictures import progress_bar
+from ropewalk.gradio_demo.context_lab.pictures import advice_lines, progress_bar
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
 from ropewalk.gradio_demo.shared.pictures import problem
+from ropewalk.measure.tasks import TASKS
 from ropewalk.model.variants import AS_LOADED
 
 ABOUT = (
     "How far does the context reach? A model copes badly with positions that it never saw in training; RoPE scaling "
-    "brings them back into the range that it knows. Both measurements run on the loaded model; conversations go on."
+    "brings them back into the range that it knows. The measurements run on the loaded model; conversations go on."
 )
 MAX_CHOSEN_ADAPTERS = 3
+ABOUT_ADVICE = (
+    "Methods and factors are measured at the context that you want, and one is recommended, with the reason and what "
+    "to type. Nothing of the loaded model changes."
+)
 CHOSEN = ["none", "linear", "dynamic", "yarn"]
 LENGTHS = "256, 512, 1024, 2048"
 
@@ -64,17 +69,48 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                     elem_id="lab-tokens",
                 )
                 curves.show()
-            with gr.Tab("Finding a pass key"):
-                cells = _Measurement("retrieval", "cells")
+            with gr.Tab("Which scaling?"):
+                advice = _Measurement("recommend", "tokens", "Measure and recommend")
+                gr.Markdown(ABOUT_ADVICE)
+                with gr.Row():
+                    wanted = gr.Number(
+                        2048, precision=0, label="Context wanted", info="In tokens.", elem_id="lab-wanted"
+                    )
+                    budget = gr.Slider(
+                        2048,
+                        65536,
+                        4096,
+                        step=2048,
+                        label="Tokens to read",
+                        info="From the text, per scaling: more is surer.",
+                        elem_id="lab-budget",
+                    )
+                advice.show()
+            with gr.Tab("Finding it again"):
+                cells = _Measurement("retrieval", "questions")
+                task = gr.Dropdown(
+                    [(meaning.capitalize(), name) for name, meaning in TASKS.meanings.items()],
+                    value=TASKS.default,
+                    label="What is hidden",
+                    info="And asked for at the end.",
+                    elem_id="lab-task",
+                )
                 scaling = gr.Dropdown(
                     [], label="Scaling", info="The one that the model reads with.", elem_id="lab-scaling"
                 )
                 trials = gr.Slider(
-                    1, 16, 4, step=1, label="Keys per cell", info="More keys, finer percentages.", elem_id="lab-trials"
+                    1,
+                    16,
+                    4,
+                    step=1,
+                    label="Trials per cell",
+                    info="More trials, finer percentages.",
+                    elem_id="lab-trials",
                 )
                 cells.show()
     text = [file, pasted]
-    _connect_runs(session, lengths, factor, text, (curves, scalings, tokens), (cells, scaling, trials))
+    _connect_runs(session, lengths, factor, text, (curves, scalings, tokens), (cells, scaling, trials, task))
+    _connect_advice(session, text, advice, wanted, budget)
 
     def run_choices() -> list[Any]:
         names = session.lab.scalings()
@@ -87,14 +123,15 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
 class _Measurement:
     """Buttons, progress, plot and table of one measurement."""
 
-    def __init__(self, name: str, unit: str) -> None:
+    def __init__(self, name: str, unit: str, label: str = "Measure") -> None:
         self.name = name
         self.unit = unit
+        self.label = label
 
     def show(self) -> None:
         """Lay it out here."""
         with gr.Row():
-            self.go = gr.Button("Measure", variant="primary", min_width=90, size="md", elem_id=f"lab-{self.name}-go")
+            self.go = gr.Button(self.label, variant="primary", min_width=90, size="md", elem_id=f"lab-{self.name}-go")
             self.cancel = gr.Button("Cancel", min_width=90, size="md", elem_id=f"lab-{self.name}-cancel")
         self.progress = gr.HTML(elem_id=f"lab-{self.name}-progress")
         self.plot = gr.HTML(elem_id=f"lab-{self.name}-plot", elem_classes=["rw-plot"])
@@ -111,7 +148,7 @@ class _Measurement:
 
     def shown(self, view: LabView) -> list[Any]:
         """A view as values of `outputs`; plot and table stay until there are new ones."""
-        bar = progress_bar(view.measured, self.unit)
+        bar = progress_bar(view.measured, self.unit) + advice_lines(view.advice)
         if view.csv is None:
             return [bar, gr.skip(), gr.skip(), gr.skip()]
         table = gr.update(value={"headers": list(view.columns), "data": [list(row) for row in view.rows]})
@@ -120,7 +157,7 @@ class _Measurement:
 
 def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], first: Any, second: Any) -> None:
     curves, scalings, tokens = first
-    cells, scaling, trials = second
+    cells, scaling, trials, task = second
 
     def read(file: str | None, pasted: str | None) -> str:
         return session.lab.text(Path(file) if file else None, pasted or "")
@@ -149,6 +186,7 @@ def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], 
         pasted: str | None,
         name: str,
         count: float,
+        hidden: str,
         request: gr.Request,
     ) -> Iterator[list[Any]]:
         try:
@@ -156,7 +194,7 @@ def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], 
         except RopewalkError as error:
             yield [problem(str(error)), gr.skip(), gr.skip(), gr.skip()]
             return
-        for view in session.lab.retrieval(visitor(request), source, wanted, name, by, count):
+        for view in session.lab.retrieval(visitor(request), source, wanted, name, by, count, hidden):
             yield cells.shown(view)
 
     def run_stop(request: gr.Request) -> None:
@@ -164,6 +202,27 @@ def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], 
 
     shared = [lengths, factor, *text]
     curves.go.click(run_curves, [*shared, scalings, tokens], curves.outputs, concurrency_limit=None, **HIDDEN)
-    cells.go.click(run_cells, [*shared, scaling, trials], cells.outputs, concurrency_limit=None, **HIDDEN)
+    cells.go.click(run_cells, [*shared, scaling, trials, task], cells.outputs, concurrency_limit=None, **HIDDEN)
     curves.cancel.click(run_stop, None, None, **HIDDEN)
     cells.cancel.click(run_stop, None, None, **HIDDEN)
+
+
+def _connect_advice(
+    session: Session, text: list[Any], advice: _Measurement, wanted: gr.Number, budget: gr.Slider
+) -> None:
+    def run_advice(
+        file: str | None, pasted: str | None, length: float | None, most: float, request: gr.Request
+    ) -> Iterator[list[Any]]:
+        try:
+            source = session.lab.text(Path(file) if file else None, pasted or "")
+        except RopewalkError as error:
+            yield [problem(str(error)), gr.skip(), gr.skip(), gr.skip()]
+            return
+        for view in session.lab.recommend(visitor(request), source, length, most):
+            yield advice.shown(view)
+
+    def run_stop(request: gr.Request) -> None:
+        session.running.stop(visitor(request).tab)
+
+    advice.go.click(run_advice, [*text, wanted, budget], advice.outputs, concurrency_limit=None, **HIDDEN)
+    advice.cancel.click(run_stop, None, None, **HIDDEN)

@@ -1,7 +1,8 @@
-"""The progress of a measurement, as a bar."""
+"""The progress of a measurement, as a bar, and what follows from it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from ropewalk.gradio_demo.replies.measuring import Measured
@@ -19,3 +20,8 @@ def progress_bar(measured: Measured, unit: str) -> str:
         f'<div class="rw-meter"><div class="rw-bar"><span class="rw-cached" style="width:{part:.1f}%"></span></div>'
         f'<p class="rw-line">{state}: {measured.done:,} of {measured.total:,} {unit}</p></div>'
     )
+
+
+def advice_lines(advice: Sequence[str]) -> str:
+    """Paragraphs below the bar."""
+    return "".join(f'<p class="rw-line rw-advice">{escape(line)}</p>' for line in advice)

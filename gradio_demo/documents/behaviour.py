@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropewalk.base.errors import RequestError, RopewalkError
+from ropewalk.engine.kept import opening
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.model_bar.workbench import Workbench
 from ropewalk.gradio_demo.replies.reply import DONE, start_reply
@@ -127,11 +128,31 @@ class Documents:
         except RopewalkError as error:
             yield AnswerView("", str(error), Meter(), False, (), str(error))
 
+    def opening(self, documents: Sequence[Document], template: str) -> list[int]:
+        """The tokens of a prompt before the question, whatever that is.
+
+        Raises:
+            RequestError: no model, no documents, or more of them than fit the context.
+        """
+        ids = opening(*(self._prompt(documents, question, template) for question in ("A", "Z")))
+        size = self._workbench.require().model.max_seq_len
+        if len(ids) >= size:
+            raise RequestError(
+                f"the documents take {len(ids)} tokens, and the context has {size}: remove one, or load the model with "
+                "a longer context"
+            )
+        return ids
+
     def _prompt(self, documents: Sequence[Document], question: str, template: str) -> list[int]:
         engine = self._workbench.require().engine
         blocks = [(document.metadata, document.text) for document in documents]
         text = closed_context_prompt(blocks, question)
         return prompt_ids(engine.tokenizer, chat_template(template, engine), [{"role": "user", "content": text}])
+
+
+def chosen_documents(documents: Sequence[Document], titles: Sequence[str] | None) -> list[Document]:
+    """Those with one of the titles, in the order of the list."""
+    return [document for document in documents if document.title in (titles or ())]
 
 
 def sources_of(documents: Sequence[Document], answer: str) -> tuple[Source, ...]:

@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document
+from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document, chosen_documents
 from ropewalk.gradio_demo.documents.pictures import count_line, sources_list
+from ropewalk.gradio_demo.documents.shelf import Shelf
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
 from ropewalk.gradio_demo.replies.pictures import context_meter
@@ -28,7 +29,7 @@ ABOUT = (
 TEMPLATE = "airoboros"
 
 
-def build_documents(session: Session, bar: ModelBar) -> None:
+def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
     """Lay it out and connect it."""
     gr.Markdown(ABOUT)
     state = gr.State([])
@@ -51,6 +52,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
             )
             clear = gr.Button("Remove all", size="sm", elem_id="documents-clear")
             message = gr.HTML(elem_id="documents-message")
+            shelf = Shelf(session)
         with gr.Column(scale=1, min_width=320):
             question = gr.Textbox(
                 label="Question",
@@ -73,6 +75,7 @@ def build_documents(session: Session, bar: ModelBar) -> None:
             sources = gr.HTML(elem_id="documents-sources")
     asking = [state, listed, question, honest, template, *settings.inputs(bar)]
     _connect_list(session, state, listed, message, (files, clear, add), (title, url, date, text))
+    shelf.connect(bar, page, state, listed, template, settings)
     _connect_asking(session, asking, count, (answer, line, meter, sources), ask, stop)
 
     def run_templates() -> Any:
@@ -117,7 +120,7 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
     def run_count(
         documents: list[Document], chosen: list[str], question: str, honest: bool, template: str, *values: Any
     ) -> str:
-        texts = _chosen(documents, chosen)
+        texts = chosen_documents(documents, chosen)
         if not texts:
             return ""
         try:
@@ -142,7 +145,7 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
             yield ["", problem(str(error)), "", ""]
             return
         asked = _full(question or "", honest) if (question or "").strip() else ""
-        for view in session.documents.ask(who, _chosen(documents, chosen), asked, template, chat_request):
+        for view in session.documents.ask(who, chosen_documents(documents, chosen), asked, template, chat_request):
             said = live_line(view.line, view.running, view.error is not None)
             yield [view.text, said, context_meter(view.meter), sources_list(view.sources)]
 
@@ -154,10 +157,6 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
         event(run_count, asking, count, **HIDDEN)
     ask.click(run_ask, asking, list(shown), api_name="ask_documents", show_progress="hidden", concurrency_limit=None)
     stop.click(run_stop, None, None, **HIDDEN)
-
-
-def _chosen(documents: list[Document], titles: list[str]) -> list[Document]:
-    return [document for document in documents if document.title in (titles or [])]
 
 
 def _full(question: str, honest: bool) -> str:

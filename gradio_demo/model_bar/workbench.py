@@ -14,6 +14,7 @@ from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import available_bytes, format_bytes
 from ropewalk.config.layer_order import LayerOrder
 from ropewalk.engine.engine import Engine
+from ropewalk.engine.kept_folder import KeptFolder
 from ropewalk.generate.generate import Progress
 from ropewalk.gradio_demo.model_bar.settings import (
     FieldError,
@@ -56,11 +57,13 @@ class Loaded:
 class Workbench:
     """Loads, holds and unloads. Running replies keep the model that they began with until they end.
 
-    max_running: how many replies may run at a time. They share the memory of the cache.
+    max_running: how many replies may run at a time. They share the memory of the cache. kept_folder: where documents
+    are kept that were read once.
     """
 
-    def __init__(self, access: Access, max_running: int = MAX_RUNNING) -> None:
+    def __init__(self, access: Access, kept_folder: KeptFolder, max_running: int = MAX_RUNNING) -> None:
         self.access = access
+        self.kept_folder = kept_folder
         self._max_running = max_running
         self._loaded: Loaded | None = None
         self._generation = 0
@@ -122,7 +125,7 @@ class Workbench:
             self._check_memory(info, options)
             draft = self._draft_folder(settings)
             model, tokenizer = _read(folder, options, progress)
-            engine = _engine(model, tokenizer, self._max_running, settings.speculation, draft)
+            engine = self._engine(model, tokenizer, settings.speculation, draft)
             self._generation += 1
             self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
         finally:
@@ -168,6 +171,22 @@ class Workbench:
                     if name not in loaded.model.adapters:  # somebody else may have wanted it meanwhile
                         loaded.model.load_adapter(folders[name], name)
         return wanted
+
+    def _engine(self, model: Model, tokenizer: Tokenizer, speculation: str, draft: Path | None) -> Engine:
+        kind = None if speculation == SPECULATION.default else speculation
+        try:
+            return Engine(
+                model,
+                tokenizer,
+                max_running=self._max_running,
+                draft_model=draft,
+                speculation=kind,
+                kept_folder=self.kept_folder,
+            )
+        except RopewalkError as error:
+            if draft is None:
+                raise
+            raise FieldError("draft_model", str(error)) from error
 
     def _options(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, LoadOptions]:
         settings = read_settings(values)
@@ -229,16 +248,6 @@ def _read(folder: Path, options: LoadOptions, progress: Progress | None) -> tupl
         return load_model(folder, options=options, progress=progress), tokenizer
     except RopewalkError as error:
         raise _of_field(error) from error
-
-
-def _engine(model: Model, tokenizer: Tokenizer, max_running: int, speculation: str, draft: Path | None) -> Engine:
-    kind = None if speculation == SPECULATION.default else speculation
-    try:
-        return Engine(model, tokenizer, max_running=max_running, draft_model=draft, speculation=kind)
-    except RopewalkError as error:
-        if draft is None:
-            raise
-        raise FieldError("draft_model", str(error)) from error
 
 
 def _of_field(error: RopewalkError) -> FieldError:

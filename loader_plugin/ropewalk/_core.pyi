@@ -109,7 +109,7 @@ class KvCache:
     """Keys and values of one layer; the capacity is rounded up to whole tiles of 64."""
 
     def __init__(self, num_heads: int, head_dim: int, capacity: int, type: str) -> None:
-        """type: "f16" or "f32"."""
+        """type: "f16", "f32", "q8", "q6" or "q4" for keys and values; "q8_q4" for each."""
     @property
     def capacity(self) -> int: ...
     @property
@@ -121,11 +121,14 @@ class KvCache:
 class Page:
     """Keys and values of 64 positions in all layer instances; its memory goes back to its pool when it is freed."""
 
+    def array(self) -> numpy.ndarray:
+        """[bytes] uint8: its memory; the array keeps the page alive."""
+
 class PagePool:
     """At most so many bytes of pages, for one format of keys and values."""
 
-    def __init__(self, num_heads: int, head_dim: int, type: str, num_bytes: int) -> None:
-        """type: "f16" or "f32"."""
+    def __init__(self, num_heads: int, head_dim: int, type: str, num_bytes: int, recent: int) -> None:
+        """type: as of KvCache. recent: how many positions are kept in f16 besides codes, a multiple of 64; 0: none."""
     @property
     def num_bytes(self) -> int: ...
     @property
@@ -134,8 +137,11 @@ class PagePool:
     @property
     def instance_bytes(self) -> int:
         """Of a page, for each layer instance."""
-    def take(self, num_instances: int) -> Page:
-        """Not initialised; MemoryError beyond the limit."""
+    @property
+    def recent_instance_bytes(self) -> int:
+        """Of a page of the last positions, in f16."""
+    def take(self, num_instances: int, recent: bool) -> Page:
+        """Not initialised; MemoryError beyond the limit. recent: of the last positions, where the pool has those."""
     def copy(self, page: Page) -> Page:
         """page: of this pool."""
 
@@ -147,12 +153,13 @@ class Step:
         x: numpy.ndarray,
         cos: numpy.ndarray,
         sin: numpy.ndarray,
-        spans: Sequence[tuple[int, int, Sequence[Page]]],
+        spans: Sequence[tuple[int, int, Sequence[Page], Sequence[Page]]],
     ) -> None:
         """x: [T, C] float32, the residual stream, written by the layers. cos, sin: [T, R / 2].
 
-        spans: number of rows, first position, and pages from position 0 on, of each sequence; all rows are T together.
-        A page that one sequence writes must be in no other.
+        spans: number of rows, first position, pages from position 0 on, and where the pool keeps the last positions in
+        f16 as many pages of those, of each sequence; all rows are T together. A page that one sequence writes must be
+        in no other. A page of the last positions may be None before the first that a row reads.
         """
 
 class Layer:
@@ -212,9 +219,25 @@ def attend(
     start: int,
     window: int,
     scale: float,
+    compute: str,
     out: numpy.ndarray,
 ) -> None:
     """q: [T, Hq, D] float32 at positions start..start+T, which the cache holds. window: 0 for none.
 
-    out: [T, Hq * D], written.
+    compute: of codes, "exact" or "int8". out: [T, Hq * D], written.
+    """
+
+def move_rows(
+    runtime: Runtime,
+    source: Sequence[Page],
+    source_start: int,
+    target: Sequence[Page],
+    target_start: int,
+    num_rows: int,
+    cos: numpy.ndarray,
+    sin: numpy.ndarray,
+) -> None:
+    """Positions source_start.. of pages to target_start.. of others of the same pool and kind, in all layer instances.
+
+    cos, sin: [num_rows, R / 2] float32, which keys are turned by. Pages may be in both where rows move to lower places.
     """

@@ -327,8 +327,9 @@ def embed(runtime: Runtime, table: _core.DenseLinear, token_ids: Array) -> Array
 class KvCache:
     """Keys and values of one layer for chunked causal attention.
 
-    dtype: "f16" (stored rounded to nearest even) or "f32". Memory is set aside at once and touched as it fills.
-    It holds the positions 0..length. Appending at an earlier position forgets what followed it.
+    dtype: "f16" (stored rounded to nearest even), "f32", or codes: "q8", "q6" or "q4", of so many bits with a float16
+    scale for each block of 32 dims; "q8_q4" for keys and values apart. Memory is set aside at once and touched as it
+    fills. It holds the positions 0..length. Appending at an earlier position forgets what followed it.
     """
 
     def __init__(self, runtime: Runtime, num_kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
@@ -348,11 +349,14 @@ class KvCache:
         self._check_range(start, checked_shape(k, "k", 3)[0])
         _core.append(self._runtime.core, self._cache, as_numpy(k), as_numpy(v), start)
 
-    def attend(self, q: Array, start: int, window: int | None = None) -> Array:
+    def attend(self, q: Array, start: int, window: int | None = None, compute: str = "int8") -> Array:
         """Attention of queries at positions start..start+T over the keys 0..start+T, at most `length`.
 
         q: [T, Hq, D] float32. Query t sees keys j <= start + t, and with a window only j > start + t - window: the
         bottom-right aligned causal mask. Scores are scaled by 1/sqrt(D). Returns [T, Hq * D] float32.
+
+        compute: of coded keys and values; floats have one way. "exact" decodes them to float32. "int8" rounds queries
+        to 8 bits per block of 32 dims and weights to 15 bits per page of 64 keys, and sums integers within each.
         """
         num_rows, num_heads, head_dim = checked_shape(q, "q", 3)
         self._check_range(start, num_rows)
@@ -360,7 +364,7 @@ class KvCache:
             raise ShapeError(f"window is {window}; accepted: None or at least 1")
         out = new_result(self._runtime, q, (num_rows, num_heads * head_dim))
         scale = 1.0 / math.sqrt(self._head_dim)
-        _core.attend(self._runtime.core, as_numpy(q), self._cache, start, window or 0, scale, as_numpy(out))
+        _core.attend(self._runtime.core, as_numpy(q), self._cache, start, window or 0, scale, compute, as_numpy(out))
         return out
 
     def _check_range(self, start: int, num_rows: int) -> None:

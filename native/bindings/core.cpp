@@ -273,13 +273,16 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("length", &KvCache::length)
       .def_property_readonly("num_bytes", &KvCache::num_bytes);
 
-  py::class_<Page, std::shared_ptr<Page>>(m, "Page");
+  py::class_<Page, std::shared_ptr<Page>>(m, "Page").def("array", &page_bytes);
   py::class_<PagePool, std::shared_ptr<PagePool>>(m, "PagePool")
-      .def(py::init(&new_page_pool), py::arg("num_heads"), py::arg("head_dim"), py::arg("type"), py::arg("num_bytes"))
+      .def(py::init(&new_page_pool), py::arg("num_heads"), py::arg("head_dim"), py::arg("type"), py::arg("num_bytes"),
+           py::arg("recent"))
       .def_property_readonly("num_bytes", &PagePool::num_bytes)
       .def_property_readonly("used_bytes", &PagePool::used_bytes)
       .def_property_readonly("instance_bytes", [](const PagePool& pool) { return pool.format().instance_bytes(); })
-      .def("take", &take_page, py::arg("num_instances"))
+      .def_property_readonly("recent_instance_bytes",
+                             [](const PagePool& pool) { return pool.recent_format().instance_bytes(); })
+      .def("take", &take_page, py::arg("num_instances"), py::arg("recent"))
       .def("copy", &copy_page, py::arg("page"));
 
   py::class_<BoundStep>(m, "Step")
@@ -306,5 +309,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("embed", &run_embed, py::arg("runtime"), py::arg("table"), py::arg("token_ids"), py::arg("out"));
   m.def("append", &run_append, py::arg("runtime"), py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("start"));
   m.def("attend", &run_attend, py::arg("runtime"), py::arg("q"), py::arg("cache"), py::arg("start"),
-        py::arg("window"), py::arg("scale"), py::arg("out"));
+        py::arg("window"), py::arg("scale"), py::arg("compute"), py::arg("out"));
+  m.def("move_rows", &run_move_rows, py::arg("runtime"), py::arg("source"), py::arg("source_start"), py::arg("target"),
+        py::arg("target_start"), py::arg("num_rows"), py::arg("cos"), py::arg("sin"));
 }

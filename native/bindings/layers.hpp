@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <map>
@@ -25,7 +26,8 @@ namespace py = pybind11;
 // The rows of some sequences: the arrays and pages are kept alive.
 class BoundStep {
  public:
-  using Span = std::tuple<int64_t, int64_t, std::vector<std::shared_ptr<Page>>>;  // num_rows, start, pages
+  using Pages = std::vector<std::shared_ptr<Page>>;
+  using Span = std::tuple<int64_t, int64_t, Pages, Pages>;  // num_rows, start, pages, recent
 
   BoundStep(py::array x, const py::array& cos, const py::array& sin, const std::vector<Span>& spans)
       : x_(std::move(x)), cos_(cos), sin_(sin) {
@@ -40,8 +42,9 @@ class BoundStep {
     check_apart(x_, "x", cos_, "cos");
     check_apart(x_, "x", sin_, "sin");
     int64_t num_rows = 0;
-    for (const auto& [rows, start, pages] : spans) {
+    for (const auto& [rows, start, pages, recent] : spans) {
       add_span(rows, start, pages);
+      add_recent(step_.spans.back(), recent);
       num_rows += rows;
       require(num_rows <= step_.num_rows, "the spans have more rows than x");
     }
@@ -53,11 +56,10 @@ class BoundStep {
   const Step& step() const { return step_; }
 
   void check_instance(int64_t instance) const {
-    const int64_t size = step_.format.instance_bytes();
     for (const auto& page : pages_) {
-      if (instance >= 0 && instance < page->num_bytes() / size) continue;
+      if (instance >= 0 && instance < page->num_instances()) continue;
       throw ShapeFailure("instance " + std::to_string(instance) + " lies outside pages of " +
-                         std::to_string(page->num_bytes() / size) + " layer instances");
+                         std::to_string(page->num_instances()) + " layer instances");
     }
   }
 
@@ -70,11 +72,32 @@ class BoundStep {
       throw ShapeFailure("positions from " + std::to_string(start) + " on, " + std::to_string(num_rows) +
                          " of them, do not fit " + std::to_string(num_pages) + " pages");
     }
-    RowSpan& span = step_.spans.emplace_back(RowSpan{num_rows, start, {}});
+    RowSpan& span = step_.spans.emplace_back(RowSpan{num_rows, start, {}, {}});
     for (const auto& page : pages) {
       require(page != nullptr, "a page is None");
       require(pages_.empty() || &page->pool() == &pages_[0]->pool(), "the pages are of several pools");
+      require(!page->recent(), "a page is of those for the last positions");
       span.pages.push_back(page->data());
+      pages_.push_back(page);
+    }
+  }
+
+  // From the first page that a row of the span reads as it was given, to the last one that a row writes.
+  void add_recent(RowSpan& span, const Pages& recent) {
+    const int64_t positions = pages_[0]->pool().format().recent;
+    if (positions == 0) {
+      require(recent.empty(), "this pool has no pages of the last positions");
+      return;
+    }
+    require(recent.size() == span.pages.size(), "a span has a page of the last positions, or None, for each of its pages");
+    const auto first = static_cast<size_t>(std::max<int64_t>(0, span.start + 1 - positions) / kKvTile);
+    const auto last = static_cast<size_t>((span.start + span.num_rows - 1) / kKvTile);
+    for (size_t i = 0; i < recent.size(); ++i) {
+      const auto& page = recent[i];
+      require(page != nullptr || i < first || i > last, "a page of the last positions is None where a row reads it");
+      span.recent.push_back(page == nullptr ? nullptr : page->data());
+      if (page == nullptr) continue;
+      require(&page->pool() == &pages_[0]->pool() && page->recent(), "a page of the last positions is of another kind");
       pages_.push_back(page);
     }
   }
@@ -84,10 +107,13 @@ class BoundStep {
     std::map<const uint8_t*, int64_t> users;
     for (const RowSpan& span : step_.spans) {
       for (const uint8_t* page : span.pages) ++users[page];
+      for (const uint8_t* page : span.recent) ++users[page];
     }
     for (const RowSpan& span : step_.spans) {
       for (int64_t i = span.start / kKvTile; i <= (span.start + span.num_rows - 1) / kKvTile; ++i) {
-        require(users[span.pages[static_cast<size_t>(i)]] == 1, "a page that a span writes is used by another");
+        const auto written = static_cast<size_t>(i);
+        require(users[span.pages[written]] == 1 && (span.recent.empty() || users[span.recent[written]] == 1),
+                "a page that a span writes is used by another");
       }
     }
   }

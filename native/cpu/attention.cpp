@@ -98,4 +98,11 @@ void attend(CpuRuntime& runtime, const std::vector<AttendArgs>& sequences) {
   });
 }
 
+void move_rows(CpuRuntime& runtime, const MoveArgs& args, int64_t num_instances) {
+  if (args.num_rows == 0) return;
+  runtime.pool().run(num_instances * args.source.num_heads, 1, [&](int64_t begin, int64_t end, int) {
+    runtime.table().move_rows(args, begin, end);
+  });
+}
+
 }  // namespace ropewalk

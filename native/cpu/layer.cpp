@@ -82,8 +82,8 @@ class Block {
   void operator()(const AttendStage& s) {
     std::vector<AttendArgs> sequences;
     for (const Rows& rows : spans_) {
-      sequences.push_back({view(rows), at(s.q, rows.first), stride(s.q), rows.num_rows, s.q.heads, rows.start, s.window,
-                           s.scale, at(s.out, rows.first)});
+      sequences.push_back({view(rows), layer_.compute(), at(s.q, rows.first), stride(s.q), rows.num_rows, s.q.heads,
+                           rows.start, s.window, s.scale, at(s.out, rows.first)});
     }
     attend(runtime_, sequences);
   }
@@ -112,7 +112,9 @@ class Block {
     return buffer + row * stride(view) + view.first;
   }
 
-  KvView view(const Rows& rows) const { return step_.format.view(rows.span->pages.data(), instance_); }
+  KvView view(const Rows& rows) const {
+    return step_.format.view(rows.span->pages.data(), instance_, rows.span->recent.data());
+  }
 
   CpuRuntime& runtime_;
   const Layer& layer_;

@@ -1,6 +1,7 @@
-"""Perplexity of the embedded model's held-out text by context length, through the engine: with and without LoRAs.
+"""Perplexity of the embedded model's held-out text through the engine, by length and by position, with LoRAs and not.
 
-Each curve has the numbers that one `ropewalk perplexity` command prints; `Curve.command` is that command.
+Each curve has the numbers that one `ropewalk perplexity` command prints; `Curve.command` is that command. What is
+measured of every window is kept in a record (ropewalk/measure/record.py), so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -14,11 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import ropewalk
-from ropewalk.generate.evaluate import perplexity
-from superhot_training import BY_PARTS, LINEAR
+from ropewalk.generate.evaluate import BlockSums, row_of, tokens_used
+from ropewalk.generate.evaluate import read_windows as read
+from ropewalk.measure.positions import by_position
+from ropewalk.measure.record import Record, text_facts
+from ropewalk.measure.settings import facts_of
+from ropewalk.model.model import Model
+from ropewalk.model.variants import AdapterUse, Variant, open_variant
+from superhot_training import BY_PARTS, CONTEXT, FACTOR, LINEAR, YARN
 
 LOGGER = logging.getLogger(__name__)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+BIN = 256  # positions
+NTK = {"rope_type": "ntk", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
+DYNAMIC = {"rope_type": "dynamic", "factor": 1.0, "original_max_position_embeddings": CONTEXT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,62 +53,75 @@ CURVES = (
     Curve("as trained + LoRA", {"rope_type": "default"}, "extrapolation"),
     Curve("linear 4", LINEAR, None),
     Curve("linear 4 + LoRA", LINEAR, "linear-4"),
+    Curve("NTK 4", NTK, None),
+    Curve("dynamic NTK", DYNAMIC, None),
     Curve("NTK-by-parts 4", BY_PARTS, None),
     Curve("NTK-by-parts 4 + LoRA", BY_PARTS, "ntk-by-parts-4"),
+    Curve("YaRN 4", YARN, None),
+    Curve("YaRN 4 + LoRA", YARN, "yarn-4"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One number of a curve."""
+    """One number of a curve. place: a context length, or the first of BIN positions; error: its standard error."""
 
     curve: str
-    length: int
+    place: int
     perplexity: float
+    error: float
 
 
-def measure(folder: Path, path: Path) -> None:
-    """All curves of the model in `folder`, into the CSV at `path`.
+def measure(folder: Path, record_path: Path) -> tuple[list[Point], list[Point]]:
+    """(perplexity by length, perplexity by position in the longest) of all curves of the model in `folder`.
 
-    A curve that is there already is kept, so that an interrupted run can continue; one whose LoRA has not been trained
-    yet is left out.
+    The text is held_out.txt, in windows that do not overlap, over the same tokens at every length.
     """
-    known = read_csv(path) if path.is_file() else []
-    for curve in CURVES:
-        if curve.adapter is not None and not (folder / "adapters" / curve.adapter).is_dir():
-            LOGGER.info("%s: left out, there is no LoRA %s", curve.label, curve.adapter)
-        elif any(point.curve == curve.label for point in known):
-            LOGGER.info("%s: measured already", curve.label)
-        else:
-            LOGGER.info("%s: %s", curve.label, curve.command)
-            known += measure_curve(folder, curve)
-            order = [curve.label for curve in CURVES]
-            known.sort(key=lambda point: (order.index(point.curve), point.length))
-            write_csv(known, path)
-
-
-def measure_curve(folder: Path, curve: Curve, lengths: Sequence[int] = LENGTHS) -> list[Point]:
-    """The perplexity of held_out.txt in windows that do not overlap, over the same tokens at every length."""
     text = (folder / "held_out.txt").read_bytes().decode("utf-8")
     ids = ropewalk.load_tokenizer(folder).encode(text, add_bos=False)
-    model = ropewalk.load_model(folder, max_seq_len=max(lengths), rope_scaling=curve.rope_scaling)
-    if curve.adapter is not None:
-        model.load_adapter(folder / "adapters" / curve.adapter, curve.adapter)
-    chosen = None if curve.adapter is None else [curve.adapter]
-    rows = perplexity(model, ids, lengths, adapters=chosen)
-    return [Point(curve.label, row.length, row.perplexity) for row in rows]
+    model = ropewalk.load_model(folder, max_seq_len=max(LENGTHS))
+    record = Record(record_path, "perplexity", text_facts(ids))
+    by_length, by_place = [], []
+    for curve in CURVES:
+        LOGGER.info("%s: %s", curve.label, curve.command)
+        for length, windows in read_curve(model, folder, ids, curve, record).items():
+            row = row_of(windows)
+            by_length.append(Point(curve.label, length, row.perplexity, row.error))
+            if length == max(LENGTHS):
+                places = by_position(windows, BIN)
+                by_place += [Point(curve.label, row.start, row.perplexity, row.error) for row in places]
+    return by_length, by_place
 
 
-def write_csv(points: Sequence[Point], path: Path) -> None:
-    """A line per number: curve, length, perplexity."""
+def read_curve(
+    model: Model,
+    folder: Path,
+    ids: Sequence[int],
+    curve: Curve,
+    record: Record,
+    lengths: Sequence[int] = LENGTHS,
+    max_tokens: int | None = None,
+) -> dict[int, list[BlockSums]]:
+    """The windows of a curve, by length."""
+    rope = ropewalk.resolve_rope(model.config.raw, rope_scaling=curve.rope_scaling, source=str(folder))
+    uses = () if curve.adapter is None else (AdapterUse(curve.adapter, folder / "adapters" / curve.adapter),)
+    made, chosen = open_variant(model, Variant(curve.label, rope, uses), max(lengths))
+    kept = record.part(curve.label, facts_of(made, uses))
+    used = ids[: tokens_used(len(ids), lengths, max_tokens, max(lengths))]
+    return {length: read(made, used, length, lambda count: None, None, chosen, kept) for length in lengths}
+
+
+def write_csv(points: Sequence[Point], path: Path, place: str = "length") -> None:
+    """A line per number: curve, place, perplexity, standard error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("curve", "length", "perplexity"))
-        writer.writerows((point.curve, point.length, f"{point.perplexity:.4f}") for point in points)
+        writer.writerow(("curve", place, "perplexity", "standard_error"))
+        writer.writerows((one.curve, one.place, f"{one.perplexity:.4f}", f"{one.error:.4f}") for one in points)
 
 
 def read_csv(path: Path) -> list[Point]:
     """What `write_csv` wrote."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [Point(row["curve"], int(row["length"]), float(row["perplexity"])) for row in csv.DictReader(file)]
+        rows = list(csv.reader(file))[1:]
+    return [Point(curve, int(place), float(value), float(error)) for curve, place, value, error in rows]

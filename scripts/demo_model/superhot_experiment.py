@@ -1,16 +1,17 @@
 """The SuperHOT experiment on the embedded model: does a LoRA trained under scaled positions read a longer context?
 
-Three LoRAs are trained at four times the trained length (superhot_training.py): under linear scaling, under
-NTK-by-parts, and without scaling. Then the perplexity of held_out.txt is measured by context length, through the
-engine, with and without them. Stages, each of which reads what the earlier ones left:
+LoRAs are trained at four times the trained length (superhot_training.py): under linear scaling, under NTK-by-parts,
+under YaRN, and without scaling. Then the perplexity of held_out.txt is measured by context length and by position,
+through the engine, with and without them, and under scalings without a LoRA. Stages, each of which reads what the
+earlier ones left:
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
     python scripts/demo_model/make.py --stage corpus
     python scripts/demo_model/superhot_experiment.py                    # train, evaluate, report
     python scripts/demo_model/superhot_experiment.py --stage evaluate,report
 
-`train` continues from a checkpoint if there is one, `evaluate` after the last curve. To make weights or LoRAs anew,
-first remove superhot/ from the work folder, and docs/context-extension.csv. `train` needs peft and transformers (the
+`train` continues from a checkpoint if there is one, `evaluate` after the last window. To make weights or LoRAs anew,
+first remove superhot/ and superhot_perplexity.json from the work folder. `train` needs peft and transformers (the
 extra `test`), `report` needs matplotlib (the extra `plots`). The MALLOC settings are those of make.py.
 """
 
@@ -91,19 +92,24 @@ def stage_train(options: argparse.Namespace) -> None:
 
 
 def stage_evaluate(options: argparse.Namespace) -> None:
-    """context-extension.csv: perplexity by context length, of every curve that it lacks, through the engine."""
+    """context-extension.csv and context-positions.csv: perplexity by length and by position, through the engine."""
     import superhot_curves
 
-    superhot_curves.measure(options.model, options.docs / "context-extension.csv")
+    options.work.mkdir(parents=True, exist_ok=True)
+    by_length, by_place = superhot_curves.measure(options.model, options.work / "superhot_perplexity.json")
+    superhot_curves.write_csv(by_length, options.docs / "context-extension.csv")
+    superhot_curves.write_csv(by_place, options.docs / "context-positions.csv", "position")
 
 
 def stage_report(options: argparse.Namespace) -> None:
-    """The plot, and the table in context-extension.md, from context-extension.csv."""
+    """The plots, and the table in context-extension.md, from both CSV files."""
     import superhot_curves
     import superhot_report
 
     points = superhot_curves.read_csv(options.docs / "context-extension.csv")
     superhot_report.draw(points, options.docs / "images" / "context-extension.png")
+    places = superhot_curves.read_csv(options.docs / "context-positions.csv")
+    superhot_report.draw_positions(places, options.docs / "images" / "context-positions.png")
     superhot_report.write_table(points, options.docs / "context-extension.md")
 
 

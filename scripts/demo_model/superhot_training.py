@@ -40,10 +40,12 @@ class Variant:
 
 LINEAR = {"rope_type": "linear", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 BY_PARTS = {"rope_type": "ntk-by-parts", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
+YARN = {"rope_type": "yarn", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 VARIANTS = (
     Variant("linear-4", LINEAR),
     Variant("ntk-by-parts-4", BY_PARTS),
     Variant("extrapolation", {"rope_type": "default"}),
+    Variant("yarn-4", YARN),
 )
 
 

@@ -107,11 +107,14 @@ def check_empty(scheduler: Scheduler) -> None:
     st.integers(4, 14) | st.none(),
     st.sampled_from([7, PAGE, 2048]),
     st.sampled_from([None, PAGE, 150]),
+    st.sampled_from([None, None, 0, 20]),
 )
 def test_every_reply_is_as_alone_whatever_runs_beside_it(
-    asked: list[Asked], num_pages: int | None, max_input_len: int, turns_at: int | None
+    asked: list[Asked], num_pages: int | None, max_input_len: int, turns_at: int | None, kept_back: int | None
 ) -> None:
-    model = FakeModel(capacity=CAPACITY, num_pages=num_pages, max_input_len=max_input_len, turns_at=turns_at)
+    model = FakeModel(
+        capacity=CAPACITY, num_pages=num_pages, max_input_len=max_input_len, turns_at=turns_at, kept_back=kept_back
+    )
     scheduler = Scheduler(model)
     got = in_threads(*(lambda one=one: reply_of(scheduler, one) for one in asked))
     for one, found in zip(asked, got, strict=True):
@@ -170,6 +173,21 @@ def test_a_sequence_whose_pages_were_taken_goes_on_as_before() -> None:
         sequence.forward(sequence.prompt_ids)
         expected = [sequence.forward([token]) for token in (1, 2, 3, 4)]
     assert before.equal(expected[2]) and after.equal(expected[3])
+    check_empty(scheduler)
+
+
+@pytest.mark.parametrize("length", [0, 1, PAGE, 90, 110, 119])
+def test_a_sequence_goes_on_from_where_its_cache_cannot_be_cut_back_to(length: int) -> None:
+    tokens = list(range(60)) * 2
+    scheduler, alone = (Scheduler(FakeModel(capacity=CAPACITY, turns_at=PAGE, kept_back=kept)) for kept in (10, None))
+    with scheduler.open(tokens) as sequence:
+        sequence.forward(tokens)
+        sequence.truncate(length)
+        after = sequence.forward([7, 8], "all")
+    with alone.open(tokens) as plain:
+        plain.forward(tokens)
+        plain.truncate(length)
+        assert after.equal(plain.forward([7, 8], "all"))
     check_empty(scheduler)
 
 
@@ -318,10 +336,22 @@ def test_guesses_are_checked_in_one_step_and_change_nothing() -> None:
     assert f"guessed {guessed_stats.guessed_tokens}, {guessed_stats.accepted_tokens} right" in guessed_stats.describe()
 
 
-def test_nothing_is_guessed_where_its_rows_would_be_rotated_in_another_way() -> None:
-    model = FakeModel(capacity=CAPACITY, script=lambda history: len(history) % 3, turns_at=30)
-    ids, stats = reply_of(Scheduler(model), Asked(0, 10, 60, guesses=True))
-    assert 0 < stats.guessed_tokens <= 20  # between the first ten tokens and the thirtieth
-    assert (
-        ids == reply_of(Scheduler(FakeModel(capacity=CAPACITY, script=model.script, turns_at=30)), Asked(0, 10, 60))[0]
-    )
+class RotatesRowsAlike(FakeModel):
+    """Sees to it that the rows of a span would be rotated alike if they came one by one."""
+
+    def step(self, spans, progress=None, cancelled=None):
+        for span in spans:
+            reach, start = span.cache.reach, span.cache.length
+            if start:
+                one, all_ = (self.reach_of(reach, start + count) for count in (1, len(span.token_ids)))
+                assert self.frequencies(one) == self.frequencies(all_)
+        return super().step(spans, progress, cancelled)
+
+
+def test_nothing_is_guessed_over_a_length_at_which_keys_are_turned() -> None:
+    def turning() -> FakeModel:
+        return RotatesRowsAlike(capacity=CAPACITY, script=lambda history: len(history) % 3, turns_at=30)
+
+    ids, stats = reply_of(Scheduler(turning()), Asked(0, 10, 60, guesses=True))
+    assert stats.accepted_tokens > 20
+    assert ids == reply_of(Scheduler(turning()), Asked(0, 10, 60))[0]

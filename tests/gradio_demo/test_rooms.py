@@ -20,7 +20,7 @@ TOP = {"session", "app", "serving", "theme"}
 GRADIO = {
     *("app.py", "serving.py", "theme.py", "shared/events.py", "model_bar/layout.py", "replies/layout.py"),
     *(f"{tab}/layout.py" for tab in TABS),
-    "chat/controls.py",
+    *("chat/controls.py", "documents/shelf.py"),
 }
 
 

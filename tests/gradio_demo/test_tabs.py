@@ -102,6 +102,39 @@ def test_the_lab_maps_retrieval(shared: Session) -> None:
     assert last.svg.startswith("<svg")
 
 
+@pytest.mark.parametrize("task", ["several", "pairs"])
+def test_the_lab_hides_other_things(shared: Session, task: str) -> None:
+    pytest.importorskip("matplotlib")
+    last = list(shared.lab.retrieval(VISITOR, "word " * 50, "512", "yarn", "4", 1, task))[-1]
+    assert last.measured.error is None and len(last.rows) == 5
+
+
+def test_the_lab_recommends_a_scaling_with_the_reason_and_what_to_type(shared: Session) -> None:
+    pytest.importorskip("matplotlib")
+    last = list(shared.lab.recommend(VISITOR, shared.lab.text(None, ""), 1024, 1024))[-1]
+    assert last.measured.error is None and last.measured.done == last.measured.total == 10 * 1024
+    reason, options, rule = last.advice
+    assert "has a perplexity of" in reason and "--max-seq-len 1024" in options and "The rule" in rule
+    assert last.svg.startswith("<svg") and len(last.rows) == 10
+    assert [line.split(",")[-1] for line in last.csv.read_text().splitlines()].count("yes") == 1
+
+
+def test_a_cancelled_recommendation_shows_what_was_measured_and_recommends_nothing(shared: Session) -> None:
+    pytest.importorskip("matplotlib")
+    views = shared.lab.recommend(VISITOR, shared.lab.text(None, ""), 2048, 65536)
+    seen = [next(views)]
+    shared.running.stop(VISITOR.tab)
+    view = [*seen, *views][-1]
+    assert view.measured.cancelled and view.measured.result.chosen is None
+    assert view.advice == ("Cancelled before every scaling was measured",)
+
+
+@pytest.mark.parametrize("length", [None, 1, 2.5, float("nan"), float("inf"), 10**9])
+def test_a_context_that_cannot_be_wanted_is_explained(shared: Session, length: float | None) -> None:
+    last = list(shared.lab.recommend(VISITOR, "def f(): pass\n" * 30, length, 4096))[-1]
+    assert "the context wanted is a whole number of tokens" in last.measured.error
+
+
 def test_a_cancelled_measurement_shows_what_it_has(shared: Session) -> None:
     pytest.importorskip("matplotlib")
     views = shared.lab.perplexity(VISITOR, shared.lab.text(None, ""), "64 128", ["none"] * 50, "", 8192)

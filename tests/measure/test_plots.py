@@ -39,7 +39,7 @@ def test_colour_and_number_of_a_cell_say_the_same_and_the_legend_says_what() -> 
         assert text.get_text() == f"{100 * coloured[row][column]:.0f}%"
     assert len(axes.texts) == 4 and "75%" in {text.get_text() for text in axes.texts}
     said = svg_text(figure)
-    for word in ("yarn", "1,024", "depth of the key", "share of the key's tokens found"):
+    for word in ("yarn", "1,024", "depth of the answer", "share of the answer's tokens found"):
         assert f">{word}<" in said
 
 

@@ -7,13 +7,14 @@ import threading
 import pytest
 
 from ropewalk.base.errors import RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import Frequencies, KvCache, Origin
 
 SHORT, LONG = Origin(Frequencies(b"short", 1.0)), Origin(Frequencies(b"long", 1.0))
 
 
 def empty() -> KvCache:
-    return KvCache(object(), threading.RLock(), 100)
+    return KvCache(object(), threading.RLock(), CacheFormat.parse("fp16"), 100)
 
 
 def filled(*spans: tuple[list[int], Origin]) -> KvCache:

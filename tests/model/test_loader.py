@@ -37,7 +37,7 @@ def reference(folder: Path, **options) -> Model:
         ("compute", None, "compute must be one of"),
         ("backend", "cuda", "backend must be one of 'auto', 'cpu', 'gpu', 'reference', got 'cuda'"),
         ("backend", ["cpu"], "backend must be one of"),
-        ("cache_type", "q4", "cache_type must be one of 'fp16', 'fp32', got 'q4'"),
+        ("cache_type", "q5", "cache_type: there is no 'q5'; accepted are fp32, fp16, q8"),
         ("max_seq_len", 0, "max_seq_len must be a positive integer, got 0"),
         ("max_seq_len", "4096", "max_seq_len must be a positive integer, got '4096'"),
         ("max_seq_len", 1 << 40, "max_seq_len must be at most"),

@@ -20,6 +20,7 @@ from ropewalk.model.model import Model
 from ropewalk.model.pages import (
     LEAST_BOUND,
     ContextPages,
+    ModelLimits,
     check_cache_memory,
     choose_cache_memory,
     context_pages,
@@ -57,7 +58,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 def test_planned_bytes_are_those_of_whole_pages(cache_type: str, itemsize: int, length: int, pages: int) -> None:
     cache_format = CacheFormat.parse(cache_type)
     planned = planned_bytes(CONFIG, 3, length, cache_format)
-    assert planned == context_pages(BACKEND, CONFIG, 3, length, cache_format).num_bytes
+    assert planned == context_pages(BACKEND, CONFIG, 3, ModelLimits(length, 2048, cache_format)).num_bytes
     assert planned == 2 * 3 * 2 * 16 * itemsize * 64 * pages
 
 

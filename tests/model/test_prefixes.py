@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
 from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import KvCache
 from ropewalk.model.model import Model
 from ropewalk.model.step import Span
@@ -204,11 +205,12 @@ def test_frequencies_decide_what_is_reused(dynamic_folder: Path) -> None:
     assert model.attach(cache, ids) == 10  # computed for another length: it stays as it is
 
 
-def test_a_cache_is_shared_up_to_the_first_change_of_the_way(dynamic_folder: Path) -> None:
+def test_a_cache_whose_keys_were_turned_is_shared_no_more(dynamic_folder: Path) -> None:
     model, ids, cache = loaded(dynamic_folder, Variant("reference", "exact")), ids_of(150), None
     cache = model.new_cache()
     model.forward(ids[:70], cache, "none")
-    model.forward(ids[70:], cache, "none")
+    model.share(cache)
+    model.forward(ids[70:], cache, "none")  # beyond 100 positions the frequencies follow the length
     model.share(cache)
     assert attached(model, ids[:90]) == 70
     assert attached(model, ids) == 0
@@ -231,7 +233,7 @@ def test_attaching_is_refused_where_forward_would_refuse(model: Model) -> None:
     with pytest.raises(RequestError, match="token id 128 at position 0"):
         model.attach(cache, [128])
     with pytest.raises(RequestError, match="another model"):
-        model.attach(KvCache(object(), threading.RLock(), 9), [1])
+        model.attach(KvCache(object(), threading.RLock(), CacheFormat.parse("fp16"), 9), [1])
     with pytest.raises(RequestError, match="new_cache.*got dict"):
         model.share({})
     with pytest.raises(RequestError, match="no adapter 'gone'"):

@@ -16,6 +16,7 @@ import ropewalk
 from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
 from ropewalk.base.errors import RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import KvCache
 from ropewalk.model.model import Model
 from ropewalk.model.step import Span
@@ -216,7 +217,10 @@ Edit = Callable[[Span, Model], Any]
 REFUSALS: dict[str, tuple[Edit, str]] = {
     "no span": (lambda span, model: (span.token_ids, span.cache), "takes ropewalk.Span, got tuple"),
     "no cache": (lambda span, model: replace(span, cache={}), "new_cache.*got dict"),
-    "another model": (lambda span, model: replace(span, cache=KvCache(object(), None, 9)), "another model"),
+    "another model": (
+        lambda span, model: replace(span, cache=KvCache(object(), None, CacheFormat.parse("fp16"), 9)),
+        "another model",
+    ),
     "out of range": (lambda span, model: replace(span, token_ids=[1, VOCAB]), "token id 128 at position 1"),
     "nothing": (lambda span, model: replace(span, token_ids=[]), "at least one"),
     "no ids": (lambda span, model: replace(span, token_ids="abc"), "got str"),
@@ -285,5 +289,5 @@ def test_segments_are_enough_to_compute_a_sequence_again(model: Model) -> None:
     for start, end, seq_len in cache.segments:
         assert start == again.length
         model.forward(ids[start:end], again, "none", seq_len=seq_len)
-    assert again.segments == cache.segments and cache.segments[:3] == [(0, 60, 64), (60, 80, 100), (80, 81, 81)]
+    assert again.segments == cache.segments == [(0, 60, 64), (60, 81, 128), (81, 200, 256)]
     assert torch.allclose(model.forward([9], again), model.forward([9], cache), atol=1e-4)

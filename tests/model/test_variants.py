@@ -59,7 +59,7 @@ def test_an_adapter_brings_the_scaling_that_it_notes(folder: Path, model: Model)
     plain = adapter_variant(model, "storm", folder / "storm")
     assert plain.rope == model.rope
     made, adapters = open_variant(model, plain, 32)
-    assert adapters == [("storm", 1.0)] and not torch.equal(logits(made, adapters), logits(made))
+    assert adapters == [("storm", 1.0, None)] and not torch.equal(logits(made, adapters), logits(made))
     config = folder / "storm" / "adapter_config.json"
     text = config.read_text()
     config.write_text(text.replace("{", '{"rope_scaling": {"rope_type": "linear", "factor": 4.0},', 1))

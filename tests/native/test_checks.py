@@ -305,8 +305,11 @@ def test_the_core_refuses_an_output_of_an_embedding_that_does_not_fit():
         ((1, 8, 0), "capacity is out of range"),
         ((1, 8, -5), "capacity is out of range"),
         ((1, 8, 1 << 40), "capacity is out of range"),
-        ((1, 8, 8, "bf16"), "a cache holds 'f16' or 'f32'"),
-        ((1, 8, 8, "fp16"), "float type is 'fp16'; accepted"),
+        ((1, 8, 8, "bf16"), "type of a cache is 'bf16'; accepted"),
+        ((1, 8, 8, "fp16"), "type of a cache is 'fp16'; accepted"),
+        ((1, 8, 8, "q8_"), "type of a cache is 'q8_'; accepted"),
+        ((1, 8, 8, "q8_q4_q4"), "type of a cache is 'q8_q4_q4'; accepted"),
+        ((1, 8, 8, "q4+64"), "type of a cache is 'q4+64'; accepted"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -385,7 +388,7 @@ def test_the_core_refuses_what_the_face_would_have_refused(start, window, out, m
     cache = _core.KvCache(2, 8, 10, "f16")
     _core.append(CORE, cache, f32(64, 2, 8), f32(64, 2, 8), 0)
     with refused(message):
-        _core.attend(CORE, f32(3, 4, 8), cache, start, window, 1.0, out)
+        _core.attend(CORE, f32(3, 4, 8), cache, start, window, 1.0, "int8", out)
 
 
 def test_the_core_refuses_positions_beyond_its_tiles():

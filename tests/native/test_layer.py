@@ -194,7 +194,8 @@ def test_pages_go_back_to_their_pool():
     assert pool.take(3)  # of another number of instances
 
 
-def small_step(**other):
+def small_step(recent=(), **other):
+    """spans: as the core takes them, but for the pages of the last positions, which are `recent` in each."""
     tiny = LAYERS[native.available_isas()[0]]
     tables = np.zeros((2, HEAD_DIM // 2), np.float32)
     given = {
@@ -203,7 +204,8 @@ def small_step(**other):
         "sin": tables,
         "spans": [(2, 0, [tiny.pool.take(1)])],
     }
-    return _core.Step(**given | other)
+    given |= other
+    return _core.Step(**given | {"spans": [(*span, list(recent)) for span in given["spans"]]})
 
 
 def test_a_step_is_refused_before_anything_is_touched():

@@ -123,7 +123,9 @@ EMPTY_GIANTS = {
     "norm": lambda: _core.rms_norm(CORE, empty(0, HUGE, 8), np.ones(8, np.float32), 1e-6, empty(0, HUGE, 8)),
     "rotation": lambda: _core.rotate(CORE, empty(0, HUGE, 8), empty(0, 4), empty(0, 4)),
     "angles": lambda: _core.rotate(CORE, empty(0, 1, 8), empty(0, HUGE), empty(0, HUGE)),
-    "attention": lambda: _core.attend(CORE, empty(0, HUGE, 8), _core.KvCache(1, 8, 8, "f16"), 0, 0, 1.0, empty(0, 8)),
+    "attention": lambda: _core.attend(
+        CORE, empty(0, HUGE, 8), _core.KvCache(1, 8, 8, "f16"), 0, 0, 1.0, "int8", empty(0, 8)
+    ),
     "append": lambda: _core.append(CORE, _core.KvCache(1, 8, 8, "f16"), empty(0, HUGE, 8), empty(0, HUGE, 8), 0),
 }
 

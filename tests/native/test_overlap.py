@@ -107,7 +107,7 @@ def test_attention_refuses_an_output_over_its_queries():
     _core.append(CORE, cache, f32(2, 1, 8), f32(2, 1, 8), 0)
     q, out = pair((2, 2, 8), (2, 16))
     with overlapping("out", "q"):
-        _core.attend(CORE, q, cache, 0, 0, 1.0, out)
+        _core.attend(CORE, q, cache, 0, 0, 1.0, "int8", out)
 
 
 def test_neighbours_in_one_array_do_not_overlap():

@@ -104,7 +104,7 @@ def test_a_trained_lora_is_saved_with_its_note_and_runs(tmp_path: Path) -> None:
     assert (ours - theirs).abs().max() < 2e-2 * theirs.std() < (plain - theirs).abs().max()
 
 
-POINTS = [superhot_curves.Point("linear 4", 512, 45.678), superhot_curves.Point("linear 4", 2048, 50.0)]
+POINTS = [superhot_curves.Point("linear 4", 512, 45.678, 0.5), superhot_curves.Point("linear 4", 2048, 50.0, 0.25)]
 TABLE = "| RoPE scaling | 512 | 2,048 |\n|---|--:|--:|\n| linear 4 | 45.68 | 50.00 |"
 
 

@@ -30,11 +30,24 @@ class FakeCache:
         self.positions: list[Position] = []
         self.pages: list[object] = []
         self._segments: list[tuple[int, int, int]] = []
+        self._reach = self._turned_at = 0
         model.caches.append(weakref.ref(self))
 
     @property
     def length(self) -> int:
         return len(self.positions)
+
+    @property
+    def reach(self) -> int:
+        return self._reach if self.positions else 0
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.length < self._turned_at
+
+    @property
+    def was_moved(self) -> bool:
+        return False
 
     @property
     def num_bytes(self) -> int:
@@ -48,25 +61,42 @@ class FakeCache:
     def segments(self) -> list[tuple[int, int, int]]:
         return list(self._segments)
 
+    def continuable(self, length: int) -> int:
+        kept_back = self.model.kept_back
+        return length if kept_back is None or self.length - length <= kept_back else 0
+
     def truncate(self, length: int) -> None:
         with self.model.alone():
+            assert self.continuable(length) == length
             assert 0 <= length <= self.length
             del self.positions[length:]
             del self.pages[-(-length // PAGE) :]
             self._segments = [(a, min(b, length), n) for a, b, n in self._segments if a < length]
+            if not length:
+                self._reach = self._turned_at = 0
 
     def add_(self, token_ids: Sequence[int], seq_len: int, how: object) -> None:
         if not token_ids:
             return
         self._segments.append((self.length, self.length + len(token_ids), seq_len))
         self.positions += [(int(token_id), how) for token_id in token_ids]
+        self._reach = max(self._reach, seq_len)
+
+    def turn_(self, reach: int) -> None:
+        """All keys follow the length; what they have become tells how."""
+        before, after = self.model.frequencies(self.reach), self.model.frequencies(reach)
+        if self.positions and before != after:
+            self.positions = [(token_id, ("turned", how, after)) for token_id, how in self.positions]
+            self.pages = [object() for _ in self.pages]
+            self._turned_at = self.length
+        self._reach = max(self._reach, reach)
 
 
 class FakeModel:
     """Logits of a prefix are random numbers seeded by it, or what `script` maps its length to: one token for sure.
 
     calls: the token ids of each span. num_pages: of the pool (None: any number). turns_at: keys of sequences longer
-    than this are rotated by their length, and the logits tell.
+    than this are rotated by their length, and the logits tell. kept_back: how far caches can be cut back (None: all).
     """
 
     def __init__(
@@ -78,11 +108,14 @@ class FakeModel:
         num_pages: int | None = None,
         turns_at: int | None = None,
         max_input_len: int = 2048,
+        kept_back: int | None = None,
     ) -> None:
         self.config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=eos, source="fake")
         self.max_seq_len = self.capacity = capacity
         self.max_input_len, self.num_pages, self.turns_at, self.script = max_input_len, num_pages, turns_at, script
+        self.kept_back = kept_back
         self.adapters: tuple[str, ...] = ()
+        self.rope_growth = "rotate"
         self.calls: list[list[int]] = []
         self.steps: list[list[Span]] = []
         self.caches: list[weakref.ref[FakeCache]] = []
@@ -186,7 +219,9 @@ class FakeModel:
         results, done = [], 0
         for span in spans:
             self.calls.append(list(span.token_ids))
-            end = max(span.cache.length + len(span.token_ids), span.seq_len or 0)
+            end = self.reach_of(span.cache.reach, max(span.cache.length + len(span.token_ids), span.seq_len or 0))
+            if span.cache.positions:
+                span.cache.turn_(end)
             rows = []
             for token_id in span.token_ids:
                 if cancelled is not None and cancelled():
@@ -216,6 +251,18 @@ class FakeModel:
         if chosen is not None:
             values[chosen] = 100.0
         return torch.from_numpy(values)
+
+    def reach_of(self, reach: int, length: int) -> int:
+        """As the model's, with steps of 16 tokens."""
+        if self.turns_at is None or not reach:
+            return length
+        return reach if length <= reach else max(self.turns_at, -(-length // 16) * 16)
+
+    def keep(self, cache: FakeCache, client=None) -> None:
+        cache.truncate(0)
+
+    def resume(self, cache, token_ids, adapters=None, client=None, shifts=False) -> int:
+        return 0
 
     def frequencies(self, seq_len: int) -> int:
         return seq_len if self.turns_at is not None and seq_len > self.turns_at else 0

@@ -47,6 +47,10 @@ class RunningServer:
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.post(self.url + path, json=json, headers=headers, timeout=PATIENCE_S)
 
+    def delete(self, path: str) -> httpx.Response:
+        """A plain DELETE with the key."""
+        return httpx.delete(self.url + path, headers={"Authorization": f"Bearer {self.key}"}, timeout=PATIENCE_S)
+
     def metric(self, name: str) -> float:
         """A number without labels, or with exactly those written behind its name."""
         lines = self.get("/metrics").text.splitlines()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,30 @@ class Adapter:
     whole: Mapping[str, torch.Tensor]
     rope_scaling: Mapping[str, Any] | None
 
+    def digest(self) -> str:
+        """Equal for adapters that change the same in the same way, whatever their names and folders."""
+        found = sha256()
+        embeddings = {} if self.embeddings is None else {EMBEDDING_MODULE: self.embeddings}
+        for module, low_rank in sorted({**self.linears, **embeddings}.items()):
+            found.update(f"{module} {low_rank.scale!r} ".encode())
+            for tensor in (low_rank.a, low_rank.b):
+                _add_tensor_(found, tensor)
+        for module, table in sorted(self.whole.items()):
+            found.update(f"whole {module} ".encode())
+            _add_tensor_(found, table)
+        return found.hexdigest()
+
     @property
     def num_bytes(self) -> int:
         """Memory of all matrices."""
         low_ranks = [*self.linears.values(), *([] if self.embeddings is None else [self.embeddings])]
         tensors = [tensor for low_rank in low_ranks for tensor in (low_rank.a, low_rank.b)] + list(self.whole.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _add_tensor_(digest: Any, tensor: torch.Tensor) -> None:
+    digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 @dataclass(slots=True)

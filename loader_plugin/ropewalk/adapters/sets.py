@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,16 @@ KEPT_SETS = 8  # packed sets kept for reuse; each holds a copy of its matrices
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
+@dataclass(frozen=True, slots=True)
+class SavedUse:
+    """One use of an adapter as a file names it: `digest` is that of its matrices, `name` only for messages."""
+
+    name: str
+    digest: str
+    weight: float
+    instances: tuple[int, ...] | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelChange:
     """What a weighted set of adapters changes. key: identifies the set. instances: by position in the layer order."""
@@ -63,6 +73,7 @@ class AdapterSets:
         self._lock = threading.RLock()  # guards everything below
         self._loaded: dict[str, tuple[int, Adapter]] = {}
         self._num_loads = 0
+        self._digests: dict[int, str] = {}  # of adapters that a file was written with or compared to, by number
         self._layers: OrderedDict[Chosen, dict[int, LayerChange]] = OrderedDict()  # by index of the weights
         self.set_instances(instances)
 
@@ -126,7 +137,50 @@ class AdapterSets:
                 self._check_instances(use)
                 if use.weight != 0.0:
                     uses.append((number, use.weight, use.instances))
-        return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
+        return _sorted_key(uses)
+
+    def saved_uses(self, key: AdapterKey) -> tuple[SavedUse, ...]:
+        """The set of that key by the content of its adapters, for a file.
+
+        Raises:
+            RequestError: one of its adapters has been unloaded since the key was made.
+        """
+        with self._lock:
+            names = {number: name for name, (number, _) in self._loaded.items()}
+            if any(number not in names for number, _, _ in key):
+                raise RequestError(
+                    "adapters: one of those that keys and values were computed with has been unloaded: load it again "
+                    "and read the text anew"
+                )
+            return tuple(SavedUse(names[number], self._digest(names[number]), *rest) for number, *rest in key)
+
+    def key_of_saved(self, uses: Sequence[SavedUse]) -> AdapterKey:
+        """The key of a set that a file names.
+
+        Raises:
+            RequestError: an adapter of that content is not loaded; or they are loaded in another order, in which their
+                changes would add up to other bits.
+        """
+        with self._lock:
+            numbers = {self._digest(name): number for name, (number, _) in reversed(self._loaded.items())}
+            missing = [use.name for use in uses if use.digest not in numbers]
+            if missing:
+                loaded = ", ".join(map(repr, self._loaded)) or "none"
+                raise RequestError(
+                    f"the adapter {missing[0]!r:.80} that it was computed with is not loaded (loaded: {loaded}; they "
+                    "are compared by content)"
+                )
+            key = tuple((numbers[use.digest], use.weight, use.instances) for use in uses)
+        if key != _sorted_key(key):
+            wanted = ", ".join(dict.fromkeys(repr(use.name) for use in uses))
+            raise RequestError(f"its adapters were loaded in another order, {wanted}: load them in that order")
+        return key
+
+    def _digest(self, name: str) -> str:
+        number, adapter = self._loaded[name]
+        if number not in self._digests:
+            self._digests[number] = adapter.digest()
+        return self._digests[number]
 
     def change(self, key: AdapterKey) -> ModelChange:
         """The set of that key, packed for the backend.
@@ -212,6 +266,10 @@ class AdapterSets:
             return None
         packed = tuple((self._backend.pack([DenseLinear(HEAD, table, None)]), weight) for table, weight in tables)
         return HeadChange(1.0 - sum(weight for _, weight in tables), packed, low_rank)
+
+
+def _sorted_key(uses: Iterable[tuple[int, float, tuple[int, ...] | None]]) -> AdapterKey:
+    return tuple(sorted(uses, key=lambda use: (use[0], use[2] or ())))
 
 
 def _low_ranks(chosen: Sequence[tuple[Adapter, float]], module: str) -> list[Weighted]:

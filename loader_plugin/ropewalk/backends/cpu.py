@@ -28,10 +28,10 @@ from ropewalk.gptq.linear import GptqLinear
 from ropewalk.native import _core  # from there: it says what to do where the core is missing
 
 if TYPE_CHECKING:
-    from ropewalk.backends.protocol import LayerChange, LowRankPart, RowChange, RowSpan
+    from ropewalk.backends.protocol import LayerChange, LowRankPart, Page, RowChange, RowSpan
     from ropewalk.gptq.linear import DenseLinear
 
-KV_TYPES = {"fp16": "f16", "fp32": "f32"}
+KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes are the same
 
 
 class CpuBackend(SinglePlace):
@@ -52,6 +52,19 @@ class CpuBackend(SinglePlace):
     def load_options(self) -> dict[str, Any]:
         """The same kernels on as many threads."""
         return {"backend": self.name, "compute": self.compute, "threads": self.runtime.threads, "isa": self.runtime.isa}
+
+    @property
+    def arithmetic(self) -> str:
+        """Two instruction sets need not agree to the last bit."""
+        return f"{self.name} {self.compute} {self.runtime.isa}"
+
+    def computing(self, compute: str) -> CpuBackend | None:
+        """The same threads; tiles serve both ways of computing."""
+        if compute not in ("exact", "int8"):
+            return None
+        other = CpuBackend.__new__(CpuBackend)
+        other.compute, other.runtime, other._arena = compute, self.runtime, self._arena
+        return other
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
@@ -103,7 +116,24 @@ class CpuBackend(SinglePlace):
 
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> CpuPagePool:
         """Room for pages of keys and values."""
-        return CpuPagePool(_core.PagePool(num_kv_heads, head_dim, KV_TYPES[str(cache_format)], num_bytes))
+        kinds = [KV_TYPES.get(kind, kind) for kind in (cache_format.keys, cache_format.values)]
+        core = _core.PagePool(num_kv_heads, head_dim, "_".join(kinds), num_bytes, cache_format.recent)
+        return CpuPagePool(core, f"{LAYOUT} {cache_format} heads={num_kv_heads} dim={head_dim}")
+
+    def move_rows_(
+        self,
+        source: Sequence[Page],
+        source_start: int,
+        target: Sequence[Page],
+        target_start: int,
+        num_rows: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """The heads of all layer instances are shared out among the threads."""
+        _core.move_rows(
+            self.runtime.core, source, source_start, target, target_start, num_rows, cos.numpy(), sin.numpy()
+        )
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float
@@ -113,7 +143,7 @@ class CpuBackend(SinglePlace):
 
     def begin_step(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> _core.Step:
         """The rows of a step on their way through the layers."""
-        rows = [(span.num_rows, span.start, span.pages) for span in spans]
+        rows = [(span.num_rows, span.start, span.pages, span.recent) for span in spans]
         return _core.Step(x.numpy(), cos.numpy(), sin.numpy(), rows)
 
     def run_layer_(
@@ -127,23 +157,34 @@ class CpuBackend(SinglePlace):
         """Nothing is put off."""
 
 
+LAYOUT = "cpu-1"  # of the bytes of a page; another number whenever native/README.md draws them differently
+
+
 class CpuPagePool:
     """A pool of the core; its pages go back to it when Python drops them."""
 
-    def __init__(self, core: _core.PagePool) -> None:
+    def __init__(self, core: _core.PagePool, layout: str) -> None:
         self._core = core
+        self.layout = layout
         self.num_bytes: int = core.num_bytes
         self.copy = core.copy
-        self.take = core.take
 
     @property
     def used_bytes(self) -> int:
         """Memory of the pages in use."""
         return self._core.used_bytes
 
-    def page_bytes(self, num_instances: int) -> int:
+    def page_bytes(self, num_instances: int, recent: bool = False) -> int:
         """Memory of one page."""
-        return num_instances * self._core.instance_bytes
+        return num_instances * (self._core.recent_instance_bytes if recent else self._core.instance_bytes)
+
+    def take(self, num_instances: int, recent: bool = False) -> _core.Page:
+        """A page whose keys and values are not initialised."""
+        return self._core.take(num_instances, recent)
+
+    def parts_of(self, page: _core.Page) -> list[torch.Tensor]:
+        """The memory of a page, in one part; the tensor keeps the page alive."""
+        return [torch.from_numpy(page.array())]
 
 
 class CpuLayer:

@@ -76,6 +76,11 @@ class SplitBackend:
         return "+".join(dict.fromkeys(place.backend.compute for place in self.places))
 
     @property
+    def arithmetic(self) -> str:
+        """Of all places, with the layer instances of each, such as "20 of gpu fp16 8.9, 12 of cpu int8 avx2"."""
+        return ", ".join(f"{place.num_instances} of {place.backend.arithmetic}" for place in self.places)
+
+    @property
     def device(self) -> torch.device:
         """Of the last place."""
         return self._home.device
@@ -94,6 +99,10 @@ class SplitBackend:
     def load_options(self) -> dict[str, Any]:
         """Of the first place."""
         return self.places[0].backend.load_options
+
+    def computing(self, compute: str) -> None:
+        """Weights on a card are laid out for one arithmetic."""
+        return None
 
     def places_of(self, weights_index: int) -> tuple[OnePlace, ...]:
         """The backends of the places that run this layer."""

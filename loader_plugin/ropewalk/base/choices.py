@@ -92,5 +92,18 @@ SPECULATION = Choice(
     ),
     "none",
 )
+AUTO = "auto"  # of rope_scaling: chosen for the context asked for (rope/automatic.py)
+ROTATE, RECOMPUTE = "rotate", "recompute"
+RESCALE_MODE = Choice(
+    "mode",
+    MappingProxyType(
+        {
+            ROTATE: "cached keys are turned by the difference of angles, at once",
+            RECOMPUTE: "all that is cached is computed anew: exact, and takes as long as reading it",
+        }
+    ),
+    ROTATE,
+)
+ROPE_GROWTH = Choice("rope_growth", RESCALE_MODE.meanings, ROTATE)  # where frequencies follow the length
 MAX_RUNNING = 8  # requests at once by default
 MAX_INPUT_LEN = 2048  # tokens of a prompt that are computed at once by default

@@ -47,6 +47,10 @@ class CacheFullError(RequestError):
     """The pages of keys and values do not suffice, even without those that are only kept for later."""
 
 
+class SavedCacheError(RopewalkError, ValueError):
+    """A file with keys and values is missing or damaged, or belongs to another model or other settings of it."""
+
+
 class QueueFullError(RopewalkError, RuntimeError):
     """As many requests as allowed wait already; the same request can succeed later."""
 

@@ -10,8 +10,7 @@ long as there is memory: a conversation that continues, or begins like another o
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,12 +18,17 @@ from typing import Any
 import torch
 
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
-from ropewalk.base.choices import MAX_RUNNING
+from ropewalk.base.choices import MAX_RUNNING, RESCALE_MODE
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.engine.dry_breakers import TextBreakers
+from ropewalk.engine.kept import KeptPrompts
+from ropewalk.engine.kept_folder import KeptFolder
+from ropewalk.engine.shorten import num_opening_tokens, shortened
 from ropewalk.engine.speculation import Speculation
 from ropewalk.engine.text_stream import Completion, TextRequest, TextStream, shown_text
 from ropewalk.engine.turn_queue import Ticket, TurnQueue
+from ropewalk.engine.turns import Turns
+from ropewalk.generate.context_shift import SINKS, ContextShift, checked_shift
 from ropewalk.generate.evaluate import token_logprobs
 from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
 from ropewalk.generate.guesses import Guesses
@@ -40,8 +44,6 @@ from ropewalk.text.continuation import render_continued
 from ropewalk.text.tokenizer.length import encode_fitting
 from ropewalk.text.tokenizer.load import Tokenizer, check_tokenizer_fits
 
-WAIT_STEP_S = 0.05  # how often a waiting request checks whether it has been cancelled
-
 
 class Engine:
     """Generates text. `last_stats` and `last_finish_reason` describe the request that was started last.
@@ -51,8 +53,10 @@ class Engine:
     max_running: how many requests run at once. They share the memory that the model was loaded with for its cache; if
         it does not suffice, the most important ones go on first.
     queue_limit: how many further requests may wait (None: any number).
+    context_shift: what requests do that do not say it themselves; see `stream`.
     speculation: "ngram" guesses ahead what stood in the text before, "draft" asks `draft_model`, a smaller model of the
         same vocabulary or its folder; the text is the same without. Default: "draft" if there is a draft model.
+    kept_folder: where prompts are kept that were read once; those that begin like one of them start from it (`kept`).
 
     Raises:
         ConfigError: the tokenizer, or the draft model, belongs to another model; max_running or speculation is wrong.
@@ -68,6 +72,8 @@ class Engine:
         queue_limit: int | None = None,
         draft_model: Any = None,
         speculation: str | None = None,
+        context_shift: bool | int = False,
+        kept_folder: KeptFolder | None = None,
     ) -> None:
         check_tokenizer_fits(tokenizer, model.config.vocab_size)
         if not isinstance(max_running, int) or isinstance(max_running, bool) or max_running < 1:
@@ -75,15 +81,17 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.queue = TurnQueue(max_running, queue_limit)
+        checked_shift(context_shift)
+        self.context_shift = context_shift
         self._speculation = Speculation(speculation, draft_model, model, tokenizer)
         self.scheduler = Scheduler(model, self._speculation.patience)
         if isinstance(chat_template, str):
             chat_template = named_template(chat_template, tokenizer.special_tokens)
         self._chat_template: Template | None = chat_template
         self._template_lock = threading.Lock()
-        self._holders: list[int] = []  # threads whose requests run without a ticket from the caller
-        self._busy: set[Ticket] = set()  # tickets of callers whose streams run
+        self._turns = Turns(self.queue)
         self._last: TextRequest | None = None
+        self.kept = KeptPrompts(self, kept_folder)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.end_token_ids = tuple(dict.fromkeys((*model.config.eos_token_ids, *eos)))
 
@@ -133,6 +141,23 @@ class Engine:
             ticket.wait()
             yield
 
+    def rescale(
+        self,
+        rope_scaling: Mapping[str, Any] | str | None = None,
+        mode: str = RESCALE_MODE.default,
+        **rope: Any,
+    ) -> None:
+        """Another RoPE from the next step on, while replies run and conversations are open.
+
+        mode: "rotate" turns what is cached of them, so that they go on at once; "recompute" lets each be read anew, to
+        the bits of a model that was loaded like this. rope: compress_pos_emb, alpha_value, rope_theta and max_seq_len,
+        as for `Model.rescale`, which says what they mean and what it raises.
+
+        Raises:
+            As `Model.rescale`; RequestError: a running reply is longer than max_seq_len. Nothing is changed.
+        """
+        self.scheduler.rescale(mode, rope_scaling=rope_scaling, **rope)
+
     @property
     def last_stats(self) -> GenerationStats | None:
         """Tokens and times of the newest request; None before it has begun."""
@@ -154,6 +179,7 @@ class Engine:
         ticket: Ticket | None = None,
         client: Hashable = None,
         priority: str = INTERACTIVE,
+        context_shift: bool | int | None = None,
     ) -> TextStream:
         """Continue a prompt; iterate over the result for pieces of text, or use its `steps`.
 
@@ -166,13 +192,18 @@ class Engine:
             Default: the stream enters the queue when its first piece is requested, and leaves it at its end.
         client: who asks. Turns, and the reading of prompts, are shared fairly between clients; None: a client of its
             own. priority: "interactive", or "batch", which waits for all interactive requests.
+        context_shift: True: a reply that reaches the end of the window goes on, for which the oldest tokens are dropped
+            and the rest is moved down without being read again; and a prompt that is an earlier one of this client
+            without a stretch in the middle is not read again either. A number: that many tokens stay at the start.
+            False: the reply ends there. None: as the engine was made. `stats.shifted_tokens` tells.
 
         Raises:
             RequestError: the prompt is empty, does not fit, or contains unknown ids; adapters that are not loaded.
             QueueFullError: at the first piece, if `queue_limit` requests are already waiting.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._start(ids, params, cancelled, progress, adapters, ticket, client, priority)
+        shift = checked_shift(self.context_shift if context_shift is None else context_shift)
+        return self._start(ids, params, cancelled, progress, adapters, ticket, client, priority, shift)
 
     def generate(
         self,
@@ -184,9 +215,11 @@ class Engine:
         ticket: Ticket | None = None,
         client: Hashable = None,
         priority: str = INTERACTIVE,
+        context_shift: bool | int | None = None,
     ) -> Completion:
         """The whole reply at once; arguments and errors as for `stream`."""
-        return self.stream(prompt, params, cancelled, progress, adapters, ticket, client, priority).complete()
+        given = prompt, params, cancelled, progress, adapters, ticket, client, priority, context_shift
+        return self.stream(*given).complete()
 
     def score(
         self,
@@ -203,8 +236,8 @@ class Engine:
         None if cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
         `stream`.
         """
-        request = self._request(prompt_ids, SamplingParams(), cancelled, None, adapters, ticket, client, priority)
-        with self._turn(request) as has_turn, torch.inference_mode():
+        request = self._request(prompt_ids, SamplingParams(), cancelled, None, adapters, ticket, client, priority, None)
+        with self._turns.take(request) as has_turn, torch.inference_mode():
             if not has_turn or not self._choose_adapters(request):
                 return None
             with self._open(request) as sequence:
@@ -213,6 +246,30 @@ class Engine:
         if found is None:
             return None
         return [Step(ids[0])] + [Step(token_id, *values) for token_id, values in zip(ids[1:], found, strict=True)]
+
+    def read(
+        self,
+        prompt: str | Sequence[int],
+        cancelled: Cancelled | None = None,
+        progress: Progress | None = None,
+        adapters: Request | None = None,
+        ticket: Ticket | None = None,
+        client: Hashable = None,
+        priority: str = INTERACTIVE,
+    ) -> Any:
+        """Read a prompt, write nothing: a cache (`model.KvCache`) that holds it, to be saved; None if cancelled.
+
+        Arguments and errors as for `stream`.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        request = self._request(ids, None, cancelled, progress, adapters, ticket, client, priority, None)
+        with self._turns.take(request) as has_turn, torch.inference_mode():
+            if not has_turn or not self._choose_adapters(request):
+                return None
+            self.kept.recall(request.prompt_ids, request.adapters)
+            with self._open(request, copies=True) as sequence:
+                sequence.forward(request.prompt_ids, "none", request.progress, request.cancelled)
+                return sequence.copy
 
     def chat(
         self,
@@ -224,17 +281,46 @@ class Engine:
         ticket: Ticket | None = None,
         client: Hashable = None,
         priority: str = INTERACTIVE,
+        context_shift: bool | int | None = None,
         **variables: Any,
     ) -> TextStream:
         """The assistant's next turn, as a stream. `variables` are those of `chat_ids`; the rest is as for `stream`.
+
+        With `context_shift`, a conversation that leaves no room for a reply loses its oldest turns
+        (`shorten.shortened`), and what stays at the start of the window is what stands before the first turn.
 
         Raises:
             RequestError: as for `stream`; messages that the template refuses. ConfigError: a broken template.
         """
         params = params or SamplingParams()
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + self.chat_template.stop)))
-        ids = self.chat_ids(messages, **variables)
-        return self._start(ids, params, cancelled, progress, adapters, ticket, client, priority)
+        ids, keep, dropped = self.chat_prompt(messages, params.max_new_tokens, context_shift, **variables)
+        shift = checked_shift(keep)
+        stream = self._start(ids, params, cancelled, progress, adapters, ticket, client, priority, shift)
+        self._last.dropped_messages = dropped
+        return stream
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int | None = None,
+        context_shift: bool | int | None = None,
+        **variables: Any,
+    ) -> tuple[list[int], bool | int, int]:
+        """(the prompt in token ids, `context_shift` for `stream`, how many of the oldest messages were left out).
+
+        With context shift, messages are left out that leave no room for a reply, and what stays at the start of the
+        window is what stands before the first turn, unless a number is given.
+
+        Raises:
+            RequestError, ContextLengthError: as for `chat_ids`.
+        """
+        wanted = self.context_shift if context_shift is None else context_shift
+        if checked_shift(wanted) is None:
+            return self.chat_ids(messages, **variables), False, 0
+        kept, dropped = shortened(self, messages, max_new_tokens, **variables)
+        keep = max(num_opening_tokens(self, messages, **variables), SINKS) if wanted is True else wanted
+        return self.chat_ids(kept, **variables), keep, dropped
 
     def chat_ids(
         self, messages: Sequence[Message], *, continue_final_message: bool = False, **variables: Any
@@ -248,14 +334,16 @@ class Engine:
             RequestError: as for `chat`; continue_final_message together with add_generation_prompt.
             ContextLengthError: the conversation has more tokens than the context.
         """
-        template = self.chat_template
-        if continue_final_message:
-            if variables.pop("add_generation_prompt", False):
-                raise RequestError("continue_final_message and add_generation_prompt cannot be used together: give one")
-            text = render_continued(template, messages, **variables)
-        else:
-            text = template.render(messages, **variables)
-        return self.encode(text, add_bos=False if template.writes_bos else None)
+        text = self.chat_text(messages, continue_final_message=continue_final_message, **variables)
+        return self.encode(text, add_bos=False if self.chat_template.writes_bos else None)
+
+    def chat_text(self, messages: Sequence[Message], *, continue_final_message: bool = False, **variables: Any) -> str:
+        """As `chat_ids`, before it becomes tokens: a conversation of any length."""
+        if not continue_final_message:
+            return self.chat_template.render(messages, **variables)
+        if variables.pop("add_generation_prompt", False):
+            raise RequestError("continue_final_message and add_generation_prompt cannot be used together: give one")
+        return render_continued(self.chat_template, messages, **variables)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """The tokens of a text, as `Tokenizer.encode`; one that cannot fit the context is not tokenised but refused.
@@ -279,6 +367,7 @@ class Engine:
         ticket: Ticket | None,
         client: Hashable,
         priority: str,
+        shift: ContextShift | None,
     ) -> TextRequest:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
@@ -287,25 +376,30 @@ class Engine:
         check_client(client)
         ids = checked_prompt(self.scheduler.vocab_size, self.context_size, prompt_ids)
         uses = _adapters_or_auto(adapters)
-        return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority)
+        return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority, shift)
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:
         """The text of a request, piece by piece; holds a turn and pages until its end."""
         try:
-            with self._turn(request) as has_turn:
+            with self._turns.take(request) as has_turn:
                 if not has_turn or not self._choose_adapters(request):
                     request.finish_reason = "cancelled"
                     return
-                with self._open(request) as sequence, self._guesses(request) as guesses:
+                self.kept.recall(request.prompt_ids, request.adapters)
+                with self._open(request, request.copies) as sequence, self._guesses(request) as guesses:
                     request.generation = self._generation(request, sequence, guesses)
                     with closing(request.generation):
                         yield from shown_text(self.tokenizer, request, request.generation)
+                    request.prompt_cache = sequence.copy
         except GeneratorExit:
             request.finish_reason = "cancelled"
             raise
 
-    def _open(self, request: TextRequest) -> AbstractContextManager[OpenSequence]:
-        return self.scheduler.open(request.prompt_ids, request.adapters, request.client, request.priority)
+    def _open(self, request: TextRequest, copies: bool = False) -> AbstractContextManager[OpenSequence]:
+        shifts = request.shift is not None
+        return self.scheduler.open(
+            request.prompt_ids, request.adapters, request.client, request.priority, copies=copies, shifts=shifts
+        )
 
     def _guesses(self, request: TextRequest) -> AbstractContextManager[Guesses | None]:
         return self._speculation.guesses(
@@ -321,6 +415,7 @@ class Engine:
             request.progress,
             TextBreakers(self.tokenizer, request.params.dry_sequence_breakers),
             guesses,
+            request.shift,
         )
 
     def _choose_adapters(self, request: TextRequest) -> bool:
@@ -331,55 +426,6 @@ class Engine:
         if request.routing is not None:
             request.adapters = request.routing.adapters
         return request.routing is not None
-
-    @contextmanager
-    def _turn(self, request: TextRequest) -> Iterator[bool]:
-        """Wait for the request's turn and hold it; gives False if cancelled while waiting."""
-        ticket = request.ticket
-        if ticket is not None:
-            with self._use(ticket):
-                yield self._await(ticket, request)
-            return
-        thread = threading.get_ident()
-        if self._holders.count(thread) == self.queue.num_turns:
-            raise RequestError(
-                "this engine is still busy with a stream that this thread began: exhaust it or close() it first"
-            )
-        with self.queue.enter(client=request.client, priority=request.priority) as ticket:
-            has_turn = self._await(ticket, request)
-            self._holders.append(thread)
-            try:
-                yield has_turn
-            finally:
-                self._holders.remove(thread)
-
-    @contextmanager
-    def _use(self, ticket: Ticket) -> Iterator[None]:
-        """Raises:
-        RequestError: another stream is using this ticket.
-        """
-        if ticket in self._busy:
-            raise RequestError("a ticket allows one stream at a time: exhaust or close() the first one")
-        self._busy.add(ticket)
-        try:
-            yield
-        finally:
-            self._busy.discard(ticket)
-
-    def _await(self, ticket: Ticket, request: TextRequest) -> bool:
-        """Wait for the turn; False if cancelled while waiting.
-
-        Raises:
-            RequestError: the ticket is closed, so its turn will never come.
-        """
-        started = time.perf_counter()
-        while not ticket.wait(WAIT_STEP_S):
-            if ticket.closed:
-                raise RequestError("this ticket is closed: enter the queue again")
-            if request.cancelled():
-                return False
-        request.queue_s = time.perf_counter() - started
-        return True
 
 
 def _never() -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ropewalk.adapters.request import AdapterUse
 from ropewalk.engine.turn_queue import Ticket
+from ropewalk.generate.context_shift import ContextShift
 from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, Progress, Step
 from ropewalk.generate.routing import Routing
 from ropewalk.generate.sampling import SamplingParams
@@ -40,8 +42,9 @@ class Completion:
 class TextRequest:
     """The state of one request. Kept apart from its stream, so that nothing holds a stream that the caller drops.
 
-    ticket: the caller's place in the queue, if it has one. client, priority: who asks, and how urgently. token_texts:
-    the text that each step added.
+    ticket: the caller's place in the queue, if it has one. client, priority: who asks, and how urgently. shift: whether
+    the oldest tokens go at the end of the window. dropped_messages: of a conversation, for want of room. copies: the
+    cache of the prompt is wanted, as prompt_cache. token_texts: the text that each step added.
     """
 
     prompt_ids: list[int]
@@ -52,11 +55,15 @@ class TextRequest:
     ticket: Ticket | None = None
     client: Hashable = None
     priority: str = INTERACTIVE
+    shift: ContextShift | None = None
+    dropped_messages: int = 0
     queue_s: float = 0.0
     routing: Routing | None = None
     generation: Generation | None = None
     finish_reason: str | None = None
     stop_string: str | None = None
+    copies: bool = False
+    prompt_cache: Any = None
     steps: list[Step] = field(default_factory=list)
     token_texts: list[str] = field(default_factory=list)
 
@@ -68,6 +75,16 @@ class TextStream(Iterator[str]):
     def __init__(self, request: TextRequest, pieces: Iterator[str]) -> None:
         self._request = request
         self._pieces = pieces
+
+    def keep_prompt(self) -> None:
+        """Have `prompt_cache` after the reply. To be called before its first piece."""
+        self._request.copies = True
+
+    @property
+    def prompt_cache(self) -> Any:
+        """What was read of the prompt, in a cache (`model.KvCache`) of its own, once the reply has ended; None if it
+        ended before that, or nobody asked for it (`keep_prompt`)."""
+        return self._request.prompt_cache
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -91,6 +108,11 @@ class TextStream(Iterator[str]):
     def queue_s(self) -> float:
         """How long the request waited for its turn, from when its first piece was requested."""
         return self._request.queue_s
+
+    @property
+    def dropped_messages(self) -> int:
+        """How many of the oldest messages of the conversation were left out, for want of room."""
+        return self._request.dropped_messages
 
     @property
     def routing(self) -> Routing | None:

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 from ropewalk.base.errors import CheckpointError
+from ropewalk.files.fingerprint import joint_fingerprint, tensor_sample
 from ropewalk.files.safetensors import SafetensorsFile, printable
 from ropewalk.files.safetensors_header import TensorInfo
 from ropewalk.files.weight_files import choose_files, listed
@@ -34,6 +35,7 @@ class Checkpoint:
         self._opened = {path.name: SafetensorsFile(path) for path in self.files}
         self._file_of = _locate(self._opened, shard_of)
         self._warned: set[str] = set()
+        self._samples: dict[str, bytes] = {}  # of the tensors that were read, for the fingerprint
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ropewalk-read-ahead")
         self.total_bytes = sum(file.num_bytes for file in self._opened.values())
 
@@ -58,7 +60,14 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, a dtype that is not read, or a file that has changed.
         """
-        return self._file(name).tensor(name)
+        found = self._file(name).tensor(name)
+        self._samples[name] = tensor_sample(found)
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tensors that have been read so far (see files/fingerprint.py)."""
+        return joint_fingerprint(self._samples)
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
         """True if the tensor stored under that name equals this one, bit for bit.

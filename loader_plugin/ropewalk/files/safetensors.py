@@ -29,28 +29,35 @@ PIECE_BYTES = 16 << 20  # read at a time when a tensor is only compared
 
 
 class SafetensorsFile:
-    """The tensors of one file. Each read opens it anew; it must not have changed since its header was read."""
+    """The tensors of one file. Each read opens it anew; it must not have changed since its header was read.
 
-    def __init__(self, path: Path) -> None:
+    remedy, again: what messages advise for a damaged file, and for one that changes while it is read.
+    """
+
+    def __init__(self, path: Path, remedy: str = "download it again", again: str = "load the model again") -> None:
         """Reads and checks the header of `path`.
 
         Raises:
             CheckpointError: the file cannot be read or is truncated, or its header violates the format.
         """
         self.path = path
+        self._again = again
         try:
             _refuse_irregular(path)
             with path.open("rb") as file:
                 self._state = _state(os.fstat(file.fileno()))
                 self.num_bytes = self._state[0]
                 _refuse_pointer(file, path)
-                self.tensors = read_header(file, path, self.num_bytes)
+                header = read_header(file, path, self.num_bytes)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise CheckpointError(
-                f"{path} is damaged, truncated, or not a safetensors file ({brief(error)}): download it again"
+                f"{path} is damaged, truncated, or not a safetensors file ({brief(error)}): {remedy}"
             ) from error
+        self.tensors = header.tensors
+        self.metadata = header.metadata
+        self.header = header.text
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, in memory of its own.
@@ -67,6 +74,17 @@ class SafetensorsFile:
         values = torch.empty(info.num_bytes, dtype=torch.uint8)
         self._read(values, info.offset)
         return values.view(DTYPES[info.dtype]).view(info.shape)
+
+    def read_(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Fill out: [n] uint8, on the CPU, with the bytes of a tensor from its byte `first` on.
+
+        Raises:
+            CheckpointError: the file has changed since its header was read.
+        """
+        info = self.tensors[name]
+        if not 0 <= first <= first + len(out) <= info.num_bytes:
+            raise ValueError(f"bytes {first} to {first + len(out)} of {name}, which has {info.num_bytes}")
+        self._read(out, info.offset + first)
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
         """True if the tensor stored under that name equals this one, bit for bit. Reads it in small pieces.
@@ -110,7 +128,7 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
         if changed:
-            raise CheckpointError(f"{self.path} has changed while it was being read: load the model again")
+            raise CheckpointError(f"{self.path} has changed while it was being read: {self._again}")
 
 
 def printable(name: object) -> str:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 LENGTH_BYTES = 8
+METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
 MAX_DIMENSIONS = 16
 BITS = {
@@ -43,8 +44,17 @@ class TensorInfo:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-def read_header(file: BinaryIO, path: Path, file_bytes: int) -> dict[str, TensorInfo]:
-    """The tensors of an open file of `file_bytes` bytes, in the order of the header.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file begins with. text: its first bytes, up to the values. metadata: as it stands there, unchecked."""
+
+    text: bytes
+    tensors: Mapping[str, TensorInfo]
+    metadata: Any
+
+
+def read_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
+    """The header of an open file of `file_bytes` bytes; its tensors are in the order of the header.
 
     Raises:
         ValueError: the header violates the format; the message says how.
@@ -57,11 +67,9 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> dict[str, Tensor
     if len(text) < length:
         raise ValueError(f"the header ends after {len(text)} of {length} bytes")
     data_start = LENGTH_BYTES + length
-    infos = {
-        name: _tensor_info(name, entry, path, data_start)
-        for name, entry in _entries(text).items()
-        if name != "__metadata__"
-    }
+    entries = _entries(text)
+    metadata = entries.pop(METADATA, {})
+    infos = {name: _tensor_info(name, entry, path, data_start) for name, entry in entries.items()}
     end = data_start
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
         if info.offset != end:
@@ -69,7 +77,22 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> dict[str, Tensor
         end += info.num_bytes
     if end != file_bytes:
         raise ValueError(f"the file is not fully covered: its tensors end at byte {end} of {file_bytes}")
-    return infos
+    return Header(prefix + text, infos, metadata)
+
+
+def header_text(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file that holds these tensors, (name, dtype, shape), one after the other.
+
+    Padded with spaces, as the safetensors library does it, so that the values begin at a multiple of 8.
+    """
+    entries: dict[str, Any] = {METADATA: dict(metadata)}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _entries(text: bytes) -> dict[str, Any]:

@@ -6,47 +6,80 @@ For each length L the text is cut into windows of L tokens that do not overlap, 
 first is scored. All lengths see the same tokens: as many as fill whole windows of the longest length. No bos token is
 added. This is the usual measure of strided evaluation with stride L (as in the table of the airophin-13b-pntk-16k model
 card); numbers compare between models only on the same text and tokenizer.
+
+The standard error takes stretches of `STRETCH` tokens for independent samples (base/estimate.py).
+
+What was found in a window can be kept, so that an interrupted measurement goes on: sums of -log p over blocks of
+`BLOCK` positions (`BlockSums`), from which measure/positions.py also tells how it changes within a window.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import CheckpointError, RequestError
+from ropewalk.base.estimate import estimate
 from ropewalk.generate.sampling import top_logprobs
 from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.generate.scheduler.sequence import Cancelled, Progress, Sequence
 from ropewalk.model.model import Model, checked_token_ids
 
 LOGITS_BYTES = 64 * 2**20  # logits held at once: 524 rows of a vocabulary of 32,000
+BLOCK = 64  # positions whose sum is kept
+STRETCH = 512  # tokens of text that count as one sample of a standard error
+
+Kept = MutableMapping[str, Any]  # what was measured before, under keys of our own; written to after every window
 
 
 @dataclass(frozen=True, slots=True)
 class PerplexityRow:
-    """One context length. mean_nll: natural log; num_scored: windows times (length - 1)."""
+    """One context length. mean_nll: natural log; num_scored: windows times (length - 1); nll_error: the standard error
+    of mean_nll, None where the text is too short to tell."""
 
     length: int
     num_windows: int
     num_scored: int
     mean_nll: float
     seconds: float
+    nll_error: float | None = None
 
     @property
     def perplexity(self) -> float:
         """exp(mean_nll), or infinity if that is beyond float64."""
-        return _exp(self.mean_nll)
+        return exp_or_inf(self.mean_nll)
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the perplexity."""
+        return None if self.nll_error is None else self.perplexity * self.nll_error
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens read per second."""
         return self.num_windows * self.length / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """One window: sums[b] is the sum of -log p of the tokens at positions BLOCK b .. BLOCK (b + 1) - 1 of the window,
+    but for position 0, which nothing predicts. seconds: for reading it."""
+
+    length: int
+    sums: tuple[float, ...]
+    seconds: float
+
+    def counts(self) -> list[int]:
+        """How many tokens each sum is of."""
+        ends = [min(BLOCK * (b + 1), self.length) - max(BLOCK * b, 1) for b in range(len(self.sums))]
+        return [max(0, count) for count in ends]
 
 
 def perplexity(
@@ -57,12 +90,13 @@ def perplexity(
     progress: Progress | None = None,
     cancelled: Cancelled | None = None,
     adapters: Request | None = None,
+    kept: Kept | None = None,
 ) -> list[PerplexityRow]:
     """The perplexity of a text at each context length, in the order given.
 
     max_tokens: use at most this many tokens from the start of the text. progress: called with (tokens read, tokens to
     read), all lengths together. cancelled: asked between the steps of the model; the rows finished so far are returned.
-    adapters: as for `Model.forward`.
+    adapters: as for `Model.forward`. kept: windows that are there are not read again; those that are read are added.
     Memory beside the model: one cache of the longest length, and logits in blocks of 64 MiB.
 
     Raises:
@@ -70,18 +104,8 @@ def perplexity(
         CheckpointError: the model computes NaN or infinity.
     """
     ids = checked_token_ids(token_ids, model.config.vocab_size)
-    _check_lengths(lengths, model.max_seq_len)
-    longest = max(lengths)
-    available = len(ids) if max_tokens is None else min(len(ids), max_tokens)
-    num_used = available // longest * longest
-    if not num_used:
-        raise RequestError(
-            f"the text has {available} tokens, but one window of the longest length needs {longest}: "
-            "take a longer text or shorter lengths"
-        )
-    cancelled = cancelled or (lambda: False)
+    num_used = tokens_used(len(ids), lengths, max_tokens, model.max_seq_len)
     total = sum(num_used // length * length for length in lengths)
-    scheduler = Scheduler(model)
     rows: list[PerplexityRow] = []
     done = 0
 
@@ -91,35 +115,92 @@ def perplexity(
         if progress is not None:
             progress(done, total)
 
-    with torch.inference_mode():
-        for length in lengths:
-            row = _row(scheduler, ids[: num_used // length * length], length, report, cancelled, adapters)
-            if row is None:
-                break
-            rows.append(row)
+    for length in lengths:
+        windows = read_windows(model, ids[: num_used // length * length], length, report, cancelled, adapters, kept)
+        if windows is None:
+            break
+        rows.append(row_of(windows))
     return rows
 
 
-def _row(
-    scheduler: Scheduler,
-    ids: list[int],
+def tokens_used(available: int, lengths: Items[int], max_tokens: int | None, max_seq_len: int) -> int:
+    """How many tokens from the start of a text count, so that all lengths see the same.
+
+    Raises:
+        RequestError: as `perplexity`.
+    """
+    _check_lengths(lengths, max_seq_len)
+    longest = max(lengths)
+    available = available if max_tokens is None else min(available, max_tokens)
+    num_used = available // longest * longest
+    if num_used <= 0:
+        raise RequestError(
+            f"the text has {available} tokens, but one window of the longest length needs {longest}: "
+            "take a longer text or shorter lengths"
+        )
+    return num_used
+
+
+def read_windows(
+    model: Model,
+    ids: Items[int],
     length: int,
     report: Callable[[int], None],
-    cancelled: Cancelled,
-    adapters: Request | None,
-) -> PerplexityRow | None:
-    """All windows of one length; None once cancelled."""
-    started = time.perf_counter()
-    total_nll = 0.0
-    for first in range(0, len(ids), length):
-        with scheduler.open(ids[first : first + length], adapters, keep=False) as sequence:
-            nll = _window_nll(sequence, report, cancelled)
-        if nll is None:
+    cancelled: Cancelled | None = None,
+    adapters: Request | None = None,
+    kept: Kept | None = None,
+) -> list[BlockSums] | None:
+    """All whole windows of one length; None once cancelled. report: called with numbers of tokens read."""
+    kept = {} if kept is None else kept
+    scheduler = Scheduler(model)
+    windows = []
+    for number in range(len(ids) // length):
+        key = f"{length} {number}"
+        if key in kept:
+            windows.append(_kept_window(length, kept[key]))
+            report(length)
+            continue
+        started = time.perf_counter()
+        with torch.inference_mode(), scheduler.open(ids[number * length :][:length], adapters, keep=False) as sequence:
+            nlls = token_nlls(sequence, report, cancelled or (lambda: False))
+        if nlls is None:
             return None
-        total_nll += nll
-    num_windows = len(ids) // length
-    num_scored = num_windows * (length - 1)
-    return PerplexityRow(length, num_windows, num_scored, total_nll / num_scored, time.perf_counter() - started)
+        sums = tuple(float(block.sum()) for block in torch.cat([nlls.new_zeros(1), nlls]).split(BLOCK))
+        windows.append(BlockSums(length, sums, time.perf_counter() - started))
+        kept[key] = {"sums": list(sums), "seconds": windows[-1].seconds}
+    return windows
+
+
+def row_of(windows: Items[BlockSums]) -> PerplexityRow:
+    """What windows of one length say together."""
+    length = windows[0].length
+    sums, counts = stretches(windows, 0, length)
+    found = estimate(sums, counts)
+    seconds = math.fsum(window.seconds for window in windows)
+    return PerplexityRow(length, len(windows), found.count, found.mean, seconds, found.error)
+
+
+def stretches(windows: Items[BlockSums], start: int, end: int) -> tuple[list[float], list[int]]:
+    """Sums of -log p and numbers of tokens over stretches of text, of the positions start..end-1 of all windows.
+
+    A stretch has STRETCH tokens, or what there is of it in a window; whole windows shorter than that share one with
+    their neighbours. start: a multiple of BLOCK.
+    """
+    sums: list[float] = []
+    counts: list[int] = []
+    num_open = STRETCH  # tokens in the last stretch, which is full at first
+    for window in windows:
+        if window.length >= STRETCH or end - start < window.length:
+            num_open = STRETCH
+        for block, count in list(enumerate(window.counts()))[start // BLOCK : -(-end // BLOCK)]:
+            if num_open >= STRETCH:
+                sums.append(0.0)
+                counts.append(0)
+                num_open = 0
+            sums[-1] += window.sums[block]
+            counts[-1] += count
+            num_open += BLOCK if window.length >= BLOCK else window.length
+    return sums, counts
 
 
 def sequence_perplexity(sequence: Sequence, cancelled: Cancelled | None = None) -> float | None:
@@ -128,11 +209,11 @@ def sequence_perplexity(sequence: Sequence, cancelled: Cancelled | None = None) 
     Raises:
         RequestError: as `Sequence.forward`. CheckpointError: the model computes NaN or infinity.
     """
-    nll = _window_nll(sequence, lambda count: None, cancelled or (lambda: False))
-    return None if nll is None else _exp(nll / (len(sequence.prompt_ids) - 1))
+    nlls = token_nlls(sequence, lambda count: None, cancelled or (lambda: False))
+    return None if nlls is None else exp_or_inf(float(nlls.mean()))
 
 
-def _exp(mean_nll: float) -> float:
+def exp_or_inf(mean_nll: float) -> float:
     """exp(mean_nll), or infinity if that is beyond float64."""
     return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
@@ -147,7 +228,7 @@ def token_logprobs(
         RequestError: as `Sequence.forward`.
     """
     found = []
-    for start, logits in _blocks(sequence, cancelled or (lambda: False)):
+    for start, logits in logits_blocks(sequence, cancelled or (lambda: False)):
         if logits is None:
             return None
         targets = sequence.prompt_ids[start + 1 : start + len(logits) + 1]
@@ -155,27 +236,32 @@ def token_logprobs(
     return found
 
 
-def _window_nll(sequence: Sequence, report: Callable[[int], None], cancelled: Cancelled) -> float | None:
-    """Sum of -log p over all tokens of the prompt but the first; None once cancelled."""
-    total, ids = 0.0, sequence.prompt_ids
-    for start, logits in _blocks(sequence, cancelled):
+def token_nlls(sequence: Sequence, report: Callable[[int], None], cancelled: Cancelled) -> torch.Tensor | None:
+    """-log p of every token of the prompt of an empty sequence but the first: [T - 1] float64; None once cancelled.
+
+    Raises:
+        RequestError: as `Sequence.forward`. CheckpointError: the model computes NaN or infinity.
+    """
+    ids, found = sequence.prompt_ids, []
+    for start, logits in logits_blocks(sequence, cancelled):
         if logits is None:
             return None
         num_rows = len(logits)
         targets = torch.tensor(ids[start + 1 : start + num_rows + 1], device=logits.device)  # [rows or rows - 1]
         logits = logits[: len(targets)]
         chosen = logits.gather(1, targets[:, None]).squeeze(1)
-        total += float((torch.logsumexp(logits, dim=1) - chosen).double().sum())
+        found.append((torch.logsumexp(logits, dim=1) - chosen).double().cpu())
         report(num_rows)
-    if not math.isfinite(total):
+    nlls = torch.cat(found)
+    if not bool(torch.isfinite(nlls).all()):
         raise CheckpointError(
             f"{sequence.source}: the logits of this model are not finite: its weights are damaged, or the RoPE "
             "settings do not fit it"
         )
-    return total
+    return nlls
 
 
-def _blocks(sequence: Sequence, cancelled: Cancelled) -> Iterator[tuple[int, torch.Tensor | None]]:
+def logits_blocks(sequence: Sequence, cancelled: Cancelled) -> Iterator[tuple[int, torch.Tensor | None]]:
     """(first row, logits [rows, V]) of the prompt, in blocks of `LOGITS_BYTES`; logits None once cancelled."""
     ids = sequence.prompt_ids
     block = max(1, min(sequence.max_input_len, LOGITS_BYTES // (4 * sequence.vocab_size)))
@@ -195,3 +281,7 @@ def _check_lengths(lengths: Items[int], max_seq_len: int) -> None:
                 f"a context length of {length} is more than the {max_seq_len} positions that the model was loaded for: "
                 f"load it with max_seq_len={length}"
             )
+
+
+def _kept_window(length: int, value: Any) -> BlockSums:
+    return BlockSums(length, tuple(value["sums"]), value["seconds"])

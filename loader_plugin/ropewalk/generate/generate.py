@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ropewalk.generate.context_shift import ContextShift
 from ropewalk.generate.dry import Breakers
 from ropewalk.generate.guesses import Guesses
 from ropewalk.generate.sampling import Sampler, SamplingParams, top_logprobs
@@ -38,7 +39,9 @@ class GenerationStats:
     """What a reply took. `reused_tokens` of the prompt were in the cache; the others took `prompt_s`.
 
     `new_tokens` counts tokens chosen, an end token included; `generation_s` is the time from the end of the prompt.
-    Of the tokens guessed ahead, `accepted_tokens` were the ones chosen.
+    Of the tokens guessed ahead, `accepted_tokens` were the ones chosen. `shifted_tokens` were moved down in the cache
+    instead of being read again: of the reused ones, or when the reply reached the end of the window, where
+    `dropped_tokens` of the oldest went.
     """
 
     prompt_tokens: int
@@ -50,6 +53,8 @@ class GenerationStats:
     context_size: int
     guessed_tokens: int = 0
     accepted_tokens: int = 0
+    shifted_tokens: int = 0
+    dropped_tokens: int = 0
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -64,11 +69,13 @@ class GenerationStats:
     def describe(self) -> str:
         """One line for people."""
         guesses = f"; guessed {self.guessed_tokens}, {self.accepted_tokens} right" if self.guessed_tokens else ""
+        shifted = f"; shifted {self.shifted_tokens} instead of reading them again" if self.shifted_tokens else ""
+        dropped = f"; dropped the {self.dropped_tokens} oldest" if self.dropped_tokens else ""
         return (
             f"prompt {self.prompt_tokens} tokens ({self.reused_tokens} reused), "
             f"{self.prompt_tokens_per_s:.1f} tokens/s; "
             f"new {self.new_tokens} tokens, {self.new_tokens_per_s:.1f} tokens/s; "
-            f"context {self.context_used} of {self.context_size}{guesses}"
+            f"context {self.context_used} of {self.context_size}{guesses}{shifted}{dropped}"
         )
 
 
@@ -76,7 +83,9 @@ class Generation(Iterator[Step]):
     """The steps of one reply to the prompt of a sequence. `stats` and `finish_reason` are current at any time.
 
     `progress` is called with (tokens done, tokens to do) while the prompt is read, `cancelled` between the steps of the
-    model; `breakers` are the params' dry_sequence_breakers as tokens; `guesses`: who guesses tokens ahead, if anybody.
+    model; `breakers` are the params' dry_sequence_breakers as tokens; `guesses`: who guesses tokens ahead, if anybody;
+    `shift`: at the end of the window the oldest tokens go and the reply continues. Without max_new_tokens it then ends,
+    with "length", after as many tokens as the window has.
     finish_reason: None while it runs; "stop" (an end token), "length" (max_new_tokens), "context" (the context is
     full), "cancelled" (asked to, or closed early). The end token itself is not a step; `end_token_id` names it.
     """
@@ -90,12 +99,14 @@ class Generation(Iterator[Step]):
         progress: Progress | None = None,
         breakers: Breakers | None = None,
         guesses: Guesses | None = None,
+        shift: ContextShift | None = None,
     ) -> None:
         self.finish_reason: str | None = None
         self.end_token_id: int | None = None
         self._sequence, self._params = sequence, params
-        self._token_ids = list(sequence.prompt_ids)  # and those chosen
-        self._breakers, self._guesses = breakers, guesses
+        self._token_ids = list(sequence.prompt_ids)  # and those chosen; without what was dropped
+        self._breakers, self._guesses, self._shift = breakers, guesses, shift
+        self._dropped = 0
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_token_ids))
         self._cancelled, self._progress = cancelled or (lambda: False), progress
         self._prompt_tokens, self._new_tokens, self._context_used = len(self._token_ids), 0, 0
@@ -124,6 +135,8 @@ class Generation(Iterator[Step]):
             context_size=self._sequence.capacity,
             guessed_tokens=self._guessed,
             accepted_tokens=self._accepted,
+            shifted_tokens=self._sequence.shifted,
+            dropped_tokens=self._dropped,
         )
 
     def _run(self) -> Iterator[Step]:
@@ -219,8 +232,23 @@ class Generation(Iterator[Step]):
         if self._params.max_new_tokens is not None and self._new_tokens >= self._params.max_new_tokens:
             return "length"
         if self._context_used >= self._sequence.capacity:
-            return "context"
+            if self._shift is None:
+                return "context"
+            if self._params.max_new_tokens is None and self._new_tokens >= self._sequence.capacity:
+                return "length"  # it would never end
+            self._make_room(self._shift)
         return "cancelled" if self._cancelled() else None
+
+    def _make_room(self, shift: ContextShift) -> None:
+        """The window is full: the oldest tokens go."""
+        started = time.perf_counter()
+        keep, drop = shift.stretch(self._context_used)
+        self._sequence.shift(keep, drop)
+        del self._token_ids[keep : keep + drop]
+        self._context_used -= drop
+        self._dropped += drop
+        self._guesses = None  # who guesses has read a text that is no more
+        self._generation_s += time.perf_counter() - started
 
     def _step(self, token_id: int, logits: torch.Tensor) -> Step:
         if self._params.logprobs is None:

@@ -1,8 +1,8 @@
 """The guesses of one reply: made before a step, checked by it.
 
 Guessing changes no token: rows of a step do not depend on each other's outcome, and a guess is made only where its rows
-are rotated as in a plain run. RoPE methods that follow the length rotate anew at every position beyond the original
-length, so there are no guesses there.
+are rotated as in a plain run. Under RoPE methods that follow the length, there are no guesses across a length at which
+the keys are turned.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ A `PackedLayer` is weights; a `LayerInstance` (config/instances.py) is one use o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -78,6 +78,22 @@ def pack_layer(backend: OnePlace, config: ModelConfig, index: int, weights: Laye
     }
     program = layer_program(config.family, layer_shape(config, index))
     return PackedLayer(norms, linears, backend.compile_layer(program, {**norms, **linears}, config.rms_norm_eps))
+
+
+def recompiled(
+    backend: OnePlace, config: ModelConfig, layers: Sequence[PackedLayer | CopiedLayer]
+) -> tuple[PackedLayer | CopiedLayer, ...]:
+    """The same packed weights in layers of a backend from `Backend.computing`: nothing is read, packed or copied.
+
+    layers: those of `ModelWeights.layers`; a second model's come after the first's and have its shapes.
+    """
+    made = []
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, PackedLayer), "only backends of one place compute in another way"
+        program = layer_program(config.family, layer_shape(config, index % config.num_layers))
+        compiled = backend.compile_layer(program, {**layer.norms, **layer.linears}, config.rms_norm_eps)
+        made.append(PackedLayer(layer.norms, layer.linears, compiled))
+    return tuple(made)
 
 
 def layer_shape(config: ModelConfig, index: int) -> LayerShape:

@@ -74,15 +74,19 @@ def load_model(
     plan = plan_loading(folder, options)
     ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)
     logger.info("%s", plan.rope.describe())
-    limits = ModelLimits(plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory)
-    context = context_pages(ops, plan.config, len(plan.order), limits.max_seq_len, limits.cache_format)
+    limits = ModelLimits(
+        plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory, options.rope_growth
+    )
+    context = context_pages(ops, plan.config, len(plan.order), limits)
     check_cache_memory(context, limits.cache_memory, ops)
     second = plan.second
     report = _step_counter(progress, plan.config.num_layers + (second.num_layers if second else 0) + 1)
     first = plan.config.num_layers
-    lent = () if second is None else _load_second_layers(Path(options.second_folder), second, ops, report, first)
+    lent, lent_print = (), None
+    if second is not None:
+        lent, lent_print = _load_second_layers(Path(options.second_folder), second, ops, report, first)
     weights = _load_weights(folder, plan.config, plan.quant, ops, report)
-    weights = replace(weights, layers=weights.layers + lent)
+    weights = replace(weights, layers=weights.layers + lent, second_fingerprint=lent_print)
     return_freed_memory()
     model = Model(plan.config, plan.quant, plan.rope, ops, weights, limits, plan.order)
     logger.info("%s", _summary(model, chosen.why))
@@ -102,16 +106,19 @@ def _load_weights(
         tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
         packed_head = backend.pack([head])
         report()
+        fingerprint = checkpoint.fingerprint
     device = backend.device
-    return ModelWeights(embeddings.to(device), layers, final_norm.to(device), packed_head, tied)
+    return ModelWeights(embeddings.to(device), layers, final_norm.to(device), packed_head, tied, fingerprint)
 
 
 def _load_second_layers(
     folder: Path, config: ModelConfig, backend: Backend, report: Callable[[], None], first: int
-) -> tuple[PackedLayer | CopiedLayer, ...]:
+) -> tuple[tuple[PackedLayer | CopiedLayer, ...], str]:
+    """The layers, and the fingerprint of their tensors."""
     quant = load_quant_config(folder, config.raw)
     with _open_weights(folder, config, quant) as checkpoint:
-        return _pack_layers(checkpoint, config, quant, backend, report, first)
+        layers = _pack_layers(checkpoint, config, quant, backend, report, first)
+        return layers, checkpoint.fingerprint
 
 
 @contextmanager

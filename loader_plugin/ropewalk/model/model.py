@@ -18,18 +18,20 @@ import torch
 
 from ropewalk.adapters.lora import read_adapter
 from ropewalk.adapters.request import Request
-from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange
+from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange, SavedUse
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.base.errors import ConfigError, RequestError
-from ropewalk.base.json import shown
-from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
-from ropewalk.model.cache import Frequencies, KvCache, Origin, num_pages
+from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.layers import CopiedLayer, PackedLayer
-from ropewalk.model.pages import check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.live_rope import LiveRope
+from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
+from ropewalk.model.saved.file import SavedFile
+from ropewalk.model.saved.read import fitting_segments, load_cache, usable_prefix
+from ropewalk.model.saved.write import save_cache
 from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
@@ -43,6 +45,7 @@ class ModelWeights:
     """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V.
 
     layers: those of the model, followed by those of the second model, if any.
+    fingerprint, second_fingerprint: of the tensors of either as they were read (see files/fingerprint.py).
     """
 
     embeddings: torch.Tensor
@@ -50,6 +53,8 @@ class ModelWeights:
     final_norm: torch.Tensor
     head: PackedLinear
     head_is_embeddings: bool
+    fingerprint: str
+    second_fingerprint: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -59,18 +64,7 @@ class ModelWeights:
         return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
-    for all pages of them (default: see `pages.choose_cache_memory`)."""
-
-    max_seq_len: int
-    max_input_len: int
-    cache_format: CacheFormat
-    cache_memory: int | None = None
-
-
-class Model:
+class Model(LiveRope):
     """A decoder ready to run. Made by `load_model`.
 
     One thread at a time may compute (`step`, `forward`); others may share, attach, truncate and drop caches meanwhile.
@@ -88,9 +82,10 @@ class Model:
     ) -> None:
         self.config = config
         self.quant = quant
-        self.rope = rope
+        super().__init__(rope, limits.rope_growth)
         self.backend = backend
         self.weights = weights
+        self.limits = limits
         self.max_seq_len = limits.max_seq_len
         self.max_input_len = limits.max_input_len
         self.cache_format = limits.cache_format
@@ -98,11 +93,10 @@ class Model:
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._check_places(self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
-        self._frequencies: tuple[int, Frequencies] | None = None  # of the last length asked for
-        context = context_pages(backend, config, len(self.instances), limits.max_seq_len, limits.cache_format)
+        context = context_pages(backend, config, len(self.instances), limits)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
         pool = backend.new_pool(config.num_kv_heads, config.head_dim, limits.cache_format, memory)
-        self.store = PageStore(pool, len(self.instances))
+        self.store = PageStore(pool, self.cache_format, len(self.instances), limits.chunk_rows)
 
     def set_layer_order(
         self,
@@ -122,8 +116,7 @@ class Model:
         order = choose_layer_order(self.config, layer_order, recompute_n_layers, rewind_n_layers, second_layers)
         instances = instances_of(order, self.config.num_layers)
         self._check_places(instances)
-        context = context_pages(self.backend, self.config, len(instances), self.max_seq_len, self.cache_format)
-        check_holds_one(context, self.cache_memory)
+        check_holds_one(context_pages(self.backend, self.config, len(instances), self.limits), self.cache_memory)
         self.instances = instances
         self.layer_order = order
         self._adapters.set_instances(self.instances)
@@ -207,8 +200,8 @@ class Model:
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the keys and values of `length` positions, in whole pages."""
-        return num_pages(length) * self.store.page_bytes
+        """Memory of the keys and values of `length` positions, in whole pages, with a recent window if there is one."""
+        return self.store.bytes_of(length)
 
     @property
     def cache_memory(self) -> int:
@@ -241,11 +234,25 @@ class Model:
                 f"max_seq_len: a cache of {capacity} positions was asked for, but the model was loaded for "
                 f"{self.max_seq_len}; load it with max_seq_len={capacity}"
             )
-        return KvCache(self, self.store.lock, capacity, self.layer_order)
+        cache = KvCache(self, self.store.lock, self.cache_format, capacity, self.layer_order)
+        cache.rope = self.rope
+        with self.store.lock:
+            self.caches.add(cache)
+        return cache
+
+    def fork(self, cache: KvCache) -> KvCache:
+        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first.
+
+        Raises:
+            RequestError: a cache of another model or layer order.
+        """
+        self.check_owner(cache)
+        return cache.fork()
 
     def accepts(self, cache: KvCache) -> bool:
-        """True if `cache` was made by this model under its present layer order."""
-        return isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
+        """True if `cache` was made by this model, under its present layer order and with its present RoPE."""
+        made = isinstance(cache, KvCache) and cache.owner is self and cache.layer_order == self.layer_order
+        return made and (not cache.length or self.rope.turns_like(cache.rope))
 
     def reusable_prefix(self, cache: KvCache, token_ids: TokenIds, adapters: Request | None = None) -> int:
         """How many leading positions of `cache` a call with `token_ids` can keep and give the result of a fresh call.
@@ -259,7 +266,8 @@ class Model:
         """
         self.check_owner(cache)
         ids = checked_token_ids(token_ids, self.config.vocab_size)
-        return cache.common_prefix(ids[:-1], Origin(self.frequencies(len(ids)), self._adapters.key(adapters)))
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return cache.continuable(cache.common_prefix(ids[:-1], origin))
 
     def share(self, cache: KvCache) -> None:
         """Keep what `cache` holds, for `attach`: until the memory is needed, even if the cache is dropped.
@@ -296,6 +304,76 @@ class Model:
         if cache.same_origin(origin) == cache.length:
             self.store.attach(cache, ids[: min(len(ids) - 1, cache.capacity)], origin, length)
         return cache.length
+
+    def save_cache(
+        self,
+        cache: KvCache,
+        path: str | Path,
+        progress: Progress | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write what `cache` holds to a file, for `load_cache`; returns the size. The file appears whole or not at all.
+
+        progress: called with (parts of pages done, parts of pages). about: texts to be kept with it.
+
+        Raises:
+            RequestError: an empty cache, or one of another model or layer order. SavedCacheError: it cannot be written.
+        """
+        return save_cache(self, cache, path, progress, about)
+
+    def load_cache(self, path: str | Path, progress: Progress | None = None) -> KvCache:
+        """The cache that a file holds; what follows has the bits that would follow the one that was saved.
+
+        Everything is checked before a page is taken. progress: called with (steps done, steps in all).
+
+        Raises:
+            SavedCacheError: cut short, damaged, or saved with another model, RoPE, layer order, adapters, arithmetic,
+                cache type or version: the message names the file, what was found and what is accepted.
+            CacheFullError: there is no room for its pages.
+        """
+        return load_cache(self, path, progress)
+
+    def saved_uses(self, key: AdapterKey) -> tuple[SavedUse, ...]:
+        """A set of adapters by their content, for a file.
+
+        Raises:
+            RequestError: one of them has been unloaded.
+        """
+        return self._adapters.saved_uses(key)
+
+    def key_of_saved(self, uses: Sequence[SavedUse]) -> AdapterKey:
+        """The key of a set that a file names.
+
+        Raises:
+            RequestError: one of them is not loaded, or they were loaded in another order.
+        """
+        return self._adapters.key_of_saved(uses)
+
+    def shared_length(self, token_ids: TokenIds, adapters: Request | None = None) -> int:
+        """How many leading positions `attach` would give an empty cache for this prompt, at most.
+
+        Raises:
+            RequestError: as `forward`.
+        """
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return self.store.shared_length(self.new_cache(), ids, origin)
+
+    def check_saved(self, file: SavedFile) -> None:
+        """Raises:
+        SavedCacheError: the file belongs to another model, or other settings of it.
+        """
+        fitting_segments(self, file)
+
+    def usable_prefix(self, file: SavedFile, token_ids: TokenIds, adapters: Request | None = None) -> int:
+        """How many leading positions `attach` would give this prompt once the saved cache is loaded and shared.
+
+        Raises:
+            SavedCacheError: the file belongs to another model, or other settings of it. RequestError: as `forward`.
+        """
+        ids = checked_token_ids(token_ids, self.config.vocab_size)
+        origin = Origin(self.frequencies(len(ids)), self._adapters.key(adapters))
+        return usable_prefix(self, file, ids, origin)
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:
         """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none.
@@ -348,27 +426,3 @@ class Model:
                 0; all caches are as they were.
         """
         return run_step(self, spans, progress, cancelled)
-
-    def frequencies(self, seq_len: int) -> Frequencies:
-        """The identity of the rotation tables of a call that reaches `seq_len` positions."""
-        last = self._frequencies
-        if last is not None and (last[0] == seq_len or not self.rope.depends_on_length):
-            return last[1]
-        inverse_frequencies, attention_scale = self.rope.inverse_frequencies(seq_len)
-        found = Frequencies(np.asarray(inverse_frequencies, dtype=np.float64).tobytes(), float(attention_scale))
-        self._frequencies = seq_len, found
-        return found
-
-    def check_owner(self, cache: KvCache) -> None:
-        """Raises:
-        RequestError: not a cache of this model under its present layer order.
-        """
-        if not isinstance(cache, KvCache):
-            raise RequestError(f"cache must be made by model.new_cache(), got {type(cache).__name__}")
-        if cache.owner is not self:
-            raise RequestError("the cache belongs to another model; make one with new_cache() of this model")
-        if not self.accepts(cache):
-            raise RequestError(
-                f"the cache was made for the layer order {shown(str(cache.layer_order))}, the model now has "
-                f"{shown(str(self.layer_order))}: make another cache with new_cache()"
-            )

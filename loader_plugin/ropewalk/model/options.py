@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.config.cache_format import CacheFormat
@@ -37,6 +37,9 @@ class LoadOptions:
     gpu_split: GiB of weights for each card, from the first on, such as "10,20" (default: one card, `device`).
     threads, isa: for "cpu": number of threads (default: all cores) and instruction set (default: the best there is).
     rope_scaling, compress_pos_emb, alpha_value, rope_theta: override what config.json says; see `resolve_rope`.
+        rope_scaling="auto": if max_seq_len is more than the checkpoint covers, a rule chooses (rope/automatic.py).
+    rope_growth: what happens to cached keys when a sequence outgrows the length of their frequencies, under a method
+        that follows the length: "rotate" turns them, "recompute" computes them anew.
     cache_type: the format of cached keys and values: "fp32", "fp16", "q8", "q6", "q4", two of them as keys_values such
         as "q8_q4", and with codes a window of recent positions that stay in float16, such as "q4+256"; see
         `config/cache_format.py`.
@@ -60,10 +63,11 @@ class LoadOptions:
     backend: str = BACKEND.default
     threads: int | None = None
     isa: str | None = None
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | str | None = None
     compress_pos_emb: float | None = None
     alpha_value: float | None = None
     rope_theta: float | None = None
+    rope_growth: str = ROPE_GROWTH.default
     cache_type: str = CACHE_TYPE.default
     cache_memory: int | None = None
     device: str | torch.device | None = None
@@ -85,7 +89,7 @@ class LoadOptions:
             raise ConfigError(f"max_seq_len must be at most {MAX_SEQ_LEN}, got {self.max_seq_len}")
         if self.threads is not None and self.threads > MAX_THREADS:
             raise ConfigError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
-        for choice in (COMPUTE, BACKEND):
+        for choice in (COMPUTE, BACKEND, ROPE_GROWTH):
             choice.check(getattr(self, choice.name))
         CacheFormat.parse(self.cache_type)
         if self.gpu_layers is not None and not _is_count(self.gpu_layers):

@@ -8,45 +8,74 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS, Backend
+from ropewalk.base.choices import ROPE_GROWTH
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.model.cache import num_pages
+from ropewalk.model.recent import most_pages, window_pages
 
 logger = logging.getLogger(__name__)
 
+WINDOW_CHUNK = 512  # rows of a prompt that are computed at once with a recent window
 MOST_CONTEXTS = 16  # by default the pool holds no more contexts than this,
 CARD_RESERVE = 1 << 29  # of a card, or a twentieth if that is more: buffers of a chunk, logits, graphs, other programs
 LEAST_BOUND = 4 << 30  # unless they are small: then up to 4 GiB, so that many short prefixes stay
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a model was loaded for: the longest sequence, the rows of a chunk, the format of keys and values, and bytes
+    for all pages of them (default: see `pages.choose_cache_memory`)."""
+
+    max_seq_len: int
+    max_input_len: int
+    cache_format: CacheFormat
+    cache_memory: int | None = None
+    rope_growth: str = ROPE_GROWTH.default
+
+    @property
+    def chunk_rows(self) -> int:
+        """The rows of a sequence that are computed at once: with a recent window all are held in float16 meanwhile."""
+        return min(self.max_input_len, WINDOW_CHUNK) if self.cache_format.recent else self.max_input_len
+
+
+@dataclass(frozen=True, slots=True)
 class ContextPages:
-    """The pages of one sequence that fills the context."""
+    """The pages of one sequence that fills the context. recent_bytes: of those in float16 besides, if there are any."""
 
     max_seq_len: int
     cache_format: CacheFormat
     page_bytes: int
+    recent_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Memory of one context, in whole pages."""
-        return num_pages(self.max_seq_len) * self.page_bytes
+        return num_pages(self.max_seq_len) * self.page_bytes + self.recent_bytes
+
+    def fitting(self, num_bytes: int) -> int:
+        """The positions for which that much memory is enough."""
+        return max(0, num_bytes - self.recent_bytes) // self.page_bytes * PAGE_TOKENS
 
 
 def planned_bytes(config: ModelConfig, num_instances: int, length: int, cache_format: CacheFormat) -> int:
     """Memory of the pages of `length` positions, known without a backend; one may pad heads of an odd size."""
-    per_position = cache_format.position_bytes(config.num_kv_heads, config.head_dim)
-    return per_position * num_instances * PAGE_TOKENS * num_pages(length)
+    in_codes, in_float16 = (
+        num_instances * PAGE_TOKENS * kind.position_bytes(config.num_kv_heads, config.head_dim)
+        for kind in (cache_format, cache_format.exact)
+    )
+    return in_codes * num_pages(length) + in_float16 * window_pages(cache_format, length)
 
 
-def context_pages(
-    backend: Backend, config: ModelConfig, num_instances: int, max_seq_len: int, cache_format: CacheFormat
-) -> ContextPages:
+def context_pages(backend: Backend, config: ModelConfig, num_instances: int, limits: ModelLimits) -> ContextPages:
     """The pages of one context as the backend lays them out."""
+    cache_format, max_seq_len = limits.cache_format, limits.max_seq_len
     pool = backend.new_pool(config.num_kv_heads, config.head_dim, cache_format, 0)
-    return ContextPages(max_seq_len, cache_format, pool.page_bytes(num_instances))
+    recent = most_pages(cache_format, max_seq_len, limits.chunk_rows)
+    recent_bytes = recent * pool.page_bytes(num_instances, recent=True) if recent else 0
+    return ContextPages(max_seq_len, cache_format, pool.page_bytes(num_instances), recent_bytes)
 
 
 def check_cache_memory(context: ContextPages, cache_memory: int | None, backend: Backend) -> None:
@@ -75,7 +104,7 @@ def check_holds_one(context: ContextPages, cache_memory: int) -> None:
     ConfigError: `cache_memory` bytes do not hold one sequence that fills the context; says what would.
     """
     if cache_memory < context.num_bytes:
-        fitting = cache_memory // context.page_bytes * PAGE_TOKENS
+        fitting = context.fitting(cache_memory)
         shorter = f", or ask for a max_seq_len of at most {fitting}" if fitting else ""
         raise ConfigError(
             f"cache_memory: {cache_memory} bytes hold {fitting} positions of the {context.cache_format} cache in pages "
@@ -143,7 +172,7 @@ def _free_on(device: torch.device, machine_part: int) -> int | None:
 
 
 def _too_long(context: ContextPages, machine: int) -> str:
-    fitting = machine // context.page_bytes * PAGE_TOKENS
+    fitting = context.fitting(machine)
     return (
         f"max_seq_len: a {context.cache_format} cache of {context.max_seq_len} positions takes "
         f"{format_bytes(context.num_bytes)} ({format_bytes(context.page_bytes / PAGE_TOKENS)} per position), this "

@@ -16,6 +16,7 @@ from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.config.model import ModelConfig, load_model_config
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.model.options import ROPE_NAMES, LoadOptions
+from ropewalk.rope.given import rope_as_given
 from ropewalk.rope.rope import Rope, resolve_rope
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def plan_loading(folder: Path, options: LoadOptions | None = None) -> LoadPlan:
     config = load_model_config(folder)
     quant = load_quant_config(folder, config.raw)
     overrides = {name: getattr(options, name) for name in ROPE_NAMES}
-    rope = resolve_rope(config.raw, options.max_seq_len, source=config.source, **overrides)
+    rope = rope_as_given(config.raw, options.max_seq_len, source=config.source, **overrides)
     second = None if options.second_folder is None else load_second_config(options.second_folder, config)
     order = choose_layer_order(
         config,

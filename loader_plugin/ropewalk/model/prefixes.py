@@ -26,15 +26,18 @@ TokenIds = tuple[int, ...]
 class Node:
     """A page of the tree. token_ids: of its positions. used: when it was last of use, as counted by the tree.
 
+    recent: the same page in float16, where a sequence ended that had it.
+
     A parent is held weakly: a tree that is dropped gives its pages back at once, without the cycle collector.
     """
 
-    __slots__ = ("__weakref__", "_parent", "children", "held", "token_ids", "used")
+    __slots__ = ("__weakref__", "_parent", "children", "held", "recent", "token_ids", "used")
 
     def __init__(self, parent: Node | None, token_ids: TokenIds, held: HeldPage | None) -> None:
         self._parent = None if parent is None else weakref.ref(parent)
         self.token_ids = token_ids
         self.held = held  # None: a root
+        self.recent: HeldPage | None = None
         self.children: dict[TokenIds, Node] = {}
         self.used = 0
 
@@ -46,7 +49,17 @@ class Node:
     @property
     def idle_bytes(self) -> int:
         """Memory that is free once the tree forgets this page: none while a cache holds it too."""
-        return 0 if self.held is None or self.held.caches else self.held.num_bytes
+        return sum(held.num_bytes for held in self.all_held if not held.caches)
+
+    @property
+    def all_held(self) -> tuple[HeldPage, ...]:
+        """The pages of both kinds."""
+        return tuple(held for held in (self.held, self.recent) if held is not None)
+
+    def let_go_(self) -> None:
+        """The tree holds its pages no more."""
+        for held in self.all_held:
+            held.in_tree = False
 
 
 class PrefixTree:
@@ -70,8 +83,8 @@ class PrefixTree:
         self._clock += 1
         return self._clock
 
-    def find(self, order: LayerOrder | None, origin: Origin, token_ids: Sequence[int]) -> list[tuple[HeldPage, int]]:
-        """The pages that hold leading positions of `token_ids`, with the number of positions that agree in each.
+    def find(self, order: LayerOrder | None, origin: Origin, token_ids: Sequence[int]) -> list[tuple[Node, int]]:
+        """The nodes that hold leading positions of `token_ids`, with the number of positions that agree in each.
 
         All agree in full except the last, which may agree in some.
         """
@@ -82,7 +95,7 @@ class PrefixTree:
             if node is None:
                 break
             node.used = moment
-            found.append((node.held, agreeing))
+            found.append((node, agreeing))
             if agreeing < PAGE_TOKENS:
                 break
         return found
@@ -94,6 +107,8 @@ class PrefixTree:
         """
         token_ids, moment = cache.token_ids[:length], self._now()
         key = (cache.layer_order, cache.first_segment.origin)
+        exact = cache.exact_pages(length, length)
+        recent = set(exact if all(index in cache.recent for index in exact) else ())
         node = root = self._roots.get(key) or Node(None, (), None)
         for index, held in enumerate(cache.pages):
             wanted = tuple(token_ids[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS])
@@ -105,6 +120,8 @@ class PrefixTree:
                 if kept is None:
                     break
                 child = _grow(node, wanted, kept)
+            if child.recent is None and index in recent:
+                _add_recent(child, cache.recent[index], copied)
             child.used = moment
             node = child
         if root.children:
@@ -115,7 +132,7 @@ class PrefixTree:
         for node in self._nodes():
             if node.held is held:
                 for below in (node, *_below(node)):
-                    below.held.in_tree = False
+                    below.let_go_()
                 del node.parent.children[node.token_ids]
                 return
 
@@ -135,7 +152,7 @@ class PrefixTree:
             freed += node.idle_bytes
             parent = node.parent
             del parent.children[node.token_ids]
-            node.held.in_tree = False
+            node.let_go_()
             if not parent.children and parent.held is not None:
                 heapq.heappush(leaves, (self._order_of(parent), id(parent), parent))
         self._roots = {key: root for key, root in self._roots.items() if root.children}
@@ -175,7 +192,14 @@ def _closest(node: Node, wanted: TokenIds) -> tuple[Node | None, int]:
 def _grow(node: Node, token_ids: TokenIds, held: HeldPage) -> Node:
     """A new child; a leaf that holds no more than a part of it goes."""
     for ids in [ids for ids in node.children if len(ids) < len(token_ids) and token_ids[: len(ids)] == ids]:
-        node.children.pop(ids).held.in_tree = False
+        node.children.pop(ids).let_go_()
     child = node.children[token_ids] = Node(node, token_ids, held)
     held.in_tree = True
     return child
+
+
+def _add_recent(node: Node, held: HeldPage, copied: Callable[[HeldPage], HeldPage | None]) -> None:
+    """Keep a page in float16 beside the node's own; a copy if somebody goes on writing to it."""
+    kept = held if len(node.token_ids) == PAGE_TOKENS and not held.in_tree else copied(held)
+    if kept is not None:
+        node.recent, kept.in_tree = kept, True

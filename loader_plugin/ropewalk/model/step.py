@@ -22,7 +22,7 @@ import torch
 from ropewalk.adapters.low_rank import UNCHANGED, embed_changed, head_changed
 from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, ModelChange
-from ropewalk.backends.protocol import BackendStep, RowChange, RowSpan
+from ropewalk.backends.protocol import BackendStep, Page, RowChange, RowSpan
 from ropewalk.base.errors import CacheFullError, RequestError
 from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
@@ -46,7 +46,9 @@ class Span:
     adapters: loaded adapters with their weights and, if they are not for every layer, their layer instances:
         [("storm", 1.0), ("poet", 0.5, "10-11")] or the text "storm+poet:0.5@10-11" (see adapters/request.py).
     seq_len: the length that later calls will reach, if one sequence is passed in several calls: RoPE methods that
-        depend on the length then use it from the start (default: the length that this call reaches).
+        depend on the length then use it from the start (default: the length that this call reaches). A cache that
+        outgrows the length its keys are rotated for gets the frequencies of a somewhat longer one
+        (`Rope.grown_length`), and its keys are brought along (`rope_growth` of `load_model`).
     """
 
     token_ids: TokenIds
@@ -101,12 +103,21 @@ def run_step(
     Raises:
         RequestError: as `Model.step`. Nothing has been written.
     """
-    checked = check_spans(model, spans, named)
+    return run_checked(model, check_spans(model, spans, named), progress, cancelled, named)
+
+
+def run_checked(
+    model: Model, checked: Sequence[Checked], progress: Progress | None, cancelled: Cancelled | None, named: bool
+) -> list[torch.Tensor | None] | None:
+    """As `run_step`, for spans that can be computed."""
     rows = _side_by_side(checked)
     total, done = sum(len(span.ids) for span in rows), 0
     try:
         _reserve_(model, checked, named)
-        for pieces in _chunks(rows, model.max_input_len):
+        model.follow_length_(checked)
+        for pieces in _chunks(rows, model.store.chunk_rows):
+            for piece in pieces:
+                model.store.slide_(piece.span.cache, piece.span.cache.length + piece.end - piece.first)
             num_rows = pieces[-1].last_row
             steps = _Steps(done, num_rows, total, len(model.instances), progress, cancelled)
             x = _run_layers(model, pieces, steps)
@@ -119,7 +130,7 @@ def run_step(
             done += num_rows
     finally:
         for span in rows:
-            span.cache.give_back_()
+            model.store.settle_(span.cache)
     return [span.out for span in checked]
 
 
@@ -160,7 +171,7 @@ def _checked(model: Model, index: int, span: Span) -> Checked:
             f"at least {needed}"
         )
     change = model.adapter_change(span.adapters)
-    end = max(needed, checked_seq_len(seq_len) or 0)
+    end = model.reach_of(cache.reach, max(needed, checked_seq_len(seq_len) or 0))
     origin = Origin(model.frequencies(end), change.key)
     return Checked(index, ids, cache, change, origin, end, _new_logits(model, len(ids), logits))
 
@@ -266,12 +277,18 @@ def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendSte
     for _, group in groupby(pieces, key=lambda piece: piece.span.origin.frequencies):
         alike, positions = list(group), []
         for piece in alike:
-            start, num_rows = piece.span.cache.length, piece.end - piece.first
-            positions.append(np.arange(start, start + num_rows))
-            spans.append(RowSpan(num_rows, start, tuple(held.page for held in piece.span.cache.pages)))
+            cache, num_rows = piece.span.cache, piece.end - piece.first
+            positions.append(np.arange(cache.length, cache.length + num_rows))
+            spans.append(RowSpan(num_rows, cache.length, tuple(held.page for held in cache.pages), _recent(cache)))
         tables.append(model.rope.tables_at(np.concatenate(positions), alike[0].span.seq_len))  # [rows, R/2] each
     cos, sin = (torch.from_numpy(np.concatenate(parts)).to(x.device) for parts in zip(*tables, strict=True))
     return model.backend.begin_step(x, cos, sin, spans)
+
+
+def _recent(cache: KvCache) -> tuple[Page | None, ...]:
+    """The pages in float16 in the places of all pages, if the format has any."""
+    held = cache.recent
+    return tuple(held[index].page if index in held else None for index in range(len(cache.pages))) if held else ()
 
 
 def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> None:

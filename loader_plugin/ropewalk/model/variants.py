@@ -1,4 +1,4 @@
-"""One set of weights, computed in several ways at a time: with another RoPE scaling, layer order or context.
+"""One set of weights, computed in several ways at a time: with another RoPE scaling, cache, layer order or arithmetic.
 
 A variant is a model of its own, with its own adapters and caches; weights and the backend (its threads, and the memory
 that the matrices of adapters are placed in) are shared. It can run, and load adapters, while the other one does: each
@@ -8,13 +8,16 @@ operation takes the threads for itself, and each matrix its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ropewalk.adapters.lora import read_adapter
-from ropewalk.base.errors import RequestError
+from ropewalk.backends.protocol import Backend
+from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
-from ropewalk.model.model import Model, ModelLimits
+from ropewalk.model.layers import recompiled
+from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.rope.rope import Rope, resolve_rope
 from ropewalk.rope.spellings import BY_FACTOR
 
@@ -25,12 +28,25 @@ MAX_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """A LoRA in use. name: what it is loaded as; instances: the layer instances that it changes (default: all)."""
+
+    name: str
+    folder: Path
+    weight: float = 1.0
+    instances: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
-    """A named way to run the weights. adapter: the LoRA folder in use, under the variant's name."""
+    """A named way to run the weights. None: as the model was loaded."""
 
     name: str
     rope: Rope
-    adapter: Path | None = None
+    adapters: tuple[AdapterUse, ...] = ()
+    cache_format: CacheFormat | None = None
+    compute: str | None = None
+    layer_order: LayerOrder | None = None
 
 
 def variant_model(
@@ -38,18 +54,42 @@ def variant_model(
     rope: Rope | None = None,
     max_seq_len: int | None = None,
     layer_order: str | Sequence[int] | LayerOrder | None = None,
+    cache_format: CacheFormat | None = None,
+    compute: str | None = None,
 ) -> Model:
-    """The weights of `model` under another RoPE, context length or layer order; whatever is not given stays.
+    """The weights of `model` under another RoPE, context length, layer order, cache or arithmetic.
+
+    Whatever is not given stays.
 
     Raises:
-        ConfigError: as `choose_layer_order`.
+        ConfigError: as `choose_layer_order`. UnsupportedError: the weights are packed for one arithmetic alone.
     """
     order = model.layer_order
     if layer_order is not None:
         second_layers = len(model.weights.layers) - model.config.num_layers or None
         order = choose_layer_order(model.config, layer_order, second_layers=second_layers)
-    limits = ModelLimits(max_seq_len or model.max_seq_len, min(model.max_input_len, MAX_CHUNK), model.cache_format)
-    return Model(model.config, model.quant, rope or model.rope, model.backend, model.weights, limits, order)
+    backend, weights = _computing(model, compute)
+    length, chunk = max_seq_len or model.max_seq_len, min(model.max_input_len, MAX_CHUNK)
+    limits = ModelLimits(length, chunk, cache_format or model.cache_format)
+    return Model(model.config, model.quant, rope or model.rope, backend, weights, limits, order)
+
+
+def can_compute(model: Model, compute: str) -> bool:
+    """Whether the weights as they are packed serve this arithmetic."""
+    return compute == model.backend.compute or model.backend.computing(compute) is not None
+
+
+def _computing(model: Model, compute: str | None) -> tuple[Backend, ModelWeights]:
+    """Backend and weights for an arithmetic; what is packed is shared."""
+    if compute is None or compute == model.backend.compute:
+        return model.backend, model.weights
+    backend = model.backend.computing(compute)
+    if backend is None:
+        raise UnsupportedError(
+            f"the weights are packed for {model.backend.compute!r} on backend {model.backend.name!r}: for compute="
+            f"{compute!r} the model must be loaded anew"
+        )
+    return backend, replace(model.weights, layers=recompiled(backend, model.config, model.weights.layers))
 
 
 def scaling_variant(model: Model, name: str, factor: float) -> Variant:
@@ -74,14 +114,28 @@ def adapter_variant(model: Model, name: str, folder: Path) -> Variant:
     """
     noted = read_adapter(folder, model.config, model.weights.embeddings).rope_scaling
     if noted is None:
-        return Variant(name, model.rope, folder)
-    return Variant(name, resolve_rope(model.config.raw, rope_scaling=noted, source=str(folder)), folder)
+        return Variant(name, model.rope, (AdapterUse(name, folder),))
+    rope = resolve_rope(model.config.raw, rope_scaling=noted, source=str(folder))
+    return Variant(name, rope, (AdapterUse(name, folder),))
 
 
-def open_variant(model: Model, variant: Variant, max_seq_len: int) -> tuple[Model, list[tuple[str, float]] | None]:
-    """(the model of a variant for texts of that length, the adapters of its requests)."""
-    made = variant_model(model, variant.rope, max_seq_len)
-    if variant.adapter is None:
-        return made, None
-    made.load_adapter(variant.adapter, variant.name)
-    return made, [(variant.name, 1.0)]
+Chosen = list[tuple[str, float, tuple[int, ...] | None]]
+
+
+def open_variant(model: Model, variant: Variant, max_seq_len: int) -> tuple[Model, Chosen | None]:
+    """(the model of a variant for texts of that length, the adapters of its requests).
+
+    Raises:
+        Errors of `variant_model` and of `Model.load_adapter`.
+    """
+    made = variant_model(model, variant.rope, max_seq_len, variant.layer_order, variant.cache_format, variant.compute)
+    return made, load_adapters(made, variant.adapters)
+
+
+def load_adapters(model: Model, adapters: Sequence[AdapterUse]) -> Chosen | None:
+    """Load them beside a model; returns the `adapters` of requests, None if there are none. An adapter may be in use
+    several times, on different instances."""
+    for use in adapters:
+        if use.name not in model.adapters:
+            model.load_adapter(use.folder, use.name)
+    return [(use.name, use.weight, use.instances) for use in adapters] or None

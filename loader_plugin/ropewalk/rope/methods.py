@@ -77,6 +77,11 @@ class DynamicNtkScaling:
     name: ClassVar[str] = "dynamic"
     depends_on_length: ClassVar[bool] = True
 
+    @property
+    def steady_length(self) -> int:
+        """Up to this length all frequencies are the same."""
+        return self.original
+
     def frequencies(self, theta: float, rotary_dim: int, seq_len: int) -> Frequencies:
         alpha = self.factor * max(seq_len, self.original) / self.original - (self.factor - 1)
         return _plain(_ntk_theta(theta, alpha, rotary_dim), rotary_dim), 1.0
@@ -158,6 +163,11 @@ class DynamicScaling:
     def name(self) -> str:
         return f"dynamic-{self.inner.name}"
 
+    @property
+    def steady_length(self) -> int:
+        """Up to this length all frequencies are the same."""
+        return self.start
+
     def frequencies(self, theta: float, rotary_dim: int, seq_len: int) -> Frequencies:
         factor = max(seq_len, self.start) / self.original
         return replace(self.inner, factor=factor).frequencies(theta, rotary_dim, seq_len)
@@ -199,6 +209,11 @@ class LongRopeScaling:
     attention_factor: float | None
     name: ClassVar[str] = "longrope"
     depends_on_length: ClassVar[bool] = True
+
+    @property
+    def steady_length(self) -> int:
+        """Up to this length all frequencies are the same."""
+        return self.original
 
     def frequencies(self, theta: float, rotary_dim: int, seq_len: int) -> Frequencies:
         factors = self.long_factor if seq_len > self.original else self.short_factor

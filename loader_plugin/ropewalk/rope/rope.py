@@ -25,6 +25,9 @@ from ropewalk.rope.spellings import MAX_FACTOR, MIN_FACTOR
 
 logger = logging.getLogger(__name__)
 
+GROWTH = 8  # a sequence grows by this part of its length, before its keys are turned for another one,
+GROWN_TO = 64  # in multiples of this, the positions of a page
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -72,6 +75,25 @@ class Rope:
         angles = positions.astype(np.float64)[:, None] * inv  # [T, R/2]
         return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
 
+    def turns_like(self, other: Rope) -> bool:
+        """True if both rotate every key of every sequence alike, whatever decided them."""
+        mine, theirs = ((rope.method, rope.theta, rope.head_dim, rope.rotary_dim) for rope in (self, other))
+        return mine == theirs
+
+    def grown_length(self, length: int) -> int:
+        """The length whose frequencies a sequence gets that has outgrown those of its keys: `length`, or somewhat more.
+
+        It is the next of a fixed row of lengths, each an eighth longer than the one before and in whole pages, so that
+        keys that follow the length are turned a few times and not with every token. The row begins where the
+        frequencies begin to change, and depends on nothing else.
+        """
+        if not self.depends_on_length:
+            return length
+        grown = self.method.steady_length
+        while grown < length:
+            grown = -(-grown * (GROWTH + 1) // (GROWTH * GROWN_TO)) * GROWN_TO
+        return grown
+
     def describe(self) -> str:
         """One line for people: the method with its values, and what decided it."""
         method = self.method
@@ -92,6 +114,7 @@ def resolve_rope(
     alpha_value: float | None = None,
     rope_theta: float | None = None,
     source: str = "config.json",
+    why: str | None = None,
 ) -> Rope:
     """The RoPE of a model: what its config.json asks for, or what the arguments put in its place.
 
@@ -104,6 +127,7 @@ def resolve_rope(
     alpha_value: NTK-aware scaling by this alpha, in place of config.json's scaling; both knobs together divide the
         NTK-aware frequencies by compress_pos_emb. 1 means no scaling. Neither goes together with rope_scaling.
     rope_theta: the base, in place of config.json's; it combines with everything else.
+    why: what decided, in place of the names of arguments.
 
     Raises:
         ConfigError: a key or an argument has the wrong type, is out of range, or contradicts another.
@@ -131,6 +155,8 @@ def resolve_rope(
     # to take. An argument, however, is given for the length that it reaches.
     default_length = reach if by_knobs or rope_scaling is not None else min(reach, declared)
     rope = _rope(decision, theta, default_length)
+    if why is not None:
+        rope = replace(rope, decided_by=why)
     if seq_len is not None:
         _warn_beyond(rope, _length(seq_len, "seq_len", 1))
     return rope

@@ -17,6 +17,7 @@ struct Verbs {
   static constexpr int kExactTiles = 2;
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 2;
+  static constexpr int kCodeRows = 2;
 
   static F32 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F32 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -123,7 +124,27 @@ struct Verbs {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }
+  static void store_int16(int16_t* p, F32 v) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.low), _mm256_cvtps_epi32(v.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+  }
+  template <int kBlend>
+  static __m256 sum_or_difference(__m256 a, __m256 other) {
+    return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), kBlend);
+  }
+  // (a, b) -> (a + b, a - b) for lanes kDistance apart.
+  template <int kDistance>
+  static F32 butterfly(F32 a) {
+    if constexpr (kDistance == 8) return {_mm256_add_ps(a.low, a.high), _mm256_sub_ps(a.low, a.high)};
+    const auto half = [](__m256 v) {
+      if constexpr (kDistance == 1) return sum_or_difference<0xaa>(v, _mm256_permute_ps(v, 0xb1));
+      if constexpr (kDistance == 2) return sum_or_difference<0xcc>(v, _mm256_permute_ps(v, 0x4e));
+      return sum_or_difference<0xf0>(v, _mm256_permute2f128_ps(v, v, 1));
+    };
+    return {half(a.low), half(a.high)};
+  }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
   struct Codes {  // 16 lanes of 4 codes
     __m256i low, high;
@@ -146,6 +167,63 @@ struct Verbs {
   // Dot products of unsigned codes with signed activations over one block of 32 rows.
   template <int kBits>
   struct Dot;
+
+  using Words = Codes;    // 16 lanes of 2 words: two keys of a value, or 32 weights
+  using PairSum = Codes;
+  static Words load_words(const int16_t* p) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(p);
+    return {load_line(bytes), load_line(bytes + 32)};
+  }
+  static void store_words(int16_t* p, Words a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), a.high);
+  }
+  static Words mul_words(Words a, Words b) {
+    return {_mm256_mulhrs_epi16(a.low, b.low), _mm256_mulhrs_epi16(a.high, b.high)};
+  }
+  static PairSum pair_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static PairSum add_pair(PairSum sum, Words words, const int16_t* two) {
+    int32_t both;
+    __builtin_memcpy(&both, two, 4);
+    const __m256i weights = _mm256_set1_epi32(both);
+    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(words.low, weights)),
+            _mm256_add_epi32(sum.high, _mm256_madd_epi16(words.high, weights))};
+  }
+  static PairSum add_sums(PairSum a, PairSum b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+  }
+  static F32 pair_to_f32(PairSum sum) { return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)}; }
+  static __m256 word_half(__m256i words, int which) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(which == 0 ? _mm256_slli_epi32(words, 16) : words, 16));
+  }
+  static F32 word_to_f32(Words words, int which) { return {word_half(words.low, which), word_half(words.high, which)}; }
+
+  // Codes of 32 keys in 16 dims as pairs of neighbouring keys, kPerLine of them to a line.
+  template <int kBits>
+  struct Pairs {
+    static constexpr int kPerLine = kBits == 8 ? 2 : 4;
+    static constexpr int kLines = 16 / kPerLine;
+    static __m256i low_bits(__m256i words, int mask) {
+      return _mm256_and_si256(words, _mm256_set1_epi16(static_cast<short>(mask)));
+    }
+    static __m256i low_codes(const uint8_t* line, int i) {
+      if constexpr (kBits == 8) return i == 0 ? low_bits(load_line(line), 0xff) : _mm256_srli_epi16(load_line(line), 8);
+      return low_bits(_mm256_srli_epi16(load_line(line), 4 * i), 0x0f);
+    }
+    // Of 6 bits: the upper bits of the pairs of two lines, 2 bits each.
+    static __m256i upper_codes(const uint8_t* line, int field) {
+      const __m256i plane = load_line(line);
+      return low_bits(field < 2 ? _mm256_slli_epi16(plane, 4 - 2 * field) : _mm256_srli_epi16(plane, 2 * field - 4), 0x30);
+    }
+    static __m256i codes(const uint8_t* block, int index, int i, int byte) {
+      const __m256i low = low_codes(block + index * 64 + byte, i);
+      if constexpr (kBits != 6) return low;
+      return _mm256_or_si256(low, upper_codes(block + (4 + index / 2) * 64 + byte, index % 2 * 4 + i));
+    }
+    static void load(const uint8_t* block, int index, Words (&words)[kPerLine]) {
+      for (int i = 0; i < kPerLine; ++i) words[i] = {codes(block, index, i, 0), codes(block, index, i, 32)};
+    }
+  };
 };
 
 // Codes up to 15: a block's 16-bit partial sums reach at most 8 * 2 * 15 * 127 = 30480, so they are widened once.
@@ -168,6 +246,31 @@ struct Verbs::Dot<4> {
   static F32 to_f32(Sum sum) {
     return {_mm256_cvtepi32_ps(pair_sums(sum.low)), _mm256_cvtepi32_ps(pair_sums(sum.high))};
   }
+};
+
+// Codes up to 63: a pair of products is at most 2 * 63 * 127, and two of them would overflow.
+template <>
+struct Verbs::Dot<6> {
+  using Sum = Codes;
+  static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static __m256i low_bits(__m256i bytes, int mask) {
+    return _mm256_and_si256(bytes, _mm256_set1_epi8(static_cast<char>(mask)));
+  }
+  // The upper two bits stand in a plane of their own: bits 2f and 2f + 1 of a byte, f = quad % 2 * 2 + half.
+  static __m256i codes(const uint8_t* block, int quad, int half, int byte) {
+    const __m256i lower = low_bits(_mm256_srli_epi16(load_line(block + quad * 64 + byte), 4 * half), 0x0f);
+    const __m256i plane = load_line(block + (4 + quad / 2) * 64 + byte);
+    const int field = quad % 2 * 2 + half;
+    const __m256i upper = field < 2 ? _mm256_slli_epi16(plane, 4 - 2 * field) : _mm256_srli_epi16(plane, 2 * field - 4);
+    return _mm256_or_si256(lower, low_bits(upper, 0x30));
+  }
+  static Codes first_half(const uint8_t* block, int quad) { return {codes(block, quad, 0, 0), codes(block, quad, 0, 32)}; }
+  static Codes second_half(const uint8_t* block, int quad) { return {codes(block, quad, 1, 0), codes(block, quad, 1, 32)}; }
+  static Sum add(Sum sum, Codes codes, Quad x) {
+    return {_mm256_add_epi32(sum.low, pair_sums(_mm256_maddubs_epi16(codes.low, x))),
+            _mm256_add_epi32(sum.high, pair_sums(_mm256_maddubs_epi16(codes.high, x)))};
+  }
+  static F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)}; }
 };
 
 // Codes up to 255: maddubs would saturate (2 * 255 * 127 > 32767), so the top bit goes separately.

@@ -1,6 +1,7 @@
 // The kernel table of one instruction set, from its vector verbs.
 #pragma once
 
+#include "append.inl.hpp"
 #include "attention.inl.hpp"
 #include "linear.inl.hpp"
 #include "low_rank.inl.hpp"
@@ -26,6 +27,7 @@ constexpr KernelTable make_table(const char* name) {
       .add = &add<V>,
       .embed = &embed<V>,
       .append = &append<V>,
+      .move_rows = &move_rows<V>,
       .attend = &attend<V>,
       .attend_range = &attend_range<V>,
       .attend_merge = &attend_merge<V>,

@@ -51,6 +51,7 @@ struct Verbs {
   static constexpr int kExactTiles = 1;
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 1;
+  static constexpr int kCodeRows = 1;
 
   template <class Function>
   static F32 each(Function function) {
@@ -120,7 +121,22 @@ struct Verbs {
     const F32 rounded = round(v);
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(rounded.lane[i]);
   }
+  static void store_int16(int16_t* p, F32 v) {
+    const F32 rounded = round(v);
+    for (int i = 0; i < 16; ++i) {
+      const bool fits = rounded.lane[i] >= -32768.0f && rounded.lane[i] <= 32767.0f;  // not a NaN
+      p[i] = fits ? static_cast<int16_t>(rounded.lane[i]) : int16_t{-32768};
+    }
+  }
+  // (a, b) -> (a + b, a - b) for lanes kDistance apart.
+  template <int kDistance>
+  static F32 butterfly(F32 a) {
+    return each([&](int i) {
+      return (i & kDistance) == 0 ? a.lane[i] + a.lane[i + kDistance] : a.lane[i - kDistance] - a.lane[i];
+    });
+  }
   static void prefetch(const void*) {}
+  static void prefetch_far(const void*) {}
 
   struct Codes {  // 16 lanes of 4 codes
     uint8_t byte[64];
@@ -138,18 +154,20 @@ struct Verbs {
       int32_t lane[16];
     };
     static Sum zero() { return Sum{}; }
-    static Codes first_half(const uint8_t* block, int quad) {
+    static uint8_t code(const uint8_t* block, int quad, int half, int i) {
+      if (kBits == 8) return block[(quad + 4 * half) * 64 + i];
+      const int low = block[quad * 64 + i] >> 4 * half & 0x0f;
+      // Of 6 bits the upper two stand in a plane of their own.
+      const int upper = kBits == 6 ? block[(4 + quad / 2) * 64 + i] >> 2 * (quad % 2 * 2 + half) & 3 : 0;
+      return static_cast<uint8_t>(low | upper << 4);
+    }
+    static Codes half_of(const uint8_t* block, int quad, int half) {
       Codes codes;
-      for (int i = 0; i < 64; ++i) codes.byte[i] = kBits == 8 ? block[quad * 64 + i] : block[quad * 64 + i] & 0x0f;
+      for (int i = 0; i < 64; ++i) codes.byte[i] = code(block, quad, half, i);
       return codes;
     }
-    static Codes second_half(const uint8_t* block, int quad) {
-      Codes codes;
-      for (int i = 0; i < 64; ++i) {
-        codes.byte[i] = kBits == 8 ? block[(quad + 4) * 64 + i] : static_cast<uint8_t>(block[quad * 64 + i] >> 4);
-      }
-      return codes;
-    }
+    static Codes first_half(const uint8_t* block, int quad) { return half_of(block, quad, 0); }
+    static Codes second_half(const uint8_t* block, int quad) { return half_of(block, quad, 1); }
     static Sum add(Sum sum, const Codes& codes, Quad values) {
       for (int i = 0; i < 16; ++i) {
         for (int j = 0; j < 4; ++j) sum.lane[i] += static_cast<int32_t>(codes.byte[i * 4 + j]) * values[j];
@@ -157,6 +175,60 @@ struct Verbs {
       return sum;
     }
     static F32 to_f32(const Sum& sum) { return each([&](int i) { return static_cast<float>(sum.lane[i]); }); }
+  };
+
+  struct Words {  // 16 lanes of 2 words: two keys of a value, or 32 weights
+    int16_t word[32];
+  };
+  struct PairSum {
+    int32_t lane[16];
+  };
+  static Words load_words(const int16_t* p) {
+    Words words;
+    __builtin_memcpy(words.word, p, sizeof words);
+    return words;
+  }
+  static void store_words(int16_t* p, const Words& a) { __builtin_memcpy(p, a.word, sizeof a); }
+  // a * b / 2^15, rounded half up.
+  static Words mul_words(const Words& a, const Words& b) {
+    Words product;
+    for (int i = 0; i < 32; ++i) product.word[i] = static_cast<int16_t>((a.word[i] * b.word[i] + 0x4000) >> 15);
+    return product;
+  }
+  static PairSum pair_zero() { return PairSum{}; }
+  static PairSum add_pair(PairSum sum, const Words& words, const int16_t* two) {
+    for (int i = 0; i < 16; ++i) {
+      const int pair = words.word[2 * i] * two[0] + words.word[2 * i + 1] * two[1];
+      sum.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(sum.lane[i]) + static_cast<uint32_t>(pair));
+    }
+    return sum;
+  }
+  static PairSum add_sums(PairSum a, const PairSum& b) {
+    for (int i = 0; i < 16; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static F32 pair_to_f32(const PairSum& sum) { return each([&](int i) { return static_cast<float>(sum.lane[i]); }); }
+  static F32 word_to_f32(const Words& words, int which) {
+    return each([&](int i) { return static_cast<float>(words.word[2 * i + which]); });
+  }
+
+  // Codes of 32 keys in 16 dims as pairs of neighbouring keys, kPerLine of them to a line.
+  template <int kBits>
+  struct Pairs {
+    static constexpr int kPerLine = kBits == 8 ? 2 : 4;
+    static constexpr int kLines = 16 / kPerLine;
+    static int word(const uint8_t* line, int i) { return line[2 * i] | line[2 * i + 1] << 8; }
+    static void load(const uint8_t* block, int index, Words (&words)[kPerLine]) {
+      for (int pair = 0; pair < kPerLine; ++pair) {
+        for (int i = 0; i < 32; ++i) {
+          const int all = word(block + index * 64, i);
+          int code = kBits == 8 ? all >> 8 * pair & 0xff : all >> 4 * pair & 0x0f;
+          // Of 6 bits: the upper bits of the pairs of two lines, 2 bits each.
+          if (kBits == 6) code |= (word(block + (4 + index / 2) * 64, i) >> 2 * (index % 2 * 4 + pair) & 3) << 4;
+          words[pair].word[i] = static_cast<int16_t>(code);
+        }
+      }
+    }
   };
 };
 

@@ -11,13 +11,16 @@ namespace ropewalk {
 
 // How keys and values lie in a page; layout in native/README.md, "Pages of keys and values".
 struct KvFormat {
-  FloatType type;  // f16 or f32
+  KvType keys, values;
   int64_t num_heads, head_dim;
+  int64_t recent;  // positions that are kept in f16 besides; 0 where nothing is coded
 
   // Of one page in one layer instance.
   int64_t instance_bytes() const;
-  // Of layer instance `instance` in these pages.
-  KvView view(uint8_t* const* pages, int64_t instance) const;
+  // That of the pages of the last positions.
+  KvFormat recent_format() const { return {KvType::f16, KvType::f16, num_heads, head_dim, 0}; }
+  // Of layer instance `instance` in these pages; recent_pages: as in KvView, where recent > 0.
+  KvView view(uint8_t* const* pages, int64_t instance, uint8_t* const* recent_pages = nullptr) const;
 };
 
 class PagePool;
@@ -25,7 +28,8 @@ class PagePool;
 // Keys and values of kKvTile positions in all layer instances. Its memory goes back to the pool.
 class Page {
  public:
-  Page(std::shared_ptr<PagePool> pool, AlignedBytes memory) : pool_(std::move(pool)), memory_(std::move(memory)) {}
+  Page(std::shared_ptr<PagePool> pool, AlignedBytes memory, bool recent)
+      : pool_(std::move(pool)), memory_(std::move(memory)), recent_(recent) {}
   ~Page();
   Page(const Page&) = delete;
   Page& operator=(const Page&) = delete;
@@ -33,35 +37,49 @@ class Page {
   uint8_t* data() const { return memory_.as<uint8_t>(); }
   const PagePool& pool() const { return *pool_; }
   int64_t num_bytes() const { return memory_.size(); }
+  // Of the last positions, in f16.
+  bool recent() const { return recent_; }
+  const KvFormat& format() const;
+  int64_t num_instances() const { return num_bytes() / format().instance_bytes(); }
 
  private:
   std::shared_ptr<PagePool> pool_;
   AlignedBytes memory_;
+  bool recent_;
 };
 
-// At most `num_bytes` of pages. Those that come back are kept for the next, of the same number of instances: fresh
-// memory of the system costs as much as filling it. May be used from any thread.
+// At most `num_bytes` of pages, of both kinds together. Those that come back are kept for the next, of the same kind and
+// number of instances: fresh memory of the system costs as much as filling it. May be used from any thread.
 class PagePool : public std::enable_shared_from_this<PagePool> {
  public:
-  PagePool(const KvFormat& format, int64_t num_bytes) : format_(format), limit_(num_bytes) {}
+  PagePool(const KvFormat& format, int64_t num_bytes)
+      : format_(format), recent_format_(format.recent_format()), limit_(num_bytes) {}
 
   const KvFormat& format() const { return format_; }
+  const KvFormat& recent_format() const { return recent_format_; }
   int64_t num_bytes() const { return limit_; }
   int64_t used_bytes() const;
   // Not initialised. Throws std::bad_alloc where the limit or the system does not allow it.
-  std::shared_ptr<Page> take(int64_t num_instances);
+  std::shared_ptr<Page> take(int64_t num_instances, bool recent);
   std::shared_ptr<Page> copy(const Page& page);
 
  private:
   friend class Page;
-  AlignedBytes take_bytes(int64_t size);
-  void give(AlignedBytes memory) noexcept;
+  // Pages of one kind that came back, all of one size.
+  struct Spare {
+    std::vector<AlignedBytes> pages;
+    int64_t num_used = 0;
+    int64_t num_bytes() const { return pages.empty() ? 0 : pages.back().size() * static_cast<int64_t>(pages.size()); }
+  };
 
-  const KvFormat format_;
+  AlignedBytes take_bytes(int64_t size, bool recent);
+  void give(AlignedBytes memory, bool recent) noexcept;
+
+  const KvFormat format_, recent_format_;
   const int64_t limit_;
   mutable std::mutex mutex_;
   int64_t used_ = 0;
-  std::vector<AlignedBytes> spare_;  // all of one size
+  Spare spare_[2];  // of codes, or whatever the format is; and of the last positions
 };
 
 // The keys and values of one sequence in one layer. It holds the positions [0, length). An append begins at one of them

@@ -23,6 +23,12 @@ static constexpr int64_t kPanelRows = 96;   // rows of a linear's input that sha
 
 enum class FloatType : int32_t { f32, f16, bf16 };
 
+// How keys or values are kept: as floats, or as codes of 8, 6 or 4 bits with an f16 scale for each block of 32 dims.
+enum class KvType : int32_t { f32, f16, q8, q6, q4 };
+
+// exact: float32 activations against exactly decoded weights and keys. int8: both in integers (native/README.md).
+enum class Compute { exact, int8 };
+
 // A GPTQ linear in tiles of 16 output features; layout in native/README.md, "Packed GPTQ tiles".
 struct GptqWeights {
   int64_t in_features;        // K, rows before padding
@@ -162,12 +168,16 @@ struct EmbedArgs {
 
 // The keys and values of one sequence in one layer instance; layout in native/README.md, "Pages of keys and values".
 struct KvView {
-  FloatType type;             // f16 or f32
+  KvType keys, values;
   int64_t num_heads;          // Hkv
   int64_t head_dim;           // D
-  int64_t padded_dim;         // D rounded up to 16: row length of V
-  uint8_t* const* pages;      // of kKvTile positions each; in each, for every head: keys [4][D][16], values [64][padded_dim]
+  uint8_t* const* pages;      // of kKvTile positions each
   int64_t offset;             // bytes of a page before this layer instance
+  // With recent > 0 the last positions are kept in f16 besides: a row at position i reads the pages from
+  // max(0, i + 1 - recent) / kKvTile on from there.
+  int64_t recent;
+  uint8_t* const* recent_pages;  // of f16; null where no row reads the page
+  int64_t recent_offset;
 };
 
 struct AppendArgs {
@@ -180,8 +190,22 @@ struct AppendArgs {
   int64_t start;              // position of row 0
 };
 
+// Rows of pages moved to other positions: keys are turned by cos and sin, values stay as they are.
+struct MoveArgs {
+  KvView source;              // of the first layer instance; `recent` is not looked at
+  KvView target;              // of the same types and sizes; may be the same pages
+  int64_t instance_bytes;     // from one layer instance to the next
+  int64_t source_start;
+  int64_t target_start;       // rows are moved in ascending order
+  int64_t num_rows;           // T
+  const float* cos;           // [T][half]
+  const float* sin;
+  int64_t half;               // R / 2
+};
+
 struct AttendArgs {
   KvView kv;
+  Compute compute;            // of codes
   const float* q;             // [T][Hq][D], row stride below
   int64_t q_stride;
   int64_t num_rows;           // T
@@ -215,6 +239,8 @@ struct KernelTable {
   void (*add)(const AddArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*embed)(const EmbedArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*append)(const AppendArgs&, int64_t head_begin, int64_t head_end) noexcept;
+  // One item: a head of a layer instance.
+  void (*move_rows)(const MoveArgs&, int64_t item_begin, int64_t item_end) noexcept;
   // One item: kQueryRows consecutive (token, head of the group) rows of one key/value head.  `scratch` holds
   // attend_scratch_floats(D) floats, 64-byte aligned.
   void (*attend)(const AttendArgs&, int64_t item_begin, int64_t item_end, float* scratch) noexcept;
@@ -233,16 +259,42 @@ static constexpr int64_t pack_scratch_words(int64_t in_features) {
   return 2 * ceil_div(in_features, 32) * 8 * kPackColumns;
 }
 
+// Bits of a code, 0 for floats.
+static constexpr int32_t code_bits(KvType type) {
+  return type == KvType::q8 ? 8 : type == KvType::q6 ? 6 : type == KvType::q4 ? 4 : 0;
+}
+
+// Codes of few bits are those of a head that a Hadamard matrix was applied to.
+static constexpr bool is_rotated(KvType type) { return type == KvType::q6 || type == KvType::q4; }
+
+// Of the codes of one head in a page, keys or values, and of their scales.
+static constexpr int64_t code_bytes(KvType type, int64_t head_dim) {
+  return kKvTile * round_up(head_dim, kBlockRows) * code_bits(type) / 8;
+}
+static constexpr int64_t scale_bytes(int64_t head_dim) { return kKvTile * ceil_div(head_dim, kBlockRows) * 2; }
+
+// Of the keys, and of the values, of one head in a page.
+static constexpr int64_t key_bytes(KvType type, int64_t head_dim) {
+  if (code_bits(type) != 0) return code_bytes(type, head_dim) + scale_bytes(head_dim);
+  return kKvTile * head_dim * (type == KvType::f16 ? 2 : 4);
+}
+static constexpr int64_t value_bytes(KvType type, int64_t head_dim) {
+  if (code_bits(type) != 0) return code_bytes(type, head_dim) + scale_bytes(head_dim);
+  return kKvTile * round_up(head_dim, kLanes) * (type == KvType::f16 ? 2 : 4);
+}
+
 // The weighted values of some rows over one range of keys: sums, running maxima, and sums of exp(score - maximum).
 static constexpr int64_t attend_part_floats(int64_t num_rows, int64_t head_dim) {
   return num_rows * (round_up(head_dim, kLanes) + 2);
 }
 
-// q, the KV tile as f32, scores, corrections, and two parts.
+// As AttendTile of cpu/generic/attention_tile.inl.hpp carves it up, and two parts.
 static constexpr int64_t attend_scratch_floats(int64_t head_dim) {
-  const int64_t padded = round_up(head_dim, kLanes);
-  return kQueryRows * padded + 2 * kKvTile * padded + kQueryRows * kKvTile + kQueryRows +
-         2 * attend_part_floats(kQueryRows, head_dim);
+  const int64_t padded = round_up(head_dim, kBlockRows);
+  const int64_t queries = kQueryRows * (2 * padded + padded / 4 + 2 * padded / kBlockRows);
+  const int64_t keys_and_values = 2 * kKvTile * padded + kKvTile / 2 * padded / kBlockRows + padded / kBlockRows;
+  const int64_t weights = kQueryRows * (kKvTile + kKvTile / 2 + 4);
+  return queries + keys_and_values + weights + 8 * kLanes + 2 * attend_part_floats(kQueryRows, head_dim);
 }
 
 // (token, head) rows of one key/value head, cut into items of kQueryRows.

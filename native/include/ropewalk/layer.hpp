@@ -84,6 +84,7 @@ struct RowSpan {
   int64_t num_rows;
   int64_t start;
   std::vector<uint8_t*> pages;
+  std::vector<uint8_t*> recent;  // as in KvView, where the format keeps the last positions in f16; else empty
 };
 
 // What the layers of a step have in common. The rows of a span follow those of the one before it.

@@ -96,8 +96,6 @@ struct LowRankWeights {
   std::vector<Part> parts;  // as many as the plan has
 };
 
-enum class Compute { exact, int8 };
-
 // Rows [first, end) of a linear that are changed. Changes of one call are disjoint.
 struct RowChange {
   int64_t first, end;
@@ -118,5 +116,6 @@ void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows);
 // Of several sequences at once.
 void append(CpuRuntime& runtime, const std::vector<AppendArgs>& sequences);
 void attend(CpuRuntime& runtime, const std::vector<AttendArgs>& sequences);
+void move_rows(CpuRuntime& runtime, const MoveArgs& args, int64_t num_instances);
 
 }  // namespace ropewalk

@@ -17,6 +17,7 @@ from ropewalk.backends.gpu.backend import GpuBackend
 from ropewalk.backends.gpu.memory import told_in_numbers
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import CheckpointError, ConfigError, RequestError
+from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model import pages
 from ropewalk.model.loader import load_model
 from ropewalk.model.pages import ContextPages, check_cache_memory, choose_cache_memory
@@ -43,7 +44,7 @@ def backend(device: torch.device = CARD) -> SimpleNamespace:
 
 
 def context(gib: float) -> ContextPages:
-    return ContextPages(4096, "fp16", int(gib * GIB) // 64)
+    return ContextPages(4096, CacheFormat.parse("fp16"), int(gib * GIB) // 64)
 
 
 def test_pages_may_take_what_is_free_on_the_card_but_for_a_reserve(card) -> None:

@@ -64,6 +64,26 @@ def test_the_context_lab_measures_to_its_plot(page: Page) -> None:
     says(page, "lab-perplexity-progress", "done")
 
 
+def test_the_context_lab_recommends_and_can_be_cancelled(page: Page) -> None:
+    choose(page, "Context lab")
+    choose(page, "Which scaling?")
+    field(page, "lab-wanted").fill("1024")
+    field(page, "lab-wanted").press("Enter")
+    field(page, "lab-budget").fill("65536")
+    field(page, "lab-budget").press("Enter")
+    page.click("#lab-recommend-go")
+    says(page, "lab-recommend-progress", "running: [1-9]")
+    page.click("#lab-recommend-cancel")
+    says(page, "lab-recommend-progress", "Cancelled before every scaling was measured")
+    field(page, "lab-budget").fill("2048")
+    field(page, "lab-budget").press("Enter")
+    page.click("#lab-recommend-go")
+    said = says(page, "lab-recommend-progress", "The rule")
+    assert "done: 20,480 of 20,480 tokens" in said and "--max-seq-len 1024" in said
+    page.locator("#lab-recommend-plot svg").wait_for()
+    assert "ntk-by-parts 2" in page.inner_text("#lab-recommend-plot")
+
+
 def test_a_layer_order_is_drawn_and_applied(page: Page, session: Session) -> None:
     choose(page, "Layers")
     field(page, "order").fill("0-4,3-4")

@@ -41,6 +41,18 @@ class GpuBackend(SinglePlace):
             sum_products_exactly()
         self._graphs = StepGraphs(cuda_capture(device)) if device.type == "cuda" else None
 
+    @property
+    def arithmetic(self) -> str:
+        """Cards of different capabilities run other code."""
+        if self.device.type == "cpu":
+            return f"{self.name} {self.compute} interpreted"
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return f"{self.name} {self.compute} {major}.{minor}"
+
+    def computing(self, compute: str) -> None:
+        """Weights are laid out for one arithmetic."""
+        return None
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> GpuLinear:
         """Lay out linears that read the same input on the device."""
         with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):

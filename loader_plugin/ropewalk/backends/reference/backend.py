@@ -30,6 +30,15 @@ class ReferenceBackend(SinglePlace):
         self.compute = compute
         self.device = torch.device(device)
 
+    @property
+    def arithmetic(self) -> str:
+        """What decides the bits of keys and values."""
+        return f"{self.name} {self.compute} {self.device.type}"
+
+    def computing(self, compute: str) -> ReferenceBackend | None:
+        """Weights stay as stored, whatever is done with them."""
+        return ReferenceBackend(compute, self.device) if compute in ("exact", "int8") else None
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> ReferenceLinear:
         """Move the parts to the device; nothing is rearranged."""
         return linear.pack(parts, self.device)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from ropewalk.adapters.request import Request
-from ropewalk.base.errors import ContextLengthError, RequestError
+from ropewalk.base.choices import ROTATE
+from ropewalk.base.errors import ContextLengthError, RequestError, RopewalkError, SavedCacheError
+from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
+from ropewalk.faces.cli.cache import MESSAGES, conversation_opening, kept_messages, load_kept
 from ropewalk.faces.cli.options import (
     load,
     load_adapters,
     note,
     progress_bar,
     sampling_params,
+    shift_option,
     speculation_options,
 )
+from ropewalk.faces.cli.rescale import HELP as RESCALE_HELP
+from ropewalk.faces.cli.rescale import parse_rescale
 from ropewalk.generate.sampling import SamplingParams
 
-HELP = "/reset forgets the conversation, /undo the last turn, /exit (or Ctrl-D) leaves; Ctrl-C stops a reply"
+HELP = (
+    "/reset forgets the conversation, /undo the last turn, /save FILE keeps it for chat --cache FILE, /exit (or "
+    f"Ctrl-D) leaves; Ctrl-C stops a reply; {RESCALE_HELP}"
+)
 REPLY_TOKENS = 512
 LONG_PREFILL = 1024
 
@@ -61,12 +72,33 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": reply})
         return line
 
+    def save(self, path: Path) -> str:
+        """Keep the conversation in a file; returns a line about it."""
+        messages = self._opening + self.messages
+        with progress_bar("reading", "token", LONG_PREFILL) as progress:
+            kept = self.engine.kept.save(
+                conversation_opening(self.engine, messages),
+                path,
+                {"title": "a conversation", MESSAGES: json.dumps(messages)},
+                progress=progress,
+                adapters=self.adapters,
+            )
+        return f"{path}: {kept.num_tokens} tokens, {format_bytes(kept.num_bytes)}"
+
+    def resume(self, messages: list[dict[str, str]]) -> None:
+        """Go on with these messages; a system text among them replaces the one so far."""
+        self._opening = [message for message in messages[:1] if message["role"] == "system"] or self._opening
+        self.messages = [message for message in messages if message["role"] != "system"]
+
     def _reply(self) -> tuple[str, str]:
-        self._shorten()
+        if not self.engine.context_shift:
+            self._shorten()
         pieces = []
         with _interrupt_sets() as interrupted, progress_bar("reading", "token", LONG_PREFILL) as progress:
             messages = self._opening + self.messages
             stream = self.engine.chat(messages, self.params, interrupted.is_set, progress, self.adapters)
+            if stream.dropped_messages:
+                note(f"the context is full: left out the {stream.dropped_messages} oldest messages")
             for piece in stream:
                 pieces.append(piece)
                 sys.stdout.write(piece)
@@ -99,12 +131,17 @@ def chat_loop(args: argparse.Namespace) -> int:
     """Read lines from stdin and answer them until the end; the exit code."""
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing in input(); Windows has none)
+    if args.cache is not None and args.system is not None:
+        raise RequestError("--cache and --system cannot be used together: the file has its own system text")
     params, guessing = sampling_params(args, max_new_tokens=REPLY_TOKENS), speculation_options(args)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
-    engine = Engine(model, tokenizer, args.chat_template, **guessing)
+    engine = Engine(model, tokenizer, args.chat_template, context_shift=shift_option(args), **guessing)
     conversation = Conversation(engine, params, args.system, adapters)
     _ = engine.chat_template  # a broken or missing template is better reported before the first question
+    kept = load_kept(engine, args)
+    if kept is not None:
+        conversation.resume(kept_messages(kept, args.cache))
     note(HELP)
     while True:
         try:
@@ -127,13 +164,33 @@ def _answer(conversation: Conversation, line: str) -> None:
         note("forgot the conversation")
     elif command == "/undo":
         note("forgot the last turn" if conversation.undo() else "there is nothing to undo")
+    elif command.startswith("/save "):
+        _tell(lambda: conversation.save(Path(command.removeprefix("/save ").strip()).expanduser()))
+    elif command.split()[0] == "/rescale":
+        _rescale(conversation.engine, command.removeprefix("/rescale"))
     elif command.startswith("/"):
         note(HELP)
     else:
-        try:
-            note(conversation.ask(line))
-        except RequestError as error:
-            note(f"ropewalk: error: {error}")
+        _tell(lambda: conversation.ask(line))
+
+
+def _tell(do: Callable[[], str]) -> None:
+    """A line about what was done, or what is wrong with it."""
+    try:
+        note(do())
+    except (RequestError, SavedCacheError) as error:
+        note(f"ropewalk: error: {error}")
+
+
+def _rescale(engine: Engine, text: str) -> None:
+    try:
+        given = parse_rescale(text)
+        engine.rescale(**given)
+    except RopewalkError as error:
+        note(f"ropewalk: error: {error}")
+        return
+    how = "the conversation was turned to it" if given["mode"] == ROTATE else "the conversation will be read anew"
+    note(f"{engine.model.rope.describe()}; {how}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError
+from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
 from ropewalk.faces.cli.options import note
 
 DATA = Path("~/.ropewalk")
@@ -41,6 +42,7 @@ def add_demo_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--data", type=Path, default=DATA, metavar="DIR", help=f"where conversations are kept (default: {DATA})"
     )
+    add_kept_arguments(parser, f"{DATA}/caches, or caches under --data")
     parser.add_argument(
         "--max-running",
         type=int,
@@ -69,7 +71,9 @@ def run_demo(args: argparse.Namespace) -> int:
     auth = tuple(_user_and_password(text) for text in args.auth)
     address = Address(args.host, args.port, args.root_path, auth, args.open)
     owner = Owner(args.anyone_may_load, _owners(args.owner, [user for user, _ in auth], args.anyone_may_load))
-    serve_demo(address, args.model, args.models, args.data.expanduser(), args.max_running, owner, note)
+    data = args.data.expanduser()
+    args.cache_folder = args.cache_folder or data / "caches"
+    serve_demo(address, args.model, args.models, data, args.max_running, owner, note, kept_folder(args))
     return 0
 
 

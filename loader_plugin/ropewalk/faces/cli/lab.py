@@ -3,40 +3,59 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ropewalk.adapters.config import find_adapter
 from ropewalk.base.errors import RequestError
+from ropewalk.faces.cli.measuring import (
+    add_result_arguments,
+    add_text_arguments,
+    check_plot,
+    depths,
+    lengths,
+    measured_text,
+    names,
+    open_model,
+    open_record,
+    percent,
+    write_results,
+)
 from ropewalk.faces.cli.options import (
     add_adapter_arguments,
     add_load_arguments,
     add_model_arguments,
-    load,
-    load_adapters,
     model_folder,
     note,
     progress_bar,
-    read_text,
 )
+from ropewalk.faces.cli.perplexity import add_position_arguments, position_rows
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from ropewalk.measure.record import Record
+    from ropewalk.model.model import Model
+    from ropewalk.model.variants import Variant
 
-HELD_OUT = "held_out.txt"  # the text that comes with the embedded model
+TASK_HELP = (
+    "keys: one pass key (default); several: a key at every depth, told apart by names; pairs: values of a JSON object "
+    "that fills the context"
+)
 
 
 def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     """Register both commands."""
     compare = commands.add_parser("compare", help="perplexity under several scalings", description=run_compare.__doc__)
-    _add_common(compare, "512,1024,2048")
+    add_model_arguments(compare)
+    add_text_arguments(compare)
+    compare.add_argument("--lengths", type=lengths, default="512,1024,2048", metavar="N,N,...", help="context lengths")
     compare.add_argument(
         "--scalings",
-        type=_names,
-        default="none,linear,ntk,dynamic,yarn",
+        type=names,
+        default="none,linear,ntk,dynamic,ntk-by-parts,yarn",
         metavar="NAME,NAME,...",
-        help="as loaded, none, linear, ntk, dynamic, ntk-by-parts, yarn",
+        help="as loaded, none, linear, ntk, dynamic, ntk-by-parts, yarn; yarn:8 has a factor of its own",
     )
     compare.add_argument(
         "--factor", type=float, metavar="X", help="factor of each scaling (default: longest / original length)"
@@ -48,6 +67,12 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="one more curve: a LoRA, with the RoPE scaling that its folder asks for",
     )
+    add_position_arguments(compare)
+    compare.add_argument(
+        "--recommend",
+        action="store_true",
+        help="find a scaling for the longest of the lengths: measure methods and factors, and say which to take",
+    )
     compare.add_argument(
         "--max-tokens",
         type=int,
@@ -55,69 +80,126 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="use at most N tokens of the text (default: %(default)s)",
     )
+    add_result_arguments(compare)
+    add_load_arguments(compare)
     compare.set_defaults(run=run_compare, adapter=[])  # the model itself is loaded without adapters
 
     retrieval = commands.add_parser(
-        "retrieval", help="pass keys by depth and length", description=run_retrieval.__doc__
+        "retrieval", help="keys found again, by depth and length", description=run_retrieval.__doc__
     )
-    _add_common(retrieval, "256,512,1024,2048")
-    retrieval.add_argument("--depths", type=_depths, default="0,0.25,0.5,0.75,1", metavar="X,X,...", help="0 to 1")
-    retrieval.add_argument("--trials", type=int, default=4, metavar="N", help="keys per cell (default: %(default)s)")
+    add_model_arguments(retrieval)
+    add_text_arguments(retrieval)
+    retrieval.add_argument(
+        "--lengths", type=lengths, default="256,512,1024,2048", metavar="N,N,...", help="context lengths"
+    )
+    retrieval.add_argument("--task", default="keys", metavar="NAME", help=TASK_HELP)
+    retrieval.add_argument("--depths", type=depths, default="0,0.25,0.5,0.75,1", metavar="X,X,...", help="0 to 1")
+    retrieval.add_argument("--trials", type=int, default=4, metavar="N", help="trials per cell (default: %(default)s)")
     retrieval.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the keys (default: %(default)s)")
+    add_result_arguments(retrieval)
+    add_load_arguments(retrieval)
     add_adapter_arguments(retrieval, routes=False)
     retrieval.set_defaults(run=run_retrieval)
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Perplexity of a text by context length under several RoPE scalings, as CSV; with --plot also as a picture."""
+    """Perplexity of a text under several RoPE scalings, by context length or by position; or the scaling to take."""
     from ropewalk.measure.compare import compare_perplexity, curves_csv
     from ropewalk.measure.plots import plot_curves
-    from ropewalk.model.variants import adapter_variant, scaling_variant
+    from ropewalk.measure.tables import with_error
 
-    model, tokenizer, token_ids = _model_and_text(args)
-    factor = args.factor or max(1.0, max(args.lengths) / model.rope.original_length)
-    variants = [scaling_variant(model, name, factor) for name in args.scalings]
-    variants += [adapter_variant(model, name, _adapter_folder(args, name)) for name in args.lora]
+    check_plot(args)
+    text = measured_text(args)
+    base, _, token_ids = open_model(args, text, max(args.lengths))
+    model = base.model
+    if args.recommend:
+        return _recommend(args, model, token_ids)
+    variants = _variants(args, model)
+    record = open_record(args, "perplexity", token_ids)
+    if args.by_position:
+        return _by_position(args, model, token_ids, variants, record)
     with progress_bar("perplexity", "token") as progress:
-        curves = compare_perplexity(model, token_ids, args.lengths, variants, args.max_tokens, progress)
-    _write(args, curves_csv(curves), lambda: plot_curves(curves))
+        curves = compare_perplexity(model, token_ids, args.lengths, variants, args.max_tokens, progress, record=record)
+    rows = [(curve.name, *(with_error(row.perplexity, row.error) for row in curve.rows)) for curve in curves]
+    columns = ("scaling", *(f"{length:,}" for length in args.lengths))
+    trained = model.rope.original_length
+    write_results(args, columns, rows, curves_csv(curves), lambda: plot_curves(curves, trained))
     return 0
 
 
 def run_retrieval(args: argparse.Namespace) -> int:
-    """Hide pass keys in a text and ask for them, as CSV by length and depth; with --plot also as a picture."""
+    """Hide keys in a text and ask for them, by length and depth."""
     from ropewalk.measure.plots import plot_retrieval
-    from ropewalk.measure.retrieval import cells_csv, make_probes, retrieval_map
+    from ropewalk.measure.retrieval import cells_csv, retrieval_map
+    from ropewalk.measure.tasks import make_task
 
-    model, tokenizer, token_ids = _model_and_text(args)
-    adapters = load_adapters(args, model)
-    probes = make_probes(tokenizer, args.trials, args.seed)
-    with progress_bar("retrieval", "cell") as progress:
-        cells = retrieval_map(model, token_ids, probes, args.lengths, args.depths, progress, adapters=adapters)
-    _write(args, cells_csv(cells), lambda: plot_retrieval(cells, model.rope.method.name))
+    check_plot(args)
+    base, tokenizer, token_ids = open_model(args, measured_text(args), max(args.lengths))
+    task = make_task(args.task, tokenizer, token_ids, args.trials, args.seed)
+    record = open_record(args, "retrieval", token_ids)
+    kept = record.part(args.task, {**base.facts, **task.facts, "depths": args.depths})
+    with progress_bar("retrieval", "question") as progress:
+        cells = retrieval_map(base.model, task, args.lengths, args.depths, progress, adapters=base.adapters, kept=kept)
+    rows = [
+        (f"{c.length:,}", percent(c.depth), c.trials, percent(c.found), percent(c.tokens_found),
+         "" if c.all_found is None else percent(c.all_found))
+        for c in cells
+    ]  # fmt: skip
+    columns = ("length", "depth", "trials", "found", "tokens found", "all of a context")
+    title = f"{args.task}, {base.model.rope.method.name}"
+    write_results(args, columns, rows, cells_csv(cells), lambda: plot_retrieval(cells, title))
     return 0
 
 
-def _add_common(parser: argparse.ArgumentParser, lengths: str) -> None:
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--text", metavar="FILE", help=f"UTF-8 text (-: standard input; default: {HELD_OUT} of the model)"
-    )
-    parser.add_argument("--lengths", type=_lengths, default=lengths, metavar="N,N,...", help="context lengths")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there (default: standard output)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there: .svg, .png or .pdf")
-    add_load_arguments(parser)
+def _recommend(args: argparse.Namespace, model: Model, token_ids: Sequence[int]) -> int:
+    from ropewalk.measure.plots import plot_recommendation
+    from ropewalk.measure.recommend import RULE, recommend, recommendation_csv, recommendation_rows
+
+    record = open_record(args, "perplexity", token_ids)
+    with progress_bar("recommending", "token") as progress:
+        found = recommend(model, token_ids, max(args.lengths), args.max_tokens, progress, record=record)
+    columns, rows = recommendation_rows(found)
+    write_results(args, columns, rows, recommendation_csv(found), lambda: plot_recommendation(found))
+    print(f"\n{found.reason}\nThe options: {found.options}", flush=True)
+    note(f"The rule: {RULE}.")
+    return 0
 
 
-def _model_and_text(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
-    path = args.text or str(model_folder(args) / HELD_OUT)
-    if args.text is None and not Path(path).is_file():
-        raise RequestError(f"{model_folder(args)} brings no {HELD_OUT}: name a text with --text FILE")
-    text = read_text(path)
-    if args.max_seq_len is None:
-        args.max_seq_len = max(args.lengths)
-    model, tokenizer = load(args)
-    return model, tokenizer, tokenizer.encode(text, add_bos=False)
+def _by_position(
+    args: argparse.Namespace, model: Model, token_ids: Sequence[int], variants: Sequence[Variant], record: Record
+) -> int:
+    from ropewalk.measure.compare import compare_positions, positions_csv
+    from ropewalk.measure.plots import plot_positions
+    from ropewalk.measure.positions import default_bin
+
+    length = max(args.lengths)
+    size = default_bin(length) if args.bin is None else args.bin
+    with progress_bar("perplexity", "token") as progress:
+        curves = compare_positions(model, token_ids, length, size, variants, args.max_tokens, progress, record=record)
+    columns, rows = position_rows(curves)
+    trained = model.rope.original_length
+    write_results(args, columns, rows, positions_csv(curves), lambda: plot_positions(curves, trained))
+    return 0
+
+
+def _variants(args: argparse.Namespace, model: Model) -> list[Variant]:
+    """What --scalings and --lora name."""
+    from ropewalk.model.variants import adapter_variant, scaling_variant
+
+    factor = args.factor or max(1.0, max(args.lengths) / model.rope.original_length)
+    variants = []
+    for given in args.scalings:
+        name, colon, own = given.partition(":")
+        by = _factor(given, own) if colon else factor
+        variants.append(replace(scaling_variant(model, name, by), name=given.replace(":", " ")))
+    return variants + [adapter_variant(model, name, _adapter_folder(args, name)) for name in args.lora]
+
+
+def _factor(given: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RequestError(f"--scalings {given}: what follows the colon must be a factor such as 4") from error
 
 
 def _adapter_folder(args: argparse.Namespace, given: str) -> Path:
@@ -126,37 +208,3 @@ def _adapter_folder(args: argparse.Namespace, given: str) -> Path:
     if folder is None:
         raise RequestError(f"--lora {given}: neither a folder nor an adapter that comes with {model_folder(args)}")
     return folder
-
-
-def _write(args: argparse.Namespace, table: str, plot: Callable[[], Figure]) -> None:
-    if args.csv is None:
-        print(table, end="", flush=True)
-    else:
-        try:
-            args.csv.write_text(table, encoding="utf-8")
-        except OSError as error:
-            raise RequestError(f"{args.csv} cannot be written: {error.strerror or error}") from error
-    if args.plot is not None:
-        from ropewalk.measure.plots import save_plot
-
-        save_plot(plot(), args.plot)
-        note(f"wrote {args.plot}")
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
-
-def _lengths(text: str) -> list[int]:
-    return _numbers(text, int)
-
-
-def _depths(text: str) -> list[float]:
-    return _numbers(text, float)
-
-
-def _numbers(text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"numbers separated by commas are needed, got {text!r}") from error

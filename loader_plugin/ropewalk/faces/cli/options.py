@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION, Choice
+from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH, SPECULATION, Choice
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
@@ -19,6 +19,7 @@ from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
+    from ropewalk.model.variants import AdapterUse
 
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
@@ -52,16 +53,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     _add_choice(group, CACHE_TYPE, "type of cached keys and values")
     group.add_argument(
         "--cache-memory",
-        type=_size,
+        type=size_argument,
         metavar="SIZE",
         help="memory for cached keys and values, such as 4GiB (default: half of what is free, within a sensible bound)",
     )
     group.add_argument(
-        "--rope-scaling", type=_json_object, metavar="JSON", help='such as \'{"type": "yarn", "factor": 4}\''
+        "--rope-scaling",
+        type=_scaling,
+        metavar="JSON",
+        help='such as \'{"type": "yarn", "factor": 4}\', or auto: chosen for --max-seq-len',
     )
     group.add_argument("--compress-pos-emb", type=float, metavar="X", help="linear position interpolation")
     group.add_argument("--alpha-value", type=float, metavar="X", help="NTK-aware scaling")
     group.add_argument("--rope-theta", type=float, metavar="X", help="base of the rotary frequencies")
+    _add_choice(group, ROPE_GROWTH, "cached keys, where frequencies follow the length (dynamic, longrope)")
     add_order_arguments(parser)
 
 
@@ -126,6 +131,25 @@ def speculation_options(args: argparse.Namespace) -> dict[str, Any]:
     if kind == "draft" and args.draft_model is None:
         raise RequestError("--speculation draft needs --draft-model FOLDER")
     return {"speculation": None if kind == "none" else kind, "draft_model": args.draft_model}
+
+
+def add_shift_argument(parser: argparse._ActionsContainer, whose: str = "") -> None:
+    """Whether the oldest turns go at the end of the window."""
+    parser.add_argument(
+        "--context-shift",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="N",
+        help="when the window is full, drop the oldest turns and move the rest down, without reading it again; keep N "
+        f"tokens at the start (default: the system prompt){whose}",
+    )
+
+
+def shift_option(args: argparse.Namespace) -> bool | int:
+    """--context-shift, as `Engine` takes it."""
+    return args.context_shift
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser, routes: bool) -> None:
@@ -197,28 +221,61 @@ def order_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ORDER_OPTIONS}
 
 
-def load(args: argparse.Namespace, to_talk: bool = False) -> tuple[Any, Any]:
+def load(args: argparse.Namespace, to_talk: bool = False, options: LoadOptions | None = None) -> tuple[Any, Any]:
     """(model, tokenizer), with a progress bar, and the RoPE decision on stderr.
 
-    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise.
+    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise. options:
+    those of `options_for_adapters`, where they are known already.
     """
     from ropewalk.model.loader import load_model
     from ropewalk.text.tokenizer.load import load_tokenizer
 
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
-    options = load_options(args)
-    if not options.has_rope:
-        scaling = _rope_of_adapters(args)
-        if scaling is None and to_talk and args.model is None:
-            scaling = embedded_scaling()
-        options = replace(options, rope_scaling=scaling)
+    if options is None:
+        options = options_for_adapters(args, to_talk)
     with progress_bar("loading", "layer") as progress:
         model = load_model(folder, options=options, progress=progress)
     note(model.rope.describe())
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
     return model, tokenizer
+
+
+def _with_adapters_first(args: argparse.Namespace, folder: Path, options: LoadOptions) -> LoadOptions:
+    """The automatic choice gives way to what an adapter was trained for, if the checkpoint covers too little itself."""
+    from ropewalk.config.model import load_model_config
+    from ropewalk.rope.automatic import covered_without
+
+    config = load_model_config(folder)
+    if covered_without(config.raw, options.max_seq_len, config.source):
+        return options
+    return replace(options, rope_scaling=_rope_of_adapters(args) or AUTO)
+
+
+def options_for_adapters(args: argparse.Namespace, to_talk: bool = False) -> LoadOptions:
+    """The options of loading; where none is about RoPE, with the scaling that the adapters given were trained for."""
+    options = load_options(args)
+    if options.rope_scaling == AUTO and getattr(args, "adapter", None):
+        return _with_adapters_first(args, model_folder(args), options)
+    if options.has_rope:
+        return options
+    scaling = _rope_of_adapters(args)
+    if scaling is None and to_talk and args.model is None:
+        scaling = embedded_scaling()
+    return replace(options, rope_scaling=scaling)
+
+
+def adapter_uses(args: argparse.Namespace) -> tuple[AdapterUse, ...]:
+    """The adapters that --adapter names, for those who load them themselves."""
+    from ropewalk.model.variants import AdapterUse
+
+    given = [_adapter_option(args, text) for text in args.adapter]
+    names = _adapter_names(list(dict.fromkeys(folder for folder, _, _ in given)))
+    return tuple(
+        AdapterUse(names[folder], folder, 1.0 if weight is None else weight, instances)
+        for folder, weight, instances in given
+    )
 
 
 def load_adapters(args: argparse.Namespace, model: Any) -> str | list[tuple[str, float, tuple[int, ...] | None]]:
@@ -358,11 +415,16 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _size(text: str) -> int:
+def size_argument(text: str) -> int:
+    """Bytes, for argparse."""
     try:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _scaling(text: str) -> dict[str, Any] | str:
+    return text if text == AUTO else _json_object(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

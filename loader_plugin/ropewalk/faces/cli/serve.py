@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
 from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
     load,
@@ -19,6 +21,7 @@ from ropewalk.faces.cli.options import (
     model_folder,
     note,
     sampling_params,
+    shift_option,
     speculation_options,
 )
 
@@ -85,7 +88,9 @@ def add_serve_command(commands: Any) -> None:
         metavar="N",
         help="requests that may wait (default: %(default)s)",
     )
+    add_kept_arguments(group)
     add_template_argument(group)
+    add_shift_argument(group, "; requests can say otherwise: context_shift")
     group.add_argument(
         "--adapter",
         action="append",
@@ -132,7 +137,16 @@ def _engine(args: argparse.Namespace) -> Engine:
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weights and instances in a model name")
-    engine = Engine(model, tokenizer, args.chat_template, args.max_running, args.queue_limit, **guessing)
+    engine = Engine(
+        model,
+        tokenizer,
+        args.chat_template,
+        args.max_running,
+        args.queue_limit,
+        context_shift=shift_option(args),
+        kept_folder=kept_folder(args),
+        **guessing,
+    )
     _ = engine.chat_template  # a broken or missing template is better reported here than to a client
     return engine
 
@@ -145,7 +159,13 @@ def _bytes(mebibytes: float) -> int:
 
 def _folders(args: argparse.Namespace) -> tuple[Path, ...]:
     """The folders that errors may name."""
-    given = (model_folder(args), args.second_folder, args.draft_model, *(Path(text) for text in args.adapter))
+    given = (
+        model_folder(args),
+        args.second_folder,
+        args.draft_model,
+        args.cache_folder,
+        *(Path(text) for text in args.adapter),
+    )
     return tuple(folder for folder in given if folder is not None)
 
 

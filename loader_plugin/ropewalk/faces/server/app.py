@@ -25,6 +25,7 @@ from ropewalk.faces.server.bodies import MAX_VALUES, openapi_body, openapi_schem
 from ropewalk.faces.server.errors import ApiError, api_error, install_error_handlers
 from ropewalk.faces.server.hosts import HostCheck
 from ropewalk.faces.server.jobs import Jobs
+from ropewalk.faces.server.kept import add_kept_routes
 from ropewalk.faces.server.limits import MAX_BODY_MIB
 from ropewalk.faces.server.metrics import Metrics
 from ropewalk.faces.server.middleware import CLIENT_GONE, AccessLog, ApiKeys, BodyLimit
@@ -140,6 +141,7 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
     _add_model_routes(app, service)
     _add_reply_routes(app, service)
     _add_state_routes(app, service)
+    add_kept_routes(app, engine, service.hide)
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(ApiKeys, keys=tuple(options.api_keys))
     if options.cors_origins:

@@ -14,7 +14,14 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from ropewalk.base.errors import ContextLengthError, QueueFullError, RequestError, RopewalkError, UnsupportedError
+from ropewalk.base.errors import (
+    ContextLengthError,
+    QueueFullError,
+    RequestError,
+    RopewalkError,
+    SavedCacheError,
+    UnsupportedError,
+)
 from ropewalk.faces.server.notes import NOTES
 
 logger = logging.getLogger(__name__)
@@ -65,8 +72,15 @@ def api_error(error: Exception, hide: Hide, retry_after_s: int = 1) -> ApiError:
     elif isinstance(error, (RequestError, UnsupportedError)):
         told.status, told.code = 400, "context_length_exceeded" if isinstance(error, ContextLengthError) else None
     else:
+        told.code = "cache_folder_failed" if isinstance(error, SavedCacheError) else None
         logger.error("%s", error)
     return told
+
+
+def no_cache_folder(status: int, param: str | None = None) -> ApiError:
+    """The error for what needs a folder of kept prompts."""
+    message = "this server keeps no prompts: it was started without --cache-folder DIR"
+    return ApiError(status, message, param, "no_cache_folder")
 
 
 def note_error(scope: Scope, error: ApiError) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ropewalk.engine.engine import Engine
+from ropewalk.engine.kept import Kept
 from ropewalk.engine.text_stream import TextStream
 from ropewalk.engine.work import Work as Running
 from ropewalk.faces.server.requests import Choice, Work
@@ -36,7 +37,8 @@ class Piece:
 class Finished:
     """The reply to choice `index` is complete. tokens: those since the last piece; num_tokens: those of the reply.
 
-    routing: which adapter was chosen and why, if the model's name left that open.
+    routing: which adapter was chosen and why, if the model's name left that open. kept: the file of the prompt, if the
+    request asked to keep it.
     """
 
     index: int
@@ -45,6 +47,7 @@ class Finished:
     num_tokens: int
     stats: GenerationStats
     routing: str | None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +176,12 @@ class Job:
             ticket=self.ticket,
             client=self._client,
             priority=self._work.priority,
+            context_shift=choice.context_shift,
         )
         tokens = _ShownTokens(stream)
+        keeps = self._work.keep is not None and index == 0  # all choices have one prompt
+        if keeps:
+            stream.keep_prompt()
         if choice.echo:
             self._echo(index, choice)
         for text in stream:
@@ -183,7 +190,8 @@ class Job:
             return
         routing = None if stream.routing is None else stream.routing.describe()
         rest = tokens.rest() if stream.stop_string is None else []
-        self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, routing))
+        kept = engine.kept.write_as(self._work.keep, stream.prompt_cache) if keeps else None
+        self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, routing, kept))
 
     def _echo(self, index: int, choice: Choice) -> None:
         """The prompt as the first piece; with its tokens if log probabilities are requested."""

@@ -85,6 +85,15 @@ def _show_requests() -> None:
     access_log.propagate = False
 
 
+def _kept(engine: Engine) -> str:
+    """Where prompts are kept, and how many there are."""
+    folder = engine.kept.folder
+    if folder is None:
+        return ""
+    count, used = len(folder.list()), format_bytes(folder.used_bytes)
+    return f"{count} prompts, {used} of {format_bytes(folder.most_bytes)}, in {folder.folder}"
+
+
 def _banner(options: AppOptions, engine: Engine, names: list[str], url: str, is_open: bool) -> str:
     model, queue = engine.model, engine.queue
     lines = {
@@ -94,6 +103,7 @@ def _banner(options: AppOptions, engine: Engine, names: list[str], url: str, is_
         "context": f"{engine.context_size} tokens",
         "replies": f"{queue.num_turns} at once; {queue.limit} requests may wait",
         "cache": f"up to {format_bytes(model.cache_memory)}",
+        "kept": _kept(engine),
         "guessing": engine.speculation or "",
         "API key": "needed" if options.api_keys else "none",
         "web pages": ", ".join(options.cors_origins),

@@ -44,6 +44,10 @@ class Metrics:
             "cache_used_bytes": ("memory of the pages in use", lambda: model.cache_used),
             "cache_shared_bytes": ("of those, pages that are only kept for later", lambda: model.cache_shared),
         }
+        kept = engine.kept
+        if kept.folder is not None:
+            gauges["kept_bytes"] = ("size of the kept prompts", lambda: kept.folder.used_bytes)
+            gauges["kept_recalled"] = ("kept prompts taken into memory so far", lambda: kept.num_recalled)
         for name, (text, value) in gauges.items():
             Gauge(f"ropewalk_{name}", text[0].upper() + text[1:], registry=registry).set_function(value)
 

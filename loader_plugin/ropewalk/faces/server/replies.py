@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ropewalk import __version__
+from ropewalk.engine.kept_folder import SUFFIX
 from ropewalk.faces.server.jobs import Event, Finished, Piece
 from ropewalk.faces.server.requests import Work
 from ropewalk.generate.generate import GenerationStats, Step
@@ -158,11 +159,15 @@ class ReplyWriter:
         accepted = sum(done.stats.accepted_tokens for done in self.finished.values())
         guesses = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": guessed - accepted}
         details = {"completion_tokens_details": guesses} if guessed else {}
+        cached = {"cached_tokens": sum(stats.reused_tokens for stats in prompts.values())}
+        shifted = sum(done.stats.shifted_tokens for done in self.finished.values())
+        if shifted:  # moved down in the cache instead of read again
+            cached["shifted_tokens"] = shifted
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(stats.reused_tokens for stats in prompts.values())},
+            "prompt_tokens_details": cached,
             **details,
         }
 
@@ -176,7 +181,7 @@ class ReplyWriter:
         if isinstance(event, Piece):
             return self._chunk([self.shape.delta(event.index, event.text, logprobs, None)])
         self.finished[event.index] = event
-        return self._chunk([self.shape.delta(event.index, "", logprobs, FINISH_REASONS[event.reason])])
+        return self._chunk([self.shape.delta(event.index, "", logprobs, FINISH_REASONS[event.reason])]) | _kept(event)
 
     def closing(self) -> list[Json]:
         """The chunks after all replies."""
@@ -201,7 +206,8 @@ class ReplyWriter:
             parts = self._logprobs.get(index)
             logprobs = None if parts is None else self.shape.joined(parts)
             choices.append(self.shape.message(index, text, logprobs, FINISH_REASONS[done.reason]))
-        return self._head(self.shape.whole) | {"choices": choices, "usage": self.usage}
+        kept = _kept(self.finished[0]) if 0 in self.finished else {}
+        return self._head(self.shape.whole) | {"choices": choices, "usage": self.usage} | kept
 
     def _take_logprobs(self, event: Piece | Finished) -> Json | None:
         """The log probabilities of an event's tokens, if they are requested."""
@@ -219,3 +225,12 @@ class ReplyWriter:
     def _head(self, kind: str) -> Json:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.work.model}
         return head | {"system_fingerprint": f"ropewalk-{__version__}"}
+
+
+def _kept(done: Finished) -> Json:
+    """The file of the prompt, if it was to be kept."""
+    kept = done.kept
+    if kept is None:
+        return {}
+    name = kept.path.name.removesuffix(SUFFIX)
+    return {"kept": {"id": name, "object": "cache", "tokens": kept.num_tokens, "bytes": kept.num_bytes}}

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ropewalk.adapters.request import Request
+from ropewalk.base.errors import RequestError
 from ropewalk.engine.engine import Engine
-from ropewalk.faces.server.errors import ApiError
+from ropewalk.faces.server.errors import ApiError, no_cache_folder
 from ropewalk.faces.server.model_names import ModelNames
 from ropewalk.faces.server.refusals import check_chat_fields, check_completion_fields
 from ropewalk.faces.server.schema import (
@@ -38,17 +39,19 @@ SAME_NAME = (
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to write. echo: the text of the prompt, if the reply begins with it."""
+    """One reply to write. echo: the text of the prompt, if the reply begins with it. context_shift: as for
+    `Engine.stream`."""
 
     prompt_ids: list[int]
     params: SamplingParams
     echo: str = ""
+    context_shift: bool | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one HTTP request asks for. ignored: fields that mean nothing here. streams, usage: how it is answered.
-    priority: as `Engine.stream` takes it."""
+    priority: as `Engine.stream` takes it. keep: the name under which the prompt is to be kept, if it is."""
 
     model: str
     choices: tuple[Choice, ...]
@@ -57,6 +60,7 @@ class Work:
     wants_usage: bool
     ignored: Sequence[str] = ()
     priority: str = INTERACTIVE
+    keep: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ class Desk:
             echo = ""
             if request.echo:
                 echo = prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(ids)
-            choices += [Choice(ids, each, echo) for each in _with_seeds(params, request.n or 1)]
+            shift = request.context_shift
+            choices += [Choice(ids, each, echo, shift) for each in _with_seeds(params, request.n or 1)]
         return self._work(request, choices, ignored)
 
     def chat(self, request: ChatRequest) -> Work:
@@ -96,8 +101,11 @@ class Desk:
         params = self._params(request, self.defaults.max_new_tokens if tokens is None else tokens, logprobs)
         template = self.engine.chat_template
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + template.stop)))
-        ids = self._checked(self.engine.chat_ids(_messages(request.messages), **_variables(request)))
-        return self._work(request, [Choice(ids, each) for each in _with_seeds(params, request.n or 1)], ignored)
+        ids, shift, _ = self.engine.chat_prompt(
+            _messages(request.messages), params.max_new_tokens, request.context_shift, **_variables(request)
+        )
+        ids, each_params = self._checked(ids), _with_seeds(params, request.n or 1)
+        return self._work(request, [Choice(ids, each, context_shift=shift) for each in each_params], ignored)
 
     def _work(self, request: SamplingFields, choices: Sequence[Choice], ignored: Sequence[str]) -> Work:
         options = request.stream_options
@@ -111,7 +119,22 @@ class Desk:
             wants_usage=bool(options and options.include_usage),
             ignored=ignored,
             priority=_priority(request),
+            keep=self._checked_name(request.keep, choices),
         )
+
+    def _checked_name(self, name: str | None, choices: Sequence[Choice]) -> str | None:
+        """The name that the prompt is to be kept under."""
+        if name is None:
+            return None
+        if self.engine.kept.folder is None:
+            raise no_cache_folder(400, "keep")
+        if any(choice.prompt_ids is not choices[0].prompt_ids for choice in choices):
+            raise ApiError(400, "keep is for one prompt: send the others in requests of their own", "keep")
+        try:
+            self.engine.kept.check(name, choices[0].prompt_ids)
+        except RequestError as error:
+            raise ApiError(400, str(error), "keep", "cannot_keep") from error
+        return name
 
     def _params(self, request: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         given = {name: getattr(request, name) for name in (*SAME_NAME, *RENAMED) if getattr(request, name) is not None}

@@ -70,6 +70,14 @@ class SamplingFields(BaseModel):
         None, description='"batch", or a number above 0: after all interactive requests'
     )
     service_tier: str | None = Field(None, description='"flex" counts as priority "batch", others as "interactive"')
+    keep: str | None = Field(
+        None, description="keep what was read of the prompt under this name, so that it need not be read again"
+    )
+    context_shift: bool | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="at the end of the window, drop the oldest and move the rest down; a number: tokens kept at the "
+        "start (true: the system prompt)",
+    )
     user: str | None = Field(None, description="accepted, not used")
 
 

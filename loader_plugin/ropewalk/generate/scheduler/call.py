@@ -8,7 +8,8 @@ from functools import cached_property
 
 import torch
 
-from ropewalk.generate.scheduler.sequence import Cancelled, Progress, SequenceState
+from ropewalk.base.choices import RECOMPUTE
+from ropewalk.generate.scheduler.sequence import Cancelled, Progress, RotatingModel, SequenceState
 from ropewalk.model.step import Span
 
 REPLY_ROWS = 32  # a call with more rows than this is planned like a prompt, whatever it is
@@ -37,7 +38,7 @@ class Call:
         self.sequence, self.token_ids, self.logits = sequence, token_ids, logits
         self.start = len(sequence.token_ids)
         self.end = self.start + len(token_ids)
-        self.seq_len = max(self.end, seq_len or 0)
+        self.seq_len = max(self.end, seq_len or 0)  # once it has begun, what its frequencies are for
         self.progress, self.cancelled = progress, cancelled
         self.thread = threading.get_ident()
         self.ready = threading.Condition(lock)
@@ -80,10 +81,20 @@ class Call:
         """Whether pages of others can stand for some of its rows: not where the logits of all are wanted."""
         return self.logits != "all" and self.sequence.computed <= self.sequence.cache.length < self.end - 1
 
-    def begin_(self, rotation: Hashable) -> None:
-        """The first look of a thread that leads. rotation: equal for calls whose keys are rotated in the same way."""
-        self.sequence.begin_(self.start)
-        self.rotation = rotation
+    def begin_(self, model: RotatingModel) -> None:
+        """The first look of a thread that leads.
+
+        Here it is decided which frequencies the rows get, from the sequence alone: neither the rows that others have in
+        the same steps nor pages that were given up change it. `rotation` is equal for calls whose keys are rotated in
+        the same way.
+        """
+        sequence = self.sequence
+        sequence.begin_(self.start)
+        reach = sequence.reach
+        self.seq_len = model.reach_of(reach, self.seq_len)
+        self.rotation = model.frequencies(self.seq_len)
+        if reach and model.rope_growth == RECOMPUTE and self.rotation != model.frequencies(reach):
+            sequence.restart_(self.seq_len)
         self.is_new = False
 
     def span(self, rows: int) -> Span:

@@ -10,7 +10,7 @@ wants to compute always can.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from ropewalk.adapters.request import Request
@@ -35,6 +35,16 @@ class PagedModel(Protocol):
         seq_len: int | None = None,
     ) -> int: ...
     def missing_bytes(self, spans: Sequence[Span]) -> int: ...
+    def new_cache(self) -> CacheLike: ...
+    def keep(self, cache: CacheLike, client: Hashable = None) -> None: ...
+    def resume(
+        self,
+        cache: CacheLike,
+        token_ids: Sequence[int],
+        adapters: Request | None = None,
+        client: Hashable = None,
+        shifts: bool = False,
+    ) -> int: ...
 
 
 class Room:
@@ -74,6 +84,10 @@ class Room:
         if call.can_attach:
             before = sequence.cache.length
             self._model.attach(sequence.cache, call.all_ids, sequence.adapters, call.seq_len)
+            if not call.start and not sequence.shifted:
+                sequence.shifted = self._model.resume(
+                    sequence.cache, call.all_ids, sequence.adapters, sequence.client, sequence.shifts
+                )
             found = sequence.cache.length - before
             call.attached += found
             sequence.reused += found
@@ -106,7 +120,10 @@ class Room:
         """It has ended: its pages are for others now."""
         sequence.trim_(len(sequence.token_ids))
         self._share(sequence)
-        sequence.trim_(0)
+        if sequence.keep and sequence.cache.length and self._model.accepts(sequence.cache):
+            self._model.keep(sequence.cache, sequence.client)
+        else:
+            sequence.trim_(0)
 
     def _share(self, sequence: SequenceState) -> None:
         """What it holds is for others, too; not if the model's layer order has been changed meanwhile."""
@@ -116,12 +133,15 @@ class Room:
     def _make_room_(self, call: Call, admitted: Sequence[Call], holders: Sequence[SequenceState]) -> bool:
         """Whether the call can be admitted beside those that are; pre-empts others if that helps."""
         sequence = call.sequence
-        before = sequence.computed, sequence.reused, call.attached
+        before = sequence.computed, sequence.reused, call.attached, sequence.shifted
         self.attach_(call)
         if self._fits_(call, admitted, [other for other in holders if other is not sequence]):
             return True
+        if sequence.cache.was_moved:  # there is no other
+            self._model.keep(sequence.cache, sequence.client)
+            sequence.cache = self._model.new_cache()
         sequence.trim_(0)  # what it attached to can be evicted for others meanwhile
-        sequence.computed, sequence.reused, call.attached = before
+        sequence.computed, sequence.reused, call.attached, sequence.shifted = before
         return False
 
     def _fits_(self, call: Call, admitted: Sequence[Call], others: Sequence[SequenceState]) -> bool:

@@ -15,12 +15,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from ropewalk.adapters.request import Request
+from ropewalk.base.choices import RECOMPUTE, RESCALE_MODE
+from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import FreedMemory
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.scheduler.call import Call
@@ -31,6 +34,39 @@ from ropewalk.generate.scheduler.steps import StepModel, Steps
 from ropewalk.generate.scheduler.timing import PATIENCE
 
 NOBODY_READY_S = 0.05  # until it is asked again whether somebody could go on
+ERRAND_S = 0.05  # until who waits for an errand looks whether there is still somebody to run it
+Result = TypeVar("Result")
+
+
+class Errand(Generic[Result]):
+    """Something to be done between steps, by the thread that leads. thread: whose errand it is."""
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self._function = function
+        self.thread = threading.get_ident()
+        self.done = threading.Event()
+        self._result: Result | None = None
+        self._error: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has been run."""
+        return self.done.is_set()
+
+    def run(self) -> None:
+        """Run it; an error is for the thread whose errand it is."""
+        try:
+            with torch.inference_mode():
+                self._result = self._function()
+        except Exception as error:
+            self._error = error
+        self.done.set()
+
+    def outcome(self) -> Result:
+        """What came of it, once it is done."""
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 class Scheduler:
@@ -38,7 +74,7 @@ class Scheduler:
 
     def __init__(self, model: StepModel, patience: float = PATIENCE) -> None:
         self.model = model
-        self.vocab_size, self.capacity = model.config.vocab_size, model.max_seq_len
+        self.vocab_size = model.config.vocab_size
         self.max_input_len, self.source = model.max_input_len, str(model.config.source)
         # Reentrant, because a stream that is dropped may be closed by the garbage collector while its thread is here.
         self._lock = threading.RLock()
@@ -46,12 +82,18 @@ class Scheduler:
         self._calls: list[Call] = []  # in the order of arrival
         self._sequences: dict[int, SequenceState] = {}  # those that are open, by number
         self._ended: deque[SequenceState] = deque()  # whose pages are still to be freed
+        self._errands: deque[Errand] = deque()  # what is to be done between steps
         self._expected: set[SequenceState] = set()  # took part in the last step and have not asked again
-        self._leader: object | None = None
+        self._leader: Call | SequenceState | Errand | None = None
         self._gathering: Call | None = None  # of a leader that waits for the others
         self._stepped_s = 0.0
         self._num_opened = 0
         self._freed = FreedMemory()
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens of a sequence."""
+        return self.model.max_seq_len
 
     @property
     def num_preempted(self) -> int:
@@ -76,11 +118,15 @@ class Scheduler:
         client: Hashable = None,
         priority: str = INTERACTIVE,
         keep: bool = True,
+        copies: bool = False,
+        shifts: bool = False,
     ) -> Iterator[OpenSequence]:
         """A sequence for a prompt and its reply; when the block ends, its pages are for others.
 
         client: who asks; clients share the rows for prompts fairly, and None is one of its own. keep: False if nobody
-        is going to need the same tokens again.
+        is going to need the same tokens again. copies: the sequence is to have a `copy` of its prompt once it is read.
+        shifts: the prompt may be that of an earlier sequence of the client without a stretch in the middle: what was
+        computed after it is then moved down instead of computed again.
 
         Raises:
             RequestError: wrong token ids or client, unknown adapters or priority.
@@ -92,16 +138,56 @@ class Scheduler:
         cache = self.model.new_cache()
         with self._lock:
             self._num_opened += 1
-            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep)
+            state = SequenceState(self._num_opened, cache, ids, adapters, key, client, priority, keep, copies, shifts)
             self._sequences[state.number] = state
         try:
             yield OpenSequence(self, state)
         finally:
             self._close(state)
 
-    def rotates_alike(self, first_len: int, last_len: int) -> bool:
-        """Whether calls that reach these lengths, and all between, rotate keys in the same way."""
-        return len({self.model.frequencies(length) for length in range(first_len, last_len + 1)}) == 1
+    def rotates_alike(self, sequence: SequenceState, first_len: int, last_len: int) -> bool:
+        """As `Sequence.rotates_alike`. Frequencies that follow the length never come back to those of a shorter one."""
+        reaches = (self.model.reach_of(sequence.reach, length) for length in (first_len, last_len))
+        first, last = (self.model.frequencies(reach) for reach in reaches)
+        return first == last
+
+    def shift(self, sequence: SequenceState, keep: int, drop: int) -> int:
+        """As `Sequence.shift`, which has checked the arguments."""
+        return self.between_steps(lambda: self._shifted(sequence, keep, drop))
+
+    def rescale(self, mode: str = RESCALE_MODE.default, **rope: Any) -> None:
+        """Another RoPE for the model and all its sequences, from the next step on; arguments as for `Model.rescale`.
+
+        In mode "recompute" the sequences are computed anew by the steps to come, in turn with all others. In mode
+        "rotate", what pages a sequence has to give up later is computed anew as well: there is no way back to turned
+        keys.
+
+        Raises:
+            As `Model.rescale`; RequestError: a sequence is longer than the max_seq_len asked for. Nothing is changed.
+        """
+        self.between_steps(lambda: self._rescale(mode, rope))
+
+    def between_steps(self, function: Callable[[], Result]) -> Result:
+        """Run a function that changes the model or its caches, while no step does; its result, or its error.
+
+        Raises:
+            RequestError: called by a callback of a step, which would wait for itself.
+        """
+        errand = Errand(function)
+        with self._lock:
+            if self._leader is not None and self._leader.thread == errand.thread:
+                raise RequestError("this cannot be done within a callback of a step: do it between the tokens")
+            self._errands.append(errand)
+        while not errand.is_done:
+            with self._lock:
+                leads = self._leader is None
+                if leads:
+                    self._leader = errand
+            if leads:
+                self._step_down(errand)
+            else:
+                errand.done.wait(ERRAND_S)  # its leader may be interrupted
+        return errand.outcome()
 
     def run(
         self,
@@ -165,7 +251,7 @@ class Scheduler:
 
     def _close(self, sequence: SequenceState) -> None:
         with self._lock:
-            sequence.is_closed = True
+            sequence.is_closed, sequence.thread = True, threading.get_ident()
             self._sequences.pop(sequence.number, None)
             self._expected.discard(sequence)
             self._ended.append(sequence)
@@ -180,7 +266,7 @@ class Scheduler:
     def _lead(self, mine: Call) -> None:
         """Steps for all who wait, until this thread's call is over."""
         while not mine.is_over:
-            self._free_ended()
+            self._tidy_up()
             with self._lock:
                 self._gather(mine)
                 self._hand_out([call for call in self._calls if call.is_cancelled])
@@ -250,12 +336,12 @@ class Scheduler:
         if call.sequence.call is call:
             call.sequence.call = None
 
-    def _step_down(self, leader: object) -> None:
+    def _step_down(self, leader: Call | SequenceState | Errand) -> None:
         try:
             while self._leader is leader:
-                self._free_ended()
+                self._tidy_up()
                 with self._lock:
-                    if not self._ended:
+                    if not self._ended and not self._errands:
                         self._leader = None
         finally:
             with self._lock:
@@ -268,6 +354,40 @@ class Scheduler:
         waiting = [call for call in self._calls if call.is_waiting]
         if waiting and self._leader is None:
             max(waiting, key=lambda call: call.rows_left).ready.notify()
+
+    def _tidy_up(self) -> None:
+        """Only for the thread that leads: what is to be done between steps."""
+        self._free_ended()
+        while self._errands:
+            self._errands[0].run()
+            self._errands.popleft()
+
+    def _shifted(self, sequence: SequenceState, keep: int, drop: int) -> int:
+        moved = 0
+        sequence.trim_(len(sequence.token_ids))
+        if sequence.cache.length == len(sequence.token_ids):
+            try:
+                moved = self.model.shift(sequence.cache, keep, drop)
+            except RequestError:  # no memory for it, or a recent window that reaches too far back: read it again
+                sequence.trim_(keep)
+        else:
+            sequence.trim_(keep)
+        sequence.shift_(keep, drop)
+        sequence.shifted += moved
+        return moved
+
+    def _rescale(self, mode: str, rope: dict[str, Any]) -> None:
+        with self._lock:
+            sequences = list(self._sequences.values())
+        limit, longest = rope.get("max_seq_len"), max((state.num_known for state in sequences), default=0)
+        if isinstance(limit, int) and limit < longest:
+            raise RequestError(f"max_seq_len: {limit} is less than the {longest} tokens of a sequence that is open")
+        self.model.rescale(mode=mode, caches=() if mode == RECOMPUTE else None, **rope)
+        for state in sequences:
+            if mode == RECOMPUTE:
+                state.trim_(0)
+                state.cache = self.model.new_cache()
+            state.made = [(0, state.computed, state.computed)] if state.cache.length < state.computed else []
 
     def _free_ended(self) -> bool:
         """Only for the thread that leads. True if there was anything to free."""

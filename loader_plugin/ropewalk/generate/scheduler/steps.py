@@ -6,7 +6,7 @@ begin new calls -> find whose pages others wait for -> admit to memory -> share 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,14 +16,14 @@ from ropewalk.base.errors import CacheFullError
 from ropewalk.generate.scheduler.call import Call
 from ropewalk.generate.scheduler.plan import Reader, Want, find_leaders, plan_rows
 from ropewalk.generate.scheduler.room import PagedModel, Room
-from ropewalk.generate.scheduler.sequence import CacheLike, SequenceState, StepShare
+from ropewalk.generate.scheduler.sequence import CacheLike, RotatingModel, SequenceState, StepShare
 from ropewalk.generate.scheduler.timing import StepTimes
 from ropewalk.model.step import Span
 
 Planned = list[tuple[Call, Span]]
 
 
-class StepModel(PagedModel, Protocol):
+class StepModel(PagedModel, RotatingModel, Protocol):
     """What a scheduler needs of a `model.Model`."""
 
     config: Any
@@ -34,7 +34,9 @@ class StepModel(PagedModel, Protocol):
     def adapters(self) -> tuple[str, ...]: ...
 
     def new_cache(self) -> CacheLike: ...
-    def frequencies(self, seq_len: int) -> Hashable: ...
+    def fork(self, cache: CacheLike) -> CacheLike: ...
+    def rescale(self, *, mode: str, caches: Iterable[CacheLike] | None = None, **rope: Any) -> bool: ...
+    def shift(self, cache: CacheLike, keep: int, drop: int) -> int: ...
     def adapter_key(self, adapters: Request | None) -> Any: ...
     def step(self, spans: Sequence[Span]) -> list[torch.Tensor | None] | None: ...
     def forward(
@@ -68,7 +70,7 @@ class Steps:
         """
         for call in calls:
             if call.is_new:
-                call.begin_(self.model.frequencies(call.seq_len))
+                call.begin_(self.model)
         going = [call for call in calls if not call.is_cancelled]
         going.sort(key=lambda call: call.sequence.importance)
         admitted = self.room.admit_(self._without_followers(going, sequences), sequences.values())
@@ -125,14 +127,15 @@ class Steps:
             CacheFullError: nothing was computed. BaseException: this thread was interrupted; all caches are as before.
         """
         lengths = [call.sequence.cache.length for call, _ in planned]
+        made = [call.sequence.cache.segments for call, _ in planned]
         prompt_rows = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
         num_replies = sum(call.is_reply for call, _ in planned)
         started = time.perf_counter()
         try:
             results = self._step([span for _, span in planned], alone)
         except BaseException as error:
-            for (call, _), length in zip(planned, lengths, strict=True):
-                call.sequence.trim_(length)
+            for (call, _), length, segments in zip(planned, lengths, made, strict=True):
+                call.sequence.go_back_(length, segments)
             if isinstance(error, CacheFullError) or not isinstance(error, Exception):
                 raise
             self._run_singly(planned, error)
@@ -146,7 +149,14 @@ class Steps:
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
             call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
-            call.take_(logits)
+            self._take_(call, logits)
+
+    def _take_(self, call: Call, logits: torch.Tensor | None) -> None:
+        """A span of it has been computed. What its owner wants a copy of is copied now: later its pages may be gone."""
+        call.take_(logits)
+        state = call.sequence
+        if state.copies and state.copy is None and state.cache.length >= len(state.prompt_ids):
+            state.copy = self.model.fork(state.cache)
 
     def _run_singly(self, planned: Planned, error: Exception) -> None:
         """A step has failed: find out for whom, and compute the others."""
@@ -156,7 +166,7 @@ class Steps:
         for call, span in planned:
             length = call.sequence.cache.length
             try:
-                call.take_(self._step([span], None)[0])
+                self._take_(call, self._step([span], None)[0])
             except CacheFullError:
                 continue  # it is in the next step, which makes room
             except Exception as its_own:

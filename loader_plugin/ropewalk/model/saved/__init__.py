@@ -1,0 +1,1 @@
+"""Caches in files: what a file says of itself, whom it fits, writing and reading it."""

@@ -1,0 +1,72 @@
+"""Which model keys and values belong to: the facts that decide their bits, and how two sets of facts differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from ropewalk.base.json import shown
+from ropewalk.config.quantisation import QuantConfig
+
+if TYPE_CHECKING:
+    from ropewalk.model.model import Model
+
+ARCHITECTURE = (
+    *("family", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("vocab_size", "rms_norm_eps", "sliding_windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
+)
+
+Facts = Mapping[str, Any]  # JSON values
+
+
+def model_facts(model: Model) -> dict[str, Any]:
+    """What must be equal for equal tokens to give equal keys and values, apart from RoPE and adapters.
+
+    The weights of the second model count if the layer order uses them.
+    """
+    config, weights = model.config, model.weights
+    facts: dict[str, Any] = {name: getattr(config, name) for name in ARCHITECTURE}
+    facts["sliding_windows"] = _distinct(config.sliding_windows)
+    facts["quantisation"] = _quantisation(model.quant)
+    facts["weights"] = weights.fingerprint
+    facts["second model"] = weights.second_fingerprint if model.layer_order.uses_second else None
+    facts["layer order"] = str(model.layer_order)
+    facts["arithmetic"] = model.backend.arithmetic
+    facts["cache type"] = model.cache_type
+    facts["page layout"] = model.store.layout
+    return facts
+
+
+def differences(theirs: Facts, ours: Facts) -> list[str]:
+    """Each fact that differs, with what was found in the file and what this model has."""
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return [
+        f"{name}: {shown(theirs.get(name))} in the file, {shown(ours.get(name))} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _distinct(windows: tuple[int | None, ...]) -> list[list[Any]] | int | None:
+    """One window if all layers have the same, else runs of [window, number of layers]."""
+    runs: list[list[Any]] = []
+    for window in windows:
+        if runs and runs[-1][0] == window:
+            runs[-1][1] += 1
+        else:
+            runs.append([window, 1])
+    return runs[0][0] if len(runs) == 1 else runs
+
+
+def _quantisation(quant: QuantConfig | None) -> str | None:
+    """How codes become weights: the settings, and a digest of the rules for single modules."""
+    if quant is None:
+        return None
+    settings = asdict(quant.default)
+    text = " ".join(f"{name}={value}" for name, value in settings.items())
+    if not quant.rules:
+        return text
+    rules = "\n".join(f"{rule.pattern.pattern}: {rule.settings}" for rule in quant.rules)
+    return f"{text} rules={sha256(rules.encode()).hexdigest()[:16]}"
