@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 
 from ropewalk.backends.gpu import attention_kernel, heads_kernel, merge_kernel, move_kernel, rows_kernel
-from ropewalk.backends.gpu.attention_kernel import ALL, OLDER, RECENT
 from ropewalk.backends.gpu.attention_tiles import CHUNK, STATES_AT_ONCE, tiles
+from ropewalk.backends.gpu.chunk_kernel import ALL, OLDER, RECENT
 from ropewalk.backends.gpu.heads import TILE_HEADS
 from ropewalk.backends.gpu.layout import PageLayout
 from ropewalk.backends.gpu.move import ROWS as MOVED_ROWS
@@ -133,10 +133,13 @@ CASES = [
     ),
     *(attention(head_dim, form, 8, cache_type="q8") for head_dim in (80, 192, 256) for form in ("long", "chunks")),
     *(
-        attention(128, form, 8, cache_type="q4" if part == OLDER.value else "fp16", part=part)
+        attention(head_dim, form, major, cache_type="q4" if part == OLDER.value else "fp16", part=part)
         for part in (OLDER.value, RECENT.value)
+        for head_dim in (64, 128)
         for form in ("long", "chunks")
+        for major in (8, 9)
     ),
+    attention(128, "long", 8, cache_type="q6", part=OLDER.value),
     *(attention(128, form, 8, fp16=False, cache_type="q4") for form in ("long", "chunks")),
     *(merging(128, at_once) for at_once in STATES_AT_ONCE),
     *(merging(128, at_once, within=256) for at_once in (1, *STATES_AT_ONCE)),

@@ -14,7 +14,8 @@ from accuracy import assert_as_accurate
 from gpu_pages import INSTANCE, INSTANCES, Cached, cached, nan_pages, new_pool, num_written, step_of
 from gpu_support import DEVICE, normal, same_bits
 from ropewalk.backends.gpu import attention
-from ropewalk.backends.gpu.attention import ALL, Attention, Part, attend
+from ropewalk.backends.gpu.attention import Attention, Part, attend
+from ropewalk.backends.gpu.chunk_kernel import ALL
 from ropewalk.backends.gpu.pages import GpuPagePool
 from ropewalk.backends.gpu.step import LONG_ROWS, SHORT_ROWS
 from ropewalk.backends.protocol import RowSpan

@@ -1,25 +1,22 @@
-"""Pages in every format: the codes of the reference backend, bit for bit; attention over what they read as; moved rows.
-
-What pages hold is compared by unpacking their bytes here, as layout.py and formats_kernel.py describe them.
-"""
+"""Pages in every format: the codes of the reference backend, bit for bit; attention over what they read as; moved rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from accuracy import assert_as_accurate
+from gpu_formats import Appended, as_held, as_read, head_rows, sequence
 from gpu_pages import INSTANCE, INSTANCES, nan_pages, new_pool, step_of
 from gpu_support import DEVICE, normal, same_bits
 from ropewalk.backends.gpu import attention, heads
 from ropewalk.backends.gpu.attention import Attention, attend
 from ropewalk.backends.gpu.attention_tiles import CHUNK
 from ropewalk.backends.gpu.backend import GpuBackend
-from ropewalk.backends.gpu.pages import GpuPage, GpuPagePool
+from ropewalk.backends.gpu.pages import GpuPage
 from ropewalk.backends.gpu.step import SHORT_ROWS
 from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
 from ropewalk.backends.reference import codes as reference
@@ -32,112 +29,6 @@ from triton_interpreter import guarded, inside_arguments, interpreted_only, room
 
 FORMATS = ["q8", "q6", "q4", "q8_q4", "q4_fp16", "fp32_q6"]
 HEADS = [(2, 64), (1, 80), (3, 20)]  # of keys and values, and their size: whole blocks, three of them, less than one
-
-
-@dataclass(frozen=True)
-class Appended:
-    """k, v: [end, Hkv, D] float32, all of them in `pages` and `recent` as INSTANCE; rows of steps are at start..end."""
-
-    start: int
-    k: torch.Tensor
-    v: torch.Tensor
-    pages: tuple[GpuPage, ...]
-    recent: tuple[GpuPage, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.k) - self.start
-
-    def span(self, first: int = 0, end: int | None = None) -> RowSpan:
-        """Some of its rows; recent pages as a cache holds them."""
-        start = self.start + first
-        recent: tuple[GpuPage | None, ...] = ()
-        if self.recent:
-            exact = self.pages[0].layout.cache_format.first_exact_page(start)
-            recent = (*[None] * exact, *self.recent[exact:])
-        return RowSpan((self.num_rows if end is None else end) - first, start, self.pages, recent)
-
-
-def sequence(pool: GpuPagePool, start: int, num_rows: int, seed: int = 0, room: int = 70) -> Appended:
-    """Random keys and values written as the reference backend rounds them, and NaN in what the pages have beyond."""
-    layout = pool.take(1).layout
-    end = start + num_rows
-    k, v = (normal(end, layout.num_kv_heads, layout.head_dim, seed=2 * seed + i).to(DEVICE) for i in (0, 1))
-    k[:, :, 0] *= 20  # a dimension that stands out, as those of keys do
-    pages = nan_pages(pool, end + room)
-    recent = nan_pages(pool, end + room, recent=True) if layout.cache_format.recent else ()
-    for held in (pages, recent):
-        for number, page in enumerate(held):
-            here = slice(number * PAGE_TOKENS, min(end, (number + 1) * PAGE_TOKENS))
-            if here.start < end:
-                write_(page.keys, page.layout.cache_format.keys, k[here])
-                write_(page.values, page.layout.cache_format.values, v[here])
-    return Appended(start, k, v, pages, recent)
-
-
-def write_(part: torch.Tensor, kind: str, rows: torch.Tensor) -> None:
-    """rows: [T, Hkv, D] float32 to the first places of keys or values of a page; a launch would take too long."""
-    rows = rows.transpose(0, 1)  # [Hkv, T, D]
-    if kind not in CODE_BITS:
-        part[INSTANCE, :, : rows.shape[1]] = rows
-        return
-    bits, padded, end = CODE_BITS[kind], reference.padded_dim(rows.shape[2]), rows.shape[1]
-    codes, scales = reference.encode(reference.hadamard(rows) if is_rotated(kind) else rows, bits)
-    pieces = [scales.contiguous().view(torch.uint8)]  # [Hkv, T, bytes] each
-    if bits == 8:
-        pieces.insert(0, codes)
-    else:
-        pairs = (codes & 15).unflatten(2, (-1, 2))  # [Hkv, T, P/2, 2]
-        pieces.insert(0, pairs[..., 0] | pairs[..., 1] << 4)
-    if bits == 6:
-        fours = (codes >> 4).unflatten(2, (-1, 4))  # [Hkv, T, P/4, 4]
-        pieces.insert(1, sum(fours[..., i] << 2 * i for i in range(4)))
-    first = 0
-    for piece in pieces:
-        width = piece.shape[2]
-        place = part[INSTANCE, :, first : first + PAGE_TOKENS * width].unflatten(1, (PAGE_TOKENS, width))
-        place[:, :end] = piece
-        first += PAGE_TOKENS * width
-    assert first == part.shape[2] == PAGE_TOKENS * (padded * bits // 8 + padded // 16)
-
-
-def head_rows(memory: torch.Tensor, kind: str, head_dim: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """One head of one page: [64, D] floats, or codes [64, P] uint8 and scales [64, P/32] float16. memory: its bytes."""
-    if kind not in CODE_BITS:
-        return memory.view(torch.float16 if kind == "fp16" else torch.float32).view(PAGE_TOKENS, head_dim)
-    bits, padded = CODE_BITS[kind], reference.padded_dim(head_dim)
-    scales = memory[PAGE_TOKENS * padded * bits // 8 :].view(torch.float16).view(PAGE_TOKENS, -1)
-    if bits == 8:
-        return memory[: PAGE_TOKENS * padded].view(PAGE_TOKENS, padded), scales
-    first = memory[: PAGE_TOKENS * padded // 2].view(PAGE_TOKENS, -1)  # two dims a byte, the first one lower
-    codes = torch.stack([first & 15, first >> 4], dim=-1).flatten(1)  # [64, P]
-    if bits == 6:
-        high = memory[PAGE_TOKENS * padded // 2 :][: PAGE_TOKENS * padded // 4].view(PAGE_TOKENS, -1)
-        codes = codes | torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1) << 4
-    return codes, scales
-
-
-def as_read(pages: Sequence[GpuPage], name: str, end: int) -> torch.Tensor:
-    """What positions 0..end of INSTANCE are: [Hkv, end, D] float32. name: "keys" or "values"."""
-    found, kind = as_held(pages, name, end), getattr(pages[0].layout.cache_format, name)
-    return reference.hadamard(found) if is_rotated(kind) else found
-
-
-def as_held(pages: Sequence[GpuPage], name: str, end: int) -> torch.Tensor:
-    """As `as_read`, in formats that rotate heads as these are rotated."""
-    layout = pages[0].layout
-    kind = getattr(layout.cache_format, name)
-    found = []
-    for head in range(layout.num_kv_heads):
-        rows = []
-        for page in pages:
-            part = getattr(page, name)[INSTANCE, head].contiguous()
-            held = head_rows(part.flatten().view(torch.uint8).cpu(), kind, layout.head_dim)
-            rows.append(
-                reference.decode(*held, CODE_BITS[kind], layout.head_dim) if kind in CODE_BITS else held.float()
-            )
-        found.append(torch.cat(rows)[:end])
-    return torch.stack(found)
 
 
 def assert_holds(pages: Sequence[GpuPage], name: str, x: torch.Tensor, start: int) -> None:
@@ -363,6 +254,17 @@ def test_addresses_of_recent_pages_are_on_the_device_beside_the_others() -> None
     step = step_of([part.span(150, 160)])
     assert step.recent.tolist() == [[0, part.recent[1].address, part.recent[2].address, 0, 0, 0, 0, 0]]
     assert step.numbers.data_ptr() <= step.recent.data_ptr() < step.numbers.data_ptr() + 8 * step.numbers.numel()
+
+
+def test_a_captured_step_reads_the_pages_of_the_step_that_it_is_replayed_for() -> None:
+    """As graphs.py replays it: the numbers of one step copied over those of another of the same layout."""
+    pool = new_pool(1, 32, "q4+64")
+    held, other = (sequence(pool, start, 1, start) for start in (150, 201))
+    q = queries(1, 2, 32)
+    step, out = step_of([held.span()]), torch.empty(1, 2, 32, device=DEVICE)
+    step.numbers.copy_(step_of([other.span()]).numbers)
+    attend(step, q, INSTANCE, None, out)
+    assert same_bits(out, attended([other.span()], q)) and not same_bits(out, attended([held.span()], q))
 
 
 MOVES = [(100, 0), (100, 37), (70, 1), (20, 64)]

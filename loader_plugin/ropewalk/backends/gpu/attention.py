@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import triton
 
-from ropewalk.backends.gpu.attention_kernel import ALL, OLDER, RECENT, attend_chunks, attend_whole
+from ropewalk.backends.gpu.attention_kernel import attend_chunks, attend_whole
 from ropewalk.backends.gpu.attention_tiles import CHUNK, SCRATCH_BYTES, STATES_AT_ONCE, Tile, Tiles, tiles
+from ropewalk.backends.gpu.chunk_kernel import ALL, OLDER, RECENT
 from ropewalk.backends.gpu.heads import turn_
 from ropewalk.backends.gpu.layout import PageLayout
 from ropewalk.backends.gpu.merge_kernel import merge_chunks

@@ -44,6 +44,8 @@ PADDED = {
     128: Tiles(Tile(64, 8), Tile(16, 4), 64),
     256: Tiles(Tile(32, 8), Tile(16, 4), 32),
 }
+# The older part of the keys, in codes, takes the most of them.
+OLDER_PART = Tiles(Tile(32, 4), Tile(16, 4), 32)
 # On 9.x and 10.x products of 64 rows have instructions of their own, which need not round like those of 16 rows: there
 # all tiles of a head size are of one kind.
 TILES_OF_WARPGROUPS = {
@@ -67,5 +69,8 @@ def tiles(layout: PageLayout, fp16: bool, major: int, is_part: bool = False) -> 
         return PADDED[size]
     if major in WARPGROUPS:
         return TILES_OF_WARPGROUPS[size]
-    narrow = 64 < head_dim < 128 or (size == 128 and is_part) or (size == 256 and layout.cache_format.is_coded)
+    is_coded = layout.cache_format.is_coded
+    if size == 128 and is_part and is_coded:
+        return OLDER_PART
+    narrow = 64 < head_dim < 128 or (size == 128 and is_part) or (size == 256 and is_coded)
     return PADDED[size] if narrow else TILES[size]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ropewalk.backends.gpu.attention_kernel import ALL, NOTHING, OLDER, RECENT, merged, seen_keys
+from ropewalk.backends.gpu.chunk_kernel import ALL, NOTHING, OLDER, RECENT, merged, seen_keys
 from ropewalk.backends.gpu.formats_kernel import hadamard
 
 
