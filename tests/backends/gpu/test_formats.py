@@ -1,4 +1,4 @@
-"""Pages in every format: the codes of the reference backend, bit for bit; attention over what they read as; moved rows."""
+"""Pages in every format: the codes of the reference backend, attention over what they read as, and moved rows."""
 
 from __future__ import annotations
 
