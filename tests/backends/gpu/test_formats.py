@@ -171,9 +171,11 @@ def test_rows_attend_to_what_the_pages_read_as(compute: str, cache_type: str, wi
     assert_follows_the_formula(found, parts, q, window, torch.float32 if float32 else torch.float16)
 
 
-@pytest.mark.parametrize("head_dim", [20, 64, 80, 128])
-@pytest.mark.parametrize("major, cache_type", [(8, "q4+64"), (9, "q6_q8")])
-def test_heads_of_any_size_fit_the_tiles_of_every_card(head_dim: int, major: int, cache_type: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "major, cache_type, head_dim",
+    [*((8, "q4+64", head_dim) for head_dim in (20, 80, 128)), (8, "q6_q8", 256), (9, "q6_q8", 64), (9, "q8_q6", 128)],
+)
+def test_heads_of_any_size_fit_the_tiles_of_every_card(major: int, cache_type: str, head_dim: int, monkeypatch) -> None:
     monkeypatch.setattr(attention, "_major", lambda device: major)
     pool = new_pool(1, head_dim, cache_type)
     parts = [sequence(pool, 70, 18, 1), sequence(pool, 130, 1, 2)]
@@ -267,11 +269,13 @@ def test_a_captured_step_reads_the_pages_of_the_step_that_it_is_replayed_for() -
     assert same_bits(out, attended([other.span()], q)) and not same_bits(out, attended([held.span()], q))
 
 
-MOVES = [(100, 0), (100, 37), (70, 1), (20, 64)]
+MOVES = [  # number of rows, by how many places
+    *(("q6_q4", num, shift) for num, shift in ((100, 0), (70, 1), (20, 64))),
+    *((cache_type, 100, 37) for cache_type in ("fp16", "fp32", "q8_q6", "q4_q8")),
+]
 
 
-@pytest.mark.parametrize("cache_type", ["fp16", "fp32", "q8", "q6", "q4", "q8_q4"])
-@pytest.mark.parametrize("num, shift", MOVES)
+@pytest.mark.parametrize("cache_type, num, shift", MOVES)
 def test_rows_are_moved_to_the_bits_of_the_reference(cache_type: str, num: int, shift: int) -> None:
     part = sequence(new_pool(2, 48, cache_type), 0, 192, room=0)
     pool = ReferenceBackend("exact").new_pool(2, 48, CacheFormat.parse(cache_type), 1 << 30)
