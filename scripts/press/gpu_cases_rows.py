@@ -5,16 +5,26 @@ Each case is (name, kernel, dtypes of its arguments, constants, options). Tiles 
 
 from __future__ import annotations
 
-from ropewalk.backends.gpu import attention_kernel, rows_kernel
-from ropewalk.backends.gpu.attention import CHUNK, STATES_AT_ONCE, padded, tiles
-from ropewalk.backends.protocol import PAGE_TOKENS
+import triton
 
+from ropewalk.backends.gpu import attention_kernel, heads_kernel, merge_kernel, move_kernel, rows_kernel
+from ropewalk.backends.gpu.attention_tiles import CHUNK, STATES_AT_ONCE, tiles
+from ropewalk.backends.gpu.chunk_kernel import ALL, OLDER, RECENT
+from ropewalk.backends.gpu.heads import TILE_HEADS
+from ropewalk.backends.gpu.layout import PageLayout
+from ropewalk.backends.gpu.move import ROWS as MOVED_ROWS
+from ropewalk.backends.protocol import PAGE_TOKENS
+from ropewalk.config.cache_format import CODE_BITS, CacheFormat
+
+CODED = tuple(CODE_BITS)
 POINTERS = {
-    **dict.fromkeys(("pages_ptr", "positions_ptr", "blocks_ptr", "spans_ptr", "ids_ptr"), "*i64"),
+    **dict.fromkeys(("pages_ptr", "recent_ptr", "positions_ptr", "blocks_ptr", "spans_ptr", "ids_ptr"), "*i64"),
+    **dict.fromkeys(("source_ptr", "target_ptr"), "*i64"),
     **{"order_ptr": "*i32", "values_ptr": "*fp16", "table_ptr": "*bf16"},
 }
 SCALARS = {
-    **dict.fromkeys(("width", "instance", "most_rows"), "i32"),
+    **dict.fromkeys(("width", "instance", "most_rows", "older_states"), "i32"),
+    **dict.fromkeys(("source_start", "target_start", "num_rows"), "i32"),
     **dict.fromkeys(("eps", "weight", "qk_scale"), "fp32"),
 }
 
@@ -30,37 +40,76 @@ def case(name: str, kernel, constants: dict, **options) -> tuple:
     return name, kernel, signature(kernel, constants), constants, {"enable_fp_fusion": False, **options}
 
 
-def attention(head_dim: int, form: str, major: int = 8, fp16: bool = True, window: int = 0, group: int = 4) -> tuple:
-    """Attention over float16 pages with 8 key/value heads. form: "long", "short" or "chunks"; major: whose tiles."""
-    chosen = tiles(head_dim, fp16, major)
+def attention(
+    head_dim: int,
+    form: str,
+    major: int = 8,
+    fp16: bool = True,
+    window: int = 0,
+    group: int = 4,
+    cache_type: str = "fp16",
+    part: int = ALL.value,
+) -> tuple:
+    """Attention over pages with 8 key/value heads. form: "long", "short" or "chunks"; major: whose tiles.
+
+    part: of the keys of a format with a recent window, of 256 positions.
+    """
+    layout = PageLayout(8, head_dim, CacheFormat.parse(cache_type))
+    chosen = tiles(layout, fp16, major, part != ALL.value)
     tile = chosen.long if form == "long" else chosen.short
     constants = {
         "Q_STRIDE": (group + 2) * 8 * head_dim,
+        "PART": part,
         "WINDOW": window,
-        "HKV": 8,
+        "WITHIN": 256 if part else 0,
         "G": group,
-        "D": head_dim,
-        "DP": padded(head_dim),
         "ROWS": tile.rows,
         "CHUNK": CHUNK,
-        "PAGE": PAGE_TOKENS,
         "BLOCK": chosen.block,
-        "FP16_PAGES": True,
         "FP16_DOT": fp16,
+        **layout.constants,
     }
     if form != "chunks":
         constants["OUT_STRIDE"] = group * 8 * head_dim
+        if part == ALL.value:
+            constants["states_ptr"] = None
     kernel = attention_kernel.attend_chunks if form == "chunks" else attention_kernel.attend_whole
-    details = (f" window {window}" if window else "") + ("" if fp16 else " exact") + (" sm_90" if major == 9 else "")
+    details = ("" if cache_type == "fp16" else f" {cache_type}") + {0: "", 1: " older", 2: " recent"}[part]
+    details += (f" window {window}" if window else "") + ("" if fp16 else " exact") + (" sm_90" if major == 9 else "")
     name = f"attention D{head_dim} {form}{details}"
     return case(name, kernel, constants, num_warps=tile.num_warps, num_stages=chosen.num_stages)
 
 
-def merging(head_dim: int, at_once: int) -> tuple:
-    """The merge of the states of chunks, for 32 heads."""
-    sizes = {"HEADS": 32, "D": head_dim, "DP": padded(head_dim), "CHUNK": CHUNK, "AT_ONCE": at_once}
-    name = f"merge chunks D{head_dim} {at_once} at once"
-    return case(name, attention_kernel.merge_chunks, {"OUT_STRIDE": 32 * head_dim, "WINDOW": 0, **sizes}, num_warps=1)
+def merging(head_dim: int, at_once: int, within: int = 0) -> tuple:
+    """The merge of the states of chunks, for 32 heads. within: of a recent window, over values in 4 bits."""
+    constants = {
+        **{"OUT_STRIDE": 32 * head_dim, "WINDOW": 0, "WITHIN": within, "HEADS": 32, "D": head_dim},
+        **{"DP": triton.next_power_of_2(head_dim), "CHUNK": CHUNK, "PAGE": PAGE_TOKENS, "AT_ONCE": at_once},
+        **{"IS_WHOLE": at_once == 1, "H": head_dim if within else 1, "ROOT": head_dim**-0.5},
+    }
+    name = f"merge chunks D{head_dim} {at_once} at once{' recent' if within else ''}"
+    return case(name, merge_kernel.merge_chunks, constants, num_warps=1)
+
+
+def appending(cache_type: str) -> tuple:
+    """Rotation and writing to pages, of 32 query heads and 8 of keys and values."""
+    layout = PageLayout(8, 128, CacheFormat.parse(cache_type))
+    recent = bool(layout.cache_format.recent)
+    constants = {
+        **{"Q_STRIDE": 6144, "K_STRIDE": 6144, "V_STRIDE": 6144, "HQ": 32, "HALF": 64, "HB": 64, "HAS_RECENT": recent},
+        **({} if recent else {"recent_ptr": None}),
+        **layout.turns,
+        **layout.constants,
+    }
+    name = f"rotate and append D128{'' if cache_type == 'fp16' else f' {cache_type}'}"
+    return case(name, heads_kernel.rotate_append, constants | {"TILE": TILE_HEADS}, num_warps=4)
+
+
+def moving(cache_type: str) -> tuple:
+    """Rows moved to other positions."""
+    layout = PageLayout(8, 128, CacheFormat.parse(cache_type))
+    constants = {"HALF": 64, "ROWS": MOVED_ROWS, **layout.turns, **layout.constants}
+    return case(f"move rows D128 {cache_type}", move_kernel.move_rows, constants, num_warps=4)
 
 
 def activations(name: str, kernel, **constants) -> tuple:
@@ -75,7 +124,25 @@ CASES = [
     *(attention(128, form, major, window=4096) for form in ("long", "chunks") for major in (8, 9)),
     *(attention(128, "short", major) for major in (8, 9)),
     *(attention(128, form, 8, fp16=False) for form in ("long", "chunks")),
+    *(
+        attention(head_dim, form, major, cache_type=cache_type)
+        for cache_type in CODED
+        for head_dim in (64, 128)
+        for form in ("long", "chunks")
+        for major in (8, 9)
+    ),
+    *(attention(head_dim, form, 8, cache_type="q8") for head_dim in (80, 192, 256) for form in ("long", "chunks")),
+    *(
+        attention(head_dim, form, major, cache_type="q4" if part == OLDER.value else "fp16", part=part)
+        for part in (OLDER.value, RECENT.value)
+        for head_dim in (64, 128)
+        for form in ("long", "chunks")
+        for major in (8, 9)
+    ),
+    attention(128, "long", 8, cache_type="q6", part=OLDER.value),
+    *(attention(128, form, 8, fp16=False, cache_type="q4") for form in ("long", "chunks")),
     *(merging(128, at_once) for at_once in STATES_AT_ONCE),
+    *(merging(128, at_once, within=256) for at_once in (1, *STATES_AT_ONCE)),
     case(
         "norm 128",
         rows_kernel.rms_norm,
@@ -87,12 +154,14 @@ CASES = [
     activations("gate 11008", rows_kernel.silu_activations, X_STRIDE=22016, SIZE=11008, WIDTH=11008, B=4096),
     case("residual", rows_kernel.add_residual, {"Y_STRIDE": 4096, "SIZE": 4096, "B": 1024}, num_warps=4),
     case("embed", rows_kernel.embed, {"SIZE": 4096, "B": 1024}, num_warps=4),
+    *(appending(cache_type) for cache_type in ("fp16", *CODED, "q4+256")),
+    *(moving(cache_type) for cache_type in ("fp16", *CODED)),
     case(
-        "rotate and append D128",
-        rows_kernel.rotate_append,
+        "turn heads D128",
+        heads_kernel.turn,
         {
-            **{"Q_STRIDE": 6144, "K_STRIDE": 6144, "V_STRIDE": 6144, "HQ": 32, "HKV": 8, "D": 128, "DP": 128},
-            **{"HALF": 64, "HB": 64, "PAGE": PAGE_TOKENS, "FP16_PAGES": True, "TILE": 8},
+            **{"X_STRIDE": 6144, "OUT_STRIDE": 4096, "HEADS": 32, "D": 128, "DP": 128},
+            **{"H": 128, "ROOT": 128**-0.5, "TILE": TILE_HEADS},
         },
         num_warps=4,
     ),

@@ -1,6 +1,6 @@
 """What the GPU kernels become on each kind of card, compiled here without one: registers, memory, instructions.
 
-    python scripts/press/gpu_compile_matrix.py                            all kernels, all targets: half an hour
+    python scripts/press/gpu_compile_matrix.py                            all kernels, all targets: an hour
     python scripts/press/gpu_compile_matrix.py --target sm_80 --only w4   a part of them
     python scripts/press/gpu_compile_matrix.py --out benchmarks/FILE      writes the table there as well
 

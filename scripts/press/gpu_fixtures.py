@@ -3,10 +3,15 @@
     python scripts/press/gpu_fixtures.py                      in Triton's interpreter, where torch sees no card
     python scripts/press/gpu_fixtures.py --device cuda        on a card
     python scripts/press/gpu_fixtures.py --rows 24 g4-64      prompts of 24 tokens; fixtures with this in their name
+    python scripts/press/gpu_fixtures.py --cache-type q4      keys and values in codes
 
 A row is one fixture with one arithmetic: the largest difference from the logits of transformers, what is allowed, how
 many greedy tokens agree, and whether the prompt in chunks, and beside another sequence, has the same bits. Ends with 1
 if anything is wrong. The interpreter takes half an hour for all.
+
+With codes, whose error is their own, the logits are compared with those of the reference backend over the same format,
+and may differ from them by half of what the format itself makes there, besides what is allowed without it: a number
+that float16 rounds otherwise may get the code beside. Greedy tokens are not compared then.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ import ropewalk  # noqa: E402
 from fixtures import allowed_error, gptq_fixture_folders  # noqa: E402
 
 FP16_ERROR = 2e-2  # of the fixtures' README, for float16 where transformers computes in float32
+CODES_SHARE = 1 / 2  # of the error of codes, that other codes may make
 CHUNK = 20
 
 
@@ -67,6 +73,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="tokens of each prompt (default: all)")
     parser.add_argument("--greedy", type=int, default=4, help="tokens to continue with (default: %(default)s)")
     parser.add_argument("--compute", nargs="+", default=["fp16", "exact"])
+    parser.add_argument("--cache-type", default="fp16", help="format of keys and values, such as q8 or q4+256")
     args = parser.parse_args()
     print(
         f"{'fixture':26} {'':6} {'rows':>5} {'error':>10} {'allowed':>10} {'greedy':>8} {'chunked':>11} {'seconds':>8}"
@@ -87,16 +94,28 @@ def measured(folder: Path, compute: str, args: argparse.Namespace) -> Row:
     with np.load(folder / "expected.npz") as arrays:
         want = dict(arrays)
     ids = want["input_ids"].tolist()[: args.rows]
-    model = ropewalk.load_model(folder, backend="gpu", device=args.device, compute=compute)
+    model = ropewalk.load_model(folder, backend="gpu", device=args.device, compute=compute, cache_type=args.cache_type)
     cache = model.new_cache()
     logits = model.forward(ids, cache, logits="all")
     kept = want["logits_positions"] < len(ids)
-    got = logits[torch.from_numpy(want["logits_positions"][kept]).to(logits.device)].cpu().numpy()
+    positions = torch.from_numpy(want["logits_positions"][kept])
+    got = logits[positions.to(logits.device)].cpu().numpy()
     allowed = allowed_error(folder, "fp16").most if compute == "exact" else FP16_ERROR
-    error = float(np.abs(got - want["logits"][kept]).max())
-    greedy = continued(model, cache, logits, want, allowed, args) if args.rows is None else "0/0"
+    expected, is_coded = want["logits"][kept], model.cache_format.is_coded
+    if is_coded:
+        expected, plain = (of_reference(folder, ids, kind)[positions].numpy() for kind in (args.cache_type, "fp16"))
+        allowed += CODES_SHARE * float(np.abs(expected - plain).max())
+    error = float(np.abs(got - expected).max())
+    compares_greedy = args.rows is None and not is_coded
+    greedy = continued(model, cache, logits, want, allowed, args) if compares_greedy else "0/0"
     same = torch.equal(logits, chunked(model, ids))
     return Row(folder.name, compute, len(ids), error, allowed, greedy, same, time.perf_counter() - started)
+
+
+def of_reference(folder: Path, ids: list[int], cache_type: str) -> torch.Tensor:
+    """The logits of the prompt on the reference backend, [T, V]."""
+    model = ropewalk.load_model(folder, backend="reference", compute="exact", cache_type=cache_type)
+    return model.forward(ids, model.new_cache(), logits="all")
 
 
 def continued(model, cache, logits, want: dict[str, np.ndarray], allowed: float, args: argparse.Namespace) -> str:

@@ -15,9 +15,8 @@ from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
-from ropewalk.base.errors import ConfigError
+from ropewalk.base.errors import ConfigError, ShapeError
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.engine.speculation import _like
 from ropewalk.model import backend_choice
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
@@ -123,6 +122,59 @@ def test_another_order_is_taken_where_its_layers_are_and_refused_elsewhere(folde
     assert str(model.layer_order) == "0,2,1-2"  # as it was
 
 
+def filled(pool: Any, count: int, recent: bool = False) -> list:
+    """Pages of 3 instances with bytes that differ."""
+    pages = [pool.take(3, recent) for _ in range(count)]
+    for number, page in enumerate(pages):
+        for part in pool.parts_of(page):
+            part.copy_(torch.arange(part.numel()).add(7 * number).remainder(60).to(torch.uint8))
+    return pages
+
+
+def test_a_page_of_either_kind_has_a_part_in_every_place_and_is_saved_by_its_parts(split) -> None:
+    pool = split(1, 2).backend.new_pool(2, 16, CacheFormat.parse("q4+64"), 1 << 20)
+    plain = ReferenceBackend("exact").new_pool(2, 16, CacheFormat.parse("q4+64"), 1 << 20)
+    for recent in (False, True):
+        assert pool.page_bytes(3, recent) == plain.page_bytes(3, recent)
+        (page,) = filled(pool, 1, recent)
+        parts, copy = pool.parts_of(page), pool.copy(page)
+        assert [part.numel() for part in parts] == [plain.page_bytes(1, recent), plain.page_bytes(2, recent)]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(pool.parts_of(copy), parts, strict=True))
+        assert pool.used_bytes == 2 * plain.page_bytes(3, recent)
+        del page, parts, copy
+    assert len(pool.parts_of(pool.take(1))) == 1  # an order of one instance has no part in the second place
+    other = split(2, 1).backend.new_pool(2, 16, CacheFormat.parse("q4+64"), 0)
+    assert plain.layout in pool.layout and pool.layout != other.layout
+
+
+@pytest.mark.parametrize("cache_type", ["fp16", "q8_q4"])
+def test_rows_are_moved_in_every_place(split, cache_type: str) -> None:
+    backend, plain = split(1, 2).backend, ReferenceBackend("exact")
+    moved = []
+    angles = torch.linspace(0, 3, 80 * 4).view(80, 4)
+    for each in (backend, plain):
+        pool = each.new_pool(2, 16, CacheFormat.parse(cache_type), 1 << 20)
+        pages = [pool.take(3) for _ in range(3)]
+        for number, page in enumerate(pages):  # the same bytes in each instance, in one place or two
+            for part in pool.parts_of(page):
+                part.fill_(40 + number)
+        each.move_rows_(pages, 70, pages, 30, 80, angles.cos(), angles.sin())
+        moved.append([[part.clone() for part in pool.parts_of(page)] for page in pages])
+    for (first, second), (whole,) in zip(*moved, strict=True):
+        assert first.unique().tolist() != [40] and second.numel() == 2 * first.numel()
+        assert sorted(torch.cat([first, second]).tolist()) == sorted(whole.tolist())
+    with pytest.raises(ShapeError, match="source: positions 70 to 250 lie outside"):
+        backend.move_rows_(pages, 70, pages, 30, 180, torch.ones(180, 4), torch.ones(180, 4))
+
+
+def test_only_a_place_compiles_layers_and_each_says_how_another_model_is_loaded_beside_it(split) -> None:
+    backend = split(1, 2).backend
+    assert [place.name for place in backend.places_of(0)] == ["reference"]
+    assert backend.load_options == backend.places[0].backend.load_options
+    assert backend.load_options == {"backend": "reference", "compute": "exact", "device": torch.device("cpu")}
+    assert backend.shares == ((torch.device("cpu"), 1.0),) == backend.places[0].backend.shares
+
+
 def test_an_order_that_ends_before_the_last_place_is_complete(folder: Path, split) -> None:
     model = split(1, 2)
     model.set_layer_order("0")
@@ -138,7 +190,7 @@ def test_the_gpu_backend_and_the_cpu_backend_share_a_model(folder: Path) -> None
     for adapters in (None, "storm"):
         want = logits(whole(folder), adapters=adapters)
         assert torch.allclose(logits(model, adapters=adapters), want, atol=2e-3)
-    assert _like(model.backend) == {"backend": "gpu", "compute": "exact", "device": torch.device("cpu")}
+    assert model.backend.load_options == {"backend": "gpu", "compute": "exact", "device": torch.device("cpu")}
 
 
 def test_a_split_over_cards_is_by_gib_of_weights(folder: Path) -> None:

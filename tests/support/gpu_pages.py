@@ -11,21 +11,27 @@ from gpu_support import DEVICE, normal
 from ropewalk.backends.gpu.pages import GpuPage, GpuPagePool
 from ropewalk.backends.gpu.step import GpuStep
 from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
+from ropewalk.config.cache_format import CacheFormat
 
 NAN = float("nan")
 INSTANCES, INSTANCE = 2, 1  # layer instances of a page, and the one that the tests use
 
 
-def new_pool(num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float16, num_bytes: int = 1 << 30):
-    return GpuPagePool(num_kv_heads, head_dim, dtype, num_bytes, DEVICE)
+def new_pool(num_kv_heads: int, head_dim: int, cache_type: str = "fp16", num_bytes: int = 1 << 30) -> GpuPagePool:
+    return GpuPagePool(num_kv_heads, head_dim, CacheFormat.parse(cache_type), num_bytes, DEVICE)
 
 
-def nan_pages(pool: GpuPagePool, num_positions: int) -> tuple[GpuPage, ...]:
-    """Pages for that many positions, with NaN where nothing was written."""
-    pages = tuple(pool.take(INSTANCES) for _ in range(-(-num_positions // PAGE_TOKENS)))
+def nan_pages(pool: GpuPagePool, num_positions: int, recent: bool = False) -> tuple[GpuPage, ...]:
+    """Pages for that many positions, with NaN, as floats and as scales of codes, where nothing was written."""
+    pages = tuple(pool.take(INSTANCES, recent) for _ in range(-(-num_positions // PAGE_TOKENS)))
     for page in pages:
-        page.tensor.fill_(NAN)
+        page.memory.fill_(255)
     return pages
+
+
+def num_written(pages: Sequence[GpuPage]) -> int:
+    """Numbers of pages of floats that are not as `nan_pages` left them."""
+    return sum(int((~part.isnan()).sum()) for page in pages for part in (page.keys, page.values))
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,8 @@ class Cached:
 
 def cached(pool: GpuPagePool, start: int, num_rows: int, seed: int = 0, room: int = 0) -> Cached:
     """A sequence of random keys and values. room: positions that its pages have beyond, with NaN."""
-    page = pool.take(1)
-    _, _, heads, _, head_dim = page.tensor.shape
-    end, dtype = start + num_rows, page.tensor.dtype
+    _, heads, _, head_dim = pool.take(1).keys.shape
+    end, dtype = start + num_rows, pool.take(1).keys.dtype
     keys, values = (normal(heads, end, head_dim, seed=2 * seed + i).to(DEVICE, dtype) for i in (0, 1))
     pages = nan_pages(pool, end + room)
     for index, page in enumerate(pages):

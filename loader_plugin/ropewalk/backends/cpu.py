@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ropewalk import native
+from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes are the same
 
 
-class CpuBackend:
+class CpuBackend(SinglePlace):
     """Kernels of one instruction set on a fixed number of threads.
 
     compute: "exact" or "int8" (see `native.Linear`). isa, threads: see `native.Runtime`.
@@ -46,6 +47,11 @@ class CpuBackend:
         self.compute = compute
         self.runtime = native.Runtime(isa, threads)
         self._arena = native.Arena()
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """The same kernels on as many threads."""
+        return {"backend": self.name, "compute": self.compute, "threads": self.runtime.threads, "isa": self.runtime.isa}
 
     @property
     def arithmetic(self) -> str:

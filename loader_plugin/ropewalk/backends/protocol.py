@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -173,6 +173,27 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """The device of the tensors that go in and come out."""
 
+    @property
+    def shares(self) -> tuple[tuple[torch.device, float], ...]:
+        """The devices that hold the pages, and the part of each page that lies there."""
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What `load_model` is given for another model to compute where the first layers of this one do."""
+
+    def places_of(self, weights_index: int) -> tuple[OnePlace, ...]:
+        """The backends that run a layer, by its place in `ModelWeights.layers`: each packs it and compiles it."""
+
+    def joined(self, weights_index: int, copies: Sequence[CompiledLayer], program: Program) -> CompiledLayer:
+        """A layer for `run_layer_`. copies: as each of its `places_of` has compiled `program`, in their order."""
+
+    def check_instances(self, layers: Sequence[CompiledLayer]) -> None:
+        """layers: what each layer instance of an order runs.
+
+        Raises:
+            ConfigError: an instance would run in a place for which its layer was not loaded.
+        """
+
     def computing(self, compute: str) -> Backend | None:
         """This backend with other arithmetic, which takes the weights that this one packed; None if they do not serve.
 
@@ -264,11 +285,6 @@ class Backend(Protocol):
             ShapeError: positions outside of the pages, or tables that do not fit.
         """
 
-    def compile_layer(
-        self, program: Program, weights: Mapping[str, torch.Tensor | PackedLinear], norm_eps: float
-    ) -> CompiledLayer:
-        """The program with the weights of one layer. weights: those that it names; norms are [C] or [D] float32."""
-
     def begin_step(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]
     ) -> BackendStep:
@@ -308,3 +324,12 @@ class Backend(Protocol):
 
     def end_step_(self, step: BackendStep) -> None:
         """After the last layer instance: what `run_layer_` may have put off is done, and x holds the result."""
+
+
+class OnePlace(Backend, Protocol):
+    """A backend that is one place by itself, where layers run: all but that of `backends/split.py`."""
+
+    def compile_layer(
+        self, program: Program, weights: Mapping[str, torch.Tensor | PackedLinear], norm_eps: float
+    ) -> CompiledLayer:
+        """The program with the weights of one layer. weights: those that it names; norms are [C] or [D] float32."""

@@ -1,14 +1,42 @@
-"""What backends whose pages and rows are torch tensors have in common: the count of pages, and what they check."""
+"""What backends have in common: what follows from being one place, the count of pages, and what they check."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ropewalk.backends.protocol import PAGE_TOKENS, Page, RowSpan
+from ropewalk.backends.protocol import PAGE_TOKENS, CompiledLayer, OnePlace, Page, RowSpan
 from ropewalk.base.errors import ShapeError
+from ropewalk.families.program import Program
+
+
+class SinglePlace:
+    """What `Backend` says of places, for a backend that is one."""
+
+    @property
+    def shares(self: OnePlace) -> tuple[tuple[torch.device, float], ...]:
+        """Whole pages on one device."""
+        return ((self.device, 1.0),)
+
+    @property
+    def load_options(self: OnePlace) -> dict[str, Any]:
+        """The same backend on the same device."""
+        return {"backend": self.name, "compute": self.compute, "device": self.device}
+
+    def places_of(self: OnePlace, weights_index: int) -> tuple[OnePlace, ...]:
+        """Itself."""
+        return (self,)
+
+    def joined(self, weights_index: int, copies: Sequence[CompiledLayer], program: Program) -> CompiledLayer:
+        """The one copy."""
+        (compiled,) = copies
+        return compiled
+
+    def check_instances(self, layers: Sequence[CompiledLayer]) -> None:
+        """Every layer runs here."""
 
 
 class PageCount:

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from ropewalk.backends.protocol import (
-    Backend,
     BackendStep,
     CompiledLayer,
     LowRankPart,
+    OnePlace,
     PackedLinear,
     PackedLowRank,
     Page,
@@ -28,9 +29,10 @@ from ropewalk.backends.protocol import (
     RowChange,
     RowSpan,
 )
+from ropewalk.backends.shared import check_move
 from ropewalk.base.errors import ConfigError
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.families.program import Program
+from ropewalk.families.program import Linear, Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
 
@@ -38,7 +40,7 @@ from ropewalk.gptq.linear import DenseLinear, GptqLinear
 class Place:
     """A backend, and how many layer instances it runs."""
 
-    backend: Backend
+    backend: OnePlace
     num_instances: int
 
 
@@ -83,11 +85,35 @@ class SplitBackend:
         """Of the last place."""
         return self._home.device
 
+    @property
+    def shares(self) -> tuple[tuple[torch.device, float], ...]:
+        """The part of a page that lies on each device."""
+        total = sum(place.num_instances for place in self.places)
+        devices = dict.fromkeys(place.backend.device for place in self.places)
+        return tuple(
+            (device, sum(p.num_instances for p in self.places if p.backend.device == device) / total)
+            for device in devices
+        )
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """Of the first place."""
+        return self.places[0].backend.load_options
+
     def computing(self, compute: str) -> None:
         """Weights on a card are laid out for one arithmetic."""
         return None
 
-    def places_of(self, weights_index: int) -> tuple[int, ...]:
+    def places_of(self, weights_index: int) -> tuple[OnePlace, ...]:
+        """The backends of the places that run this layer."""
+        return tuple(self.places[number].backend for number in self._numbers_of(weights_index))
+
+    def joined(self, weights_index: int, copies: Sequence[CompiledLayer], program: Program) -> SplitLayer:
+        """The copies by the numbers of their places."""
+        linears = tuple(operation.weight for operation in program.operations if isinstance(operation, Linear))
+        return SplitLayer(dict(zip(self._numbers_of(weights_index), copies, strict=True)), linears)
+
+    def _numbers_of(self, weights_index: int) -> tuple[int, ...]:
         """The places that run this layer; one that runs nowhere is kept in the last."""
         pairs = enumerate(self._weights_indices)
         found = sorted({self.place_of(instance) for instance, index in pairs if index == weights_index})
@@ -130,11 +156,25 @@ class SplitBackend:
         pools = [place.backend.new_pool(num_kv_heads, head_dim, cache_format, num_bytes) for place in self.places]
         return SplitPool(self, pools, num_bytes)
 
-    def compile_layer(
-        self, program: Program, weights: Mapping[str, torch.Tensor | PackedLinear], norm_eps: float
-    ) -> SplitLayer:
-        """Not used: each place compiles its own (see `model/layers.py`)."""
-        raise NotImplementedError("a layer is compiled by the backends of its places")
+    def move_rows_(
+        self,
+        source: Sequence[SplitPage],
+        source_start: int,
+        target: Sequence[SplitPage],
+        target_start: int,
+        num_rows: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """In every place that has a part of the pages."""
+        check_move(source, source_start, target, target_start, num_rows, cos, sin)
+        for number, place in enumerate(self.places):
+            parts = [[page.parts[number] for page in pages] for pages in (source, target)]
+            if None in (*parts[0], *parts[1]):
+                continue  # an order with fewer instances runs nothing here
+            device = place.backend.device
+            tables = cos.to(device), sin.to(device)
+            place.backend.move_rows_(parts[0], source_start, parts[1], target_start, num_rows, *tables)
 
     def begin_step(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> SplitStep:
         """x: [T, C] on the device of the last place, where it is again after the last instance."""
@@ -167,16 +207,6 @@ class SplitBackend:
                     f"for {', '.join(self._described(other) for other in layer.compiled)}: load the model with this "
                     "layer_order, or without gpu_layers and gpu_split"
                 )
-
-    @property
-    def shares(self) -> tuple[tuple[torch.device, float], ...]:
-        """The part of a page that lies on each device."""
-        total = sum(place.num_instances for place in self.places)
-        devices = dict.fromkeys(place.backend.device for place in self.places)
-        return tuple(
-            (device, sum(p.num_instances for p in self.places if p.backend.device == device) / total)
-            for device in devices
-        )
 
     def _described(self, place: int) -> str:
         backend = self.places[place].backend
@@ -217,23 +247,34 @@ class SplitPool:
         """Memory of the pages in use, in all places."""
         return sum(pool.used_bytes for pool in self._pools)
 
-    def page_bytes(self, num_instances: int) -> int:
+    @property
+    def layout(self) -> str:
+        """What the bytes of the parts mean, and which instances they have."""
+        parts = zip(self._backend.firsts, self._pools, strict=True)
+        return "split-1 " + " | ".join(f"from {first}: {pool.layout}" for first, pool in parts)
+
+    def page_bytes(self, num_instances: int, recent: bool = False) -> int:
         """Memory of a page, in all places."""
         pairs = zip(self._pools, self._counts(num_instances), strict=True)
-        return sum(pool.page_bytes(count) for pool, count in pairs)
+        return sum(pool.page_bytes(count, recent) for pool, count in pairs)
 
-    def take(self, num_instances: int) -> SplitPage:
+    def take(self, num_instances: int, recent: bool = False) -> SplitPage:
         """A part from the pool of each place."""
-        size = self.page_bytes(num_instances)
+        size = self.page_bytes(num_instances, recent)
         if self.used_bytes + size > self.num_bytes:
             raise MemoryError(f"a page of {size} bytes: {self.used_bytes} of {self.num_bytes} are in use")
         pairs = zip(self._pools, self._counts(num_instances), strict=True)
-        return SplitPage(tuple(pool.take(count) if count else None for pool, count in pairs))
+        return SplitPage(tuple(pool.take(count, recent) if count else None for pool, count in pairs))
 
     def copy(self, page: SplitPage) -> SplitPage:
         """Each part from its own pool."""
         pairs = zip(self._pools, page.parts, strict=True)
         return SplitPage(tuple(None if part is None else pool.copy(part) for pool, part in pairs))
+
+    def parts_of(self, page: SplitPage) -> list[torch.Tensor]:
+        """The memory of the part in each place, on the device of that place."""
+        pairs = zip(self._pools, page.parts, strict=True)
+        return [memory for pool, part in pairs if part is not None for memory in pool.parts_of(part)]
 
     def _counts(self, num_instances: int) -> list[int]:
         """Instances in each place: an order may be shorter than the one that the places were chosen for, or longer."""
@@ -278,9 +319,16 @@ class SplitStep:
         backend = self._backend.places[place].backend
         if self._x.device != backend.device:
             self._x = self._x.to(backend.device)
-        spans = [replace(span, pages=tuple(page.parts[place] for page in span.pages)) for span in self._spans]
+        spans = [
+            replace(span, pages=_parts(span.pages, place), recent=_parts(span.recent, place)) for span in self._spans
+        ]
         cos, sin = self._cos.to(backend.device), self._sin.to(backend.device)
         self._step, self._place = backend.begin_step(self._x, cos, sin, spans), place
+
+
+def _parts(pages: Sequence[SplitPage | None], place: int) -> tuple[Page | None, ...]:
+    """The parts of some pages in a place; None for a page that is not there."""
+    return tuple(None if page is None else page.parts[place] for page in pages)
 
 
 def _at(place: int, change: object, linears: Sequence[str]) -> SimpleNamespace:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ropewalk.backends.split import SplitBackend
 from ropewalk.base.choices import SPECULATION
 from ropewalk.base.errors import ConfigError
 from ropewalk.generate.generate import Cancelled
@@ -94,7 +93,7 @@ def _draft_scheduler(draft_model: Any, model: Any, tokenizer: Tokenizer) -> Sche
     if isinstance(draft_model, (str, Path)):
         folder = Path(draft_model)
         draft_tokenizer = load_tokenizer(folder)
-        draft_model = load_model(folder, **_like(model.backend))
+        draft_model = load_model(folder, **model.backend.load_options)
     elif not isinstance(draft_model, Model):
         raise ConfigError(
             f"draft_model must be the folder of a model, or a loaded model, got {type(draft_model).__name__}"
@@ -106,16 +105,6 @@ def _draft_scheduler(draft_model: Any, model: Any, tokenizer: Tokenizer) -> Sche
         _vocabulary(tokenizer, model.config.vocab_size), _vocabulary(draft_tokenizer, draft_model.config.vocab_size)
     )
     return Scheduler(draft_model)
-
-
-def _like(backend: Any) -> dict[str, Any]:
-    """Loading options for a model that computes beside another one."""
-    if isinstance(backend, SplitBackend):  # guessing is done where the first layers run
-        backend = backend.places[0].backend
-    options = {"backend": backend.name, "compute": backend.compute}
-    if backend.name == "cpu":
-        return options | {"threads": backend.runtime.threads, "isa": backend.runtime.isa}
-    return options | {"device": backend.device}
 
 
 def _vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:

@@ -6,16 +6,15 @@ A `PackedLayer` is weights; a `LayerInstance` (config/instances.py) is one use o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from ropewalk.backends.protocol import Backend, CompiledLayer, PackedLinear
-from ropewalk.backends.split import SplitBackend, SplitLayer
+from ropewalk.backends.protocol import Backend, CompiledLayer, OnePlace, PackedLinear
 from ropewalk.config.model import ModelConfig
 from ropewalk.families import FAMILIES
-from ropewalk.families.program import Linear, Program
+from ropewalk.families.program import Program
 from ropewalk.families.recorder import LayerShape, record
 from ropewalk.weights.read import LayerWeights
 
@@ -39,34 +38,30 @@ class PackedLayer:
 class CopiedLayer:
     """One decoder layer packed for several places (see `backends/split.py`)."""
 
-    copies: Mapping[int, PackedLayer]
-    compiled: SplitLayer
+    copies: tuple[PackedLayer, ...]
+    compiled: CompiledLayer
 
     @property
     def num_bytes(self) -> int:
         """Memory of all copies."""
-        return sum(copy.num_bytes for copy in self.copies.values())
+        return sum(copy.num_bytes for copy in self.copies)
 
 
 def pack_for_places(
     backend: Backend, config: ModelConfig, index: int, weights: LayerWeights, first: int = 0
 ) -> PackedLayer | CopiedLayer:
-    """Hand the weights of decoder layer `index` to the backend, or to the backends of the places that run it.
+    """Hand the weights of decoder layer `index` to the backends of the places that run it.
 
     first: the place of the model's first layer in `ModelWeights.layers`.
     """
-    if not isinstance(backend, SplitBackend):
-        return pack_layer(backend, config, index, weights)
-    copies = {
-        place: pack_layer(backend.places[place].backend, config, index, weights)
-        for place in backend.places_of(first + index)
-    }
+    places = backend.places_of(first + index)
+    copies = tuple(pack_layer(place, config, index, weights) for place in places)
     program = layer_program(config.family, layer_shape(config, index))
-    linears = tuple(operation.weight for operation in program.operations if isinstance(operation, Linear))
-    return CopiedLayer(copies, SplitLayer({place: copy.compiled for place, copy in copies.items()}, linears))
+    compiled = backend.joined(first + index, [copy.compiled for copy in copies], program)
+    return replace(copies[0], compiled=compiled) if len(copies) == 1 else CopiedLayer(copies, compiled)
 
 
-def pack_layer(backend: Backend, config: ModelConfig, index: int, weights: LayerWeights) -> PackedLayer:
+def pack_layer(backend: OnePlace, config: ModelConfig, index: int, weights: LayerWeights) -> PackedLayer:
     """Hand the weights of decoder layer `index` to the backend."""
     given = {
         "attn_norm": weights.attn_norm,
@@ -86,7 +81,7 @@ def pack_layer(backend: Backend, config: ModelConfig, index: int, weights: Layer
 
 
 def recompiled(
-    backend: Backend, config: ModelConfig, layers: Sequence[PackedLayer | CopiedLayer]
+    backend: OnePlace, config: ModelConfig, layers: Sequence[PackedLayer | CopiedLayer]
 ) -> tuple[PackedLayer | CopiedLayer, ...]:
     """The same packed weights in layers of a backend from `Backend.computing`: nothing is read, packed or copied.
 

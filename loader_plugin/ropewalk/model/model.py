@@ -20,7 +20,6 @@ from ropewalk.adapters.lora import read_adapter
 from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange, SavedUse
 from ropewalk.backends.protocol import Backend, PackedLinear
-from ropewalk.backends.split import SplitBackend
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
@@ -124,9 +123,8 @@ class Model(LiveRope):
         self.store.num_instances = len(self.instances)
 
     def _check_places(self, instances: Sequence[LayerInstance]) -> None:
-        if isinstance(self.backend, SplitBackend):
-            layers = self.weights.layers
-            self.backend.check_instances([layers[instance.weights_index].compiled for instance in instances])
+        layers = self.weights.layers
+        self.backend.check_instances([layers[instance.weights_index].compiled for instance in instances])
 
     @property
     def cache_type(self) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.backends.protocol import PAGE_TOKENS, Backend
-from ropewalk.backends.split import SplitBackend
 from ropewalk.base.choices import ROPE_GROWTH
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import available_bytes, format_bytes, physical_bytes
@@ -141,21 +140,16 @@ def choose_cache_memory(context: ContextPages, cache_memory: int | None, backend
     return max(context.num_bytes, min(usable, max(MOST_CONTEXTS * context.num_bytes, LEAST_BOUND)))
 
 
-def _shares(backend: Backend) -> tuple[tuple[torch.device, float], ...]:
-    """The devices that hold a page, and the part of it that lies on each."""
-    return backend.shares if isinstance(backend, SplitBackend) else ((backend.device, 1.0),)
-
-
 def _most_bytes(backend: Backend) -> int | None:
     """What all pages may take at most, were there nothing else in the memory of their devices; None: not known."""
-    found = [(_device_bytes(device), share) for device, share in _shares(backend)]
+    found = [(_device_bytes(device), share) for device, share in backend.shares]
     return min((int(size / share) for size, share in found if size is not None), default=None)
 
 
 def _free_bytes(backend: Backend, machine_part: int) -> int | None:
     """What pages could take of what is free; None: not known. machine_part: 2 for half of the machine's memory, which
     others need as well; a card is this program's own."""
-    found = [(_free_on(device, machine_part), share) for device, share in _shares(backend)]
+    found = [(_free_on(device, machine_part), share) for device, share in backend.shares]
     return min((int(size / share) for size, share in found if size is not None), default=None)
 
 

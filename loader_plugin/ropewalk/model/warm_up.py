@@ -1,11 +1,16 @@
 """Run a model once in every way that has kernels of its own: what is compiled at first use is compiled then.
 
+Formats of keys and values have kernels of their own: warm up with the cache_type that the model will be loaded with.
+
 Triton compiles a kernel when it is first launched, and keeps it on disk for every later start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+import numpy as np
+import torch
 
 from ropewalk.model.model import Model
 from ropewalk.model.step import Span
@@ -39,4 +44,15 @@ def warm_up(model: Model, progress: Callable[[int, int], None] | None = None) ->
     for _ in range(2):  # the second of a kind is captured where there are graphs
         step(Span([TOKEN], first))
     step(Span([TOKEN], first), Span([TOKEN], second))
+    _move_row(model)
     return done
+
+
+def _move_row(model: Model) -> None:
+    """A row of a page onto itself, in both kinds of pages: what re-scaling and shifting a cache launch."""
+    cos, sin = model.rope.tables_at(np.zeros(1, np.int64), 1)  # [1, R/2] each
+    tables = [torch.from_numpy(table).to(model.backend.device) for table in (cos, sin)]
+    pool = model.backend.new_pool(model.config.num_kv_heads, model.config.head_dim, model.cache_format, 1 << 40)
+    for recent in (False, True) if model.cache_format.recent else (False,):
+        pages = [pool.take(len(model.instances), recent)]
+        model.backend.move_rows_(pages, 0, pages, 0, 1, *tables)

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accuracy import assert_as_accurate
-from gpu_pages import INSTANCE, INSTANCES, Cached, cached, nan_pages, new_pool, step_of
+from gpu_pages import INSTANCE, INSTANCES, Cached, cached, nan_pages, new_pool, num_written, step_of
 from gpu_support import DEVICE, normal, same_bits
 from ropewalk.backends.gpu import attention
-from ropewalk.backends.gpu.attention import attend
+from ropewalk.backends.gpu.attention import Attention, Part, attend
+from ropewalk.backends.gpu.chunk_kernel import ALL
 from ropewalk.backends.gpu.pages import GpuPagePool
 from ropewalk.backends.gpu.step import LONG_ROWS, SHORT_ROWS
 from ropewalk.backends.protocol import RowSpan
@@ -70,10 +71,10 @@ def assert_follows_the_formula(
 
 
 PLACES = [(0, 1), (3, 2), (500, 20), (1030, 1), (63, 16)]
-KINDS = {  # dtype of the pages, exact, dtype of the factors of products
-    "fp16": (torch.float16, False, torch.float16),
-    "fp16, exact": (torch.float16, True, torch.float32),
-    "fp32": (torch.float32, False, torch.float32),
+KINDS = {  # format of the pages, exact, dtype of the factors of products
+    "fp16": ("fp16", False, torch.float16),
+    "fp16, exact": ("fp16", True, torch.float32),
+    "fp32": ("fp32", False, torch.float32),
 }
 
 
@@ -82,8 +83,8 @@ WINDOWS = [("fp16", window) for window in (None, 1, 100, 520)] + [("fp16, exact"
 
 @pytest.mark.parametrize("kind, window", WINDOWS)
 def test_sequences_of_a_step_attend_to_their_own_keys(kind: str, window: int | None) -> None:
-    dtype, exact, product = KINDS[kind]
-    parts = sequences(new_pool(1, 16, dtype), *PLACES)
+    cache_type, exact, product = KINDS[kind]
+    parts = sequences(new_pool(1, 16, cache_type), *PLACES)
     q = queries(sum(part.num_rows for part in parts), 2, 16)
     found = attended([part.span() for part in parts], q, window, exact)
     assert_follows_the_formula(found, parts, q, window, product)
@@ -133,12 +134,12 @@ def test_a_row_has_the_same_bits_alone_in_chunks_and_beside_others(major, head_d
 
 @pytest.mark.parametrize("kind, window", [("fp16", None), ("fp16", 700), ("fp16, exact", 700), ("fp32", None)])
 def test_split_keys_give_the_bits_of_whole_ones(kind: str, window: int | None, monkeypatch) -> None:
-    dtype, exact, _ = KINDS[kind]
-    parts = sequences(new_pool(1, 24, dtype), (1030, 1), (CHUNK - 1, 3), (0, 4), (1023, 1))
+    cache_type, exact, _ = KINDS[kind]
+    parts = sequences(new_pool(1, 24, cache_type), (1030, 1), (CHUNK - 1, 3), (0, 4), (1023, 1))
     q, spans = queries(9, 2, 24), [part.span() for part in parts]
     launched = []
-    chunks = attention._attend_chunks
-    monkeypatch.setattr(attention, "_attend_chunks", lambda *args: (launched.append(args), chunks(*args)))
+    chunks = Attention._attend_chunks
+    monkeypatch.setattr(Attention, "_attend_chunks", lambda *args: (launched.append(args), chunks(*args)))
     split = attended(spans, q, window, exact)
     assert len(launched) == 1
     monkeypatch.setattr(attention, "SCRATCH_BYTES", 0)  # too many states: programs walk over their chunks instead
@@ -165,9 +166,9 @@ def test_states_of_chunks_are_merged_alike_however_many_are_loaded_at_once(monke
 
 def test_memory_for_the_states_of_chunks_is_bounded_by_the_window() -> None:
     step = step_of([cached(new_pool(1, 8), 5000, 2).span()])
-    assert attention._num_chunks(step.short, None) == 10
-    assert attention._num_chunks(step.short, 1000) == 3
-    assert attention._num_chunks(step.short, 1) == 2
+    for window, chunks in ((None, 10), (1000, 3), (1, 2)):
+        call = Attention(step, (), 0, window, step.x, True)
+        assert call._num_chunks(Part(ALL.value, step.x, step.pages, step.layout, None), step.short) == chunks
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:All-NaN slice encountered")  # as meant
@@ -188,7 +189,7 @@ def test_later_positions_pages_and_instances_are_not_looked_at() -> None:
     """Pages are NaN wherever no row of the step may look: all of the other instance, and what follows a span's rows."""
     parts = sequences(new_pool(2, 20), (600, 40), (64, 1), (0, 1), room=130)
     for part in parts:
-        assert part.pages[-1].tensor.isnan().all() and part.pages[0].tensor[1 - INSTANCE].isnan().all()
+        assert num_written(part.pages[-1:]) == 0 and part.pages[0].keys[1 - INSTANCE].isnan().all()
     q = queries(42, 2, 20)
     found = attended([part.span() for part in parts], q)
     assert found.isfinite().all()
@@ -201,7 +202,7 @@ def test_later_positions_pages_and_instances_are_not_looked_at() -> None:
 def test_every_address_is_one_of_a_tensor(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = sequences(new_pool(2, 20), (500, 40), (1030, 3), (0, 1), room=0)
     q = queries(44, 6, 20)
-    with inside_arguments(monkeypatch, [page.tensor for part in parts for page in part.pages]):
+    with inside_arguments(monkeypatch, [page.memory for part in parts for page in part.pages]):
         attended([part.span() for part in parts], q, window)
 
 
@@ -209,7 +210,7 @@ def test_every_address_is_one_of_a_tensor(window: int | None, monkeypatch: pytes
 @given(st.data())
 def test_any_shapes_follow_the_formula_and_give_rows_their_own_bits(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(KINDS)))
-    dtype, exact, product = KINDS[kind]
+    cache_type, exact, product = KINDS[kind]
     head_dim, num_kv_heads = data.draw(st.integers(2, 70)), data.draw(st.integers(1, 2))
     num_heads = num_kv_heads * data.draw(st.integers(1, 4))
     window = data.draw(st.none() | st.integers(1, 600))
@@ -219,7 +220,7 @@ def test_any_shapes_follow_the_formula_and_give_rows_their_own_bits(data: st.Dat
             st.tuples(starts, st.integers(1, 4) | st.integers(SHORT_ROWS + 1, SHORT_ROWS + 5)), min_size=1, max_size=3
         )
     )
-    parts = sequences(new_pool(num_kv_heads, head_dim, dtype), *places, room=data.draw(st.integers(0, 70)))
+    parts = sequences(new_pool(num_kv_heads, head_dim, cache_type), *places, room=data.draw(st.integers(0, 70)))
     q = queries(sum(part.num_rows for part in parts), num_heads, head_dim)
     found = attended([part.span() for part in parts], q, window, exact)
     assert_follows_the_formula(found, parts, q, window, product)

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "press" / "gpu_compile_matrix.py"
-KERNELS = ("linear w4g128", "dense fp16 16", "attention D128 long", "norm 4096", "rotate and append")
+KERNELS = (
+    "linear w4g128",
+    "dense fp16 16",
+    "attention D128 long",
+    "norm 4096",
+    "rotate and append",
+    "D64 chunks q4",
+    "turn heads",
+)
 
 
 def compiled(*arguments: str) -> subprocess.CompletedProcess:

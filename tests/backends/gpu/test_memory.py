@@ -40,7 +40,7 @@ def card(monkeypatch: pytest.MonkeyPatch):
 
 
 def backend(device: torch.device = CARD) -> SimpleNamespace:
-    return SimpleNamespace(device=device)
+    return SimpleNamespace(device=device, shares=((device, 1.0),))
 
 
 def context(gib: float) -> ContextPages:

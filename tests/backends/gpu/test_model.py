@@ -224,6 +224,34 @@ def test_an_engine_writes_the_same_text_alone_together_and_with_guesses(model: M
     assert [together[prompt] for prompt in prompts] == alone
 
 
+def test_a_draft_model_on_the_gpu_guesses_and_the_text_is_as_without(model: Model, folder: Path) -> None:
+    """The draft is the same model over codes: it guesses most of the text."""
+    tokenizer = load_tokenizer(folder)
+    params = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
+    plain = Engine(model, tokenizer).generate("A rope", params)
+    draft, asked = on_gpu(folder, cache_type="q8"), []
+    forward = draft.forward
+    draft.forward = lambda *args, **kwargs: asked.append(args) or forward(*args, **kwargs)
+    engine = Engine(model, tokenizer, draft_model=draft)
+    assert engine.speculation == "draft"
+    assert engine.generate("A rope", params).text == plain.text
+    assert len(asked) > 1  # after the prompt as well
+
+
+@pytest.mark.parametrize("cache_type", ["q8", "q4", "q8_q4"])
+def test_models_with_codes_are_near_the_reference_and_keep_their_bits_in_chunks(folder: Path, cache_type: str) -> None:
+    model = on_gpu(folder, cache_type=cache_type)
+    logits = logits_of(model, IDS)
+    want, plain = (logits_of(on_reference(folder, cache_type=kind), IDS) for kind in (cache_type, "fp16"))
+    allowed = FP16_ERROR * float(want.abs().max()) + float((want - plain).abs().max()) / 3  # numbers get other codes
+    assert float((logits - want).abs().max()) <= allowed
+    cache = model.new_cache()
+    parts = [model.forward(part, cache, "all").cpu() for part in (IDS[:3], IDS[3:4], IDS[4:])]
+    assert torch.equal(torch.cat(parts), logits)
+    cache.truncate(4)
+    assert torch.equal(model.forward(IDS[4:], cache, "all").cpu(), logits[4:])
+
+
 def test_a_server_answers_from_it(model: Model, folder: Path) -> None:
     engine = Engine(model, load_tokenizer(folder))
     with RunningServer(engine, AppOptions("tiny")) as server:

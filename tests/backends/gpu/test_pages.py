@@ -13,18 +13,18 @@ from ropewalk.backends.gpu import pages as module
 from ropewalk.backends.protocol import PAGE_TOKENS
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_page_is_one_allocation_of_keys_and_values_by_instance(dtype: torch.dtype) -> None:
-    pool = new_pool(2, 20, dtype)
+@pytest.mark.parametrize("cache_type, dtype", [("fp16", torch.float16), ("fp32", torch.float32)])
+def test_a_page_is_one_allocation_of_keys_and_values_by_instance(cache_type: str, dtype: torch.dtype) -> None:
+    pool = new_pool(2, 20, cache_type)
     page = pool.take(3)
     shape = (3, 2, PAGE_TOKENS, 20)
     assert page.keys.shape == page.values.shape == shape
     assert page.keys.dtype == page.values.dtype == dtype and page.keys.device == DEVICE
-    assert page.address == page.tensor.data_ptr() == page.keys.data_ptr()
+    assert page.address == page.memory.data_ptr() == page.keys.data_ptr()
     instance_bytes = 2 * PAGE_TOKENS * 20 * dtype.itemsize  # of keys, and as many of values
     assert page.values.data_ptr() == page.address + instance_bytes
     assert page.keys[2].data_ptr() == page.address + 4 * instance_bytes
-    assert pool.page_bytes(3) == page.tensor.numel() * dtype.itemsize == 6 * instance_bytes
+    assert pool.page_bytes(3) == page.memory.numel() == 6 * instance_bytes
 
 
 def test_addresses_of_keys_and_values_are_multiples_of_16() -> None:
@@ -62,10 +62,10 @@ def test_a_pool_gives_as_many_pages_as_its_bytes_hold() -> None:
 def test_a_copy_has_the_bits_of_the_page_and_memory_of_its_own() -> None:
     pool = new_pool(2, 8)
     page = pool.take(2)
-    page.tensor.copy_(torch.randn(page.tensor.shape))
-    page.tensor[1, 0, 0, 5] = float("nan")
+    page.keys.copy_(torch.randn(page.keys.shape))
+    page.values.fill_(float("nan"))
     copy = pool.copy(page)
-    assert torch.equal(copy.tensor.view(torch.int16), page.tensor.view(torch.int16))
+    assert torch.equal(copy.memory, page.memory)
     assert copy.address != page.address and pool.used_bytes == 2 * pool.page_bytes(2)
     page.keys.zero_()
     assert not torch.equal(copy.keys, page.keys)
@@ -97,7 +97,7 @@ def test_an_allocation_that_fails_says_what_was_wanted_what_is_free_and_what_is_
     assert "3.0 MiB are free" in message and "pages hold 8.0 KiB of at most 1.0 GiB" in message
     assert "cache_memory" in message and "max_seq_len" in message
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
-    assert pool.used_bytes == pool.page_bytes(2) == held.tensor.numel() * 2
+    assert pool.used_bytes == pool.page_bytes(2) == held.memory.numel()
 
 
 def test_threads_may_take_and_drop_pages_at_once() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from gpu_pages import DEVICE, nan_pages, new_pool, step_of
+from ropewalk.backends.gpu.layout import PageLayout
 from ropewalk.backends.gpu.step import LONG_ROWS, SHORT_ROWS, GpuStep
 from ropewalk.backends.protocol import RowSpan
 from ropewalk.base.errors import ShapeError
+from ropewalk.config.cache_format import CacheFormat
 
 POOL = new_pool(2, 8)
 
@@ -26,7 +28,8 @@ def test_every_row_has_its_position_and_the_pages_of_its_span() -> None:
     assert step.pages.shape == (3, 16)  # whole chunks of 8 pages
     for row, (span, used) in enumerate(zip(spans, (2, 1, 10), strict=True)):
         assert step.pages[row].tolist() == [page.address for page in span.pages[:used]] + [0] * (16 - used)
-    assert (step.page_shape, step.page_dtype, step.num_instances) == ((2, 8), torch.float16, 2)
+    assert (step.layout, step.num_instances) == (PageLayout(2, 8, CacheFormat("fp16", "fp16")), 2)
+    assert step.recent is None
 
 
 def test_everything_on_the_device_is_one_tensor() -> None:

@@ -1,86 +1,166 @@
-"""Launches attention: which tiles, which form, and what fits.
+"""Launches attention: over which keys, in which form, and what fits.
 
 Short spans (decode, drafts) have one program for each chunk of 512 keys, so that a long context keeps a whole card
 busy; long ones, whose rows are many, walk over the chunks in turn. Both give the same bits.
+
+    one kind of pages     short: a state for each chunk, merged        long: the result
+    a recent window       the same, of both kinds of pages             long: one state of each kind, merged
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
-from ropewalk.backends.gpu.attention_kernel import attend_chunks, attend_whole, merge_chunks
+from ropewalk.backends.gpu.attention_kernel import attend_chunks, attend_whole
+from ropewalk.backends.gpu.attention_tiles import CHUNK, SCRATCH_BYTES, STATES_AT_ONCE, Tile, Tiles, tiles
+from ropewalk.backends.gpu.chunk_kernel import ALL, OLDER, RECENT
+from ropewalk.backends.gpu.heads import turn_
+from ropewalk.backends.gpu.layout import PageLayout
+from ropewalk.backends.gpu.merge_kernel import merge_chunks
 from ropewalk.backends.gpu.step import GpuStep, RowBlocks
 from ropewalk.backends.gpu.views import check_rows
 from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.base.errors import ShapeError
 
-CHUNK = 512  # keys whose state is computed from nothing: part of the order of summation
-SCRATCH_BYTES = 1 << 26  # bound for the states of chunks; where it is exceeded, there are rows enough without them
-STATES_AT_ONCE = (4, 16)  # of a head that merge_chunks loads together: contexts up to 2048, and longer ones
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Keys of one kind that rows attend to. q: [T, Hq, D] as they are turned; pages: [spans, width] addresses."""
+
+    number: int  # ALL, OLDER or RECENT
+    q: torch.Tensor
+    pages: torch.Tensor
+    layout: PageLayout
+    tiles: Tiles
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Rows of a program and its warps."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """Attention of the rows of a step in one layer instance, as all its launches have it. fp16: how it multiplies."""
 
-    rows: int
-    num_warps: int
+    step: GpuStep
+    parts: tuple[Part, ...]
+    instance: int
+    window: int | None
+    out: torch.Tensor
+    fp16: bool
 
+    @property
+    def within(self) -> int:
+        """Positions of the recent window, 0 without one."""
+        return self.step.layout.cache_format.recent
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Tiles of programs that walk over all chunks of many rows, and of those for short spans; BLOCK of the kernels.
+    def run_(self, blocks: RowBlocks, tile_of: str) -> None:
+        """For the rows of these blocks. tile_of: "long" or "short", the tiles of a program."""
+        chunks = [self._num_chunks(part, blocks) for part in self.parts]
+        shape = blocks.num_blocks, blocks.most_rows, self.out.shape[1]
+        fit = 4 * sum(chunks) * math.prod(shape) * (self.out.shape[2] + 2) <= SCRATCH_BYTES
+        split = tile_of == "short" and sum(chunks) > 1 and fit
+        if not split and len(self.parts) == 1:
+            self._attend_whole(self.parts[0], blocks, tile_of, self.out, None)
+            return
+        counts = chunks if split else [1] * len(chunks)
+        states = torch.empty(sum(counts), *shape, 2, device=self.out.device)
+        accs = torch.empty(sum(counts), *shape, self.out.shape[2], device=self.out.device)
+        first = 0
+        for part, count in zip(self.parts, counts, strict=True):
+            here = slice(first, first + count)
+            if split:
+                self._attend_chunks(part, blocks, states[here], accs[here])
+            else:
+                self._attend_whole(part, blocks, tile_of, accs[here], states[here])
+            first += count
+        self._merge(blocks, states, accs, counts, not split)
 
-    Results depend on the block alone, so all forms have the same.
-    """
+    def _attend_whole(
+        self, part: Part, blocks: RowBlocks, tile_of: str, out: torch.Tensor, states: torch.Tensor | None
+    ) -> None:
+        tile = getattr(part.tiles, tile_of)
+        attend_whole[self._grid(blocks, tile)](
+            part.q,
+            out,
+            states,
+            *self._sources(part, blocks),
+            OUT_STRIDE=self.out.stride(0),
+            **self._constants(part, tile),
+        )
 
-    long: Tile
-    short: Tile
-    block: int
-    num_stages: int = 2
+    def _attend_chunks(self, part: Part, blocks: RowBlocks, states: torch.Tensor, accs: torch.Tensor) -> None:
+        tile = part.tiles.short
+        attend_chunks[(*self._grid(blocks, tile), states.shape[0])](
+            part.q, states, accs, *self._sources(part, blocks), **self._constants(part, tile)
+        )
 
+    def _merge(
+        self, blocks: RowBlocks, states: torch.Tensor, accs: torch.Tensor, counts: Sequence[int], is_whole: bool
+    ) -> None:
+        _, num_heads, head_dim = self.out.shape
+        layout = self.step.layout
+        merge_chunks[(blocks.num_blocks, blocks.most_rows, num_heads)](
+            states,
+            accs,
+            self.out,
+            self.step.positions,
+            blocks.table,
+            blocks.most_rows,
+            counts[0] * blocks.num_blocks * blocks.most_rows * num_heads,
+            OUT_STRIDE=self.out.stride(0),
+            WINDOW=self.window or 0,
+            WITHIN=self.within,
+            HEADS=num_heads,
+            D=head_dim,
+            DP=layout.columns,
+            CHUNK=CHUNK,
+            PAGE=PAGE_TOKENS,
+            AT_ONCE=1 if is_whole else STATES_AT_ONCE[max(counts) > STATES_AT_ONCE[0]],
+            IS_WHOLE=is_whole,
+            H=layout.turns["H_VALUES"],
+            ROOT=layout.turns["ROOT"],
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
 
-# By head size, products in float16: the widest that keep everything in registers (gpu_compile_matrix.py).
-TILES = {
-    64: Tiles(Tile(128, 8), Tile(16, 4), 64),
-    128: Tiles(Tile(128, 8), Tile(16, 4), 64),
-    256: Tiles(Tile(64, 8), Tile(16, 4), 32),
-}
-# Where a head is padded, its masks take registers. These are below 64 rows on all cards, or on 8.x and 12.x alone.
-PADDED = {
-    128: Tiles(Tile(64, 8), Tile(16, 4), 64),
-    256: Tiles(Tile(32, 8), Tile(16, 4), 32),
-}
-# On 9.x and 10.x products of 64 rows have instructions of their own, which need not round like those of 16 rows: there
-# all tiles of a head size are of one kind.
-TILES_OF_WARPGROUPS = {
-    64: Tiles(Tile(128, 8), Tile(64, 4), 64),
-    128: Tiles(Tile(64, 4), Tile(64, 4), 32),
-    256: Tiles(Tile(64, 8), Tile(64, 8), 16),
-}
-WARPGROUPS = (9, 10)  # compute capabilities; 12.x has the instructions of 8.x
-FLOAT32 = Tiles(Tile(16, 4), Tile(16, 4), 16, 1)
+    def _grid(self, blocks: RowBlocks, tile: Tile) -> tuple[int, int]:
+        num_kv_heads = self.step.layout.num_kv_heads
+        group = self.out.shape[1] // num_kv_heads
+        return blocks.num_blocks, num_kv_heads * triton.cdiv(blocks.most_rows * group, tile.rows)
 
+    def _sources(self, part: Part, blocks: RowBlocks) -> tuple[Any, ...]:
+        """The arguments that both forms have behind their results."""
+        positions, width = self.step.positions, part.pages.shape[1]
+        scale = math.log2(math.e) / math.sqrt(self.out.shape[2])
+        return part.pages, positions, blocks.table, width, self.instance, blocks.most_rows, scale
 
-def tiles(head_dim: int, fp16: bool, major: int) -> Tiles:
-    """The tiles for a head size, products in float16 or float32, on a card of that compute capability."""
-    size = max(64, padded(head_dim))
-    if not fp16:
-        return FLOAT32
-    if 128 < head_dim < 256:
-        return PADDED[size]
-    if major in WARPGROUPS:
-        return TILES_OF_WARPGROUPS[size]
-    return PADDED[size] if 64 < head_dim < 128 else TILES[size]
+    def _constants(self, part: Part, tile: Tile) -> dict[str, Any]:
+        return {
+            "Q_STRIDE": part.q.stride(0),
+            "PART": part.number,
+            "WINDOW": self.window or 0,
+            "WITHIN": self.within,
+            "G": self.out.shape[1] // part.layout.num_kv_heads,
+            "ROWS": tile.rows,
+            "CHUNK": CHUNK,
+            "BLOCK": part.tiles.block,
+            "FP16_DOT": self.fp16,
+            "num_warps": tile.num_warps,
+            "num_stages": part.tiles.num_stages,
+            "enable_fp_fusion": False,
+            **part.layout.constants,
+        }
 
-
-def padded(head_dim: int) -> int:
-    """Columns of a tile that holds a head: a power of two, 16 or more."""
-    return max(16, triton.next_power_of_2(head_dim))
+    def _num_chunks(self, part: Part, blocks: RowBlocks) -> int:
+        """How many chunks the rows of any block can see of a part, from the first that its first row sees."""
+        seen = [self.window] if self.window is not None else []
+        if part.number == RECENT.value:
+            seen.append(self.within + PAGE_TOKENS - 1)  # its window begins with a page
+        chunks = triton.cdiv(blocks.end, CHUNK)
+        return min([chunks, *((size + blocks.most_rows - 2) // CHUNK + 2 for size in seen)])
 
 
 def attend(
@@ -89,118 +169,28 @@ def attend(
     """Causal attention of the rows of a step over the pages of their sequences, into `out`.
 
     q, out: [T, Hq, D] float32 views, heads next to each other. instance: which keys and values of the pages. window:
-    how many positions a row sees, its own included; None: all. exact: products in float32 also over float16 pages.
+    how many positions a row sees, its own included; None: all. exact: products in float32 whatever the pages are.
     """
     if step.num_rows == 0 == q.shape[0]:
         return
-    _, num_heads, head_dim = q.shape
-    num_kv_heads = _check(step, q, instance, window, out)
-    fp16_pages = step.page_dtype == torch.float16
-    fp16 = fp16_pages and not exact
-    chosen = tiles(head_dim, fp16, _major(q.device))
-    constants = {
-        "Q_STRIDE": q.stride(0),
-        "WINDOW": window or 0,
-        "HKV": num_kv_heads,
-        "G": num_heads // num_kv_heads,
-        "D": head_dim,
-        "DP": padded(head_dim),
-        "CHUNK": CHUNK,
-        "PAGE": PAGE_TOKENS,
-        "BLOCK": chosen.block,
-        "FP16_PAGES": fp16_pages,
-        "FP16_DOT": fp16,
-        "num_stages": chosen.num_stages,
-        "enable_fp_fusion": False,
-    }
+    _check(step, q, instance, window, out)
+    layout, fp16 = step.layout, not (exact or step.layout.has_float32)
+    major = _major(q.device)
+    turned = q
+    if layout.turns_keys:
+        turned = torch.empty(q.shape, device=q.device)
+        turn_(q, turned)
+    sources = [(ALL.value, turned, step.pages, layout)]
+    if step.recent is not None:
+        sources = [(OLDER.value, turned, step.pages, layout), (RECENT.value, q, step.recent, layout.exact)]
+    parts = tuple(Part(*source, tiles(source[-1], fp16, major, len(sources) > 1)) for source in sources)
+    attention = Attention(step, parts, instance, window, out, fp16)
     if step.long.num_blocks:
-        _attend_whole(step, step.long, q, instance, out, chosen.long, constants)
+        attention.run_(step.long, "long")
     if step.short.num_blocks:
-        chunks = _num_chunks(step.short, window)
-        held = 4 * chunks * step.short.num_blocks * step.short.most_rows * num_heads * (head_dim + 2)
-        if chunks == 1 or held > SCRATCH_BYTES:
-            _attend_whole(step, step.short, q, instance, out, chosen.short, constants)
-        else:
-            _attend_chunks(step, step.short, q, instance, out, chunks, chosen.short, constants)
-
-
-def _attend_whole(
-    step: GpuStep, blocks: RowBlocks, q: torch.Tensor, instance: int, out: torch.Tensor, tile: Tile, constants: dict
-) -> None:
-    num_tiles = triton.cdiv(blocks.most_rows * constants["G"], tile.rows)
-    attend_whole[(blocks.num_blocks, constants["HKV"] * num_tiles)](
-        q,
-        out,
-        step.pages,
-        step.positions,
-        blocks.table,
-        step.pages.shape[1],
-        instance,
-        _qk_scale(q.shape[2]),
-        OUT_STRIDE=out.stride(0),
-        ROWS=tile.rows,
-        num_warps=tile.num_warps,
-        **constants,
-    )
-
-
-def _attend_chunks(
-    step: GpuStep,
-    blocks: RowBlocks,
-    q: torch.Tensor,
-    instance: int,
-    out: torch.Tensor,
-    chunks: int,
-    tile: Tile,
-    constants: dict,
-) -> None:
-    _, num_heads, head_dim = q.shape
-    shape = chunks, blocks.num_blocks, blocks.most_rows, num_heads
-    states = torch.empty(*shape, 2, device=q.device)
-    accs = torch.empty(*shape, head_dim, device=q.device)
-    num_tiles = triton.cdiv(blocks.most_rows * constants["G"], tile.rows)
-    attend_chunks[(blocks.num_blocks, constants["HKV"] * num_tiles, chunks)](
-        q,
-        states,
-        accs,
-        step.pages,
-        step.positions,
-        blocks.table,
-        step.pages.shape[1],
-        instance,
-        blocks.most_rows,
-        _qk_scale(head_dim),
-        ROWS=tile.rows,
-        num_warps=tile.num_warps,
-        **constants,
-    )
-    merge_chunks[(blocks.num_blocks, blocks.most_rows, num_heads)](
-        states,
-        accs,
-        out,
-        step.positions,
-        blocks.table,
-        blocks.most_rows,
-        OUT_STRIDE=out.stride(0),
-        WINDOW=constants["WINDOW"],
-        HEADS=num_heads,
-        D=head_dim,
-        DP=constants["DP"],
-        CHUNK=CHUNK,
-        AT_ONCE=STATES_AT_ONCE[chunks > STATES_AT_ONCE[0]],
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
-
-
-def _num_chunks(blocks: RowBlocks, window: int | None) -> int:
-    """How many chunks the rows of any block can see, from the first that its first row sees."""
-    chunks = triton.cdiv(blocks.end, CHUNK)
-    return chunks if window is None else min(chunks, (window + blocks.most_rows - 2) // CHUNK + 2)
-
-
-def _qk_scale(head_dim: int) -> float:
-    return math.log2(math.e) / math.sqrt(head_dim)
+        attention.run_(step.short, "short")
+    if layout.turns_values and step.recent is None:
+        turn_(out, out)
 
 
 def _major(device: torch.device) -> int:
@@ -208,10 +198,9 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
-def _check(step: GpuStep, q: torch.Tensor, instance: int, window: int | None, out: torch.Tensor) -> int:
-    """The number of key/value heads, if everything fits together."""
+def _check(step: GpuStep, q: torch.Tensor, instance: int, window: int | None, out: torch.Tensor) -> None:
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, kv_head_dim = step.page_shape
+    num_kv_heads, kv_head_dim = step.layout.num_kv_heads, step.layout.head_dim
     fits = num_rows == step.num_rows and head_dim == kv_head_dim and num_heads % num_kv_heads == 0
     if (
         not fits
@@ -225,4 +214,3 @@ def _check(step: GpuStep, q: torch.Tensor, instance: int, window: int | None, ou
         )
     for name, view in (("q", q), ("out", out)):
         check_rows(f"attend: {name}", view)
-    return num_kv_heads

@@ -15,20 +15,21 @@ from ropewalk.backends.gpu.layers import GpuLayer
 from ropewalk.backends.gpu.linear import GpuLinear
 from ropewalk.backends.gpu.low_rank import GpuLowRank
 from ropewalk.backends.gpu.memory import told_in_numbers
-from ropewalk.backends.gpu.pages import GpuPagePool
+from ropewalk.backends.gpu.move import move_rows_
+from ropewalk.backends.gpu.pages import GpuPage, GpuPagePool
 from ropewalk.backends.gpu.step import GpuStep
 from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
+from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import RequestError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 LOAD_REMEDY = "give gpu_layers, so that the CPU runs the rest, or gpu_split for several cards"
 RUN_REMEDY = "load the model with a smaller max_input_len or cache_memory"
 
 
-class GpuBackend:
+class GpuBackend(SinglePlace):
     """Kernels on one device, which `device.checked_device` has looked at. compute: "fp16" or "exact"."""
 
     name = "gpu"
@@ -96,7 +97,21 @@ class GpuBackend:
 
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> GpuPagePool:
         """A pool of pages on the device."""
-        return GpuPagePool(num_kv_heads, head_dim, DTYPES[str(cache_format)], num_bytes, self.device)
+        return GpuPagePool(num_kv_heads, head_dim, cache_format, num_bytes, self.device)
+
+    def move_rows_(
+        self,
+        source: Sequence[GpuPage],
+        source_start: int,
+        target: Sequence[GpuPage],
+        target_start: int,
+        num_rows: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """Positions of pages moved to others, keys turned by cos, sin: [num_rows, R/2]."""
+        with self._running(num_rows):
+            move_rows_(source, source_start, target, target_start, num_rows, cos, sin)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | GpuLinear], norm_eps: float

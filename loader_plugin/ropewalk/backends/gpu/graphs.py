@@ -121,4 +121,4 @@ def cuda_capture(device: torch.device) -> Capture:
 
 
 def _kind(step: GpuStep, runs: Sequence[LayerRun]) -> Hashable:
-    return (step.num_rows, step.pages.shape, step.page_shape, step.page_dtype, step.num_instances, tuple(runs))
+    return (step.num_rows, step.pages.shape, step.layout, step.num_instances, tuple(runs))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ropewalk.backends.gpu import low_rank, rows
+from ropewalk.backends.gpu import heads, low_rank, rows
 from ropewalk.backends.gpu.activations import Activations, prepare
 from ropewalk.backends.gpu.attention import attend
 from ropewalk.backends.gpu.linear import GpuLinear
@@ -111,11 +111,11 @@ class _Run:
             case Linear(x, weight, out):
                 self._linear_(x, weight, out)
             case Rotate(x):
-                rows.rotate_(step, self._view(x))
+                heads.rotate_(step, self._view(x))
             case Append(k, v):
-                rows.append_(step, self._view(k), self._view(v), self._instance)
+                heads.append_(step, self._view(k), self._view(v), self._instance)
             case RotateAppend(q, k, v):
-                rows.rotate_append_(step, self._view(q), self._view(k), self._view(v), self._instance)
+                heads.rotate_append_(step, self._view(q), self._view(k), self._view(v), self._instance)
             case Attend(q, out, window):
                 attend(step, self._view(q), self._instance, window, self._view(out), self._layer.exact)
             case SiluMul(gate_up, out):

@@ -1,56 +1,68 @@
 """Pages of keys and values on the device, and the pool that counts them.
 
-One page is one allocation: [instances, 2, Hkv, PAGE_TOKENS, D], keys before values, so that its address and an
-instance say where everything is:
-
-    page ---> instance 0: keys   [Hkv, 64, D]
-                          values [Hkv, 64, D]
-              instance 1: keys   ...
+One page is one allocation; what lies where is in layout.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ropewalk.backends.gpu.layout import DTYPES, PageLayout
 from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.backends.shared import PageCount
 from ropewalk.base.memory import available_bytes, format_bytes
+from ropewalk.config.cache_format import CacheFormat
 
 
 class GpuPage:
-    """tensor: [instances, 2, Hkv, PAGE_TOKENS, D] float16 or float32, row-major. address: of its first byte."""
+    """memory: [instances, bytes of an instance] uint8. address: of its first byte."""
 
-    __slots__ = ("_pool", "address", "tensor")
+    __slots__ = ("_pool", "address", "layout", "memory")
 
-    def __init__(self, pool: GpuPagePool, tensor: torch.Tensor) -> None:
+    def __init__(self, pool: GpuPagePool, layout: PageLayout, memory: torch.Tensor) -> None:
         self._pool = pool
-        self.tensor = tensor
-        self.address = tensor.data_ptr()
+        self.layout = layout
+        self.memory = memory
+        self.address = memory.data_ptr()
+
+    @property
+    def num_instances(self) -> int:
+        """Layer instances whose keys and values the page has."""
+        return self.memory.shape[0]
 
     @property
     def keys(self) -> torch.Tensor:
-        """[instances, Hkv, PAGE_TOKENS, D]."""
-        return self.tensor[:, 0]
+        """[instances, Hkv, PAGE_TOKENS, D] floats, or [instances, Hkv, bytes of a head] uint8 in codes."""
+        constants = self.layout.constants
+        end = constants["HKV"] * constants["K_BYTES"]
+        return self._part(self.memory[:, :end], self.layout.cache_format.keys)
 
     @property
     def values(self) -> torch.Tensor:
-        """[instances, Hkv, PAGE_TOKENS, D]."""
-        return self.tensor[:, 1]
+        """As `keys`."""
+        constants = self.layout.constants
+        start = constants["HKV"] * constants["K_BYTES"]
+        return self._part(self.memory[:, start:], self.layout.cache_format.values)
+
+    def _part(self, memory: torch.Tensor, kind: str) -> torch.Tensor:
+        heads, head_dim = self.layout.num_kv_heads, self.layout.head_dim
+        if kind not in DTYPES:
+            return memory.unflatten(1, (heads, -1))  # [instances, Hkv, bytes]
+        return memory.view(DTYPES[kind]).unflatten(1, (heads, PAGE_TOKENS, head_dim))  # [instances, Hkv, 64, D]
 
     def __del__(self) -> None:
-        self._pool.give_back(self.tensor.shape[0])
+        self._pool.give_back(self.memory.numel())
 
 
 class GpuPagePool:
-    """Counts the bytes of its pages; torch provides the memory and keeps what was freed for the next page."""
+    """Counts the bytes of its pages, of both kinds; torch provides the memory and keeps what was freed for the next."""
 
     def __init__(
-        self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_bytes: int, device: torch.device
+        self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int, device: torch.device
     ) -> None:
         self.num_bytes = num_bytes
         self._count = PageCount(num_bytes)
-        self._shape = (2, num_kv_heads, PAGE_TOKENS, head_dim)
-        self._dtype = dtype
+        self._layout = PageLayout(num_kv_heads, head_dim, cache_format)
         self._device = device
 
     @property
@@ -58,31 +70,45 @@ class GpuPagePool:
         """Memory of the pages in use."""
         return self._count.used_bytes
 
-    def page_bytes(self, num_instances: int) -> int:
-        """Memory of a page for that many layer instances."""
-        pair, num_kv_heads, num_positions, head_dim = self._shape
-        return pair * num_instances * num_kv_heads * num_positions * head_dim * self._dtype.itemsize
+    @property
+    def layout(self) -> str:
+        """What the bytes of a page mean."""
+        return f"gpu-1 {self._layout}"
 
-    def take(self, num_instances: int) -> GpuPage:
+    def page_bytes(self, num_instances: int, recent: bool = False) -> int:
+        """Memory of a page for that many layer instances."""
+        return num_instances * self._kind(recent).instance_bytes
+
+    def take(self, num_instances: int, recent: bool = False) -> GpuPage:
         """A page whose keys and values are not initialised."""
-        size = self.page_bytes(num_instances)
-        self._count.take_(size)
-        try:
-            tensor = torch.empty((num_instances, *self._shape), dtype=self._dtype, device=self._device)
-        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            self.give_back(num_instances)
-            raise MemoryError(self._refused(size)) from error
-        return GpuPage(self, tensor)
+        return self._take(num_instances, self._kind(recent))
 
     def copy(self, page: GpuPage) -> GpuPage:
         """Another page with the same keys and values."""
-        made = self.take(page.tensor.shape[0])
-        made.tensor.copy_(page.tensor)
+        made = self._take(page.num_instances, page.layout)
+        made.memory.copy_(page.memory)
         return made
 
-    def give_back(self, num_instances: int) -> None:
-        """Count a page of that many layer instances as free."""
-        self._count.give_back_(self.page_bytes(num_instances))
+    def parts_of(self, page: GpuPage) -> list[torch.Tensor]:
+        """The memory of a page, in one part."""
+        return [page.memory.view(-1)]
+
+    def give_back(self, num_bytes: int) -> None:
+        """Count a page as free."""
+        self._count.give_back_(num_bytes)
+
+    def _kind(self, recent: bool) -> PageLayout:
+        return self._layout.exact if recent else self._layout
+
+    def _take(self, num_instances: int, layout: PageLayout) -> GpuPage:
+        size = num_instances * layout.instance_bytes
+        self._count.take_(size)
+        try:
+            memory = torch.empty((num_instances, layout.instance_bytes), dtype=torch.uint8, device=self._device)
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            self.give_back(size)
+            raise MemoryError(self._refused(size)) from error
+        return GpuPage(self, layout, memory)
 
     def _refused(self, size: int) -> str:
         free = free_bytes(self._device)

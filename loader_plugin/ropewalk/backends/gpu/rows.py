@@ -7,13 +7,10 @@ import triton
 
 from ropewalk.backends.gpu import rows_kernel as kernels
 from ropewalk.backends.gpu.activations import Activations, FeatureOrder, new_activations
-from ropewalk.backends.gpu.step import GpuStep
 from ropewalk.backends.gpu.views import check_rows
-from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.base.errors import ShapeError
 
 AS_WRITTEN = {"enable_fp_fusion": False}  # its default differs between versions of Triton
-TILE_HEADS = 8  # heads of a program that rotates
 TILE_FLOATS = 1024  # of a program that adds or widens
 GATE_FLOATS = 4096  # columns that the gate takes at a time
 
@@ -123,79 +120,6 @@ def embed(table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def rotate_(step: GpuStep, x: torch.Tensor) -> None:
-    """Rotate x: [T, H, D] float32 view in place by the angles of its rows; dims from R on stay."""
-    num_rows, heads, head_dim = x.shape
-    half = _check_rotated(step, "x", x)
-    if x.numel() and half:
-        kernels.rotate[(num_rows, triton.cdiv(heads, TILE_HEADS))](
-            x,
-            step.cos,
-            step.sin,
-            X_STRIDE=x.stride(0),
-            HEADS=heads,
-            D=head_dim,
-            HALF=half,
-            HB=triton.next_power_of_2(half),
-            TILE=TILE_HEADS,
-            num_warps=4,
-            **AS_WRITTEN,
-        )
-
-
-def append_(step: GpuStep, k: torch.Tensor, v: torch.Tensor, instance: int) -> None:
-    """Write k and v, [T, Hkv, D] float32 views, to the pages of the rows, rounded to their dtype."""
-    _append(step, None, k, v, instance, 0)
-
-
-def rotate_append_(step: GpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, instance: int) -> None:
-    """Rotate q: [T, Hq, D] in place; write k: [T, Hkv, D], rotated, and v to the pages. The view k stays as it is."""
-    half = _check_rotated(step, "q", q)
-    _check_rotated(step, "k", k)
-    _append(step, q, k, v, instance, half)
-
-
-def _append(step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, instance: int, half: int) -> None:
-    num_rows, kv_heads, head_dim = k.shape
-    if step.num_rows == 0 == num_rows:
-        return
-    if k.shape != v.shape or (kv_heads, head_dim) != step.page_shape or not 0 <= instance < step.num_instances:
-        raise ShapeError(
-            f"append: k {list(k.shape)}, v {list(v.shape)} and instance {instance} do not fit pages of "
-            f"{step.num_instances} instances, {step.page_shape[0]} heads of {step.page_shape[1]}"
-        )
-    for name, view in (("k", k), ("v", v)):
-        check_rows(f"append: {name}", view)
-        _check_num_rows(step, f"append: {name}", view)
-    heads = 0 if q is None or half == 0 else q.shape[1]
-    kernels.rotate_append[(num_rows, triton.cdiv(heads, TILE_HEADS) + triton.cdiv(kv_heads, TILE_HEADS))](
-        k if q is None else q,
-        k,
-        v,
-        step.cos,
-        step.sin,
-        step.pages,
-        step.positions,
-        step.span_of_row,
-        step.pages.shape[1],
-        instance,
-        Q_STRIDE=0 if q is None else q.stride(0),
-        K_STRIDE=k.stride(0),
-        V_STRIDE=v.stride(0),
-        HQ=heads,
-        HKV=kv_heads,
-        D=head_dim,
-        DP=triton.next_power_of_2(head_dim),
-        HALF=half,
-        HB=triton.next_power_of_2(max(half, 1)),
-        PAGE=PAGE_TOKENS,
-        FP16_PAGES=step.page_dtype == torch.float16,
-        TILE=TILE_HEADS,
-        num_warps=4,
-        **AS_WRITTEN,
-    )
-
-
 def _float32_out(name: str, out: torch.Tensor | None, num_rows: int, size: int) -> torch.Tensor | None:
     if out is not None and (out.shape != (num_rows, size) or not out.is_contiguous() or out.dtype != torch.float32):
         raise ShapeError(
@@ -212,21 +136,6 @@ def _check_weight(weight: torch.Tensor, size: int) -> None:
 def _check_rows_alike(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
     if x.shape[0] != y.shape[0]:
         raise ShapeError(f"{name}: {x.shape[0]} and {y.shape[0]} rows")
-
-
-def _check_num_rows(step: GpuStep, name: str, view: torch.Tensor) -> None:
-    if view.shape[0] != step.num_rows:
-        raise ShapeError(f"{name} has {view.shape[0]} rows, the step {step.num_rows}")
-
-
-def _check_rotated(step: GpuStep, name: str, x: torch.Tensor) -> int:
-    """R/2."""
-    half = step.cos.shape[1]
-    if 2 * half > x.shape[2]:
-        raise ShapeError(f"rotate: tables {list(step.cos.shape)} do not fit {name} {list(x.shape)}")
-    check_rows(f"rotate: {name}", x)
-    _check_num_rows(step, f"rotate: {name}", x)
-    return half
 
 
 def _warps(block: int) -> int:

@@ -1,9 +1,10 @@
 """The rows of a step, with everything that kernels need to know of them in one tensor on the device.
 
-    numbers: pages [spans, width] | positions [T] | spans [T] | short blocks [., 3] | long blocks [., 3]       int64
+    numbers: pages [spans, width] | recent [spans, width] | positions [T] | spans [T] | short, long blocks [., 3]
 
-Kernels read positions and page addresses from there, so a captured step is replayed for other tokens by copying the
-numbers of a step of the same layout over those of the captured one.
+All are int64; `recent` is there in formats with a recent window alone. Kernels read positions and page addresses from
+there, so a captured step is replayed for other tokens by copying the numbers of a step of the same layout over those of
+the captured one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ropewalk.backends.gpu.layout import PageLayout
 from ropewalk.backends.protocol import PAGE_TOKENS, RowSpan
 from ropewalk.backends.shared import check_step
 from ropewalk.base.errors import ShapeError
+from ropewalk.config.cache_format import CacheFormat
 
 SHORT_ROWS = 16  # spans of up to so many rows have their keys split among programs
 LONG_ROWS = 128  # rows of a longer span that one block has: the most that a tile of attention takes
@@ -43,8 +46,9 @@ class RowBlocks:
 class GpuStep:
     """Rows of several sequences on their way through the layers.
 
-    x: [T, C] float32; cos, sin: [T, R/2] float32. pages: [spans, width] int64 addresses; positions, span_of_row: [T]
-    int64. short, long: blocks of spans of up to SHORT_ROWS rows and of longer ones.
+    x: [T, C] float32; cos, sin: [T, R/2] float32. pages: [spans, width] int64 addresses; recent: of the same pages in
+    float16, None in a format without a recent window; positions, span_of_row: [T] int64. layout: of the pages. short,
+    long: blocks of spans of up to SHORT_ROWS rows and of longer ones.
     """
 
     def __init__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> None:
@@ -53,15 +57,18 @@ class GpuStep:
         self.spans = tuple(spans)
         ends = [span.start + span.num_rows for span in spans]
         width = CHUNK_PAGES * max((-(-end // (CHUNK_PAGES * PAGE_TOKENS)) for end in ends), default=0)
-        addresses = _addresses(spans, width)
+        self.layout, self.num_instances = _page_layout(spans)
+        tables = [_addresses(spans, width)]
+        if self.layout.cache_format.recent:
+            tables.append(_recent_addresses(spans, width, self.layout.cache_format))
         short, long = _blocks(spans)
-        parts = [addresses, *_rows(spans), short, long]
+        parts = [*tables, *_rows(spans), short, long]
         self.numbers = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(x.device)
-        views = torch.split(self.numbers, [part.size for part in parts])
-        pages, self.positions, self.span_of_row, short_table, long_table = views
-        self.pages = pages.view(len(spans), width)  # [spans, width]
+        *pages, self.positions, self.span_of_row, short_table, long_table = torch.split(
+            self.numbers, [part.size for part in parts]
+        )
+        self.pages, self.recent = (*(table.view(len(spans), width) for table in pages), None)[:2]  # [spans, width]
         end = width * PAGE_TOKENS
-        self.page_shape, self.page_dtype, self.num_instances = _page_layout(spans)
         self.short = RowBlocks(short_table.view(-1, 3), int(short[:, 2].max(initial=0)), end)
         self.long = RowBlocks(long_table.view(-1, 3), int(long[:, 2].max(initial=0)), end)
 
@@ -81,15 +88,15 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequenc
             )
 
 
-def _page_layout(spans: Sequence[RowSpan]) -> tuple[tuple[int, int], torch.dtype, int]:
-    """(Hkv, D) and dtype of the pages, and how many instances each has. Those of a span are alike."""
-    layouts = {(span.pages[0].tensor.shape, span.pages[0].tensor.dtype) for span in spans if span.pages}
-    if len({(shape[2:], dtype) for shape, dtype in layouts}) > 1:
+def _page_layout(spans: Sequence[RowSpan]) -> tuple[PageLayout, int]:
+    """The layout of the pages, and how many instances each has. Those of a span are alike."""
+    first = [span.pages[0] for span in spans if span.pages]
+    layouts = {page.layout for page in first}
+    if len(layouts) > 1:
         raise ShapeError(f"begin_step: the pages of the spans differ: {sorted(map(str, layouts))}")
     if not layouts:
-        return (1, 1), torch.float16, 0
-    (shape, dtype), *_ = layouts
-    return (shape[2], shape[4]), dtype, min(each[0] for each, _ in layouts)
+        return PageLayout(1, 1, CacheFormat("fp16", "fp16")), 0
+    return layouts.pop(), min(page.num_instances for page in first)
 
 
 def _addresses(spans: Sequence[RowSpan], width: int) -> np.ndarray:
@@ -98,6 +105,22 @@ def _addresses(spans: Sequence[RowSpan], width: int) -> np.ndarray:
     for index, span in enumerate(spans):
         num_pages = -(-(span.start + span.num_rows) // PAGE_TOKENS)
         table[index, :num_pages] = [page.address for page in span.pages[:num_pages]]
+    return table
+
+
+def _recent_addresses(spans: Sequence[RowSpan], width: int, cache_format: CacheFormat) -> np.ndarray:
+    """[spans, width]; of the pages that some row of a span reads in float16, and 0 elsewhere."""
+    table = np.zeros((len(spans), width), np.int64)
+    for index, span in enumerate(spans):
+        if not span.num_rows:
+            continue
+        first, end = cache_format.first_exact_page(span.start), -(-(span.start + span.num_rows) // PAGE_TOKENS)
+        pages = span.recent[first:end]
+        if len(pages) < end - first or None in pages:
+            raise ShapeError(
+                f"begin_step: span {index} reads pages {first} to {end} in float16, and not all of them are given"
+            )
+        table[index, first:end] = [page.address for page in pages]
     return table
 
 

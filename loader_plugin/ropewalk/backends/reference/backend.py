@@ -15,13 +15,13 @@ from ropewalk.backends.reference import layers, linear, pages
 from ropewalk.backends.reference.layers import ReferenceLayer, ReferenceStep
 from ropewalk.backends.reference.linear import ReferenceLinear, ReferenceLowRank
 from ropewalk.backends.reference.pages import ReferencePage, ReferencePool
-from ropewalk.backends.shared import check_move
+from ropewalk.backends.shared import SinglePlace, check_move
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
 
-class ReferenceBackend:
+class ReferenceBackend(SinglePlace):
     """The protocol of `backends/protocol.py` in plain torch. `device` is any that torch knows."""
 
     name = "reference"
