@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=demo_model_path())
     parser.add_argument("--text", type=Path, default=demo_model_path() / "held_out.txt")
     parser.add_argument("--length", type=int, default=256, help="tokens that are read before the change")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--factors", type=float, nargs="+", default=[2.0, 4.0])
     parser.add_argument("--next", type=int, default=64, help="tokens that are read after it, and compared")
     args = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
     ids = ropewalk.load_tokenizer(args.folder).encode(args.text.read_text())[: args.length + args.next]
     print(f"{args.length} tokens cached, then {args.next} read; KL in nats, of computed anew from rotated")
     for layers, name in (("0", "one layer"), (None, "all layers")):
-        for method in METHODS:
+        for method in args.methods:
             for factor in args.factors:
                 print(f"{name:10} {method:13} {factor:5g}  {compared(args, ids, layers, method, factor)}", flush=True)
 

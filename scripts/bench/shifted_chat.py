@@ -108,8 +108,8 @@ def timed(total: Total, stream: ropewalk.engine.text_stream.TextStream) -> ropew
 
 
 def divergence(expected: Step, got: Step) -> float:
-    """KL of `got` from `expected` over the latter's likeliest tokens, the others counted as one. A token that `got` does
-    not list gets a part of what it leaves."""
+    """KL of `got` from `expected` over the latter's likeliest tokens, the others counted as one; a token that `got`
+    does not list gets a part of what it leaves."""
     ours = dict(got.top)
     share = max(1.0 - sum(math.exp(value) for value in ours.values()), LEAST) / TOP
     pairs = [(math.exp(value), math.exp(ours[token]) if token in ours else share) for token, value in expected.top]
