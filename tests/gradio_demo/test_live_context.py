@@ -38,7 +38,7 @@ def test_a_full_window_is_shifted_and_the_line_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["rotate", "recompute"])
 def test_the_rope_of_the_loaded_model_changes_while_a_conversation_is_open(tmp_path: Path, mode: str) -> None:
     session = embedded_session(tmp_path)
-    conversation = asked(session, "def read_lines(path):")
+    conversation = asked(session, "def read_lines(path):" + " # of which there are many" * 20)
     engine = session.workbench.require().engine
     changed = values(session, rope_method="ntk-by-parts", rope_factor="8", max_seq_len="2048")
     loaded = session.loading.rescale(VISITOR, changed, mode)

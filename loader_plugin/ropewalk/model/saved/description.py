@@ -105,7 +105,7 @@ def read_description(text: str, source: str) -> Description:
         part_bytes=_integers(top, "part_bytes", 1, MAX_BYTES, at_least=1),
         segments=_segments(top, num_tokens),
         about=_about(top),
-        reach=top.integer("reach", num_tokens, MAX_POSITIONS),
+        reach=top.integer("reach", 1, MAX_POSITIONS),
         recent=_recent(top, num_pages(num_tokens)),
         recent_bytes=_integers(top, "recent_bytes", 1, MAX_BYTES, at_least=0),
     )
