@@ -38,9 +38,10 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=2.0)
     parser.add_argument("--first", type=int, default=448, help="tokens that are read at once")
     parser.add_argument("--length", type=int, default=1280)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     folder = demo_model_path()
     scaling = {"rope_type": "dynamic", "factor": args.factor}
     print_head("dynamic NTK step by step against whole, the embedded model")
@@ -51,6 +52,7 @@ def main() -> None:
     whole_ids = ropewalk.load_tokenizer(folder).encode((folder / "held_out.txt").read_text())
     windows = [whole_ids[number * args.length :][: args.length] for number in range(args.windows)]
     options = {"compute": "exact", "cache_type": "fp32", "max_seq_len": args.length, "rope_scaling": scaling}
+    options["threads"] = args.threads
     ours = {mode: ropewalk.load_model(folder, rope_growth=mode, **options) for mode in ("rotate", "recompute")}
     ways: dict[str, Callable[[list[int]], Rows]] = {
         "transformers": lambda ids: by_transformers(quantised_model(folder, their_rope(scaling)), ids, args.first),

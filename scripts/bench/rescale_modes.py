@@ -23,7 +23,6 @@ from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.cache import KvCache
 from ropewalk.model.model import Model
 
-FACTORS = (1.25, 2.0, 4.0, 8.0)
 METHODS = ("linear", "ntk", "ntk-by-parts", "yarn")
 
 
@@ -32,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=demo_model_path())
     parser.add_argument("--text", type=Path, default=demo_model_path() / "held_out.txt")
-    parser.add_argument("--length", type=int, default=448, help="tokens that are read before the change")
+    parser.add_argument("--length", type=int, default=256, help="tokens that are read before the change")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--factors", type=float, nargs="+", default=[2.0, 4.0])
     parser.add_argument("--next", type=int, default=64, help="tokens that are read after it, and compared")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -40,8 +41,8 @@ def main() -> None:
     ids = ropewalk.load_tokenizer(args.folder).encode(args.text.read_text())[: args.length + args.next]
     print(f"{args.length} tokens cached, then {args.next} read; KL in nats, of computed anew from rotated")
     for layers, name in (("0", "one layer"), (None, "all layers")):
-        for method in METHODS:
-            for factor in FACTORS:
+        for method in args.methods:
+            for factor in args.factors:
                 print(f"{name:10} {method:13} {factor:5g}  {compared(args, ids, layers, method, factor)}", flush=True)
 
 

@@ -26,6 +26,7 @@ from ropewalk.generate.generate import Step
 
 SYSTEM = "You complete Python code. You answer with code alone."
 TOP = 100
+LEAST = 1e-9  # probability of what is not listed
 
 
 @dataclass
@@ -107,10 +108,13 @@ def timed(total: Total, stream: ropewalk.engine.text_stream.TextStream) -> ropew
 
 
 def divergence(expected: Step, got: Step) -> float:
-    """KL of `got` from `expected` over the latter's likeliest tokens; what `got` does not list shares its rest."""
+    """KL of `got` from `expected` over the latter's likeliest tokens, the others counted as one; a token that `got`
+    does not list gets a part of what it leaves."""
     ours = dict(got.top)
-    rest = max(1.0 - sum(math.exp(value) for value in ours.values()), 1e-9) / TOP
-    return sum(math.exp(value) * (value - ours.get(token_id, math.log(rest))) for token_id, value in expected.top)
+    share = max(1.0 - sum(math.exp(value) for value in ours.values()), LEAST) / TOP
+    pairs = [(math.exp(value), math.exp(ours[token]) if token in ours else share) for token, value in expected.top]
+    rest = [max(1.0 - sum(each), LEAST) for each in zip(*pairs, strict=True)]
+    return sum(p * math.log(p / q) for p, q in [*pairs, tuple(rest)])
 
 
 if __name__ == "__main__":

@@ -134,7 +134,16 @@ def submit(client: Client, question: str, length: int):
 
 def chat_inputs(question: str, length: int) -> list:
     """Of the page's chat event: question, system text, template, policy, adapters, length, seed, sampler."""
-    return [question, "", "plain text", "drop the oldest turns", [], length, "1", *SAMPLERS.values()]
+    return [
+        question,
+        "",
+        "plain text",
+        "drop the oldest turns, read the rest again",
+        [],
+        length,
+        "1",
+        *SAMPLERS.values(),
+    ]
 
 
 def reply_in(update: tuple) -> str:

@@ -96,8 +96,8 @@ def test_a_prompt_that_lacks_a_stretch_is_not_read_again(folder: Path) -> None:
     engine = engine_of(folder)
     whole = ids(200)
     written(engine, whole, context_shift=True, client="ann")
-    lacking = whole[:30] + whole[110:] + [7, 8, 9]
-    for client, shift, shifted in (("bob", True, 0), ("ann", False, 0), ("ann", True, 90)):
+    for number, (client, shift, shifted) in enumerate([("bob", True, 0), ("ann", False, 0), ("ann", True, 90)]):
+        lacking = whole[: 28 + number] + whole[108 + number :] + [7, 8, 9]  # else they find what the last one read
         engine.generate(lacking, SamplingParams(max_new_tokens=1), context_shift=shift, client=client)
         assert engine.last_stats.shifted_tokens == shifted
     assert engine.last_stats.prompt_tokens - engine.last_stats.reused_tokens == 3
@@ -125,17 +125,19 @@ def test_a_conversation_loses_its_oldest_turns_in_strides_and_keeps_the_system_p
 
 
 def test_a_chat_over_a_full_window_reads_nothing_again(folder: Path) -> None:
-    engine, params = engine_of(folder, context_shift=True), SamplingParams(temperature=0, max_new_tokens=10)
+    engine, params = engine_of(folder, context_shift=True, max_seq_len=512), SamplingParams(max_new_tokens=10)
     with pytest.raises(RequestError, match="more than the context"):
-        engine.chat(conversation(30), params, context_shift=False)
-    shifts = 0
-    for turns in range(1, 14):
-        stream = engine.chat(conversation(turns), params, client="ann")
-        list(stream)
-        new = len(engine.chat_ids(conversation(turns)[-3:])) + 10
-        assert stream.stats.prompt_tokens - stream.stats.reused_tokens <= new or turns == 1
-        assert (stream.dropped_messages > 0) or not stream.stats.shifted_tokens
+        engine.chat(conversation(60), params, context_shift=False)
+    shifts, messages = 0, [SYSTEM]
+    for turn in range(20):
+        messages.append({"role": "user", "content": f"Question {turn}, about the number {turn * 37}? " * 2})
+        stream = engine.chat(messages, params, client="ann")
+        reply = "".join(stream)
+        new = len(engine.chat_ids(messages[-1:])) + len(stream.steps) + 10  # the reply is read as its text
+        assert stream.stats.prompt_tokens - stream.stats.reused_tokens <= new or turn == 0
+        assert stream.dropped_messages > 0 or not stream.stats.shifted_tokens
         shifts += stream.stats.shifted_tokens > 0
+        messages.append({"role": "assistant", "content": reply})
     assert shifts >= 2
 
 

@@ -119,16 +119,15 @@ def test_without_memory_for_copies_the_tree_forgets_or_nothing_changes(folder: P
     cache = read(model, ids_of(380))
     model.share(cache)
     assert model.shift(cache, 70, 64) == 246 and model.cache_used == 5 * page
-    other = model.new_cache()
-    cache.truncate(320 - 64)
-    model.share(read(model, ids_of(120, 1)))
-    model.attach(other, ids_of(121, 1))
-    third = model.new_cache()
-    model.attach(third, ids_of(121, 1))
-    before = third.token_ids
+    cache.truncate(256)
+    first, second = read(model, ids_of(64, 1)), model.new_cache()
+    model.share(first)
+    assert model.attach(second, [*ids_of(64, 1), 1]) == 64
+    last = read(model, ids_of(10, 2))
+    assert model.cache_used == 6 * page and last.length == 10
     with pytest.raises(CacheFullError, match="to be shifted are shared with other sequences"):
-        model.shift(third, 4, 30)
-    assert third.token_ids == before
+        model.shift(second, 4, 30)
+    assert second.token_ids == first.token_ids == ids_of(64, 1) and second.pages == first.pages
 
 
 @pytest.mark.parametrize("keep, drop, message", [(-1, 2, "keep must be"), (0, 1.5, "drop must be"), (10, 11, "20 pos")])

@@ -48,7 +48,7 @@ class KeptCaches:
         mine = set(self)
         pages: set[HeldPage] = set()
         for cache in mine:
-            pages.update(cache.pages)
+            pages.update((*cache.pages, *cache.recent.values()))
         return sum(held.num_bytes for held in pages if mine.issuperset(held.caches))
 
     def add(self, cache: KvCache, client: Hashable) -> None:

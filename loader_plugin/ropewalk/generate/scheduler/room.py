@@ -84,7 +84,7 @@ class Room:
         if call.can_attach:
             before = sequence.cache.length
             self._model.attach(sequence.cache, call.all_ids, sequence.adapters, call.seq_len)
-            if not call.start and not sequence.shifted:
+            if sequence.keep and not call.start and not sequence.shifted:
                 sequence.shifted = self._model.resume(
                     sequence.cache, call.all_ids, sequence.adapters, sequence.client, sequence.shifts
                 )
