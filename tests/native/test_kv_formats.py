@@ -115,7 +115,7 @@ def attended(text: str, isa: str, compute: str, dim: int, shape: str, seed: int)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact_attention_over_codes_is_as_accurate_as_torch_over_what_they_read(isa, text, shape):
     results, exact, plain = [], [], []
-    for seed in range(-(-12 // SHAPES[shape][0])):  # the errors of a few rows are a matter of chance
+    for seed in range(min(12, -(-64 // SHAPES[shape][0]))):  # the errors of a few rows are a matter of chance
         cache, q, y, start, mask = attended(text, isa, "exact", 48, shape, seed)
         keys, values = seen(cache, start, len(q))
         results.append(y)
