@@ -38,6 +38,7 @@ OPTIONS = {
     "compress_pos_emb": None,
     "alpha_value": None,
     "rope_theta": None,
+    "rope_growth": "rotate",
     "cache_type": "fp16",
 }
 

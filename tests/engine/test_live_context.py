@@ -133,7 +133,7 @@ def test_a_chat_over_a_full_window_reads_nothing_again(folder: Path) -> None:
         messages.append({"role": "user", "content": f"Question {turn}, about the number {turn * 37}? " * 2})
         stream = engine.chat(messages, params, client="ann")
         reply = "".join(stream)
-        new = len(engine.chat_ids(messages[-1:])) + len(stream.steps) + 10  # the reply is read as its text
+        new = len(engine.chat_ids(messages[-1:])) + len(stream.steps) + 20  # the reply is read as its text
         assert stream.stats.prompt_tokens - stream.stats.reused_tokens <= new or turn == 0
         assert stream.dropped_messages > 0 or not stream.stats.shifted_tokens
         shifts += stream.stats.shifted_tokens > 0
