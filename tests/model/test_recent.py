@@ -109,6 +109,17 @@ def test_a_prefix_is_attached_where_a_sequence_ended(folder: Path, variant: Vari
     assert close(model.forward(ids, cache, "all"), expected, variant)
 
 
+@pytest.mark.parametrize("before", [1, 10, 40, 64])
+def test_a_prompt_that_leaves_a_prefix_shortly_before_its_end_goes_on_from_there(folder: Path, before: int) -> None:
+    model, ids = loaded(folder, Variant("reference", "exact")), ids_of(400)
+    for end in (320, 330, 383, 384, 385):
+        first = model.new_cache()
+        model.forward(ids[:end], first, "none")
+        model.share(first)
+        assert model.attach(model.new_cache(), [*ids[: end - before], 127 - ids[end - before], 5]) == end - before
+        model = loaded(folder, Variant("reference", "exact"))
+
+
 @one_of_each
 def test_pages_that_others_hold_are_not_written(folder: Path, variant: Variant) -> None:
     model, ids = loaded(folder, variant), ids_of(330)

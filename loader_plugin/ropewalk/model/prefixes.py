@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.config.layer_order import LayerOrder
-from ropewalk.model.cache import HeldPage, KvCache, Origin, common_length
+from ropewalk.model.cache import KEPT_BACK, HeldPage, KvCache, Origin, common_length
 
 TokenIds = tuple[int, ...]
 
@@ -107,8 +107,7 @@ class PrefixTree:
         """
         token_ids, moment = cache.token_ids[:length], self._now()
         key = (cache.layer_order, cache.first_segment.origin)
-        exact = cache.exact_pages(length, length)
-        recent = set(exact if all(index in cache.recent for index in exact) else ())
+        recent = _recent_until(cache, length)
         node = root = self._roots.get(key) or Node(None, (), None)
         for index, held in enumerate(cache.pages):
             wanted = tuple(token_ids[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS])
@@ -196,6 +195,13 @@ def _grow(node: Node, token_ids: TokenIds, held: HeldPage) -> Node:
     child = node.children[token_ids] = Node(node, token_ids, held)
     held.in_tree = True
     return child
+
+
+def _recent_until(cache: KvCache, length: int) -> set[int]:
+    """The pages in float16 to keep for a prefix of this length, and for one that leaves it a few tokens before its end:
+    a conversation's next prompt often writes the last tokens of a reply in another way."""
+    needed, useful = (cache.exact_pages(max(0, start), length) for start in (length, length - KEPT_BACK))
+    return {index for index in useful if index in cache.recent} if cache.recent.keys() >= set(needed) else set()
 
 
 def _add_recent(node: Node, held: HeldPage, copied: Callable[[HeldPage], HeldPage | None]) -> None:
