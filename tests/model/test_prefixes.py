@@ -138,14 +138,14 @@ def test_what_is_shared_is_never_written(model: Model) -> None:
     ids = ids_of(128)
     first, second = shared(model, ids), model.new_cache()
     model.attach(second, [*ids, 1])
-    before = [page.page.keys.clone() for page in first.pages]
+    before = [page.page.memory.clone() for page in first.pages]
     for cache, token_id in ((first, 1), (second, 2)):
         cache.truncate(100)
         model.forward([token_id] * 28, cache, "none")
     assert attached(model, [*ids, 1]) == 128
     third = model.new_cache()
     model.attach(third, [*ids, 1])
-    assert all(torch.equal(page.page.keys, keys) for page, keys in zip(third.pages, before, strict=True))
+    assert all(torch.equal(page.page.memory, memory) for page, memory in zip(third.pages, before, strict=True))
     assert first.pages[0] is second.pages[0] is third.pages[0]
     assert len({id(cache.pages[1]) for cache in (first, second, third)}) == 3
 

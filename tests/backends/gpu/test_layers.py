@@ -60,8 +60,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(module.low_rank, "add_", noted("low rank"))
     for name in ("norm_activations", "silu_activations"):
         monkeypatch.setattr(module.rows, name, made(name))
-    for name in ("rms_norm_", "rotate_", "append_", "rotate_append_", "add_residual_"):
+    for name in ("rms_norm_", "add_residual_"):
         monkeypatch.setattr(module.rows, name, noted(name))
+    for name in ("rotate_", "append_", "rotate_append_"):
+        monkeypatch.setattr(module.heads, name, noted(name))
     return found
 
 
