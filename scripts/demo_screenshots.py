@@ -151,7 +151,7 @@ def picture_lab(page: Page) -> None:
 def picture_retrieval(page: Page) -> None:
     """Pass keys by depth and length."""
     choose(page, "Context lab")
-    choose(page, "Finding it again")
+    choose(page, "Retrieval")
     page.click("#lab-retrieval-go")
     wait_text(page, "#lab-retrieval-progress", "done")
     page.locator("#lab-retrieval-plot svg").wait_for()

@@ -51,7 +51,7 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                     label="Or paste one", info="Empty: Python files that the embedded model has never seen.", lines=3
                 )
         with gr.Column(scale=3, min_width=300):
-            with gr.Tab("Perplexity by length"):
+            with gr.Tab("Perplexity"):
                 curves = _Measurement("perplexity", "tokens")
                 scalings = gr.CheckboxGroup(
                     [],
@@ -86,7 +86,7 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
                         elem_id="lab-budget",
                     )
                 advice.show()
-            with gr.Tab("Finding it again"):
+            with gr.Tab("Retrieval"):
                 cells = _Measurement("retrieval", "questions")
                 task = gr.Dropdown(
                     [(meaning.capitalize(), name) for name, meaning in TASKS.meanings.items()],

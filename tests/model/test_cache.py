@@ -10,11 +10,16 @@ from ropewalk.base.errors import RequestError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.model.cache import Frequencies, KvCache, Origin
 
+
+class Owner:
+    """Stands for a model."""
+
+
 SHORT, LONG = Origin(Frequencies(b"short", 1.0)), Origin(Frequencies(b"long", 1.0))
 
 
 def empty() -> KvCache:
-    return KvCache(object(), threading.RLock(), CacheFormat.parse("fp16"), 100)
+    return KvCache(Owner(), threading.RLock(), CacheFormat.parse("fp16"), 100)
 
 
 def filled(*spans: tuple[list[int], Origin]) -> KvCache:

@@ -21,6 +21,11 @@ from ropewalk.model.model import Model
 from ropewalk.model.step import Span
 from variants import Variant, variants
 
+
+class Owner:
+    """Stands for a model."""
+
+
 one_of_each = pytest.mark.parametrize(
     "variant", [Variant("reference", "exact"), *variants("exact", "cpu")[:1]], ids=str
 )
@@ -233,7 +238,7 @@ def test_attaching_is_refused_where_forward_would_refuse(model: Model) -> None:
     with pytest.raises(RequestError, match="token id 128 at position 0"):
         model.attach(cache, [128])
     with pytest.raises(RequestError, match="another model"):
-        model.attach(KvCache(object(), threading.RLock(), CacheFormat.parse("fp16"), 9), [1])
+        model.attach(KvCache(Owner(), threading.RLock(), CacheFormat.parse("fp16"), 9), [1])
     with pytest.raises(RequestError, match="new_cache.*got dict"):
         model.share({})
     with pytest.raises(RequestError, match="no adapter 'gone'"):

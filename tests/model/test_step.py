@@ -22,6 +22,11 @@ from ropewalk.model.model import Model
 from ropewalk.model.step import Span
 from variants import Variant, variants
 
+
+class Owner:
+    """Stands for a model."""
+
+
 VOCAB = 128
 ADAPTERS = (None, "storm", "storm:0.5+poet", "ends", "poet@0", "poet")
 every_variant = pytest.mark.parametrize("variant", variants(), ids=str)
@@ -218,7 +223,7 @@ REFUSALS: dict[str, tuple[Edit, str]] = {
     "no span": (lambda span, model: (span.token_ids, span.cache), "takes ropewalk.Span, got tuple"),
     "no cache": (lambda span, model: replace(span, cache={}), "new_cache.*got dict"),
     "another model": (
-        lambda span, model: replace(span, cache=KvCache(object(), None, CacheFormat.parse("fp16"), 9)),
+        lambda span, model: replace(span, cache=KvCache(Owner(), None, CacheFormat.parse("fp16"), 9)),
         "another model",
     ),
     "out of range": (lambda span, model: replace(span, token_ids=[1, VOCAB]), "token id 128 at position 1"),

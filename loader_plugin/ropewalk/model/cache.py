@@ -119,7 +119,7 @@ class KvCache:
         capacity: int,
         layer_order: LayerOrder | None = None,
     ) -> None:
-        self.owner = owner
+        self._owner = weakref.ref(owner)  # a model keeps caches of conversations that may go on, and is to go at once
         self.cache_format = cache_format
         self.layer_order = layer_order  # its pages have keys and values for each of the order's instances
         self.capacity = capacity
@@ -130,6 +130,11 @@ class KvCache:
         self._token_ids: list[int] = []
         self._segments: list[Segment] = []
         self._reach = self._turned_at = 0
+
+    @property
+    def owner(self) -> CacheOwner | None:
+        """The model that made it; None once nobody else holds that."""
+        return self._owner()
 
     @property
     def length(self) -> int:
@@ -198,8 +203,15 @@ class KvCache:
         progress: Callable[[int, int], None] | None = None,
         about: Mapping[str, str] | None = None,
     ) -> int:
-        """Write it to a file, for `Model.load_cache`; returns the size of the file. See `Model.save_cache`."""
-        return self.owner.save_cache(self, path, progress, about)
+        """Write it to a file, for `Model.load_cache`; returns the size of the file. Errors as for `Model.save_cache`.
+
+        Raises:
+            RequestError: its model is gone.
+        """
+        model = self.owner
+        if model is None:
+            raise RequestError("the cache cannot be saved: its model is gone; keep the model for as long as its caches")
+        return model.save_cache(self, path, progress, about)
 
     def fork(self) -> KvCache:
         """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first."""

@@ -242,7 +242,7 @@ def test_the_api_sets_our_settings(webui: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("cut", {}), ("demo", {"cache_type": "q4"}), ("demo", {"rope_method": "bent"})]
+    ("name", "arguments"), [("cut", {}), ("demo", {"cache_type": "q5"}), ("demo", {"rope_method": "bent"})]
 )
 def test_the_api_refuses_what_cannot_be_loaded_and_the_model_before_still_runs(
     loaded: SimpleNamespace, name: str, arguments: dict[str, str]
