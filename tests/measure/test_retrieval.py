@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import weakref
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_what_was_kept_is_not_asked_again_and_gives_the_same_map(model: Model) -
 
 def _owned(model: Model, owner: Model, *arguments):
     cache = model.new_cache(*arguments)
-    cache.owner = owner
+    cache._owner = weakref.ref(owner)
     return cache
 
 
