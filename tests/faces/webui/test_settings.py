@@ -204,6 +204,13 @@ def test_an_absent_and_an_empty_field_mean_what_the_model_declares(tmp_path: Pat
     assert load_options(folder, dict.fromkeys(BY_NAME, "")) == options
 
 
+@pytest.mark.parametrize("value", ["nan", float("inf"), "-Infinity"])
+def test_a_number_must_be_finite(value: Any) -> None:
+    item = next(item for item in PARAMETERS if isinstance(item.default, float))
+    with pytest.raises(ConfigError, match=f"{item.name} must be a number, got"):
+        item.read(value)
+
+
 @settings(deadline=None)
 @given(
     value=st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.lists(st.integers())),

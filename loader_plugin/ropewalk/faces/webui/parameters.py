@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,8 @@ class Parameter:
             if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
                 raise ValueError
             read = kind(float(value)) if kind is not str else str(value).strip()
+            if kind is float and not math.isfinite(read):
+                raise ValueError
         except (TypeError, ValueError, OverflowError) as error:
             needed = {int: "a whole number", float: "a number", str: "text"}[kind]
             raise ConfigError(f"{self.name} must be {needed}, got {value!r:.80}") from error
