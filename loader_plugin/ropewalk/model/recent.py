@@ -65,6 +65,8 @@ class RecentPages:
             MemoryError: the pool or the machine has too few.
         """
         lacking = self.num_lacking(cache, length, chunk_rows)
+        if not lacking:  # most tokens: nothing to note
+            return
         shared = _shared_part(cache)
         if shared is not None:
             held = cache.recent[shared]
@@ -82,7 +84,8 @@ class RecentPages:
         left = [held for index, held in cache.recent.items() if index not in wanted]
         spare += [held for held in left if not held.in_tree and len(held.caches) == 1]
         added = {index: spare.pop() for index in needed if index not in kept}
-        cache.hold_(cache.pages, {**kept, **added})
+        if left or added:  # holding looks at all pages of the cache: not for every token
+            cache.hold_(cache.pages, {**kept, **added})
 
     def release_(self, cache: KvCache) -> None:
         """The step is over: what it reserved and did not use goes back."""
