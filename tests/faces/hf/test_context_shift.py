@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from hf_checkpoint import ours, tokens
@@ -10,7 +9,7 @@ from ropewalk.hf import RopewalkForCausalLM
 
 
 def shifted(model: RopewalkForCausalLM, whole: list[int], cut: slice) -> tuple[int, int, list[int]]:
-    """(tokens moved, tokens of the prompt that were found, the reply) for a prompt without a stretch of an earlier one."""
+    """(tokens moved, tokens found, the reply) for a prompt that lacks a stretch of an earlier one."""
     model.generate(torch.tensor([whole]), max_new_tokens=1, do_sample=False)
     lacking = whole[: cut.start] + whole[cut.stop :] + [7, 8, 9]
     written = model.generate(torch.tensor([lacking]), max_new_tokens=4, do_sample=False)
