@@ -12,6 +12,7 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
+from ropewalk.containers.choice import container_of
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
@@ -180,7 +181,7 @@ def _linears(
     counts: Counter[str] = Counter()
     first = None
     for name, in_features in [*modules, (HEAD, size["hidden"])]:
-        if f"{name}.qweight" in checkpoint:
+        if container_of(quant).holds(checkpoint, name):
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
             counts[f"{settings.bits}-bit, {groups}"] += 1

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.config.model import ModelConfig
-from ropewalk.config.quantisation import QuantConfig
+from ropewalk.config.settings import QuantConfig
+from ropewalk.containers.choice import container_of
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import EMBEDDINGS, FINAL_NORM, HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, read_gptq_linear, require_finite
+from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, require_finite
 from ropewalk.weights.check import check_tensors, settings_of
 
 __all__ = ["LayerWeights", "check_tensors", "read_embeddings", "read_head", "read_layer"]
@@ -76,7 +77,7 @@ def read_head(
     """
     final_norm = _read_norm(checkpoint, FINAL_NORM)
     stored = f"{HEAD}.weight"
-    if config.tie_word_embeddings and f"{HEAD}.qweight" not in checkpoint:
+    if config.tie_word_embeddings and not container_of(quant).holds(checkpoint, HEAD):
         if stored not in checkpoint or checkpoint.holds(stored, embeddings):
             return final_norm, DenseLinear(HEAD, embeddings, read_bias(checkpoint, HEAD))
         checkpoint.warn_once(
@@ -95,7 +96,8 @@ def _read_norm(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 def _read_linear(
     quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in_features: int, out_features: int
 ) -> Linear:
-    if f"{name}.qweight" not in checkpoint:
+    container = container_of(quant)
+    if not container.holds(checkpoint, name):
         return DenseLinear(name, checkpoint.tensor(f"{name}.weight"), read_bias(checkpoint, name))
     settings = settings_of(quant, checkpoint, name, in_features)
-    return read_gptq_linear(checkpoint, name, in_features, out_features, settings)
+    return container.read(checkpoint, name, in_features, out_features, settings)
