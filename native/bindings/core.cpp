@@ -292,7 +292,7 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<std::vector<int64_t>, const std::string&>(), py::arg("widths"), py::arg("compute"))
       .def("rms_norm", &BoundLayer::rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("out"))
       .def("linear", &BoundLayer::linear, py::arg("x"), py::arg("weight"), py::arg("out"))
-      .def("rotate", &BoundLayer::rotate, py::arg("x"))
+      .def("rotate", &BoundLayer::rotate, py::arg("x"), py::arg("table"))
       .def("append", &BoundLayer::append, py::arg("k"), py::arg("v"))
       .def("attend", &BoundLayer::attend, py::arg("q"), py::arg("out"), py::arg("window"), py::arg("scale"))
       .def("silu_mul", &BoundLayer::silu_mul, py::arg("gate_up"), py::arg("out"))

@@ -31,14 +31,15 @@ class BoundStep {
 
   BoundStep(py::array x, const py::array& cos, const py::array& sin, const std::vector<Span>& spans)
       : x_(std::move(x)), cos_(cos), sin_(sin) {
-    require(x_.ndim() == 2 && cos_.ndim() == 2, "x must be [T, C] and cos, sin [T, R / 2]");
+    require(x_.ndim() == 2 && cos_.ndim() == 3, "x must be [T, C] and cos, sin [tables, T, R / 2]");
     check_extent(cos_, "cos");
     step_.x = writable_contiguous<float>(x_, "x", shape_of(x_));
     step_.num_rows = x_.shape(0);
     step_.width = x_.shape(1);
-    step_.half = cos_.shape(1);
-    step_.cos = contiguous<float>(cos_, "cos", {step_.num_rows, step_.half});
-    step_.sin = contiguous<float>(sin_, "sin", {step_.num_rows, step_.half});
+    step_.num_tables = cos_.shape(0);
+    step_.half = cos_.shape(2);
+    step_.cos = contiguous<float>(cos_, "cos", {step_.num_tables, step_.num_rows, step_.half});
+    step_.sin = contiguous<float>(sin_, "sin", {step_.num_tables, step_.num_rows, step_.half});
     check_apart(x_, "x", cos_, "cos");
     check_apart(x_, "x", sin_, "sin");
     int64_t num_rows = 0;
@@ -148,9 +149,11 @@ class BoundLayer {
     keep(weight, stage.x, stage.out, stage);
   }
 
-  void rotate(const Columns& x) {
+  void rotate(const Columns& x, int64_t table) {
+    require(table >= 0 && table <= kMostBuffers, "the number of a table is out of range");
     rotated_.push_back(view(x));
-    add(RotateStage{view(x)});
+    num_tables_ = std::max(num_tables_, table + 1);
+    add(RotateStage{view(x), table});
   }
 
   void append(const Columns& k, const Columns& v) {
@@ -234,6 +237,7 @@ class BoundLayer {
   }
 
   void check_heads(const Step& step) const {
+    require(num_tables_ <= step.num_tables, "the layer rotates by a table that the step does not have");
     for (const View& x : rotated_) require(2 * step.half <= x.size, "cos has more than D / 2 columns");
     for (const View& x : appended_) {
       require(x.heads == step.format.num_heads && x.size == step.format.head_dim, "keys or values do not fit the pages");
@@ -264,6 +268,7 @@ class BoundLayer {
   std::vector<py::object> owners_;
   std::vector<const LinearGroup*> linears_;
   std::vector<View> rotated_, appended_, queries_;
+  int64_t num_tables_ = 0;  // that it rotates by
   bool finished_ = false;
 };
 

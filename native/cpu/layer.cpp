@@ -65,7 +65,7 @@ class Block {
   }
 
   void operator()(const RotateStage& s) {
-    const int64_t table = first_ * step_.half;
+    const int64_t table = (s.table * step_.num_rows + first_) * step_.half;
     const RotateArgs args{at(s.x), stride(s.x), s.x.heads, s.x.size, step_.half, step_.cos + table, step_.sin + table};
     rotate(runtime_, args, num_rows_);
   }

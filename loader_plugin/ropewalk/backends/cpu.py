@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ from ropewalk.families.program import (
     AddResidual,
     Append,
     Attend,
+    Gate,
     Linear,
     Operation,
     Program,
     RmsNorm,
     Rotate,
-    SiluMul,
     View,
 )
 from ropewalk.gptq.linear import GptqLinear
@@ -129,10 +128,12 @@ class CpuBackend(SinglePlace):
         num_rows: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        rotations: Sequence[int | None],
     ) -> None:
         """The heads of all layer instances are shared out among the threads."""
+        assert set(rotations) == {0}, "layers that turn their keys differently"
         _core.move_rows(
-            self.runtime.core, source, source_start, target, target_start, num_rows, cos.numpy(), sin.numpy()
+            self.runtime.core, source, source_start, target, target_start, num_rows, cos[0].numpy(), sin[0].numpy()
         )
 
     def compile_layer(
@@ -211,15 +212,15 @@ class CpuLayer:
                 core.rms_norm(_columns(x), weights[weight].numpy(), norm_eps, _columns(out))
             case Linear(x, weight, out):
                 core.linear(_columns(x), weights[weight].core, _columns(out))
-            case Rotate(x):
-                core.rotate(_columns(x))
+            case Rotate(x, table):
+                core.rotate(_columns(x), table)
             case Append(k, v):
                 core.append(_columns(k), _columns(v))
-            case Attend(q, out, window):
-                core.attend(_columns(q), _columns(out), window or 0, 1.0 / math.sqrt(q.size))
-            case SiluMul(gate_up, out):
+            case Attend(q, out, window, scale, _):
+                core.attend(_columns(q), _columns(out), window or 0, scale)
+            case Gate(gate_up, _, out):
                 core.silu_mul(_columns(gate_up), _columns(out))
-            case AddResidual(y):
+            case AddResidual(y, _):
                 core.add_residual(_columns(y))
 
 

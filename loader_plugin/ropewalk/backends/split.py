@@ -165,16 +165,19 @@ class SplitBackend:
         num_rows: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        rotations: Sequence[int | None],
     ) -> None:
         """In every place that has a part of the pages."""
-        check_move(source, source_start, target, target_start, num_rows, cos, sin)
+        check_move(source, source_start, target, target_start, num_rows, cos, sin, rotations)
         for number, place in enumerate(self.places):
             parts = [[page.parts[number] for page in pages] for pages in (source, target)]
             if None in (*parts[0], *parts[1]):
                 continue  # an order with fewer instances runs nothing here
+            first = self.firsts[number]
+            turned = rotations[first : first + parts[0][0].num_instances]
             device = place.backend.device
             tables = cos.to(device), sin.to(device)
-            place.backend.move_rows_(parts[0], source_start, parts[1], target_start, num_rows, *tables)
+            place.backend.move_rows_(parts[0], source_start, parts[1], target_start, num_rows, *tables, turned)
 
     def begin_step(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> SplitStep:
         """x: [T, C] on the device of the last place, where it is again after the last instance."""

@@ -9,7 +9,7 @@ to 2 * I and `down` I to C.
 
 from __future__ import annotations
 
-from ropewalk.families.program import View
+from ropewalk.families.program import Activation, View
 from ropewalk.families.recorder import LayerShape, Recorder
 
 
@@ -30,9 +30,9 @@ def _attention(ops: Recorder, x: View, shape: LayerShape) -> View:
     ops.rotate_(q)
     ops.rotate_(k)
     ops.append(k, v)
-    return ops.linear(ops.attend(q, shape.window), "o")
+    return ops.linear(ops.attend(q, shape.window, shape.head_dim**-0.5), "o")
 
 
 def _mlp(ops: Recorder, x: View) -> View:
     """x: [T, 1, C], normalised -> [T, 1, C]."""
-    return ops.linear(ops.silu_mul(ops.linear(x, "gate_up")), "down")
+    return ops.linear(ops.gate(ops.linear(x, "gate_up"), Activation.SILU), "down")

@@ -281,7 +281,7 @@ def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendSte
             positions.append(np.arange(cache.length, cache.length + num_rows))
             spans.append(RowSpan(num_rows, cache.length, tuple(held.page for held in cache.pages), _recent(cache)))
         tables.append(model.rope.tables_at(np.concatenate(positions), alike[0].span.seq_len))  # [rows, R/2] each
-    cos, sin = (torch.from_numpy(np.concatenate(parts)).to(x.device) for parts in zip(*tables, strict=True))
+    cos, sin = (torch.from_numpy(np.concatenate(parts))[None].to(x.device) for parts in zip(*tables, strict=True))
     return model.backend.begin_step(x, cos, sin, spans)
 
 

@@ -35,6 +35,7 @@ struct LinearStage {
 };
 struct RotateStage {
   View x;
+  int64_t table;  // of the step
 };
 struct AppendStage {
   View k, v;
@@ -92,9 +93,9 @@ struct Step {
   float* x;  // [T][width], the residual stream, changed in place
   int64_t num_rows;
   int64_t width;
-  const float* cos;  // [T][half]
+  const float* cos;  // [num_tables][T][half]
   const float* sin;
-  int64_t half;
+  int64_t half, num_tables;
   KvFormat format;
   std::vector<RowSpan> spans;
 };

@@ -23,9 +23,12 @@ def move_rows_(
     num_rows: int,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    rotations: Sequence[int | None],
 ) -> None:
     """Positions source_start.. of `source` to target_start.. of `target`, keys turned by cos, sin: [num_rows, R/2]."""
-    check_move(source, source_start, target, target_start, num_rows, cos, sin)
+    check_move(source, source_start, target, target_start, num_rows, cos, sin, rotations)
+    assert set(rotations) == {0}, "layers that turn their keys differently"
+    cos, sin = cos[0], sin[0]
     if num_rows == 0:
         return
     kinds = {(page.layout, page.num_instances) for page in (*source, *target)}

@@ -83,10 +83,11 @@ class ReferenceBackend(SinglePlace):
         num_rows: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        rotations: Sequence[int | None],
     ) -> None:
-        """Row by row; cos, sin: [num_rows, R/2] float32."""
-        check_move(source, source_start, target, target_start, num_rows, cos, sin)
-        pages.move_rows_(source, source_start, target, target_start, num_rows, cos, sin)
+        """Row by row; cos, sin: [tables, num_rows, R/2] float32."""
+        check_move(source, source_start, target, target_start, num_rows, cos, sin, rotations)
+        pages.move_rows_(source, source_start, target, target_start, num_rows, cos, sin, rotations)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | ReferenceLinear], norm_eps: float
@@ -97,7 +98,7 @@ class ReferenceBackend(SinglePlace):
     def begin_step(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]
     ) -> ReferenceStep:
-        """x: [T, C] float32, cos, sin: [T, R/2] float32."""
+        """x: [T, C] float32, cos, sin: [tables, T, R/2] float32."""
         return layers.begin_step(x, cos, sin, spans)
 
     def run_layer_(
