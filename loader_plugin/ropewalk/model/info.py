@@ -16,6 +16,8 @@ from ropewalk.containers.choice import container_of
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
+from ropewalk.model.backend_choice import ARITHMETIC, choose_backend
+from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
@@ -123,7 +125,19 @@ def model_info(
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
         info = _info(folder, plan, checkpoint, options.cache_format)
+        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, checkpoint, options))
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
+
+
+def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
+    """By how many bytes the head is held in more than it is stored in."""
+    compute = ARITHMETIC[choose_backend(options).name][0] if options.compute == "auto" else options.compute
+    bits = rounded_bits(options.head_bits, compute)
+    if bits is None or f"{HEAD}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
+        return 0
+    is_tied = config.tie_word_embeddings or f"{HEAD}.weight" not in checkpoint
+    stored = 0 if is_tied else checkpoint.info(f"{HEAD}.weight").num_bytes
+    return rounded_bytes(config.vocab_size, config.hidden_size, bits) - stored
 
 
 def _layer_bytes(folder: Path, config: ModelConfig) -> int:
