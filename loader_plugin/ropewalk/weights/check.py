@@ -24,6 +24,7 @@ MAX_LISTED = 20
 
 # Buffers that tools save along with the weights: they can be computed, or belong to one loader (TGI's scalars).
 IGNORED = re.compile(
+    r"gpt_neox\.layers\.\d+\.attention\.bias|"  # a causal mask
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias|.*\.wf(_unsqueeze_.*)?|"
     r"gptq_(bits|groupsize|sym|desc_act)"
 )
@@ -37,7 +38,9 @@ def check_tensors(config: ModelConfig, quant: QuantConfig | None, checkpoint: Ch
         CheckpointError: tensors are missing, unexpected, or have the wrong shape or dtype; the message lists them.
     """
     refuse_other_containers(checkpoint.names(), quant, checkpoint.folder)
-    refuse_foreign_layouts(checkpoint.names(), checkpoint.folder, container_of(quant).parts)
+    kinds = config.table.kinds.values()
+    own = {entry.name.rpartition(".")[2] for kind in kinds for entry in kind.linears}
+    refuse_foreign_layouts(checkpoint.names(), checkpoint.folder, container_of(quant).parts, own)
     check = _Check(config, quant, checkpoint)
     check.run()
     if check.problems:
