@@ -119,6 +119,10 @@ class CpuBackend(SinglePlace):
         """Root mean square norm over the last dimension."""
         return native.rms_norm(self.runtime, x, weight, eps)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """LayerNorm over the last dimension."""
+        return native.layer_norm(self.runtime, x, weight, bias, eps)
+
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> CpuPagePool:
         """Room for pages of keys and values."""
         kinds = [KV_TYPES.get(kind, kind) for kind in (cache_format.keys, cache_format.values)]
@@ -207,7 +211,7 @@ class CpuLayer:
 
     def low_ranks(self, change: LayerChange) -> list[_core.LowRank | None]:
         """What changes each linear, in the order of the program."""
-        found = (getattr(change, name) for name in self._linears)
+        found = (change.get(name) for name in self._linears)
         return [None if low_rank is None else low_rank.core for low_rank in found]
 
     def _add(self, operation: Operation, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float) -> None:

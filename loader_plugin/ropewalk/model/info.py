@@ -12,8 +12,6 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
@@ -130,7 +128,7 @@ def _layer_bytes(folder: Path, config: ModelConfig) -> int:
     quant = load_quant_config(folder, config.raw)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(config, quant, checkpoint)
-        prefixes = tuple(layer_prefix(index) for index in range(config.num_layers))
+        prefixes = tuple(config.table.layer_prefix(index) for index in range(config.num_layers))
         return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
@@ -173,13 +171,14 @@ def _linears(
 ) -> tuple[dict[str, int], QuantSettings | None]:
     """The number of linears by the way they are stored, and the settings of the first quantised one."""
     size = config.sizes
-    entries = FAMILIES[config.family].linears
     modules = [
-        (layer_prefix(i) + entry.name, size[entry.inputs]) for i in range(config.num_layers) for entry in entries
+        (config.table.layer_prefix(index) + entry.name, size[entry.inputs])
+        for index in range(config.num_layers)
+        for entry in config.layer_table(index).linears
     ]
     counts: Counter[str] = Counter()
     first = None
-    for name, in_features in [*modules, (HEAD, size["hidden"])]:
+    for name, in_features in [*modules, (config.table.names.head, size["hidden"])]:
         if f"{name}.qweight" in checkpoint:
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
