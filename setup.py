@@ -38,8 +38,27 @@ HEADERS = [
     *(
         f"native/cpu/generic/{name}.inl.hpp"
         for name in (
-            *("append", "attention", "attention_codes", "attention_floats", "attention_tile", "feed_forward", "functions"),
-            *("hadamard", "kv_codes", "kv_pages", "layer_norm", "linear", "load", "low_rank", "pack", "rows", "softmax"),
+            *(
+                "append",
+                "attention",
+                "attention_codes",
+                "attention_floats",
+                "attention_tile",
+                "feed_forward",
+                "functions",
+            ),
+            *(
+                "hadamard",
+                "kv_codes",
+                "kv_pages",
+                "layer_norm",
+                "linear",
+                "load",
+                "low_rank",
+                "pack",
+                "rows",
+                "softmax",
+            ),
             "table",
         )
     ),
