@@ -16,7 +16,7 @@ from ropewalk.containers.choice import container_of
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.model.backend_choice import ARITHMETIC, choose_backend
+from ropewalk.model.backend_choice import arithmetic
 from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
@@ -131,8 +131,7 @@ def model_info(
 
 def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
     """By how many bytes the head is held in more than it is stored in."""
-    compute = ARITHMETIC[choose_backend(options).name][0] if options.compute == "auto" else options.compute
-    bits = rounded_bits(options.head_bits, compute)
+    bits = rounded_bits(options.head_bits, arithmetic(options))
     if bits is None or f"{HEAD}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
         return 0
     is_tied = config.tie_word_embeddings or f"{HEAD}.weight" not in checkpoint
