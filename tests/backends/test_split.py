@@ -151,20 +151,21 @@ def test_a_page_of_either_kind_has_a_part_in_every_place_and_is_saved_by_its_par
 def test_rows_are_moved_in_every_place(split, cache_type: str) -> None:
     backend, plain = split(1, 2).backend, ReferenceBackend("exact")
     moved = []
-    angles = torch.linspace(0, 3, 80 * 4).view(80, 4)
+    angles = torch.linspace(0, 3, 80 * 4).view(1, 80, 4)
     for each in (backend, plain):
         pool = each.new_pool(2, 16, CacheFormat.parse(cache_type), 1 << 20)
         pages = [pool.take(3) for _ in range(3)]
         for number, page in enumerate(pages):  # the same bytes in each instance, in one place or two
             for part in pool.parts_of(page):
                 part.fill_(40 + number)
-        each.move_rows_(pages, 70, pages, 30, 80, angles.cos(), angles.sin())
+        each.move_rows_(pages, 70, pages, 30, 80, angles.cos(), angles.sin(), [0, 0, 0])
         moved.append([[part.clone() for part in pool.parts_of(page)] for page in pages])
     for (first, second), (whole,) in zip(*moved, strict=True):
         assert first.unique().tolist() != [40] and second.numel() == 2 * first.numel()
         assert sorted(torch.cat([first, second]).tolist()) == sorted(whole.tolist())
+    ones = torch.ones(1, 180, 4)
     with pytest.raises(ShapeError, match="source: positions 70 to 250 lie outside"):
-        backend.move_rows_(pages, 70, pages, 30, 180, torch.ones(180, 4), torch.ones(180, 4))
+        backend.move_rows_(pages, 70, pages, 30, 180, ones, ones, [0, 0, 0])
 
 
 def test_only_a_place_compiles_layers_and_each_says_how_another_model_is_loaded_beside_it(split) -> None:
