@@ -29,7 +29,7 @@ INCLUDES = ["native/include"]
 # Extra flags for every file, such as -fsanitize=address (scripts/press/check_asan.sh).
 EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
-SOURCES = ("attention", "cache", "layer", "linear", "packed", "rows", "runtime")
+SOURCES = ("attention", "cache", "experts", "layer", "linear", "packed", "rows", "runtime")
 HEADERS = [
     *(
         f"native/include/ropewalk/{name}.hpp"
@@ -43,7 +43,7 @@ HEADERS = [
             "table",
         )
     ),
-    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "layers", "linears")),
+    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "experts", "layers", "linears")),
 ]
 
 

@@ -105,6 +105,18 @@ class LinearGroup:
     @property
     def out_features(self) -> int: ...
 
+class Experts:
+    """The experts of a layer, all of the same sizes, put there one by one."""
+
+    def __init__(self, num_experts: int, size: int, inner: int, fetch: object) -> None:
+        """size: input and output features. fetch: None, or called with the numbers that a layer is about to use,
+        ascending, to put there those that are not; by the thread that computes, which may pack meanwhile.
+        """
+    def put(self, number: int, gate_up: object, down: object) -> None:
+        """gate_up, down: LinearGroup."""
+    def drop(self, number: int) -> None:
+        """Its memory is given back when nobody computes with it any more."""
+
 class KvCache:
     """Keys and values of one layer; the capacity is rounded up to whole tiles of 64."""
 
@@ -185,6 +197,8 @@ class Layer:
         """gate: one column. out covers its buffer."""
     def route(self, logits: Columns, top_k: int, normalised: bool, out: Columns) -> None:
         """out: two heads of top_k, which cover their buffer."""
+    def experts(self, x: Columns, routes: Columns, weight: object, activation: str, out: Columns) -> None:
+        """routes: as `route` gives them. weight: an Experts. out covers its buffer."""
     def add_residual(self, y: Columns, scale: float) -> None:
         """y covers its buffer."""
     def finish(self) -> None:
