@@ -175,8 +175,8 @@ class SplitBackend:
             parts = [[page.parts[number] for page in pages] for pages in (source, target)]
             if None in (*parts[0], *parts[1]):
                 continue  # an order with fewer instances runs nothing here
-            first = self.firsts[number]
-            turned = rotations[first : first + parts[0][0].num_instances]
+            end = self.firsts[number + 1] if number + 1 < len(self.firsts) else len(rotations)
+            turned = rotations[self.firsts[number] : end]
             device = place.backend.device
             tables = cos.to(device), sin.to(device)
             place.backend.move_rows_(parts[0], source_start, parts[1], target_start, num_rows, *tables, turned)
@@ -269,12 +269,12 @@ class SplitPool:
         if self.used_bytes + size > self.num_bytes:
             raise MemoryError(f"a page of {size} bytes: {self.used_bytes} of {self.num_bytes} are in use")
         pairs = zip(self._pools, self._counts(num_instances), strict=True)
-        return SplitPage(tuple(pool.take(count, recent) if count else None for pool, count in pairs))
+        return SplitPage(tuple(pool.take(count, recent) if count else None for pool, count in pairs), num_instances)
 
     def copy(self, page: SplitPage) -> SplitPage:
         """Each part from its own pool."""
         pairs = zip(self._pools, page.parts, strict=True)
-        return SplitPage(tuple(None if part is None else pool.copy(part) for pool, part in pairs))
+        return SplitPage(tuple(None if part is None else pool.copy(part) for pool, part in pairs), page.num_instances)
 
     def parts_of(self, page: SplitPage) -> list[torch.Tensor]:
         """The memory of the part in each place, on the device of that place."""
@@ -292,6 +292,7 @@ class SplitPage:
     """A part for each place; None where no instance runs there."""
 
     parts: tuple[Page | None, ...]
+    num_instances: int
 
 
 class SplitStep:

@@ -213,6 +213,8 @@ def _rotation(family: Family, window: int | None, sliding_theta: float | None) -
 def _heads(section: Section, family: Family, hidden_size: int) -> tuple[int, int, int]:
     """(num_heads, num_kv_heads, head_dim)."""
     num_heads = section.integer("num_attention_heads", 1, MAX_HEADS)
+    if family.fixed_heads:
+        section = Section(section.source, {**section.values, "num_key_value_heads": num_heads, "head_dim": None})
     # An explicit null means "one per query head" in every family; an absent key means the family's default.
     absent_kv = num_heads if "num_key_value_heads" in section.values else family.num_kv_heads or num_heads
     num_kv_heads = section.optional_integer("num_key_value_heads", 1, MAX_HEADS, absent_kv)

@@ -96,6 +96,7 @@ class Family:
     name, architectures: `model_type` and the class names in config.json.
     num_kv_heads: None: as many as query heads. head_dim: None: hidden_size / num_attention_heads.
     heads_divide_hidden: hidden_size must be a multiple of the heads even where head_dim is given.
+    fixed_heads: there is a key/value head for each query head, whatever `num_key_value_heads` and `head_dim` say.
     tied: the head is the embedding table where `tie_word_embeddings` is absent.
     flags: which biases and norms there are. scales: the factors, read from config.json.
     eps: of all norms. centred: norms are LayerNorm instead of RMSNorm.
@@ -103,7 +104,7 @@ class Family:
     renamed: names of activations that mean another one in this family.
     windows, window: which layers have one, and `sliding_window` where that is absent. full_every, full_key: for
         Windows.MOST, after how many layers one sees everything, and the key for that number.
-    theta, partial_rotary: of RoPE. sliding_theta: layers with a window have a table of their own, never scaled.
+    theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family. sliding_theta: layers with a window have a table of their own, never scaled.
     full_layers_rotate: False: layers without a window have no RoPE at all.
     extended_in_the_wild: fine-tunes may declare a longer context by other means than a scaling object
         (rope/decision.py).
@@ -118,6 +119,7 @@ class Family:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     heads_divide_hidden: bool = False
+    fixed_heads: bool = False
     tied: bool = False
     flags: tuple[Flag, ...] = ()
     scales: Callable[[Section, Sizes], Scales] = plain_scales
@@ -132,6 +134,7 @@ class Family:
     full_key: str | None = None
     theta: Key = Key("rope_theta", 10000.0)
     partial_rotary: Key | None = None
+    rope_types: Mapping[str, str] = field(default_factory=dict)
     sliding_theta: Key | None = None
     full_layers_rotate: bool = True
     extended_in_the_wild: bool = False

@@ -12,7 +12,10 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
+from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
+from ropewalk.model.backend_choice import ARITHMETIC, choose_backend
+from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
@@ -120,7 +123,19 @@ def model_info(
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
         info = _info(folder, plan, checkpoint, options.cache_format)
+        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, checkpoint, options))
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
+
+
+def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
+    """By how many bytes the head is held in more than it is stored in."""
+    compute = ARITHMETIC[choose_backend(options).name][0] if options.compute == "auto" else options.compute
+    bits = rounded_bits(options.head_bits, compute)
+    if bits is None or f"{config.table.names.head}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
+        return 0
+    is_tied = config.tie_word_embeddings or f"{config.table.names.head}.weight" not in checkpoint
+    stored = 0 if is_tied else checkpoint.info(f"{config.table.names.head}.weight").num_bytes
+    return rounded_bytes(config.vocab_size, config.hidden_size, bits) - stored
 
 
 def _layer_bytes(folder: Path, config: ModelConfig) -> int:
@@ -179,7 +194,7 @@ def _linears(
     counts: Counter[str] = Counter()
     first = None
     for name, in_features in [*modules, (config.table.names.head, size["hidden"])]:
-        if f"{name}.qweight" in checkpoint:
+        if container_of(quant).holds(checkpoint, name):
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
             counts[f"{settings.bits}-bit, {groups}"] += 1

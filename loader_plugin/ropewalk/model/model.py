@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 class ModelWeights:
     """All weights of a model. embeddings: [V, C] as stored; final_norm: as `read_head` gives it; head: C to V.
 
+    head_bits: as `load_model` was asked for a head that is stored in floats; None for one that is stored in codes.
     layers: those of the model, followed by those of the second model, if any.
     fingerprint, second_fingerprint: of the tensors of either as they were read (see files/fingerprint.py).
     """
@@ -53,6 +54,7 @@ class ModelWeights:
     final_norm: Mapping[str, torch.Tensor]
     head: PackedLinear
     head_is_embeddings: bool
+    head_bits: str | int | None
     fingerprint: str
     second_fingerprint: str | None = None
 

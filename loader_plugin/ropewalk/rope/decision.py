@@ -158,7 +158,7 @@ def decide(facts: RopeFacts) -> RopeDecision:
         ConfigError: a key has the wrong type, is out of range, missing, or contradicts another.
         UnsupportedError: a rope type, or an option of one, that is not implemented.
     """
-    rope = RopeObject(facts.scaling, facts.original(), facts.max_positions)
+    rope = RopeObject(facts.scaling, facts.original(), facts.max_positions, facts.family.rope_types)
     key, name = rope.rope_type()
     if name == "default" and not facts.argument:
         implied = _airophin(facts) or _superhot(facts)

@@ -1,7 +1,8 @@
 """Compares the names, shapes and dtypes in a checkpoint with what its model needs, before any weight is read.
 
-All problems are collected into one error. Whether a linear layer is quantised is decided by the file
-(`.qweight` or `.weight`), not by the configuration: writers differ in `dynamic` rules, skipped modules and lm_head.
+All problems are collected into one error. Which container the quantised modules are in is declared (containers/);
+whether a linear layer is quantised is decided by the file (`.qweight` or `.weight`, for example), not by the
+configuration: writers differ in `dynamic` rules, skipped modules and lm_head.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ from collections.abc import Iterator
 
 from ropewalk.base.errors import CheckpointError
 from ropewalk.config.model import ModelConfig
-from ropewalk.config.quantisation import QuantConfig, QuantSettings
+from ropewalk.config.settings import QuantConfig, QuantSettings
+from ropewalk.containers.choice import container_of, refuse_other_containers
 from ropewalk.families.tables import NormEntry
 from ropewalk.files.folder import Checkpoint
-from ropewalk.files.foreign import awq_error, is_awq_shape, refuse_foreign_layouts
+from ropewalk.files.foreign import refuse_foreign_layouts
 from ropewalk.files.safetensors import printable
-from ropewalk.gptq.shapes import FLOATS, infer_settings, shape_problems, tensor_problem
+from ropewalk.gptq.shapes import FLOATS, tensor_problem
 
 MAX_LISTED = 20
 
 # Buffers that tools save along with the weights: they can be computed, or belong to one loader (TGI's scalars).
 IGNORED = re.compile(
+    r"gpt_neox\.layers\.\d+\.attention\.bias|"  # a causal mask
     r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias|.*\.wf(_unsqueeze_.*)?|"
     r"gptq_(bits|groupsize|sym|desc_act)"
 )
-PARTS = ("qweight", "qzeros", "zeros", "scales", "g_idx", "weight", "bias")
 
 
 def check_tensors(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint) -> None:
@@ -35,7 +37,10 @@ def check_tensors(config: ModelConfig, quant: QuantConfig | None, checkpoint: Ch
         UnsupportedError: the tensors belong to another quantisation's layout.
         CheckpointError: tensors are missing, unexpected, or have the wrong shape or dtype; the message lists them.
     """
-    refuse_foreign_layouts(checkpoint.names(), checkpoint.folder)
+    refuse_other_containers(checkpoint.names(), quant, checkpoint.folder)
+    kinds = config.table.kinds.values()
+    own = {entry.name.rpartition(".")[2] for kind in kinds for entry in kind.linears}
+    refuse_foreign_layouts(checkpoint.names(), checkpoint.folder, container_of(quant).parts, own)
     check = _Check(config, quant, checkpoint)
     check.run()
     if check.problems:
@@ -52,11 +57,12 @@ def settings_of(quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in
     Raises:
         CheckpointError: nothing can be inferred from the shapes.
     """
+    infer = container_of(quant).infer
     if quant is None or not quant.declared:
-        return infer_settings(checkpoint, name, in_features)
+        return infer(checkpoint, name, in_features, None)
     settings = quant.for_module(name)
     # Quantised although the rules say dense (lm_head without its flag): it has the format of the other modules.
-    return settings or infer_settings(checkpoint, name, in_features, quant.default)
+    return settings or infer(checkpoint, name, in_features, quant.default)
 
 
 def norm_tensors(config: ModelConfig, prefix: str, entry: NormEntry) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -75,6 +81,7 @@ class _Check:
 
     def __init__(self, config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint) -> None:
         self.config, self.quant, self.checkpoint = config, quant, checkpoint
+        self.container = container_of(quant)
         self.problems: list[str] = []
         self.known: set[str] = set()
 
@@ -114,7 +121,7 @@ class _Check:
 
     def _embeddings_and_head(self, size: dict[str, int]) -> None:
         names, tied = self.config.table.names, self.config.tie_word_embeddings
-        head_stored = any(f"{names.head}.{part}" in self.checkpoint for part in ("weight", "qweight"))
+        head_stored = f"{names.head}.weight" in self.checkpoint or self.container.holds(self.checkpoint, names.head)
         embeddings = f"{names.embeddings}.weight"
         if not (tied and embeddings not in self.checkpoint and f"{names.head}.weight" in self.checkpoint):
             self._floats(embeddings, (size["vocab"], size["hidden"]))
@@ -123,10 +130,10 @@ class _Check:
 
     def _linear(self, name: str, in_features: int, out_features: int, has_bias: bool) -> None:
         checkpoint = self.checkpoint
-        self.known.update(f"{name}.{part}" for part in PARTS)
-        quantised, dense = f"{name}.qweight" in checkpoint, f"{name}.weight" in checkpoint
+        self.known.update(f"{name}.{part}" for part in self.container.parts)
+        quantised, dense = self.container.holds(checkpoint, name), f"{name}.weight" in checkpoint
         if quantised and dense:
-            self.problems.append(f"{name} is stored twice, quantised (.qweight) and dense (.weight)")
+            self.problems.append(f"{name} is stored twice, quantised (.{self.container.codes}) and dense (.weight)")
         elif quantised:
             self._quantised(name, in_features, out_features)
         elif dense:
@@ -134,19 +141,17 @@ class _Check:
             if f"{name}.bias" in checkpoint:
                 self._floats(f"{name}.bias", (out_features,))
         else:
-            self.problems.append(f"{name}: both .qweight and .weight are missing")
+            self.problems.append(f"{name}: both .{self.container.codes} and .weight are missing")
         if has_bias and (quantised or dense) and f"{name}.bias" not in checkpoint:
             self.problems.append(f"{name}.bias is missing: the configuration declares one")
 
     def _quantised(self, name: str, in_features: int, out_features: int) -> None:
-        if is_awq_shape(self.checkpoint.info(f"{name}.qweight").shape, in_features, out_features):
-            raise awq_error(name, self.checkpoint.folder)
         try:
             settings = settings_of(self.quant, self.checkpoint, name, in_features)
         except CheckpointError as error:
             self.problems.append(str(error))
             return
-        self.problems += shape_problems(self.checkpoint, name, in_features, out_features, settings)
+        self.problems += self.container.problems(self.checkpoint, name, in_features, out_features, settings)
 
     def _floats(self, name: str, shape: tuple[int, ...]) -> None:
         self.known.add(name)

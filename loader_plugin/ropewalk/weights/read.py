@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from ropewalk.config.model import ModelConfig
-from ropewalk.config.quantisation import QuantConfig
+from ropewalk.config.settings import QuantConfig
+from ropewalk.containers.choice import container_of
 from ropewalk.families.tables import NormEntry
 from ropewalk.files.folder import Checkpoint
-from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, read_gptq_linear, require_finite
+from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, require_finite
 from ropewalk.weights.check import check_tensors, norm_tensors, settings_of
 from ropewalk.weights.rows import ordered_linear, row_order
 
@@ -74,7 +75,7 @@ def read_head(
     names = config.table.names
     final_norm = {entry.field: _read_norm(config, checkpoint, "", entry) for entry in names.final_norm}
     head, stored = names.head, f"{names.head}.weight"
-    if config.tie_word_embeddings and f"{head}.qweight" not in checkpoint:
+    if config.tie_word_embeddings and not container_of(quant).holds(checkpoint, head):
         if stored not in checkpoint or checkpoint.holds(stored, embeddings):
             return final_norm, DenseLinear(head, embeddings, read_bias(checkpoint, head))
         checkpoint.warn_once(
@@ -99,7 +100,8 @@ def _read_norm(config: ModelConfig, checkpoint: Checkpoint, prefix: str, entry: 
 def _read_linear(
     quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in_features: int, out_features: int
 ) -> Linear:
-    if f"{name}.qweight" not in checkpoint:
+    container = container_of(quant)
+    if not container.holds(checkpoint, name):
         return DenseLinear(name, checkpoint.tensor(f"{name}.weight"), read_bias(checkpoint, name))
     settings = settings_of(quant, checkpoint, name, in_features)
-    return read_gptq_linear(checkpoint, name, in_features, out_features, settings)
+    return container.read(checkpoint, name, in_features, out_features, settings)
