@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ropewalk.families.program import (
     AddResidual,
     Append,
     Attend,
+    Experts,
     Gate,
     LayerNorm,
     Linear,
@@ -33,7 +34,7 @@ from ropewalk.native import _core  # from there: it says what to do where the co
 
 if TYPE_CHECKING:
     from ropewalk.backends.protocol import LayerChange, LowRankPart, Page, RowChange, RowSpan
-    from ropewalk.gptq.linear import DenseLinear
+    from ropewalk.gptq.linear import DenseLinear, Expert
 
 ACTIVATIONS = {Activation.SILU: "silu", Activation.GELU: "gelu", Activation.GELU_TANH: "gelu_tanh"}
 KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes are the same
@@ -74,6 +75,10 @@ class CpuBackend(SinglePlace):
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
         return native.Linear(self.runtime, [self._pack_part(part) for part in parts])
+
+    def pack_experts(self, experts: Sequence[Expert]) -> CpuExperts:
+        """Repack one expert after the other."""
+        return CpuExperts(self.pack, experts)
 
     def _pack_part(self, part: GptqLinear | DenseLinear) -> object:
         if not isinstance(part, GptqLinear):
@@ -197,6 +202,21 @@ class CpuPagePool:
         return [torch.from_numpy(page.array())]
 
 
+class CpuExperts:
+    """The experts of a layer, packed. pack: linears over one input, as `CpuBackend.pack`."""
+
+    def __init__(self, pack: Callable[..., native.Linear], experts: Sequence[Expert]) -> None:
+        if not len(experts):
+            raise ShapeError("pack_experts: at least one expert is needed, none was given")
+        for number, expert in enumerate(experts):
+            gate_up, down = pack([expert.gate, expert.up]), pack([expert.down])
+            if number == 0:
+                self.core = _core.Experts(len(experts), gate_up.in_features, down.in_features, None)
+                self.num_bytes = 0
+            self.core.put(number, gate_up.core, down.core)
+            self.num_bytes += gate_up.num_bytes + down.num_bytes
+
+
 class CpuLayer:
     """A program as the core replays it."""
 
@@ -236,6 +256,9 @@ class CpuLayer:
                 core.gate(_columns(gate_up), ACTIVATIONS[activation], _columns(out))
             case Route(logits, top_k, normalised, out):
                 core.route(_columns(logits), top_k, normalised, _columns(out))
+            case Experts(x, routes, weight, activation, out):
+                places = _columns(x), _columns(routes)
+                core.experts(*places, weights[weight].core, ACTIVATIONS[activation], _columns(out))
             case SigmoidMul(x, gate, out):
                 core.sigmoid_mul(_columns(x), _columns(gate), _columns(out))
             case AddResidual(y, scale):
