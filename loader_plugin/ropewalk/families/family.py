@@ -106,7 +106,8 @@ class Family:
     windows, window: which layers have one, and `sliding_window` where that is absent. window_key: for Windows.ALL, the key without which no layer
         has one. full_every, full_key: for
         Windows.MOST, after how many layers one sees everything, and the key for that number.
-    theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family. sliding_theta: layers with a window have a table of their own, never scaled.
+    theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family.
+    sliding_theta: layers with a window have a table of their own, never scaled.
     full_layers_rotate: False: layers without a window have no RoPE at all.
     extended_in_the_wild: fine-tunes may declare a longer context by other means than a scaling object
         (rope/decision.py).
