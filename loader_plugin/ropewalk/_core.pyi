@@ -225,7 +225,7 @@ def rotate(runtime: Runtime, x: numpy.ndarray, cos: numpy.ndarray, sin: numpy.nd
 def layer_norm(
     runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, bias: object, epsilon: float, out: numpy.ndarray
 ) -> None:
-    """x: [T, C] or [T, H, C] float32, weight: [C] or [H, C], bias: the same or None. out: of the shape of x, written."""
+    """x: [T, C] or [T, H, C] float32; weight: [C] or [H, C]; bias: the same, or None. out: like x, written."""
 
 def activate(runtime: Runtime, x: numpy.ndarray, activation: str, gated: bool, out: numpy.ndarray) -> None:
     """x: [T, I] float32, or [T, 2 * I] for a gate. activation: "silu", "gelu" or "gelu_tanh". out: [T, I], written."""
@@ -268,5 +268,6 @@ def move_rows(
 ) -> None:
     """Positions source_start.. of pages to target_start.. of others of the same pool and kind, in all layer instances.
 
-    cos, sin: [tables, num_rows, R / 2] float32; tables: which of them turns the keys of each instance, -1: none. Pages may be in both where rows move to lower places.
+    cos, sin: [tables, num_rows, R / 2] float32; tables: which of them turns the keys of each instance, -1: none.
+    Pages may be in both where rows move to lower places.
     """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ropewalk import native
+from ropewalk.backends.expert_memory import CpuExperts, ExpertMemory
 from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.cache_format import CacheFormat
@@ -33,7 +34,7 @@ from ropewalk.gptq.linear import GptqLinear
 from ropewalk.native import _core  # from there: it says what to do where the core is missing
 
 if TYPE_CHECKING:
-    from ropewalk.backends.protocol import LayerChange, LowRankPart, Page, RowChange, RowSpan
+    from ropewalk.backends.protocol import ExpertRoom, LayerChange, LowRankPart, Page, RowChange, RowSpan
     from ropewalk.gptq.linear import DenseLinear, Expert
 
 ACTIVATIONS = {Activation.SILU: "silu", Activation.GELU: "gelu", Activation.GELU_TANH: "gelu_tanh"}
@@ -43,14 +44,18 @@ KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes ar
 class CpuBackend(SinglePlace):
     """Kernels of one instruction set on a fixed number of threads.
 
-    compute: "exact" or "int8" (see `native.Linear`). isa, threads: see `native.Runtime`.
+    compute: "exact" or "int8" (see `native.Linear`). isa, threads: see `native.Runtime`. experts: how much
+    memory those of a mixture may take; None: as much as they need.
     """
 
     name = "cpu"
     device = torch.device("cpu")
 
-    def __init__(self, compute: str, isa: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, compute: str, isa: str | None = None, threads: int | None = None, experts: ExpertRoom | None = None
+    ) -> None:
         self.compute = compute
+        self._experts = ExpertMemory(experts)
         self.runtime = native.Runtime(isa, threads)
         self._arena = native.Arena()
 
@@ -69,7 +74,8 @@ class CpuBackend(SinglePlace):
         if compute not in ("exact", "int8"):
             return None
         other = CpuBackend.__new__(CpuBackend)
-        other.compute, other.runtime, other._arena = compute, self.runtime, self._arena
+        other.compute, other.runtime = compute, self.runtime
+        other._arena, other._experts = self._arena, self._experts
         return other
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
@@ -77,8 +83,8 @@ class CpuBackend(SinglePlace):
         return native.Linear(self.runtime, [self._pack_part(part) for part in parts])
 
     def pack_experts(self, experts: Sequence[Expert]) -> CpuExperts:
-        """Repack one expert after the other."""
-        return CpuExperts(self.pack, experts)
+        """Repack one expert after the other: all of them, or as many as there is room for."""
+        return CpuExperts(self.pack, experts, self._experts)
 
     def _pack_part(self, part: GptqLinear | DenseLinear) -> object:
         if not isinstance(part, GptqLinear):
@@ -200,21 +206,6 @@ class CpuPagePool:
     def parts_of(self, page: _core.Page) -> list[torch.Tensor]:
         """The memory of a page, in one part; the tensor keeps the page alive."""
         return [torch.from_numpy(page.array())]
-
-
-class CpuExperts:
-    """The experts of a layer, packed. pack: linears over one input, as `CpuBackend.pack`."""
-
-    def __init__(self, pack: Callable[..., native.Linear], experts: Sequence[Expert]) -> None:
-        if not len(experts):
-            raise ShapeError("pack_experts: at least one expert is needed, none was given")
-        for number, expert in enumerate(experts):
-            gate_up, down = pack([expert.gate, expert.up]), pack([expert.down])
-            if number == 0:
-                self.core = _core.Experts(len(experts), gate_up.in_features, down.in_features, None)
-                self.num_bytes = 0
-            self.core.put(number, gate_up.core, down.core)
-            self.num_bytes += gate_up.num_bytes + down.num_bytes
 
 
 class CpuLayer:

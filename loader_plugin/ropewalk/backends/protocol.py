@@ -79,6 +79,14 @@ class PackedExperts(Protocol):
         """Memory held by those that are in memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRoom:
+    """How much memory experts may take: num_bytes of all layers together, which is this part of what all would take."""
+
+    num_bytes: int
+    part: float
+
+
 class Page(Protocol):
     """Keys and values of PAGE_TOKENS positions of all layer instances; the layout is the backend's own.
 

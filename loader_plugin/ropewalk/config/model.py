@@ -68,12 +68,16 @@ class ModelConfig:
         """The sizes that the tensors of a family are named by (families/tables.py)."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         mixture = self.mixture
-        experts = {} if mixture is None else {
-            "experts": mixture.num_experts,
-            "expert inner": mixture.inner,
-            "shared inner": mixture.shared_inner,
-            "one": 1,
-        }
+        experts = (
+            {}
+            if mixture is None
+            else {
+                "experts": mixture.num_experts,
+                "expert inner": mixture.inner,
+                "shared inner": mixture.shared_inner,
+                "one": 1,
+            }
+        )
         return experts | {
             "hidden": self.hidden_size,
             "inner": self.intermediate_size,

@@ -103,9 +103,9 @@ class Family:
     eps: of all norms. centred: norms are LayerNorm instead of RMSNorm.
     activations, activation: the keys for it, the first that is there counts, and the name where none is.
     renamed: names of activations that mean another one in this family.
-    windows, window: which layers have one, and `sliding_window` where that is absent. window_key: for Windows.ALL, the key without which no layer
-        has one. full_every, full_key: for
-        Windows.MOST, after how many layers one sees everything, and the key for that number.
+    windows, window: which layers have one, and `sliding_window` where that is absent. window_key: for Windows.ALL, a
+        key without which no layer has one. full_every, full_key: for Windows.MOST, after how many layers one sees
+        everything, and the key for that number.
     theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family.
     sliding_theta: layers with a window have a table of their own, never scaled.
     full_layers_rotate: False: layers without a window have no RoPE at all.

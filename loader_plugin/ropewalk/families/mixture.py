@@ -1,8 +1,8 @@
 """Layers whose feed-forward block is a mixture of experts: a router sends each row to a few of them.
 
-    x <- x + w * Attention(RMSNorm(x))
-    x <- x + w * sum over e of share_e * MLP_e(y)          with y = RMSNorm(x), the experts e by softmax(y Router)
-                                                           (Shazeer et al. 2017, arXiv:1701.06538)
+x <- x + w * Attention(RMSNorm(x))
+x <- x + w * sum over e of share_e * MLP_e(y)          with y = RMSNorm(x), the experts e by softmax(y Router)
+                                                       (Shazeer et al. 2017, arXiv:1701.06538)
 """
 
 from __future__ import annotations

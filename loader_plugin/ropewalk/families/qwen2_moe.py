@@ -1,7 +1,7 @@
 """Qwen1.5 and 2 with experts: Qwen2's attention, a mixture, and one more expert that every row takes in part.
 
-    x <- x + w * sum over e of share_e * MLP_e(y)
-    x <- x + w * sigmoid(y Shared_gate) * MLP_shared(y)
+x <- x + w * sum over e of share_e * MLP_e(y)
+x <- x + w * sigmoid(y Shared_gate) * MLP_shared(y)
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ class LinearEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEntry:
-    """The experts of a layer: their field in LayerWeights, and the module names of their linears, with {expert} in place
-    of the number. Gate and up map "hidden" to "expert inner", down maps back; there are "experts" of them.
+    """The experts of a layer: their field in LayerWeights, and the modules of their linears, {expert} for the number.
+
+    Gate and up map "hidden" to "expert inner", down maps back; there are "experts" of them.
     """
 
     field: str

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ropewalk.backends.protocol import Backend
+from ropewalk.backends.protocol import Backend, ExpertRoom
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError
@@ -46,16 +46,18 @@ def choose_backend(options: LoadOptions) -> Chosen:
     return chosen
 
 
-def make_backend(options: LoadOptions, placement: Placement | None = None) -> Backend:
+def make_backend(
+    options: LoadOptions, placement: Placement | None = None, experts: ExpertRoom | None = None
+) -> Backend:
     """The backend of `choose_backend`, ready to pack weights. placement: of the layer instances, where there are more
-    places than one.
+    places than one. experts: how much memory those of a mixture may take, on the CPU.
 
     Raises:
         ConfigError: as `choose_backend`; or this machine lacks what the backend needs. NativeError: no compiled core.
     """
     name = choose_backend(options).name
     if placement is None:
-        return _single(name, options, options.device)
+        return _single(name, options, options.device, experts)
     places = [Place(_on_place(share.device, options), share.num_instances) for share in placement.shares]
     return SplitBackend(places, placement.weights_indices)
 
@@ -79,7 +81,7 @@ def _automatic(options: LoadOptions) -> Chosen:
 
 def _asks_for_cpu(options: LoadOptions) -> str | None:
     """The first option that has a meaning on the CPU alone."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "isa")}
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "isa", "expert_memory")}
     given |= {"compute": options.compute if options.compute == "int8" else None}
     given |= {"gpu_layers": options.gpu_layers, "device": _device_type(options)}
     return next((f"{name}={value!r}" for name, value in given.items() if value is not None), None)
@@ -103,6 +105,10 @@ def _check_options(options: LoadOptions, chosen: Chosen) -> None:
         value = getattr(options, option)
         if value is not None and name != "cpu" and not (name == "gpu" and mixed):
             raise ConfigError(f'{option}={value!r} is an option of backend="cpu"; leave it out for "{name}"')
+    if options.expert_memory is not None and name != "cpu":
+        raise ConfigError(
+            f'expert_memory={options.expert_memory!r} is an option of backend="cpu"; leave it out for "{name}"{why}'
+        )
     for option in ("gpu_layers", "gpu_split"):
         value = getattr(options, option)
         if value and name != "gpu":
@@ -125,7 +131,9 @@ def _on_place(device: str | None, options: LoadOptions) -> Backend:
     return _single("cpu" if device is None else "gpu", options, device)
 
 
-def _single(name: str, options: LoadOptions, device: str | torch.device | None) -> Backend:
+def _single(
+    name: str, options: LoadOptions, device: str | torch.device | None, experts: ExpertRoom | None = None
+) -> Backend:
     compute = ARITHMETIC[name][0] if options.compute == "auto" else options.compute
     if name == "reference":
         return ReferenceBackend(compute, _torch_device(device))
@@ -138,7 +146,7 @@ def _single(name: str, options: LoadOptions, device: str | torch.device | None) 
         return GpuBackend(compute, card)
     from ropewalk.backends.cpu import CpuBackend  # not at the top: the reference runs without the compiled core
 
-    return CpuBackend(compute=compute, isa=options.isa, threads=options.threads)
+    return CpuBackend(compute, options.isa, options.threads, experts)
 
 
 def _torch_device(device: str | torch.device | None) -> torch.device:

@@ -69,7 +69,7 @@ def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Check
 
 
 class StoredExperts(Sequence[Expert]):
-    """The experts of a layer in their files: each is read when it is asked for, and again when it is asked for again."""
+    """The experts of a layer in their files: each is read when it is asked for, and anew each time."""
 
     def __init__(
         self,

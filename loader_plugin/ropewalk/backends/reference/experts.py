@@ -41,7 +41,7 @@ class ReferenceExperts:
 def pack_experts(experts: Sequence[Expert], device: torch.device) -> ReferenceExperts:
     """Move the experts to the device; nothing is rearranged."""
     packed = tuple((pack([expert.gate, expert.up], device), pack([expert.down], device)) for expert in experts)
-    sizes = {(gate_up.in_features, gate_up.out_features, down.in_features, down.out_features) for gate_up, down in packed}
+    sizes = {(up.in_features, up.out_features, down.in_features, down.out_features) for up, down in packed}
     if len(sizes) != 1:
         raise ShapeError(f"pack_experts: experts of a layer have one size, these have {sorted(sizes)}")
     return ReferenceExperts(packed)
