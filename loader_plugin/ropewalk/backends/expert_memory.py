@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from ropewalk import native
 from ropewalk.backends.protocol import ExpertRoom
@@ -42,19 +42,24 @@ class ExpertMemory:
 
     def bring_(self, layer: CpuExperts, numbers: Sequence[int]) -> None:
         """Have these experts of a layer packed, at the cost of others where there is no room."""
+        wanted = {(layer, number) for number in numbers}
         missing = [number for number in numbers if (layer, number) not in self._held]
-        for number in set(numbers).difference(missing):
-            self._held.move_to_end((layer, number))
+        for key in wanted & self._held.keys():
+            self._held.move_to_end(key)
         layer.read_ahead(missing)
         for number in missing:
-            self._make_room_(max(layer.sizes.values()), len(numbers))
+            self._make_room_(max(layer.sizes.values()), wanted)
             layer.pack_(number)
+        self._make_room_(0, wanted)  # a step before this one may have needed more than there is room for
 
-    def _make_room_(self, num_bytes: int, num_kept: int) -> None:
-        """Drop what was not used for longest. The last num_kept are those of the step that runs."""
+    def _make_room_(self, num_bytes: int, wanted: Set[tuple[CpuExperts, int]]) -> None:
+        """Drop what was not used for longest, but for what the step that runs wants."""
         assert self.room is not None
-        while len(self._held) >= num_kept and self.used_bytes + num_bytes > self.room.num_bytes:
-            (layer, number), _ = self._held.popitem(last=False)
+        while self._held and self.used_bytes + num_bytes > self.room.num_bytes:
+            layer, number = oldest = next(iter(self._held))
+            if oldest in wanted:
+                break
+            del self._held[oldest]
             self.used_bytes -= layer.sizes[number]
             layer.core.drop(number)
 
