@@ -17,7 +17,7 @@ from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError, ShapeError
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.model import backend_choice
+from ropewalk.model import backends
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
 from ropewalk.model.options import LoadOptions
@@ -245,10 +245,10 @@ def test_a_layer_that_runs_twice_on_a_card_takes_its_room_once() -> None:
 
 def test_each_place_is_given_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple] = []
-    monkeypatch.setattr(backend_choice, "_single", lambda *given: made.append(given) or ReferenceBackend("exact"))
+    monkeypatch.setattr(backends, "_single", lambda *given: made.append(given) or ReferenceBackend("exact"))
     placement = Placement((Share("cuda:0", 2), Share("cuda:1", 1), Share(None, 1)), (0, 1, 2, 3))
     options = LoadOptions(backend="gpu", gpu_layers=3, gpu_split="1,2")
-    backend = backend_choice.make_backend(options, placement)
+    backend = backends.make_backend(options, placement)
     assert [(name, device) for name, _, device in made] == [("gpu", "cuda:0"), ("gpu", "cuda:1"), ("cpu", None)]
     assert backend.firsts == (0, 2, 3)
     assert backend.shares == ((torch.device("cpu"), 1.0),)

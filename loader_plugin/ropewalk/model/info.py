@@ -14,7 +14,7 @@ from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
-from ropewalk.model.backend_choice import ARITHMETIC, choose_backend
+from ropewalk.model.backend_choice import arithmetic
 from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
@@ -43,6 +43,7 @@ class ModelInfo:
     intermediate_size: int
     vocab_size: int
     sliding_window: int | None
+    sliding_layers: int
     linears: Mapping[str, int]
     format: str | None
     act_order: bool | None
@@ -64,6 +65,8 @@ class ModelInfo:
     def describe(self) -> str:
         """Several lines for people."""
         window = "" if self.sliding_window is None else f", sliding window {self.sliding_window}"
+        if 0 < self.sliding_layers < self.num_layers:
+            window += f" in {self.sliding_layers} layers"
         files = ", ".join(f"{name} ({format_bytes(size)})" for name, size in self.files.items())
         caches = "\n".join(
             f"  {length:>9,} positions  {format_bytes(size):>10}  with weights "
@@ -129,12 +132,12 @@ def model_info(
 
 def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
     """By how many bytes the head is held in more than it is stored in."""
-    compute = ARITHMETIC[choose_backend(options).name][0] if options.compute == "auto" else options.compute
-    bits = rounded_bits(options.head_bits, compute)
-    if bits is None or f"{config.table.names.head}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
+    head = config.table.names.head
+    bits = rounded_bits(options.head_bits, arithmetic(options))
+    if bits is None or f"{head}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
         return 0
-    is_tied = config.tie_word_embeddings or f"{config.table.names.head}.weight" not in checkpoint
-    stored = 0 if is_tied else checkpoint.info(f"{config.table.names.head}.weight").num_bytes
+    is_tied = config.tie_word_embeddings or f"{head}.weight" not in checkpoint
+    stored = 0 if is_tied else checkpoint.info(f"{head}.weight").num_bytes
     return rounded_bytes(config.vocab_size, config.hidden_size, bits) - stored
 
 
@@ -165,6 +168,7 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: Ca
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         sliding_window=windows[0] if windows else None,
+        sliding_layers=len(windows),
         linears=kinds,
         format=None if settings is None else settings.format,
         act_order=None if settings is None else settings.desc_act,

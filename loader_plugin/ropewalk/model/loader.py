@@ -30,7 +30,8 @@ from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear
-from ropewalk.model.backend_choice import choose_backend, make_backend
+from ropewalk.model.backend_choice import choose_backend
+from ropewalk.model.backends import make_backend
 from ropewalk.model.expert_room import choose_expert_room
 from ropewalk.model.head import held_head
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
