@@ -58,9 +58,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(module, "prepare", prepare)
     monkeypatch.setattr(module, "attend", noted("attend"))
     monkeypatch.setattr(module.low_rank, "add_", noted("low rank"))
-    for name in ("norm_activations", "silu_activations"):
-        monkeypatch.setattr(module.rows, name, made(name))
-    for name in ("rms_norm_", "add_residual_"):
+    for where, name in ((module.rows, "norm_activations"), (module.feed_forward, "inner_activations")):
+        monkeypatch.setattr(where, name, made(name))
+    for name in ("norm_", "add_residual_"):
         monkeypatch.setattr(module.rows, name, noted(name))
     for name in ("rotate_", "append_", "rotate_append_"):
         monkeypatch.setattr(module.heads, name, noted(name))
@@ -83,7 +83,7 @@ def test_a_layer_is_eleven_launches(launched: list) -> None:
     run(layer)
     assert [name for name, _ in launched] == [
         *("norm_activations", "rotate_append_", "attend", "prepare", "add_residual_"),
-        *("norm_activations", "silu_activations", "add_residual_"),
+        *("norm_activations", "inner_activations", "add_residual_"),
     ]
     products = [weights[name] for name in ("qkv", "o", "gate_up", "down")]
     assert all(len(product.given) == 1 for product in products)
@@ -115,7 +115,7 @@ def test_a_norm_that_something_else_reads_is_written_as_it_is(launched: list) ->
     operations = (RmsNorm(x, "norm", normed), Linear(normed, "up", y), AddResidual(normed), AddResidual(y))
     layer, weights = layer_of(Program((64, 64, 64), operations), norm=Multiplied())
     run(layer)
-    assert [name for name, _ in launched] == ["rms_norm_", "prepare", "add_residual_", "add_residual_"]
+    assert [name for name, _ in launched] == ["norm_", "prepare", "add_residual_", "add_residual_"]
 
 
 def test_rotation_and_append_are_one_launch_only_if_nothing_reads_the_keys_afterwards() -> None:
