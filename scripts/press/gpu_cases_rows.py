@@ -64,7 +64,7 @@ def attention(
     part: of the keys of a format with a recent window, of 256 positions.
     """
     layout = PageLayout(8, head_dim, CacheFormat.parse(cache_type))
-    chosen = tiles(layout, fp16, major, part != ALL.value)
+    chosen = tiles(layout, fp16, major, part != ALL.value, softcap > 0)
     tile = chosen.long if form == "long" else chosen.short
     constants = {
         "Q_STRIDE": (group + 2) * 8 * head_dim,

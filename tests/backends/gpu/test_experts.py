@@ -101,7 +101,6 @@ KINDS = [
     ((4,), "shared", "fp16"),
     ((4, 8, 2), "shared", "fp16"),
     ((3,), "own", "exact"),
-    ((4,), "none", "exact"),
 ]
 
 

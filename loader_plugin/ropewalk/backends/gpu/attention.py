@@ -190,7 +190,9 @@ def attend(step: GpuStep, q: torch.Tensor, instance: int, seen: Seen, out: torch
     sources = [(ALL.value, turned, step.pages, layout)]
     if step.recent is not None:
         sources = [(OLDER.value, turned, step.pages, layout), (RECENT.value, q, step.recent, layout.exact)]
-    parts = tuple(Part(*source, tiles(source[-1], fp16, major, len(sources) > 1)) for source in sources)
+    parts = tuple(
+        Part(*source, tiles(source[-1], fp16, major, len(sources) > 1, seen.softcap is not None)) for source in sources
+    )
     attention = Attention(step, parts, instance, seen, out, fp16)
     if step.long.num_blocks:
         attention.run_(step.long, "long")
