@@ -20,7 +20,7 @@ from ropewalk.families.program import RESIDUAL, AddResidual, Append, Attend, Lin
 from ropewalk.families.recorder import LayerShape, record
 
 SHAPE = LayerShape(hidden=64, inner=96, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=False, window=None)
-PROGRAM = record(FAMILIES["llama"].layer, SHAPE)
+PROGRAM = record(FAMILIES["llama"].kinds["decoder"].layer, SHAPE)
 ORDER = FeatureOrder(None, 64, 64, torch.float16, scaled=True)
 
 

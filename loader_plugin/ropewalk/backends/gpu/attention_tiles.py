@@ -38,8 +38,8 @@ TILES = {
     128: Tiles(Tile(128, 8), Tile(16, 4), 64),
     256: Tiles(Tile(64, 8), Tile(16, 4), 32),
 }
-# Where a head is padded, its masks take registers; so does what decodes large heads or caps their scores, and the bounds
-# of a part of the keys. These are below 64 rows on all cards, or on 8.x and 12.x alone.
+# Where a head is padded, its masks take registers; so does what decodes large heads or caps their scores, and the
+# bounds of a part of the keys. These are below 64 rows on all cards, or on 8.x and 12.x alone.
 PADDED = {
     128: Tiles(Tile(64, 8), Tile(16, 4), 64),
     256: Tiles(Tile(32, 8), Tile(16, 4), 32),
