@@ -17,7 +17,7 @@ from ropewalk.backends.gpu.pairs import grouped
 from ropewalk.backends.reference import layers
 from ropewalk.base.errors import ShapeError, UnsupportedError
 from ropewalk.families.program import Activation
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 from triton_interpreter import guarded, inside_arguments, interpreted_only, room_around
 
 C, INNER, NUM_EXPERTS, TOP_K = 128, 32, 4, 2
@@ -27,19 +27,17 @@ C, INNER, NUM_EXPERTS, TOP_K = 128, 32, 4, 2
 class Mixture:
     """The linears of all experts."""
 
-    gates: list[GptqLinear]
-    ups: list[GptqLinear]
-    downs: list[GptqLinear]
+    experts: list[Expert]
 
     def packed(self, compute: str = "fp16") -> GpuExperts:
-        return expert_stacks.pack(self.gates, self.ups, self.downs, DEVICE, compute)
+        return expert_stacks.pack(self.experts, DEVICE, compute)
 
     def by_hand(self, x: torch.Tensor, routes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Each row with each of its experts, in the order in which they are added; silu."""
         out = torch.zeros(x.shape, dtype=dtype)
         for row, (numbers, shares) in enumerate(routes.cpu().to(dtype)):
             for number, share in zip(numbers.long().tolist(), shares, strict=True):
-                gate, up, down = (part[number].dequantise().to(dtype) for part in (self.gates, self.ups, self.downs))
+                gate, up, down = (part.dequantise().to(dtype) for part in self.experts[number])
                 given = x[row].cpu().to(dtype)
                 out[row] += share * ((layers.activate(given @ gate, Activation.SILU) * (given @ up)) @ down)
         return out
@@ -47,15 +45,17 @@ class Mixture:
 
 def mixture(bits: Sequence[int] = (4,), act_order: str = "none") -> Mixture:
     """bits: of the experts in turn. act_order: "none", "shared" by gate and up of an expert, or each its "own"."""
-    made: dict[str, list[GptqLinear]] = {"gate": [], "up": [], "down": []}
+    experts = []
     for number in range(NUM_EXPERTS):
-        for seed, (name, parts) in enumerate(made.items()):
+        parts: dict[str, GptqLinear] = {}
+        for seed, name in enumerate(("gate", "up", "down")):
             shape = (INNER, C) if name == "down" else (C, INNER)
             given = {"bits": bits[number % len(bits)], "act_order": act_order != "none", "seed": 3 * number + seed}
-            parts.append(plain_form(gptq_case(*shape, 32, **given), f"experts.{number}.{name}"))
+            parts[name] = plain_form(gptq_case(*shape, 32, **given), f"experts.{number}.{name}")
         if act_order == "shared":
-            made["up"][-1] = replace(made["up"][-1], order=made["gate"][-1].order)
-    return Mixture(*made.values())
+            parts["up"] = replace(parts["up"], order=parts["gate"].order)
+        experts.append(Expert(**parts))
+    return Mixture(experts)
 
 
 def routed(num_rows: int, seed: int = 5) -> torch.Tensor:
@@ -188,13 +188,14 @@ def test_no_rows_are_no_launch() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     given = mixture()
+    one, other = given.experts[:2]
     dense = DenseLinear(name="experts.1.up", weight=torch.zeros(INNER, C), bias=None)
     with pytest.raises(UnsupportedError, match=r"experts\.1\.up: its weights are not quantised"):
-        expert_stacks.pack(given.gates, [given.ups[0], dense, *given.ups[2:]], given.downs, DEVICE, "fp16")
-    with pytest.raises(ShapeError, match="experts: 4 gates, 3 ups and 4 downs"):
-        expert_stacks.pack(given.gates, given.ups[1:], given.downs, DEVICE, "fp16")
-    with pytest.raises(ShapeError, match=r"experts\.0\.down: \[32, 128\], and another expert \[128, 32\]"):
-        expert_stacks.pack(given.gates, [*given.ups[1:], given.downs[0]], given.downs, DEVICE, "fp16")
+        expert_stacks.pack([one, Expert(other.gate, dense, other.down)], DEVICE, "fp16")
+    with pytest.raises(ShapeError, match="at least one expert is needed"):
+        expert_stacks.pack([], DEVICE, "fp16")
+    with pytest.raises(ShapeError, match=r"experts\.1\.down \(32, 128\).*: experts of a layer have one size"):
+        expert_stacks.pack([one, Expert(other.gate, other.down, other.down)], DEVICE, "fp16")
     weight, x, routes = given.packed(), torch.zeros(2, C, device=DEVICE), routed(2)
     with pytest.raises(ShapeError, match=rf"experts: x must be \[T, {C}\]"):
         experts.run_(weight, x[:, 1:], routes, Activation.SILU, x)

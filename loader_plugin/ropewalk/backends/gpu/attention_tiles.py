@@ -39,7 +39,7 @@ TILES = {
     256: Tiles(Tile(64, 8), Tile(16, 4), 32),
 }
 # Where a head is padded, its masks take registers; so does what decodes large heads or caps their scores, and the
-# bounds of a part of the keys. These are below 64 rows on all cards, or on 8.x and 12.x alone.
+# bounds of a part of the keys. Heads of 256 have less than 64 rows then, on all cards; those of 128 on 8.x and 12.x.
 PADDED = {
     128: Tiles(Tile(64, 8), Tile(16, 4), 64),
     256: Tiles(Tile(32, 8), Tile(16, 4), 32),
@@ -65,12 +65,12 @@ def tiles(layout: PageLayout, fp16: bool, major: int, is_part: bool = False, is_
     head_dim, size = layout.head_dim, max(64, layout.columns)
     if not fp16:
         return FLOAT32
-    if 128 < head_dim < 256:
+    is_coded = layout.cache_format.is_coded
+    if size == 256 and (head_dim < 256 or is_coded or is_capped):
         return PADDED[size]
     if major in WARPGROUPS:
         return TILES_OF_WARPGROUPS[size]
-    is_coded = layout.cache_format.is_coded
     if size == 128 and is_part and is_coded:
         return OLDER_PART
-    narrow = 64 < head_dim < 128 or (size == 128 and is_part) or (size == 256 and (is_coded or is_capped))
+    narrow = size == 128 and (head_dim < 128 or is_part)
     return PADDED[size] if narrow else TILES[size]

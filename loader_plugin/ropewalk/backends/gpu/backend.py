@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,9 @@ from ropewalk.base.errors import RequestError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
+
+if TYPE_CHECKING:
+    from ropewalk.gptq.linear import Expert
 
 LOAD_REMEDY = "give gpu_layers, so that the CPU runs the rest, or gpu_split for several cards"
 RUN_REMEDY = "load the model with a smaller max_input_len or cache_memory"
@@ -59,15 +63,10 @@ class GpuBackend(SinglePlace):
         with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
             return linear.pack(parts, self.device, self.compute)
 
-    def pack_experts(
-        self,
-        gates: Sequence[GptqLinear | DenseLinear],
-        ups: Sequence[GptqLinear | DenseLinear],
-        downs: Sequence[GptqLinear | DenseLinear],
-    ) -> GpuExperts:
-        """Lay out the experts of a layer, stacked."""
-        with self._on_device(f"the weights of {gates[0].name if gates else ''}", MemoryError, LOAD_REMEDY):
-            return expert_stacks.pack(gates, ups, downs, self.device, self.compute)
+    def pack_experts(self, experts: Sequence[Expert]) -> GpuExperts:
+        """Lay out the experts of a layer on the device, stacked."""
+        with self._on_device("the experts of a layer", MemoryError, LOAD_REMEDY):
+            return expert_stacks.pack(experts, self.device, self.compute)
 
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> GpuLowRank:
         """Move the matrices to the device."""

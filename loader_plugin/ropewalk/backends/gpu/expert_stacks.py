@@ -9,7 +9,8 @@ expert has in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from triton import cdiv
@@ -22,6 +23,9 @@ from ropewalk.backends.gpu.pairs import Pairs
 from ropewalk.backends.gpu.quantised import ASSEMBLY, QuantisedSegment, pack_segment
 from ropewalk.base.errors import ShapeError, UnsupportedError
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
+
+if TYPE_CHECKING:
+    from ropewalk.gptq.linear import Expert
 
 EXPERTS_AT_ONCE = 8  # of a token, about: so many times more programs a product of few rows has
 
@@ -150,53 +154,52 @@ class GpuExperts:
         return sum(stack.num_bytes for stack in (*self.gate_up, *self.down))
 
 
-def pack(
-    gates: Sequence[GptqLinear | DenseLinear],
-    ups: Sequence[GptqLinear | DenseLinear],
-    downs: Sequence[GptqLinear | DenseLinear],
-    device: torch.device,
-    compute: str,
-) -> GpuExperts:
+def pack(experts: Sequence[Expert], device: torch.device, compute: str) -> GpuExperts:
     """Lay out the experts of a layer, one after the other. compute: as for linears.
 
     Raises:
-        ShapeError: no experts, or experts of different shapes.
+        ShapeError: no experts, or experts of different sizes.
         UnsupportedError: an expert whose weights are not quantised.
     """
-    for part in (*gates, *ups, *downs):
+    if not len(experts):
+        raise ShapeError("pack_experts: at least one expert is needed, none was given")
+    gate_up: dict[tuple[object, ...], _Growing] = {}
+    down: dict[tuple[object, ...], _Growing] = {}
+    sizes: tuple[tuple[int, int], ...] = ()
+    for number in range(len(experts)):
+        expert = experts[number]  # is read
+        sizes = _checked_sizes(expert, sizes)
+        for first, parts in _side_by_side(expert.gate, expert.up):
+            _add_(gate_up, number, first, parts, len(experts), device)
+        _add_(down, number, 0, [expert.down], len(experts), device)
+    (in_features, inner), _, (_, out_features) = sizes
+    stacks = (tuple(grown.finished(compute) for grown in stacks.values()) for stacks in (gate_up, down))
+    return GpuExperts(len(experts), in_features, 2 * inner, out_features, *stacks)
+
+
+def _checked_sizes(expert: Expert, wanted: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """[K, N] of gate, up and down; wanted: of the experts before, () for the first."""
+    for part in expert:
         if isinstance(part, DenseLinear):
             raise UnsupportedError(
                 f"{part.name}: its weights are not quantised, and the GPU backend computes quantised experts alone"
             )
-    _check(gates, ups, downs)
-    together = all(_rows_of(gate) == _rows_of(up) for gate, up in zip(gates, ups, strict=True))
-    inner = gates[0].out_features
-    if together:
-        gate_up = _stacks([list(pair) for pair in zip(gates, ups, strict=True)], 0, device, compute)
-    else:
-        gate_up = (
-            *_stacks([[gate] for gate in gates], 0, device, compute),
-            *_stacks([[up] for up in ups], inner, device, compute),
-        )
-    down = _stacks([[part] for part in downs], 0, device, compute)
-    return GpuExperts(len(gates), gates[0].in_features, 2 * inner, downs[0].out_features, gate_up, down)
+    found = tuple((part.in_features, part.out_features) for part in expert)
+    fits = found[0] == found[1] and found[0][1] == found[2][0] and found[0][0] == found[2][1]
+    if not fits or (wanted and found != wanted):
+        names = ", ".join(f"{part.name} {size}" for part, size in zip(expert, found, strict=True))
+        raise ShapeError(f"pack_experts: {names}: experts of a layer have one size{f', {wanted}' if wanted else ''}")
+    return found
 
 
-def _check(gates: Sequence[GptqLinear], ups: Sequence[GptqLinear], downs: Sequence[GptqLinear]) -> None:
-    if not gates or not len(gates) == len(ups) == len(downs):
-        raise ShapeError(f"experts: {len(gates)} gates, {len(ups)} ups and {len(downs)} downs")
-    inner = gates[0].out_features
-    for parts, wanted in (
-        ((*gates, *ups), [gates[0].in_features, inner]),
-        (downs, [inner, downs[0].out_features]),
-    ):
-        for part in parts:
-            found = [part.in_features, part.out_features]
-            if found != wanted:
-                raise ShapeError(f"{part.name}: {found}, and another expert {wanted}")
+def _side_by_side(gate: GptqLinear, up: GptqLinear) -> list[tuple[int, list[GptqLinear]]]:
+    """(first column, linears that one product computes): both together if their rows are alike."""
+    if _layout(gate) == _layout(up):
+        return [(0, [gate, up])]
+    return [(0, [gate]), (gate.out_features, [up])]
 
 
-def _rows_of(part: GptqLinear) -> tuple[object, ...]:
+def _layout(part: GptqLinear) -> tuple[object, ...]:
     """Equal for linears whose columns can be side by side."""
     rows = uniform_rows(part)
     return (*_kind(part, rows), rows.source.numpy().tobytes(), rows.groups.numpy().tobytes())
@@ -207,73 +210,69 @@ def _kind(part: GptqLinear, rows: UniformRows) -> tuple[object, ...]:
     return (held_bits(part.bits), part.scales.dtype, rows.piece, rows.width)
 
 
-def _stacks(
-    experts: Sequence[Sequence[GptqLinear]], first: int, device: torch.device, compute: str
-) -> tuple[ExpertStack, ...]:
-    """experts: of each its linears, whose columns are side by side from column `first` of the result on."""
-    rows = [uniform_rows(parts[0]) for parts in experts]
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for number, parts in enumerate(experts):
-        kinds.setdefault(_kind(parts[0], rows[number]), []).append(number)
-    return tuple(_stack(experts, rows, numbers, first, device, compute) for numbers in kinds.values())
-
-
-def _stack(
-    experts: Sequence[Sequence[GptqLinear]],
-    rows: Sequence[UniformRows],
-    numbers: Sequence[int],
+def _add_(
+    stacks: dict[tuple[object, ...], _Growing],
+    number: int,
     first: int,
+    parts: Sequence[GptqLinear],
+    num_experts: int,
     device: torch.device,
-    compute: str,
-) -> ExpertStack:
-    """The experts of these numbers, which are of one kind."""
-    slots = torch.full((len(experts),), -1, dtype=torch.int32)
-    slots[list(numbers)] = torch.arange(len(numbers), dtype=torch.int32)
-    fp16 = compute == "fp16"
-    order = FeatureOrder(
-        order=_orders(rows, numbers, device),
-        width=rows[numbers[0]].width,
-        in_features=experts[0][0].in_features,
-        dtype=torch.float16 if fp16 else torch.float32,
-        scaled=fp16,
-    )
-    return ExpertStack(_stacked(experts, rows, numbers, device), slots.to(device), order, first)
+) -> None:
+    """To the stack of its kind."""
+    rows = uniform_rows(parts[0])
+    key = (first, len(parts), *_kind(parts[0], rows))
+    if key not in stacks:
+        stacks[key] = _Growing(first, parts[0].in_features, num_experts)
+    stacks[key].add_(number, pack_segment(parts, rows, device), rows)
 
 
-def _orders(rows: Sequence[UniformRows], numbers: Sequence[int], device: torch.device) -> torch.Tensor | None:
-    """None, [Kp] or [E, Kp] int32: as the experts agree."""
-    chosen = [rows[number] for number in numbers]
-    if all(torch.equal(each.source, chosen[0].source) for each in chosen):
-        return None if chosen[0].is_plain else chosen[0].source.to(device, torch.int32)
-    orders = torch.full((len(rows), chosen[0].width), -1, dtype=torch.int32)  # of others: read, and multiplied by none
-    orders[list(numbers)] = torch.stack([each.source for each in chosen]).to(torch.int32)
-    return orders.to(device)
+class _Growing:
+    """A stack to which experts are added, in the order of their numbers; it has room for all of a layer."""
 
+    def __init__(self, first: int, in_features: int, num_experts: int) -> None:
+        self._first, self._in_features, self._num_experts = first, in_features, num_experts
+        self._rows: dict[int, UniformRows] = {}  # of the experts that are in it
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._last: QuantisedSegment | None = None
 
-def _stacked(
-    experts: Sequence[Sequence[GptqLinear]], rows: Sequence[UniformRows], numbers: Sequence[int], device: torch.device
-) -> QuantisedSegment:
-    """Packed one by one into buffers for all: no more memory than these and one expert."""
-    made: dict[str, torch.Tensor | None] = {}
-    for place, number in enumerate(numbers):
-        packed = pack_segment(experts[number], rows[number], device)
+    def add_(self, number: int, packed: QuantisedSegment, rows: UniformRows) -> None:
+        """Copy the tensors of one expert to the next place."""
         for name in ("words", "high", "scales", "zeros", "bias"):
             tensor = getattr(packed, name)
             if tensor is None:
                 continue
-            if made.get(name) is None:
-                made[name] = tensor.new_zeros(len(numbers), *tensor.shape)
-            made[name][place] = tensor
-    blocks, padded = packed.words.shape[:2]
-    return QuantisedSegment(
-        bits=packed.bits,
-        words=made["words"],
-        high=made.get("high"),
-        scales=made["scales"],
-        zeros=made["zeros"],
-        bias=made.get("bias"),
-        num_columns=packed.num_columns,
-        group=packed.group,
-        group_shift=packed.group_shift,
-        splits=tiles.splits(blocks, EXPERTS_AT_ONCE * padded),
-    )
+            if name not in self._tensors:
+                self._tensors[name] = tensor.new_zeros(self._num_experts, *tensor.shape)
+            self._tensors[name][len(self._rows)] = tensor
+        self._rows[number] = rows
+        self._last = packed
+
+    def finished(self, compute: str) -> ExpertStack:
+        """The stack, with no more room than it needs."""
+        packed, count, fp16 = self._last, len(self._rows), compute == "fp16"
+        assert packed is not None, "stacks are made for an expert"
+        tensors = {name: each if count == len(each) else each[:count].clone() for name, each in self._tensors.items()}
+        device = packed.words.device
+        slots = torch.full((self._num_experts,), -1, dtype=torch.int32)
+        slots[list(self._rows)] = torch.arange(count, dtype=torch.int32)
+        order = FeatureOrder(
+            order=self._orders(device),
+            width=next(iter(self._rows.values())).width,
+            in_features=self._in_features,
+            dtype=torch.float16 if fp16 else torch.float32,
+            scaled=fp16,
+        )
+        blocks, padded = packed.words.shape[:2]
+        absent = {name: None for name in ("high", "bias")}
+        splits = tiles.splits(blocks, EXPERTS_AT_ONCE * padded)
+        weights = replace(packed, **(absent | tensors), splits=splits)
+        return ExpertStack(weights, slots.to(device), order, self._first)
+
+    def _orders(self, device: torch.device) -> torch.Tensor | None:
+        """None, [Kp] or [E, Kp] int32: as the experts agree."""
+        first, *others = self._rows.values()
+        if all(torch.equal(other.source, first.source) for other in others):
+            return None if first.is_plain else first.source.to(device, torch.int32)
+        orders = torch.full((self._num_experts, first.width), -1, dtype=torch.int32)  # of others: multiplied by none
+        orders[list(self._rows)] = torch.stack([rows.source for rows in self._rows.values()]).to(torch.int32)
+        return orders.to(device)
