@@ -29,7 +29,7 @@ def container_fixture_folders() -> list[Path]:
 
 
 def family_fixture_folders() -> list[Path]:
-    """The checkpoint fixtures of other families; none where the shared ones are absent."""
+    """The checkpoint fixtures of families beside Llama's; none where the shared ones are absent."""
     root = SHARED_FIXTURES / "families"
     return sorted(path.parent for path in root.glob("*/fixture.json"))
 

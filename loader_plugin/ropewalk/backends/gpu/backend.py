@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,10 +24,7 @@ from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import RequestError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
-
-if TYPE_CHECKING:
-    from ropewalk.gptq.linear import Expert
+from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 
 LOAD_REMEDY = "give gpu_layers, so that the CPU runs the rest, or gpu_split for several cards"
 RUN_REMEDY = "load the model with a smaller max_input_len or cache_memory"

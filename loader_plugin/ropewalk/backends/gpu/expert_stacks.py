@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from triton import cdiv
@@ -22,10 +21,7 @@ from ropewalk.backends.gpu.experts_kernel import expert_linear, sum_expert_parts
 from ropewalk.backends.gpu.pairs import Pairs
 from ropewalk.backends.gpu.quantised import ASSEMBLY, QuantisedSegment, pack_segment
 from ropewalk.base.errors import ShapeError, UnsupportedError
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
-
-if TYPE_CHECKING:
-    from ropewalk.gptq.linear import Expert
+from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 
 EXPERTS_AT_ONCE = 8  # of a token, about: so many times more programs a product of few rows has
 
