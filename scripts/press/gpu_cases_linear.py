@@ -38,9 +38,9 @@ def quantised(bits: int, group: int, num_rows: int, exact: bool = False, generat
     return name, gptq_linear, signature, constants, _options(tile)
 
 
-def experts(bits: int, group: int, num_rows: int, exact: bool = False, generation: int = 8) -> Case:
+def experts(bits: int, group: int, num_rows: int, exact: bool = False) -> Case:
     """expert_linear for one pair of a program, or so many rows of an expert."""
-    name, _, signature, constants, options = quantised(bits, group, num_rows, exact, generation)
+    name, _, signature, constants, options = quantised(bits, group, num_rows, exact)
     sizes = dict(num_pairs="i32", N="i32:16", x_stride="i32:16", y_stride="i32:16", num_columns="i32:16")
     tables = dict(slots_ptr="*i32", experts_ptr="*i32", tiles_ptr="*i32", pairs_ptr="*i32")
     pointers = {key: kind for key, kind in signature.items() if key.endswith("_ptr")}
@@ -48,8 +48,7 @@ def experts(bits: int, group: int, num_rows: int, exact: bool = False, generatio
     grouped = num_rows > 1
     constants = constants | dict(TIMES=1 if grouped else 8, GROUPED=grouped, SPLIT_GRID=not grouped)
     form = f"grouped {constants['BT']}" if grouped else f"decode {constants['BT']}"
-    card = " sm_90" if generation == tiles.HOPPER else ""
-    name = f"linear of experts {'exact ' if exact else ''}w{bits}g{group} {form}{card}"
+    name = f"linear of experts {'exact ' if exact else ''}w{bits}g{group} {form}"
     return name, expert_linear, signature, constants, options
 
 
@@ -114,9 +113,8 @@ CASES: list[Case] = [
     *(quantised(4, 128, rows, exact=True) for rows in (1, 512)),
     *(dense(dtype, rows) for dtype in ("fp16", "bf16") for rows in (1, 16, 512)),
     *(dense("fp32", rows, ieee=True) for rows in (1, 512)),
-    *(experts(bits, group, rows) for bits, group in ((4, 128), (4, 32), (8, 128)) for rows in (1, 16, 64)),
-    *(experts(bits, 128, 512, generation=tiles.HOPPER) for bits in (4, 8)),
-    *(experts(4, 128, rows, exact=True) for rows in (1, 64)),
+    *(experts(bits, group, rows) for bits, group in ((4, 128), (4, 32), (8, 128)) for rows in (1, 16, 512)),
+    *(experts(4, 128, rows, exact=True) for rows in (1, 512)),
     PREPARE,
     PREPARE_EXPERTS,
     SUM,

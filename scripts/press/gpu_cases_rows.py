@@ -21,6 +21,7 @@ from ropewalk.backends.gpu.chunk_kernel import ALL, OLDER, RECENT
 from ropewalk.backends.gpu.heads import TILE_HEADS
 from ropewalk.backends.gpu.layout import PageLayout
 from ropewalk.backends.gpu.move import ROWS as MOVED_ROWS
+from ropewalk.backends.gpu.move import WARPS as MOVE_WARPS
 from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.config.cache_format import CODE_BITS, CacheFormat
 
@@ -124,7 +125,7 @@ def moving(cache_type: str) -> tuple:
     """Rows moved to other positions."""
     layout = PageLayout(8, 128, CacheFormat.parse(cache_type))
     constants = {"HALF": 64, "ROWS": MOVED_ROWS, **layout.turns, **layout.constants}
-    return case(f"move rows D128 {cache_type}", move_kernel.move_rows, constants, num_warps=4)
+    return case(f"move rows D128 {cache_type}", move_kernel.move_rows, constants, num_warps=MOVE_WARPS)
 
 
 def activations(name: str, kernel, **constants) -> tuple:

@@ -42,7 +42,7 @@ TILES = {
 # bounds of a part of the keys. Heads of 256 have less than 64 rows then, on all cards; those of 128 on 8.x and 12.x.
 PADDED = {
     128: Tiles(Tile(64, 8), Tile(16, 4), 64),
-    256: Tiles(Tile(32, 8), Tile(16, 4), 32),
+    256: Tiles(Tile(32, 8), Tile(16, 8), 32),
 }
 # The older part of the keys, in codes, takes the most of them.
 OLDER_PART = Tiles(Tile(32, 4), Tile(16, 4), 32)

@@ -63,7 +63,8 @@ class ExpertStack:
         blocks, padded = weights.words.shape[1:3]
         exact = x.values.dtype == torch.float32
         rows = 1 if pairs.are_few else max(1, num_pairs // pairs.num_experts)
-        tile = tiles.linear_tile(rows, padded, weights.bits, weights.group, exact, tiles.generation(y.device))
+        card = min(tiles.generation(y.device), tiles.HOPPER - 1)  # tiles of 128 rows leave no registers for places
+        tile = tiles.linear_tile(rows, padded, weights.bits, weights.group, exact, card)
         split = weights.splits > 1 and pairs.are_few
         out = torch.empty(weights.splits, num_pairs, weights.num_columns, device=y.device) if split else y
         grouped = None if pairs.are_few else pairs.grouped(tile.rows)
