@@ -8,6 +8,7 @@ from html import escape
 from ropewalk.backends.cpu import CpuBackend
 from ropewalk.backends.protocol import Backend
 from ropewalk.base.memory import format_bytes
+from ropewalk.files.names import shown_name
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
 
 
@@ -92,7 +93,7 @@ def rope_name(loaded: Loaded) -> str:
 
 
 def _short_name(loaded: Loaded) -> str:
-    return loaded.name if loaded.is_embedded else loaded.folder.name
+    return loaded.name if loaded.is_embedded else shown_name(loaded.folder)
 
 
 def _computes_row(backend: Backend) -> str:

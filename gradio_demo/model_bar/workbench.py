@@ -122,7 +122,7 @@ class Workbench:
         if not self._loading.acquire(blocking=False):
             raise RequestError("another model is being loaded at this moment: wait until it is ready")
         try:
-            folder, settings, options = self._options(name, values)
+            folder, settings, options = self._options(name, values, fetch=True)
             info = self._info(folder, options)
             self._check_memory(info, options)
             draft = self._draft_folder(settings)
@@ -214,10 +214,12 @@ class Workbench:
                 raise
             raise FieldError("draft_model", str(error)) from error
 
-    def _options(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, LoadOptions]:
+    def _options(
+        self, name: str, values: Mapping[str, Any], fetch: bool = False
+    ) -> tuple[Path, LoadSettings, LoadOptions]:
         settings = read_settings(values)
         try:
-            folder = self.access.open(name)
+            folder = self.access.open(name, fetch)
             options = load_options(settings, checkpoint_settings(folder))
         except FieldError:
             raise
@@ -225,8 +227,8 @@ class Workbench:
             raise FieldError(FOLDER, str(error)) from error
         if options.second_folder is not None:
             try:
-                options = replace(options, second_folder=self.access.open(options.second_folder))
-            except RequestError as error:
+                options = replace(options, second_folder=self.access.open(options.second_folder, fetch))
+            except RopewalkError as error:
                 raise FieldError("second_folder", str(error)) from error
         return folder, settings, options
 
@@ -260,7 +262,7 @@ class Workbench:
         if not settings.draft_model:
             raise FieldError("draft_model", "name the folder of a smaller model with the same tokenizer")
         try:
-            return self.access.open(settings.draft_model)
+            return self.access.open(settings.draft_model, fetch=True)
         except RopewalkError as error:
             raise FieldError("draft_model", str(error)) from error
 

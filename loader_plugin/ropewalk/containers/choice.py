@@ -22,8 +22,8 @@ GPTQ_PARTS = ("qweight", "qzeros", "zeros", "scales", "g_idx", "weight", "bias")
 
 
 AWQ_UNDECLARED = (
-    "codes packed along the outputs, as AWQ does, although nothing says AWQ (if it is AWQ, the quant_config.json of the "
-    "model says so: put it beside the weights)"
+    "codes packed along the outputs, as AWQ does, although nothing says AWQ (if it is AWQ, the quant_config.json of "
+    "the model says so: put it beside the weights)"
 )
 
 

@@ -16,7 +16,8 @@ from ropewalk.containers.choice import container_of
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.model.options import LoadOptions, options_with
+from ropewalk.files.names import local_folder
+from ropewalk.model.options import LoadOptions, options_with, with_local_second
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.weights.check import check_tensors, settings_of
@@ -116,7 +117,7 @@ def model_info(
     if max_seq_len is not None:
         keywords["max_seq_len"] = max_seq_len
     options = options_with(options, keywords)
-    folder = Path(folder)
+    folder, options = local_folder(folder), with_local_second(options)
     plan = plan_loading(folder, options)
     quant = plan.quant
     lent_bytes = 0 if plan.second is None else _layer_bytes(Path(options.second_folder), plan.second)

@@ -30,11 +30,12 @@ from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
+from ropewalk.files.names import local_folder
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.backend_choice import choose_backend, make_backend
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
-from ropewalk.model.options import LoadOptions, options_with, with_options
+from ropewalk.model.options import LoadOptions, options_with, with_local_second, with_options
 from ropewalk.model.pages import check_cache_memory, context_pages
 from ropewalk.model.placement import place_instances
 from ropewalk.model.plan import plan_loading
@@ -51,7 +52,10 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **keywords: Any,
 ) -> Model:
-    """Load the model in `folder` (config.json and safetensors; GPTQ or dense float weights).
+    """Load the model in `folder` (config.json and safetensors; GPTQ, AWQ, compressed-tensors or dense float weights).
+
+    folder: a path, or the name of a model on the Hugging Face hub as a text, "OWNER/MODEL" or "OWNER/MODEL:REVISION",
+        which is downloaded once (files/names.py).
 
     max_seq_len: longest sequence to be run (default: what config.json declares, or what an option makes the RoPE
         cover). Like every other field of `LoadOptions` it can be given here, as a keyword, or as part of `options`:
@@ -69,7 +73,7 @@ def load_model(
     options = options_with(options, keywords)
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"the model folder must be a path, got {type(folder).__name__}")
-    folder = Path(folder)
+    folder, options = local_folder(folder), with_local_second(options)
     chosen = choose_backend(options)
     plan = plan_loading(folder, options)
     ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)

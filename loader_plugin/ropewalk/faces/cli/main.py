@@ -23,6 +23,7 @@ from ropewalk.faces.cli.divergence import add_divergence_command
 from ropewalk.faces.cli.gpu import add_gpu_command
 from ropewalk.faces.cli.lab import add_lab_commands
 from ropewalk.faces.cli.options import (
+    MODEL_HELP,
     add_adapter_arguments,
     add_load_arguments,
     add_model_arguments,
@@ -31,9 +32,11 @@ from ropewalk.faces.cli.options import (
     add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
+    fetch_named,
     load,
     load_adapters,
     load_options,
+    model_argument,
     model_folder,
     note,
     order_options,
@@ -60,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # a character that the terminal lacks becomes a mark, not an error
     try:
         args = _parser().parse_args(arguments)
+        fetch_named(args)
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -177,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_perplexity_command(commands)
     export = commands.add_parser("export-layers", help="write out a layer order", description=run_export_layers.__doc__)
-    export.add_argument("model", type=Path, metavar="MODEL", help="model folder")
+    export.add_argument("model", type=model_argument, metavar="MODEL", help=MODEL_HELP)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
     add_order_arguments(export)
     export.set_defaults(run=run_export_layers)
