@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from container_writer import write_container
 from fixtures import LOCAL_DATA
-from gptq_writer import write_checkpoint
+from gptq_writer import Kind, write_checkpoint
 
 Damage = Callable[[Path, np.random.Generator], None]
 KINDS: dict[str, Damage] = {}
@@ -40,6 +41,15 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "quantised lm_head": {"quantised_lm_head": True, "config_files": ("quantize_config.json",)},
     "skipped modules": {"dynamic": {r"-:.*down_proj": {}, r".*q_proj": {"bits": 8}}},
     "odd name": {"file_name": "4bit-32g.safetensors", "config_files": ("config.json", "quantize_config.json")},
+}
+
+# And in other containers: arguments of write_container.
+CONTAINERS: dict[str, tuple[str, Kind]] = {
+    "AWQ": ("awq", Kind(sym=False)),
+    "W4A16 with the order of groups": ("compressed-tensors", Kind(desc_act=True)),
+    "W4A16, asymmetric": ("compressed-tensors", Kind(sym=False)),
+    "W4A16, asymmetric, of 2024": ("compressed-tensors", Kind(sym=False, era=3)),
+    "W8A16": ("compressed-tensors", Kind(bits=8, group_size=-1)),
 }
 
 # What a JSON value is replaced with. Python's reader takes NaN and Infinity, so they are in.
@@ -62,13 +72,16 @@ def make_case(number: int, seed: int, folder: Path) -> str:
 def write_base(folder: Path, choice: int) -> None:
     """An undamaged checkpoint with a tokenizer: one of tests/data or one of WRITTEN."""
     copied = sorted(path for path in (LOCAL_DATA / "gptq").iterdir() if path.is_dir())
-    choice %= len(copied) + len(WRITTEN)
+    choice %= len(copied) + len(WRITTEN) + len(CONTAINERS)
     if choice < len(copied):
         ignored = shutil.ignore_patterns("expected.npz", "fixture.json")
         shutil.copytree(copied[choice], folder, ignore=ignored)
         return
-    arguments = WRITTEN[list(WRITTEN)[choice - len(copied)]]
-    write_checkpoint(folder, {"vocab_size": 512}, **arguments)
+    choice -= len(copied)
+    if choice < len(WRITTEN):
+        write_checkpoint(folder, {"vocab_size": 512}, **WRITTEN[list(WRITTEN)[choice]])
+    else:
+        write_container(folder, *list(CONTAINERS.values())[choice - len(WRITTEN)], {"vocab_size": 512})
     for name in TOKENIZER_FILES:
         shutil.copyfile(TOKENIZER_SOURCE / name, folder / name)
 

@@ -93,7 +93,7 @@ def _by_config(folder: Path, names: list[str]) -> Identity | None:
     nested = config.get("text_config")
     family = config.get("model_type")
     family = printable(family) if isinstance(family, str) and family else None
-    of = f"a {family} model" if family else "a model of an unnamed family"
+    of = f"{'an' if family[0] in 'aeio' else 'a'} {family} model" if family else "a model of an unnamed family"
     if isinstance(nested, Mapping) and isinstance(nested.get("model_type"), str):
         of += f" (more than text; its language model is {printable(nested['model_type'])})"
     if isinstance(config.get("quantization"), Mapping):  # a key of MLX's files alone
