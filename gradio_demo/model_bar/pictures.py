@@ -8,6 +8,7 @@ from html import escape
 from ropewalk.backends.cpu import CpuBackend
 from ropewalk.backends.protocol import Backend
 from ropewalk.base.memory import format_bytes
+from ropewalk.containers.choice import container_of
 from ropewalk.files.names import shown_name
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
 
@@ -80,7 +81,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def weights_kind(loaded: Loaded) -> str:
     """ "4-bit GPTQ", or how else the weights are stored."""
     quant = loaded.model.quant
-    return "dense weights" if quant is None else f"{quant.default.bits}-bit GPTQ"
+    return "dense weights" if quant is None else f"{quant.default.bits}-bit {container_of(quant).title}"
 
 
 def rope_name(loaded: Loaded) -> str:

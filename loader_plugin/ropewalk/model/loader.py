@@ -28,6 +28,7 @@ from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes, return_freed_memory
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
+from ropewalk.containers.choice import container_of
 from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.names import local_folder
@@ -162,7 +163,8 @@ def _step_counter(progress: Callable[[int, int], None] | None, total: int) -> Ca
 
 
 def _summary(model: Model, why: str) -> str:
-    kind = "dense weights" if model.quant is None else f"GPTQ {model.quant.default.bits}-bit weights"
+    quant = model.quant
+    kind = "dense weights" if quant is None else f"{container_of(quant).title} {quant.default.bits}-bit weights"
     plain = model.layer_order.is_plain(model.config.num_layers)
     order = "" if plain else f" run as {shown(str(model.layer_order))} ({len(model.instances)})"
     cache_size = format_bytes(model.cache_bytes(model.max_seq_len))
