@@ -16,7 +16,8 @@ from pathlib import Path
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import format_bytes
 from ropewalk.files.embedded import demo_model_path
-from ropewalk.files.names import cached_model, local_folder, parse_name
+from ropewalk.files.local import local_folder
+from ropewalk.files.names import cached_model, parse_name
 
 EMBEDDED = "embedded model"
 MAX_LISTED = 500

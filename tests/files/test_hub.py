@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,35 @@ from hub_server import StandInHub, running_hub
 
 NAME = "TheBloke/Tiny-GPTQ"
 BRANCH = "gptq-4bit-32g-actorder_True"
-Run = Callable[..., subprocess.CompletedProcess]
+
+# One process for several command lines, since importing torch takes longer than all else here. A word "python" in front
+# makes the next one a program. What each wrote ends with a mark, on stdout with its exit code.
+PROGRAM = """
+import json, sys
+from ropewalk.faces.cli.main import main
+for command in json.loads(sys.argv[1]):
+    code = exec(command[1]) if command[0] == "python" else main(command)
+    print(f"@@{code}@@", flush=True)
+    print("@@", file=sys.stderr, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command line ended with."""
+
+    code: int | None
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line on stderr, of a command that failed with an explanation."""
+        assert self.code == 2, self.err
+        return self.err.strip().splitlines()[-1]
+
+
+Run = Callable[..., list[Done]]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +84,13 @@ def hub(folders: Path) -> Iterator[StandInHub]:
 
 @pytest.fixture
 def run(hub: StandInHub, tmp_path: Path) -> Run:
-    """A command line of ropewalk, or with `source` a Python program, in a folder and with a cache of its own."""
+    """Command lines, in a folder and with a cache of their own; `changed`: environment variables."""
 
-    def start(*arguments: str, source: str | None = None, **changed: str) -> subprocess.CompletedProcess:
+    def start(*commands: list[str], **changed: str) -> list[Done]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        command = ["-m", "ropewalk", *arguments] if source is None else ["-c", source]
-        return subprocess.run(
-            [sys.executable, *command],
+        settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, json.dumps(commands)],
             env=kept | settings | changed,
             cwd=tmp_path,
             input="",
@@ -70,158 +98,131 @@ def run(hub: StandInHub, tmp_path: Path) -> Run:
             text=True,
             timeout=300,
         )
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        parts, errors = done.stdout.split("@@")[:-1], done.stderr.split("@@\n")[:-1]
+        codes = [None if code == "None" else int(code) for code in parts[1::2]]
+        return [Done(*parts) for parts in zip(codes, parts[::2], errors, strict=True)]
 
     return start
+
+
+def info(name: str = NAME) -> list[str]:
+    return ["info", name, "--json"]
 
 
 def files_in(cache: Path) -> set[str]:
     return {path.name for path in cache.rglob("snapshots/*/*")}
 
 
-def said(done: subprocess.CompletedProcess, code: int = 2) -> str:
-    """The error, on one line."""
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()[-1]
-
-
 def test_a_name_generates_text_and_only_what_is_needed_is_downloaded(hub: StandInHub, run: Run, tmp_path: Path) -> None:
-    done = run("generate", NAME, "--prompt", "one two", "--max-new-tokens", "2", "--threads", "1")
-    assert done.returncode == 0, done.stderr
+    (done,) = run(["generate", NAME, "--prompt", "one two", "--max-new-tokens", "2", "--threads", "1"])
+    assert done.code == 0, done.err
+    assert "it/s" in done.err  # progress
     assert files_in(tmp_path / "hf") == {"config.json", "tokenizer.json", "model.safetensors"}
     assert not any(word in request for request in hub.requests for word in ("evil", ".bin", ".pt", "gguf", "original"))
-    assert "model.safetensors" in done.stderr or "Fetching" in done.stderr  # progress
-    asked = len(hub.asked_for("safetensors"))
-    assert run("info", NAME).returncode == 0
-    assert len(hub.asked_for("safetensors")) == asked
 
 
-def test_a_revision_has_its_own_weights_and_of_two_sets_the_index_chooses(run: Run, tmp_path: Path) -> None:
-    done = run("info", f"{NAME}:{BRANCH}", "--json")
-    assert done.returncode == 0, done.stderr
-    info = json.loads(done.stdout)
-    assert info["act_order"] is True
-    shards = {f"model-0000{part}-of-00002.safetensors" for part in (1, 2)}
-    assert set(info["files"]) == shards
-    assert {name for name in files_in(tmp_path / "hf") if name.endswith(".safetensors")} == shards
-
-
-def test_load_model_and_the_other_doors_of_the_library_take_names(run: Run) -> None:
-    done = run(
-        source=f"""
-import sys, ropewalk
-assert "huggingface_hub" not in sys.modules
-model = ropewalk.load_model("someone/awq", threads=1)
-tokenizer = ropewalk.load_tokenizer("someone/awq")
-engine = ropewalk.Engine(model, tokenizer, draft_model="{NAME}", speculation="draft")
-print(engine.generate("one two", ropewalk.SamplingParams(max_new_tokens=2, temperature=0.0)).stats is not None)
-from ropewalk.model.info import model_info
-print(model_info("{NAME}", second_folder="{NAME}", layer_order="a:0,b:1").num_instances)
-"""
+def test_revisions_are_told_apart_fetched_once_and_listed_by_their_names(
+    hub: StandInHub, run: Run, tmp_path: Path
+) -> None:
+    empty, branch, again, main, awq, listed = run(
+        ["list"], info(f"{NAME}:{BRANCH}"), info(f"{NAME}:{BRANCH}"), info(), info("someone/awq"), ["list", "--json"]
     )
-    assert done.stdout.split() == ["True", "2"], done.stderr
+    assert empty.code == 0 and "there are no models in" in empty.err
+    found = json.loads(branch.out)
+    assert found["act_order"] is True and json.loads(main.out)["act_order"] is False
+    shards = {f"model-0000{part}-of-00002.safetensors" for part in (1, 2)}
+    assert set(found["files"]) == shards  # of two sets of weights the index chooses
+    assert {name for name in files_in(tmp_path / "hf") if name.endswith(".safetensors")} == shards | {
+        "model.safetensors"
+    }
+    assert again.out == branch.out
+    assert len(hub.asked_for("model-00001")) == 1
+    models = {model["name"]: model for model in json.loads(listed.out)}
+    assert set(models) == {NAME, f"{NAME}:{BRANCH}", "someone/awq"}
+    assert all(model["loads"] for model in models.values())
+    assert models["someone/awq"]["weights"] == "AWQ 4-bit, groups of 32"
 
 
-def test_a_local_folder_needs_no_hub(run: Run, folders: Path) -> None:
-    done = run(
-        source=f"""
+def test_the_doors_of_the_library_take_names_and_a_folder_needs_no_hub(run: Run, folders: Path) -> None:
+    program = f"""
 import sys, ropewalk
 ropewalk.load_model({str(folders / "main")!r}, threads=1)
-print("huggingface_hub" in sys.modules)
+assert "huggingface_hub.hf_api" not in sys.modules
+model, tokenizer = ropewalk.load_model("someone/awq", threads=1), ropewalk.load_tokenizer("someone/awq")
+engine = ropewalk.Engine(model, tokenizer, draft_model="{NAME}", speculation="draft")
+assert engine.generate("one two", ropewalk.SamplingParams(max_new_tokens=2, temperature=0.0)).stats is not None
+from ropewalk.model.info import model_info
+assert model_info("{NAME}", second_folder="{NAME}", layer_order="a:0,b:1").num_instances == 2
+from ropewalk.faces.cli.divergence import versus
 """
-    )
-    assert done.stdout.strip() == "False", done.stderr
+    assert run(["python", program])[0].code is None
 
 
-def test_an_interrupted_download_goes_on_where_it_ended(hub: StandInHub, run: Run, tmp_path: Path) -> None:
+def test_an_interrupted_download_goes_on_where_it_ended(hub: StandInHub, run: Run) -> None:
     hub.break_after = 20_000
-    run("info", NAME)
-    done = run("info", NAME)
-    assert done.returncode == 0, done.stderr
-    spans = [request.partition("bytes=")[2] for request in hub.asked_for("model.safetensors")]
-    assert len(spans) > 1
-    assert any(span.startswith("20000-") for span in spans), spans
+    pieces = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 4096"  # written at a time
+    assert run(["python", pieces], info(), info())[-1].code == 0
+    first, *others = [request.partition("bytes=")[2] for request in hub.asked_for("model.safetensors")]
+    assert first == "" and others
+    assert all(10_000 < int(span.partition("-")[0]) <= 20_000 for span in others), others
 
 
 def test_without_the_hub_the_cache_serves_what_is_complete(hub: StandInHub, run: Run, tmp_path: Path) -> None:
-    assert run("info", NAME).returncode == 0
-    offline = run("info", NAME, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0 and "taken from the cache as it is, because HF_HUB_OFFLINE" in offline.stderr
-    unreachable = run("info", NAME, HF_ENDPOINT="http://127.0.0.1:9")
-    assert unreachable.returncode == 0 and "cannot be asked" in unreachable.stderr
-    assert "is not in the cache" in said(run("info", f"{NAME}:{BRANCH}", HF_HUB_OFFLINE="1"))
-    assert "is not in the cache" in said(run("info", "someone/awq", HF_ENDPOINT="http://127.0.0.1:9"))
-    next((tmp_path / "hf").rglob("snapshots/*/model.safetensors")).unlink()
-    assert "is not complete in the cache, and HF_HUB_OFFLINE" in said(run("info", NAME, HF_HUB_OFFLINE="1"))
+    assert run(info())[0].code == 0
+    (unreachable, absent) = run(info(), info("someone/awq"), HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable.code == 0 and "cannot be asked" in unreachable.err
+    assert "someone/awq is not in the cache" in absent.error
+    remove = f"""
+from pathlib import Path
+next(Path({str(tmp_path / "hf")!r}).rglob("snapshots/*/model.safetensors")).unlink()
+"""
+    offline, branch, _, partial = run(info(), info(f"{NAME}:{BRANCH}"), ["python", remove], info(), HF_HUB_OFFLINE="1")
+    assert offline.code == 0 and "taken from the cache as it is, because HF_HUB_OFFLINE" in offline.err
+    assert f"{NAME}:{BRANCH} is not in the cache" in branch.error
+    assert f"{NAME} is not complete in the cache, and HF_HUB_OFFLINE" in partial.error
 
 
 def test_what_cannot_be_had_is_explained_in_a_sentence(hub: StandInHub, run: Run) -> None:
     hub.gated.add("someone/awq")
-    assert f"there is no folder no/such here, and no model no/such on {hub.url}" in said(run("info", "no/such"))
-    assert f"{NAME} has no revision 3bit; it has main, {BRANCH}" in said(run("info", f"{NAME}:3bit"))
-    assert f"someone/awq is gated: accept its terms at {hub.url}/someone/awq" in said(run("info", "someone/awq"))
-    assert run("info", "someone/awq", HF_TOKEN=hub.token).returncode == 0
+    token = f'import os; os.environ["HF_TOKEN"] = "{hub.token}"'
+    nowhere, revision, gated, _, allowed = run(
+        info("no/such"), info(f"{NAME}:3bit"), info("someone/awq"), ["python", token], info("someone/awq")
+    )
+    assert f"there is no folder no/such here, and no model no/such on {hub.url}" in nowhere.error
+    assert f"{NAME} has no revision 3bit; it has main, {BRANCH}" in revision.error
+    assert f"someone/awq is gated: accept its terms at {hub.url}/someone/awq" in gated.error
+    assert allowed.code == 0
 
 
-def test_a_model_that_is_not_supported_is_refused_before_its_weights_come(
+def test_what_cannot_be_loaded_or_stored_is_refused_before_the_weights_come(
     hub: StandInHub, run: Run, folders: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(folders / "main", other)
-    config = json.loads((other / "config.json").read_text())
+    for name in ("fp8", "gguf"):
+        shutil.copytree(folders / "main", tmp_path / name)
+        hub.models[f"someone/{name}"] = {"main": tmp_path / name}
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
-    (other / "config.json").write_text(json.dumps(config))
-    hub.models["someone/fp8"] = {"main": other}
-    assert "8-bit floating-point (FP8) weights" in said(run("chat", "someone/fp8"))
-    assert not hub.asked_for("safetensors")
-    (other / "config.json").unlink()
-    hub.models["someone/gguf"] = {"main": other}
-    assert "someone/gguf has no config.json" in said(run("chat", "someone/gguf"))
-
-
-def test_a_full_disk_is_noticed_before_the_download(hub: StandInHub, run: Run) -> None:
-    done = run(
-        source=f"""
-import shutil
-from collections import namedtuple
-shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(1, 1, 1000)
-import ropewalk
-try:
-    ropewalk.load_model("{NAME}")
-except ropewalk.RopewalkError as error:
-    print(error)
-"""
-    )
-    assert f"{NAME} needs " in done.stdout and "1000 B are free there: make room, or set HF_HOME" in done.stdout
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "gguf" / "config.json").unlink()
+    full = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)"
+    fp8, gguf, _, no_room = run(["chat", "someone/fp8"], ["chat", "someone/gguf"], ["python", full], info())
+    assert "8-bit floating-point (FP8) weights" in fp8.error
+    assert "someone/gguf has no config.json" in gguf.error
+    assert f"{NAME} needs " in no_room.error and "are free there: make room, or set HF_HOME" in no_room.error
     assert not hub.asked_for("safetensors")
 
 
 def test_a_server_starts_with_a_name_and_is_called_by_it(run: Run) -> None:
     pytest.importorskip("fastapi")
-    done = run(
-        source=f"""
+    fake = """
 import ropewalk.faces.server.launch as launch
-from ropewalk.faces.cli.main import main
-
 class Server:
     def __init__(self, config, service):
         print(service.names.base)
     def run(self, sockets):
         pass
-
 launch.GracefulServer = Server
-print(main(["serve", "{NAME}", "--port", "0", "--threads", "1"]))
 """
-    )
-    assert done.stdout.split() == ["Tiny-GPTQ", "0"], done.stderr
-
-
-def test_the_cache_is_listed_by_the_names_that_load(run: Run) -> None:
-    assert "there are no models in" in run("list").stderr
-    for name in (NAME, f"{NAME}:{BRANCH}", "someone/awq"):
-        assert run("info", name).returncode == 0
-    done = run("list", "--json")
-    found = {model["name"]: model for model in json.loads(done.stdout)}
-    assert set(found) == {NAME, f"{NAME}:{BRANCH}", "someone/awq"}
-    assert all(model["loads"] for model in found.values())
-    assert found["someone/awq"]["weights"] == "AWQ 4-bit, groups of 32"
+    _, served = run(["python", fake], ["serve", NAME, "--port", "0", "--threads", "1"])
+    assert (served.code, served.out.strip()) == (0, "Tiny-GPTQ"), served.err

@@ -8,7 +8,8 @@ import pytest
 
 import ropewalk
 from ropewalk.base.errors import ConfigError
-from ropewalk.files.names import ModelName, local_folder, parse_name, shown_name
+from ropewalk.files.local import local_folder
+from ropewalk.files.names import ModelName, parse_name, shown_name
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from ropewalk.base.choices import SPECULATION
 from ropewalk.base.errors import ConfigError
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 from ropewalk.generate.generate import Cancelled
 from ropewalk.generate.guesses import Guesses
 from ropewalk.generate.sampling import SamplingParams

@@ -2,7 +2,7 @@
 
 A path that exists always wins. A name is OWNER/MODEL with an optional :REVISION (a branch, a tag or a commit), written
 without ".", "~" or a drive in front, and no folder OWNER lies here: then it would be a misspelt path. What a name
-stands for is downloaded once (files/hub.py) and lies in the cache that all programs of the hub share.
+stands for is downloaded once (files/local.py, files/hub.py) and lies in the cache that all programs of the hub share.
 """
 
 from __future__ import annotations
@@ -40,25 +40,6 @@ def parse_name(text: str) -> ModelName | None:
     except OSError:
         return None
     return ModelName(found[1], found[2])
-
-
-def local_folder(model: str | Path, weights: bool = True) -> Path:
-    """The folder of a model given as a text: a path as it is, a name downloaded if need be. A `Path` is only a path.
-
-    weights: False leaves the weight files of a name where they are.
-
-    Raises:
-        CheckpointError: there is no such name, it may not be read, or the hub cannot be asked and the cache lacks it.
-        UnsupportedError, ConfigError: what its small files say is refused, before the weights are downloaded.
-    """
-    if not isinstance(model, str):
-        return model
-    name = parse_name(model)
-    if name is None:
-        return Path(model)
-    from ropewalk.files.hub import fetch_model  # huggingface_hub takes a while to import, and few need it
-
-    return fetch_model(name, weights)
 
 
 def cached_model(folder: Path) -> Path | None:

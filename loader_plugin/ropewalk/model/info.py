@@ -16,7 +16,7 @@ from ropewalk.containers.choice import container_of
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 from ropewalk.model.options import LoadOptions, options_with, with_local_second
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading

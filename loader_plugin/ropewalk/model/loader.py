@@ -31,7 +31,7 @@ from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.containers.choice import container_of
 from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.backend_choice import choose_backend, make_backend
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
@@ -56,7 +56,7 @@ def load_model(
     """Load the model in `folder` (config.json and safetensors; GPTQ, AWQ, compressed-tensors or dense float weights).
 
     folder: a path, or the name of a model on the Hugging Face hub as a text, "OWNER/MODEL" or "OWNER/MODEL:REVISION",
-        which is downloaded once (files/names.py).
+        which is downloaded once (files/local.py).
 
     max_seq_len: longest sequence to be run (default: what config.json declares, or what an option makes the RoPE
         cover). Like every other field of `LoadOptions` it can be given here, as a keyword, or as part of `options`:

@@ -14,7 +14,7 @@ from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, R
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 
 if TYPE_CHECKING:
     import torch

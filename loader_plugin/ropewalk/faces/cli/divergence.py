@@ -27,7 +27,7 @@ from ropewalk.faces.cli.options import (
     options_for_adapters,
     progress_bar,
 )
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 
 if TYPE_CHECKING:
     from ropewalk.measure.settings import Setting

@@ -15,7 +15,8 @@ from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
-from ropewalk.files.names import ModelName, local_folder, parse_name
+from ropewalk.files.local import local_folder
+from ropewalk.files.names import ModelName, parse_name
 from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 
 if TYPE_CHECKING:

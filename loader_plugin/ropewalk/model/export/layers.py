@@ -29,7 +29,7 @@ from ropewalk.config.quantisation import load_quant_config
 from ropewalk.containers.choice import CODES_OF
 from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 from ropewalk.model.export.config import SourceModel, exported_files, moved_linears
 from ropewalk.model.plan import load_second_config
 from ropewalk.weights.check import check_tensors

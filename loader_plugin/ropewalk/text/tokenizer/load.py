@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import require_folder
-from ropewalk.files.names import local_folder
+from ropewalk.files.local import local_folder
 from ropewalk.text.tokenizer.base import StreamDecoder, Tokenizer
 from ropewalk.text.tokenizer.json import JsonTokenizer
 from ropewalk.text.tokenizer.sentencepiece import SentencePieceTokenizer
