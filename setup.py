@@ -38,8 +38,9 @@ HEADERS = [
     *(
         f"native/cpu/generic/{name}.inl.hpp"
         for name in (
-            *("append", "attention", "attention_codes", "attention_floats", "attention_tile", "hadamard", "kv_codes"),
-            *("kv_pages", "linear", "load", "low_rank", "pack", "rows", "softmax", "table"),
+            *("append", "attention", "attention_codes", "attention_floats", "attention_tile", "feed_forward", "functions"),
+            *("hadamard", "kv_codes", "kv_pages", "layer_norm", "linear", "load", "low_rank", "pack", "rows", "softmax"),
+            "table",
         )
     ),
     *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "layers", "linears")),

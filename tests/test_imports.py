@@ -56,7 +56,7 @@ IMPORT_WHEN_CALLED = {
         "faces.cli.serve",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
-    *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice"),
+    *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice", "model.backends"),
     *("faces.webui.hooks.loading", "faces.webui.hooks.model_tab", "faces.webui.registration"),
 }
 # Text, files and token ids stay apart: nothing in these rooms may reach one of those, even through others.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
+from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, HEAD_BITS, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.base.limits import MAX_LAYERS, MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.base.memory import parse_bytes
@@ -49,6 +49,7 @@ class LoadSettings:
     max_input_len: int | None = MAX_INPUT_LEN
     threads: int | None = None
     compute: str = COMPUTE.default
+    head_bits: str = HEAD_BITS.default
     backend: str = BACKEND.default
     gpu_layers: int | None = None
     gpu_split: str = ""
@@ -92,6 +93,7 @@ FIELDS = (
         "auto: int8 on a CPU, fp16 on a GPU. exact: slower, nothing is rounded.",
         COMPUTE.values,
     ),
+    Field("head_bits", "Head bits", "A head that is stored in floats: " + HEAD_BITS.help + ".", HEAD_BITS.values),
     Field("backend", "Backend", "auto: the GPU if there is one that can be used, else the CPU.", BACKEND.values),
     Field("gpu_layers", "GPU layers", "So many on the GPU, the others on the CPU.", placeholder="all"),
     Field("gpu_split", "GPU split", "GiB of weights for each card, such as 10,20.", placeholder="one card"),
@@ -176,6 +178,7 @@ def load_options(settings: LoadSettings, original: LoadSettings) -> LoadOptions:
     arguments: dict[str, Any] = {
         "cache_type": settings.cache_type,
         "compute": settings.compute,
+        "head_bits": settings.head_bits,
         "backend": settings.backend,
         "gpu_layers": settings.gpu_layers,
         "gpu_split": settings.gpu_split or None,

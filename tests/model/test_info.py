@@ -15,7 +15,7 @@ from ropewalk.model.loader import load_model
 
 def test_the_facts_are_those_of_the_files(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"max_position_embeddings": 4096}, bits=3, group_size=64, desc_act=True, sym=False)
-    info = model_info(tmp_path)
+    info = model_info(tmp_path, head_bits=16)
     assert info.family == "llama"
     assert info.linears == {"3-bit, groups of 64": 7 * info.num_layers, "dense F16": 1}
     assert (info.format, info.act_order, info.symmetric) == ("gptq", True, False)

@@ -69,9 +69,9 @@ def test_other_arithmetic_and_another_cache_share_the_packed_weights(
     folder_of_codes: Path, backend: str, compute: str
 ) -> None:
     other = {"exact": "int8", "int8": "exact"}[compute]
-    model = load_model(folder_of_codes, backend=backend, compute=compute, cache_type="fp16")
+    model = load_model(folder_of_codes, backend=backend, compute=compute, cache_type="fp16", head_bits=16)
     made = variant_model(model, compute=other, cache_format=CacheFormat.parse("q8"))
-    loaded = load_model(folder_of_codes, backend=backend, compute=other, cache_type="q8")
+    loaded = load_model(folder_of_codes, backend=backend, compute=other, cache_type="q8", head_bits=16)
     assert torch.equal(logits(made), logits(loaded))
     assert not torch.equal(logits(made), logits(model))
     for ours, theirs in zip(made.weights.layers, model.weights.layers, strict=True):
@@ -82,6 +82,19 @@ def test_other_arithmetic_and_another_cache_share_the_packed_weights(
 def test_arithmetic_that_the_weights_do_not_serve_is_refused(model: Model) -> None:
     with pytest.raises(UnsupportedError, match="for compute=.fp16. the model must be loaded anew"):
         variant_model(model, compute="fp16")
+
+
+@pytest.mark.parametrize("head_bits", ["auto", 8, 4])
+def test_other_arithmetic_is_refused_where_it_would_hold_the_head_otherwise(
+    folder_of_codes: Path, head_bits: str | int
+) -> None:
+    model = load_model(folder_of_codes, backend="reference", compute="int8", head_bits=head_bits)
+    if head_bits == "auto":
+        with pytest.raises(UnsupportedError, match=r"held for compute='int8' \(head_bits=auto\): .* loaded anew"):
+            variant_model(model, compute="exact")
+        return
+    loaded = load_model(folder_of_codes, backend="reference", compute="exact", head_bits=head_bits)
+    assert torch.equal(logits(variant_model(model, compute="exact")), logits(loaded))
 
 
 def test_an_adapter_brings_the_scaling_that_it_notes(folder: Path, model: Model) -> None:

@@ -288,8 +288,11 @@ def test_any_chunks_of_any_sizes_give_the_rows_of_one_step(text, isa, heads, win
         parts.append(cache.run(q[start : start + chunk], k[start : start + chunk], v[start : start + chunk], start))
         start += chunk
     assert same_bits(torch.cat(parts), whole)
-    # A row is a mean of values: it stays among those that it is made of.
-    assert whole.abs().max() <= 1.01 * np.abs(np.concatenate(cache.numbers()[1][:, :num_rows])).max() + 1e-30
+    # A row is a mean of values: it stays among those that it is made of, but for what the 14 bits of the weights of the
+    # 64 values of a page may add up to, which turning back spreads over the dims of a block.
+    largest = np.abs(np.concatenate(cache.numbers()[1][:, :num_rows])).max()
+    rounding = 64 * 2.0**-15 * math.sqrt(heads[2] & -heads[2])
+    assert whole.abs().max() <= (1.01 + rounding) * largest + 1e-30
 
 
 @settings(max_examples=30, deadline=None)

@@ -58,7 +58,7 @@ class PagedAttention:
         first = self.format.first_exact_page(start) if self.format.recent else 0
         recent = [None] * first + self.recent[first:]
         x = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1), torch.zeros_like(q).flatten(1)], dim=1).contiguous()
-        tables = np.zeros((len(q), 0), np.float32)
+        tables = np.zeros((1, len(q), 0), np.float32)
         step = _core.Step(x.numpy(), tables, tables, [(len(q), start, self.pages, recent if self.recent else [])])
         self.core.run(self.backend.runtime.core, step, instance, 1.0, [])
         return x[:, self.width - q.flatten(1).shape[1] :].clone()

@@ -67,6 +67,10 @@ class PackedLowRank(Protocol):
         """Memory of the matrices as the backend holds them."""
 
 
+# What a set of adapters changes in one layer: by the names of the program's linears, those that change.
+LayerChange = Mapping[str, PackedLowRank]
+
+
 class Page(Protocol):
     """Keys and values of PAGE_TOKENS positions of all layer instances; the layout is the backend's own.
 
@@ -128,13 +132,6 @@ class RowSpan:
     start: int
     pages: tuple[Page, ...]
     recent: tuple[Page | None, ...] = ()
-
-
-class LayerChange(Protocol):
-    """What a set of adapters changes in one layer: an attribute for each linear of the program, under its name.
-
-    Each is a `PackedLowRank`, or None where nothing changes.
-    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,6 +255,14 @@ class Backend(Protocol):
         Returns [..., C] float32, contiguous.
         """
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension (Ba et al. 2016,
+        arXiv:1607.06450), the mean first and the variance of what is left, as `LayerNorm` in a program.
+
+        x: [..., C] float32, any strides as long as the last dimension is contiguous. weight, bias: [C] float32.
+        Returns [..., C] float32, contiguous.
+        """
+
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> PagePool:
         """A pool of pages of keys and values, of at most `num_bytes` together.
 
@@ -273,13 +278,15 @@ class Backend(Protocol):
         num_rows: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        rotations: Sequence[int | None],
     ) -> None:
         """Copy positions source_start.. of pages to positions target_start.. of others, keys turned on the way.
 
         For all layer instances. source, target: pages from position 0 on, of one pool and kind; they may be the same if
-        target_start <= source_start. cos, sin: [num_rows, R/2] float32 on `device`, applied to every head of a key as
-        `Rotate` does, whatever their length; keys in codes are read, turned, and rounded anew. Values stay as they are,
-        code for code.
+        target_start <= source_start. cos, sin: [tables, num_rows, R/2] float32 on `device`; rotations: the table that
+        every head of a key of each instance is turned by as `Rotate` does, whatever its length, or None: its keys are
+        not turned. Keys in codes are read, turned, and rounded anew; those that are not turned, and values, stay as
+        they are, code for code.
 
         Raises:
             ShapeError: positions outside of the pages, or tables that do not fit.
@@ -290,8 +297,9 @@ class Backend(Protocol):
     ) -> BackendStep:
         """Rows that are to go through the layers together.
 
-        x: [T, C] float32, contiguous; the layers change it in place. cos, sin: [T, R/2] float32, contiguous, the angles
-        of each row. The pages of a span must hold the positions before its start; no page may be written by two spans.
+        x: [T, C] float32, contiguous; the layers change it in place. cos, sin: [tables, T, R/2] float32, contiguous,
+        the angles of each row in each way to rotate that layers have. The pages of a span must hold the positions
+        before its start; no page may be written by two spans.
 
         Raises:
             ShapeError: the spans are not the T rows, the tables do not fit, or a span has too few pages.
@@ -305,7 +313,8 @@ class Backend(Protocol):
         instance: which keys and values of a page are its own. weight: multiplies what the layer adds.
         The operations of families/program.py, row by row:
 
-        Linear: as `linear`. RmsNorm: as `rms_norm` on [T, H, size]. AddResidual: as `add_`.
+        Linear: as `linear`. RmsNorm: as `rms_norm` on [T, H, size]. AddResidual: as `add_`. LayerNorm, Activate, Gate,
+        Route, Experts, SigmoidMul: as families/program.py says, in float32; the linears of an expert as `linear`.
         Rotate (Su et al. 2021, arXiv:2104.09864, in the pairing of Hugging Face checkpoints); dims from R on stay:
 
             x_i  <-  x_i cos_i - x_{i+R/2} sin_i        x_{i+R/2}  <-  x_{i+R/2} cos_i + x_i sin_i
@@ -313,13 +322,14 @@ class Backend(Protocol):
         Append: keys (already rotated) and values are rounded as the format of the pool says (config/cache_format.py).
         Attend: causal attention of a row at position i over the positions 0..i of its own sequence:
 
-            out_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j      over j <= i, and j > i - window if there is one
+            out_i = sum_j softmax_j(scale * q_i k_j) v_j      over j <= i, and j > i - window if there is one
+
+        with softcap * tanh(s / softcap) in place of each s = scale * q_i k_j if there is a soft cap.
 
         Query head h reads key/value head h // (Hq / Hkv). Scratch memory does not grow with T times the number of keys.
         Over codes in "int8": queries are rounded to 8 bits in blocks of 32 dims, as activations are, and the weight of
         each value times its scale to 14 bits within its page; both products are summed in integers. With a recent
         window, row i reads the pages from `CacheFormat.first_exact_page(i)` on in float16.
-        SiluMul: silu(gate) * up with silu(x) = x / (1 + exp(-x)).
         """
 
     def end_step_(self, step: BackendStep) -> None:

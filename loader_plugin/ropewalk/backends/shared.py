@@ -72,12 +72,18 @@ def check_move(
     num_rows: int,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    rotations: Sequence[int | None],
 ) -> None:
     """Raises:
     ShapeError: rows that are to be moved lie outside their pages, or the tables do not fit them.
     """
-    if num_rows < 0 or cos.ndim != 2 or cos.shape != sin.shape or cos.shape[0] != num_rows:
+    if num_rows < 0 or cos.ndim != 3 or cos.shape != sin.shape or cos.shape[1] != num_rows:
         raise ShapeError(f"move_rows: tables {list(cos.shape)} and {list(sin.shape)} do not fit {num_rows} rows")
+    if any(table is not None and not 0 <= table < cos.shape[0] for table in rotations):
+        raise ShapeError(f"move_rows: keys are to be turned by tables {list(rotations)} of {cos.shape[0]}")
+    counts = {page.num_instances for page in (*source, *target)}
+    if counts - {len(rotations)}:
+        raise ShapeError(f"move_rows: {len(rotations)} rotations for pages of {sorted(counts)} layer instances")
     for name, pages, start in (("source", source, source_start), ("target", target, target_start)):
         if start < 0 or start + num_rows > PAGE_TOKENS * len(pages):
             raise ShapeError(
@@ -91,7 +97,7 @@ def check_step(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Seq
     ShapeError: rows, tables, spans and pages do not fit each other.
     """
     num_rows = sum(span.num_rows for span in spans)
-    if x.ndim != 2 or x.shape[0] != num_rows or cos.shape != sin.shape or cos.shape[:1] != x.shape[:1]:
+    if x.ndim != 2 or x.shape[0] != num_rows or cos.ndim != 3 or cos.shape != sin.shape or cos.shape[1] != x.shape[0]:
         raise ShapeError(
             f"begin_step: x {list(x.shape)} and tables {list(cos.shape)}, {list(sin.shape)} do not fit {num_rows} rows"
         )

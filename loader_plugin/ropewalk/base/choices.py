@@ -53,6 +53,18 @@ COMPUTE = Choice(
     ),
     "auto",
 )
+HEAD_BITS = Choice(
+    "head_bits",
+    MappingProxyType(
+        {
+            "auto": "8 with compute int8, else as stored",
+            "8": "codes of 8 bits by runs of 64 inputs",
+            "4": "codes of 4 bits by runs of 32",
+            "16": "as stored",
+        }
+    ),
+    "auto",
+)
 CACHE_TYPE = Choice(
     "cache_type",
     MappingProxyType(

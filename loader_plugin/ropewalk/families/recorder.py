@@ -7,22 +7,32 @@ from dataclasses import dataclass
 
 from ropewalk.families.program import (
     RESIDUAL,
+    Activate,
+    Activation,
     AddResidual,
     Append,
     Attend,
+    Experts,
+    Gate,
+    LayerNorm,
     Linear,
     Operation,
     Program,
     RmsNorm,
     Rotate,
-    SiluMul,
+    Route,
+    SigmoidMul,
     View,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The sizes of one decoder layer, and what else tells its kind from others of the same family."""
+    """The sizes of one decoder layer, and what else tells its kind from others of the same family.
+
+    kind: a key of `Family.kinds`. rotation: the table that queries and keys are rotated by; None: they are not.
+    attention_scale, attention_cap, residual_scale: see `Scales` (families/family.py); scale None: 1 / sqrt(D).
+    """
 
     hidden: int
     inner: int
@@ -31,6 +41,12 @@ class LayerShape:
     head_dim: int
     qk_norm: bool
     window: int | None
+    kind: str = "decoder"
+    rotation: int | None = 0
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    residual_scale: float = 1.0
+    activation: Activation = Activation.SILU
 
 
 class Recorder:
@@ -56,6 +72,12 @@ class Recorder:
         self._operations.append(RmsNorm(x, weight, out))
         return out
 
+    def layer_norm(self, x: View, weight: str, bias: str | None = None) -> View:
+        """x: [T, H, size] -> the same, each head centred, normalised, multiplied by one norm and added to another."""
+        out = self._new(x.heads, x.size)
+        self._operations.append(LayerNorm(x, weight, bias, out))
+        return out
+
     def linear(self, x: View, weight: str) -> View:
         """x: [T, H, size] -> [T, 1, N]; a row of x is the H * size = K input features."""
         out = self._new(1, self._linears[weight])
@@ -69,29 +91,59 @@ class Recorder:
         firsts = [x.first + size * sum(heads[:index]) for index in range(len(heads))]
         return tuple(View(x.buffer, first, count, size) for first, count in zip(firsts, heads, strict=True))
 
-    def rotate_(self, x: View) -> None:
-        """Rotate x: [T, H, D] in place."""
-        self._operations.append(Rotate(x))
+    def regroup(self, x: View, heads: int) -> View:
+        """The same columns as so many heads. Nothing is copied."""
+        if x.heads * x.size % heads:
+            raise ValueError(f"regroup: {heads} heads do not divide the {x.heads * x.size} columns of {x}")
+        return View(x.buffer, x.first, heads, x.heads * x.size // heads)
+
+    def rotate_(self, x: View, table: int = 0) -> None:
+        """Rotate x: [T, H, D] in place, by the angles of that table."""
+        self._operations.append(Rotate(x, table))
 
     def append(self, k: View, v: View) -> None:
         """Keep keys and values, [T, Hkv, D] each, for this and later calls."""
         self._operations.append(Append(k, v))
 
-    def attend(self, q: View, window: int | None) -> View:
+    def attend(self, q: View, window: int | None, scale: float, softcap: float | None = None) -> View:
         """q: [T, Hq, D] -> what its rows see of the kept values, [T, Hq, D]."""
         out = self._new(q.heads, q.size)
-        self._operations.append(Attend(q, out, window))
+        self._operations.append(Attend(q, out, window, scale, softcap))
         return out
 
-    def silu_mul(self, gate_up: View) -> View:
-        """gate_up: [T, 1, 2 * I] -> silu(gate) * up, [T, 1, I]."""
+    def activate(self, x: View, activation: Activation) -> View:
+        """x: [T, 1, I] -> f(x), [T, 1, I]."""
+        out = self._new(1, x.size)
+        self._operations.append(Activate(x, activation, out))
+        return out
+
+    def gate(self, gate_up: View, activation: Activation) -> View:
+        """gate_up: [T, 1, 2 * I] -> f(gate) * up, [T, 1, I]."""
         out = self._new(1, gate_up.size // 2)
-        self._operations.append(SiluMul(gate_up, out))
+        self._operations.append(Gate(gate_up, activation, out))
         return out
 
-    def add_residual_(self, y: View) -> None:
-        """x += w * y: [T, 1, C], with the weight w of the layer instance."""
-        self._operations.append(AddResidual(y))
+    def route(self, logits: View, top_k: int, normalised: bool) -> View:
+        """logits: [T, 1, E] -> the experts of each row and their shares, [T, 2, top_k]."""
+        out = self._new(2, top_k)
+        self._operations.append(Route(logits, top_k, normalised, out))
+        return out
+
+    def experts(self, x: View, routes: View, weight: str, activation: Activation) -> View:
+        """x: [T, 1, C], routes: [T, 2, top_k] -> what the experts of each row make of it, [T, 1, C]."""
+        out = self._new(1, x.size)
+        self._operations.append(Experts(x, routes, weight, activation, out))
+        return out
+
+    def sigmoid_mul(self, x: View, gate: View) -> View:
+        """x: [T, 1, C], gate: [T, 1, 1] -> sigmoid(gate) * x, [T, 1, C]."""
+        out = self._new(1, x.size)
+        self._operations.append(SigmoidMul(x, gate, out))
+        return out
+
+    def add_residual_(self, y: View, scale: float = 1.0) -> None:
+        """x += w * scale * y: [T, 1, C], with the weight w of the layer instance."""
+        self._operations.append(AddResidual(y, scale))
 
     def _new(self, heads: int, size: int) -> View:
         self._widths.append(heads * size)
@@ -108,6 +160,7 @@ def record(layer: LayerFunction, shape: LayerShape) -> Program:
         "qkv": heads * shape.head_dim,
         "o": shape.hidden,
         "gate_up": 2 * shape.inner,
+        "up": shape.inner,
         "down": shape.hidden,
     }
     recorder = Recorder(shape.hidden, linears)

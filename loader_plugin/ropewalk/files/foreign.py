@@ -6,7 +6,7 @@ They are refused by name, with what runs them; otherwise the error would be a lo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from ropewalk.base.errors import UnsupportedError
 from ropewalk.config import foreign as formats
@@ -45,15 +45,20 @@ OTHER_NAMES = (
 )
 
 
-def refuse_foreign_layouts(names: Iterable[str], folder: object, own_parts: tuple[str, ...] = ()) -> None:
+def refuse_foreign_layouts(
+    names: Iterable[str], folder: object, own_parts: tuple[str, ...] = (), own_modules: Set[str] = frozenset()
+) -> None:
     """Raise UnsupportedError if a tensor name belongs to a layout that is not read.
 
     own_parts: the last parts of names that the declared container has (containers/), which speak for no other.
+    own_modules: what the model's linears are called, without the path to them.
     """
     for name in names:
         found = None if name.rpartition(".")[2] in own_parts else foreign_format_of(name)
         if found is not None:
             raise _refusal(name, folder, found.title, found.advice)
+        if name.rpartition(".")[0].rpartition(".")[2] in own_modules:
+            continue
         for pattern, what, advice in OTHER_NAMES:
             if re.fullmatch(pattern, name):
                 raise _refusal(name, folder, what, advice)

@@ -15,6 +15,7 @@ from typing import Any
 from ropewalk.base.errors import RequestError
 from ropewalk.config.layer_order import choose_layer_order
 from ropewalk.model.backend_choice import ARITHMETIC
+from ropewalk.model.head import rounded_bits
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
 from ropewalk.model.options import ROPE_NAMES, LoadOptions
@@ -86,11 +87,19 @@ def facts_of(model: Model, adapters: Sequence[AdapterUse] = ()) -> dict[str, Any
         "RoPE": f"{rope.method!r}, theta {rope.theta!r}, {rope.rotary_dim} of {rope.head_dim}",
         "cache": model.cache_type,
         "compute": f"{model.backend.name} {model.backend.compute}",
+        "head": _head_of(model),
         "layer order": str(model.layer_order),
         "adapters": [
             {"files": fingerprint(use.folder), "weight": use.weight, "instances": use.instances} for use in adapters
         ],
     }
+
+
+def _head_of(model: Model) -> str:
+    """How many bits it is held in."""
+    bits = model.weights.head_bits
+    rounded = None if bits is None else rounded_bits(bits, model.backend.compute)
+    return "as stored" if rounded is None else f"{rounded} bits"
 
 
 def fingerprint(folder: Path) -> str:

@@ -13,10 +13,10 @@ from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.containers.choice import container_of
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.local import local_folder
+from ropewalk.model.backend_choice import arithmetic
+from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
 from ropewalk.model.options import LoadOptions, options_with, with_local_second
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
@@ -124,7 +124,19 @@ def model_info(
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
         info = _info(folder, plan, checkpoint, options.cache_format)
+        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, checkpoint, options))
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
+
+
+def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
+    """By how many bytes the head is held in more than it is stored in."""
+    head = config.table.names.head
+    bits = rounded_bits(options.head_bits, arithmetic(options))
+    if bits is None or container_of(quant).holds(checkpoint, head) or not can_round(config.hidden_size, bits):
+        return 0
+    is_tied = config.tie_word_embeddings or f"{head}.weight" not in checkpoint
+    stored = 0 if is_tied else checkpoint.info(f"{head}.weight").num_bytes
+    return rounded_bytes(config.vocab_size, config.hidden_size, bits) - stored
 
 
 def _layer_bytes(folder: Path, config: ModelConfig) -> int:
@@ -132,7 +144,7 @@ def _layer_bytes(folder: Path, config: ModelConfig) -> int:
     quant = load_quant_config(folder, config.raw)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(config, quant, checkpoint)
-        prefixes = tuple(layer_prefix(index) for index in range(config.num_layers))
+        prefixes = tuple(config.table.layer_prefix(index) for index in range(config.num_layers))
         return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
@@ -175,13 +187,14 @@ def _linears(
 ) -> tuple[dict[str, int], QuantSettings | None]:
     """The number of linears by the way they are stored, and the settings of the first quantised one."""
     size = config.sizes
-    entries = FAMILIES[config.family].linears
     modules = [
-        (layer_prefix(i) + entry.name, size[entry.inputs]) for i in range(config.num_layers) for entry in entries
+        (config.table.layer_prefix(index) + entry.name, size[entry.inputs])
+        for index in range(config.num_layers)
+        for entry in config.layer_table(index).linears
     ]
     counts: Counter[str] = Counter()
     first = None
-    for name, in_features in [*modules, (HEAD, size["hidden"])]:
+    for name, in_features in [*modules, (config.table.names.head, size["hidden"])]:
         if container_of(quant).holds(checkpoint, name):
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"

@@ -29,11 +29,12 @@ from ropewalk.base.memory import format_bytes, return_freed_memory
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.containers.choice import container_of
-from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.local import local_folder
 from ropewalk.gptq.linear import DenseLinear
-from ropewalk.model.backend_choice import choose_backend, make_backend
+from ropewalk.model.backend_choice import choose_backend
+from ropewalk.model.backends import make_backend
+from ropewalk.model.head import held_head
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.model.options import LoadOptions, options_with, with_local_second, with_options
@@ -90,7 +91,7 @@ def load_model(
     lent, lent_print = (), None
     if second is not None:
         lent, lent_print = _load_second_layers(Path(options.second_folder), second, ops, report, first)
-    weights = _load_weights(folder, plan.config, plan.quant, ops, report)
+    weights = _load_weights(folder, plan.config, plan.quant, ops, options.head_bits, report)
     weights = replace(weights, layers=weights.layers + lent, second_fingerprint=lent_print)
     return_freed_memory()
     model = Model(plan.config, plan.quant, plan.rope, ops, weights, limits, plan.order)
@@ -102,18 +103,26 @@ load_model.__signature__ = with_options(load_model)  # for help() and editors: e
 
 
 def _load_weights(
-    folder: Path, config: ModelConfig, quant: QuantConfig | None, backend: Backend, report: Callable[[], None]
+    folder: Path,
+    config: ModelConfig,
+    quant: QuantConfig | None,
+    backend: Backend,
+    head_bits: str | int,
+    report: Callable[[], None],
 ) -> ModelWeights:
     with _open_weights(folder, config, quant) as checkpoint:
         layers = _pack_layers(checkpoint, config, quant, backend, report)
         embeddings = read_embeddings(config, checkpoint)
-        final_norm, head = read_head(config, quant, checkpoint, embeddings)
+        final_norm, stored = read_head(config, quant, checkpoint, embeddings)
+        head = held_head(stored, head_bits, backend.compute)
         tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
         packed_head = backend.pack([head])
+        chosen_bits = head_bits if isinstance(stored, DenseLinear) else None
         report()
         fingerprint = checkpoint.fingerprint
     device = backend.device
-    return ModelWeights(embeddings.to(device), layers, final_norm.to(device), packed_head, tied, fingerprint)
+    moved = {name: part.to(device) for name, part in final_norm.items()}
+    return ModelWeights(embeddings.to(device), layers, moved, packed_head, tied, chosen_bits, fingerprint)
 
 
 def _load_second_layers(
@@ -150,7 +159,7 @@ def _pack_layers(
 ) -> tuple[PackedLayer | CopiedLayer, ...]:
     layers = []
     for index in range(config.num_layers):
-        checkpoint.read_ahead(layer_prefix(index + 1))
+        checkpoint.read_ahead(config.table.layer_prefix(index + 1))
         layers.append(pack_for_places(backend, config, index, read_layer(config, quant, checkpoint, index), first))
         report()
     return tuple(layers)

@@ -1,6 +1,6 @@
 """The decoder: token ids in, logits out, keys and values in caches.
 
-    x = Embed(ids);  x = Layer_i(x) for every layer instance;  logits = RMSNorm(x) Head
+    x = Embed(ids);  x = Layer_i(x) for every layer instance;  logits = Norm(x) Head
 
 model/step.py computes; this module holds what a loaded model consists of, and what can be asked of it.
 """
@@ -26,7 +26,7 @@ from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_or
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
 from ropewalk.model.cache import KvCache, Origin
-from ropewalk.model.layers import CopiedLayer, PackedLayer
+from ropewalk.model.layers import CopiedLayer, PackedLayer, key_table, layer_program, layer_shape
 from ropewalk.model.live_rope import LiveRope
 from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.saved.file import SavedFile
@@ -42,17 +42,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V.
+    """All weights of a model. embeddings: [V, C] as stored; final_norm: as `read_head` gives it; head: C to V.
 
+    head_bits: as `load_model` was asked for a head that is stored in floats; None for one that is stored in codes.
     layers: those of the model, followed by those of the second model, if any.
     fingerprint, second_fingerprint: of the tensors of either as they were read (see files/fingerprint.py).
     """
 
     embeddings: torch.Tensor
     layers: tuple[PackedLayer | CopiedLayer, ...]
-    final_norm: torch.Tensor
+    final_norm: Mapping[str, torch.Tensor]
     head: PackedLinear
     head_is_embeddings: bool
+    head_bits: str | int | None
     fingerprint: str
     second_fingerprint: str | None = None
 
@@ -61,7 +63,8 @@ class ModelWeights:
         """Memory of the weights as the backend holds them; an embedding table that is also the head counts once."""
         embeddings = 0 if self.head_is_embeddings else self.embeddings.numel() * self.embeddings.element_size()
         layers = sum(layer.num_bytes for layer in self.layers)
-        return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
+        final_norm = sum(4 * part.numel() for part in self.final_norm.values())
+        return embeddings + layers + final_norm + self.head.num_bytes
 
 
 class Model(LiveRope):
@@ -125,6 +128,13 @@ class Model(LiveRope):
     def _check_places(self, instances: Sequence[LayerInstance]) -> None:
         layers = self.weights.layers
         self.backend.check_instances([layers[instance.weights_index].compiled for instance in instances])
+
+    @property
+    def rotations(self) -> tuple[int | None, ...]:
+        """Which table the keys of each layer instance are rotated by: see `Backend.move_rows_`."""
+        count = self.config.num_layers
+        shapes = (layer_shape(self.config, instance.weights_index % count) for instance in self.instances)
+        return tuple(key_table(layer_program(self.config.family, shape)) for shape in shapes)
 
     @property
     def cache_type(self) -> str:

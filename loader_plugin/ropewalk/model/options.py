@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH
+from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, HEAD_BITS, MAX_INPUT_LEN, ROPE_GROWTH
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.config.cache_format import CacheFormat
@@ -31,6 +31,9 @@ class LoadOptions:
     max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
     compute: "int8" (activations quantised in blocks of 32, integer products; "cpu" and "reference"), "fp16" (float16
         activations; "gpu"), "exact" (float32 activations), or "auto": "int8" on a CPU and "fp16" on a GPU.
+    head_bits: how a head that is stored in floats is held: "8" or "4" (rounded when it is loaded, on any backend and
+        for any `compute`), "16" (as stored), or "auto": 8 where `compute` is "int8", else as stored. See
+        `model/head.py`.
     backend: "cpu" (compiled kernels), "gpu" (Triton kernels), "reference" (plain torch, slow, any `device`), or "auto":
         the GPU if this machine has what it needs and no option asks for the CPU, else the CPU.
     device: for "gpu": "cuda" (default), "cuda:1", ..., or "cpu" under Triton's interpreter; for "reference": any.
@@ -61,6 +64,7 @@ class LoadOptions:
     max_seq_len: int | None = None
     max_input_len: int = MAX_INPUT_LEN
     compute: str = COMPUTE.default
+    head_bits: str | int = HEAD_BITS.default
     backend: str = BACKEND.default
     threads: int | None = None
     isa: str | None = None
@@ -92,6 +96,7 @@ class LoadOptions:
             raise ConfigError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         for choice in (COMPUTE, BACKEND, ROPE_GROWTH):
             choice.check(getattr(self, choice.name))
+        HEAD_BITS.check(self.head_bits if isinstance(self.head_bits, bool) else str(self.head_bits))
         CacheFormat.parse(self.cache_type)
         if self.gpu_layers is not None and not _is_count(self.gpu_layers):
             raise ConfigError(f"gpu_layers must be an integer from 0 on, got {self.gpu_layers!r}")

@@ -51,12 +51,18 @@ def shift_(model: Model, cache: KvCache, keep: int, drop: int) -> int:
     _check_window(cache, keep, drop)
     source = cache.pages
     target, recent = model.store.targets_of(cache, keep, keep + num_rows)
-    cos, sin = (
-        torch.from_numpy(table).to(model.backend.device) for table in shift_tables(cache.frequencies, drop, num_rows)
-    )  # [num_rows, R/2]
+    tables = shift_tables(cache.frequencies, model.rope.sliding_frequencies(), drop, num_rows)
+    cos, sin = (torch.from_numpy(table).to(model.backend.device) for table in tables)  # [tables, num_rows, R/2]
     try:
         model.backend.move_rows_(
-            [held.page for held in source], keep + drop, [held.page for held in target], keep, num_rows, cos, sin
+            [held.page for held in source],
+            keep + drop,
+            [held.page for held in target],
+            keep,
+            num_rows,
+            cos,
+            sin,
+            model.rotations,
         )
         for index, held in recent.items():
             _fill_recent_(model, cache, index, held, keep, drop, cos, sin)
@@ -84,14 +90,15 @@ def _fill_recent_(
     held = cache.recent
     if first < keep:
         num_rows = min(keep, end) - first
-        still = torch.ones_like(cos[:1]).repeat(num_rows, 1), torch.zeros_like(cos[:1]).repeat(num_rows, 1)
-        model.backend.move_rows_([held[index].page], 0, [target.page], 0, num_rows, *still)
+        still = torch.ones_like(cos[:, :num_rows]), torch.zeros_like(cos[:, :num_rows])
+        model.backend.move_rows_([held[index].page], 0, [target.page], 0, num_rows, *still, model.rotations)
     start = max(first, keep)
     if start < end:
         low = (start + drop) // PAGE_TOKENS
         pages = [held[place].page for place in range(low, num_pages(end + drop))]
         place, num_rows = start + drop - PAGE_TOKENS * low, end - start
-        model.backend.move_rows_(pages, place, [target.page], start - first, num_rows, cos[:num_rows], sin[:num_rows])
+        tables = cos[:, :num_rows].contiguous(), sin[:, :num_rows].contiguous()
+        model.backend.move_rows_(pages, place, [target.page], start - first, num_rows, *tables, model.rotations)
 
 
 def _check_window(cache: KvCache, keep: int, drop: int) -> None:

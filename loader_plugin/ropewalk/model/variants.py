@@ -16,6 +16,7 @@ from ropewalk.backends.protocol import Backend
 from ropewalk.base.errors import RequestError, UnsupportedError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
+from ropewalk.model.head import rounded_bits
 from ropewalk.model.layers import recompiled
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.rope.rope import Rope, resolve_rope
@@ -75,8 +76,15 @@ def variant_model(
 
 
 def can_compute(model: Model, compute: str) -> bool:
-    """Whether the weights as they are packed serve this arithmetic."""
-    return compute == model.backend.compute or model.backend.computing(compute) is not None
+    """Whether the weights as they are packed serve this arithmetic: with another one the head may be held otherwise."""
+    if compute == model.backend.compute:
+        return True
+    return model.backend.computing(compute) is not None and _same_head(model, compute)
+
+
+def _same_head(model: Model, compute: str) -> bool:
+    head_bits = model.weights.head_bits
+    return head_bits is None or rounded_bits(head_bits, compute) == rounded_bits(head_bits, model.backend.compute)
 
 
 def _computing(model: Model, compute: str | None) -> tuple[Backend, ModelWeights]:
@@ -84,6 +92,11 @@ def _computing(model: Model, compute: str | None) -> tuple[Backend, ModelWeights
     if compute is None or compute == model.backend.compute:
         return model.backend, model.weights
     backend = model.backend.computing(compute)
+    if backend is not None and not _same_head(model, compute):
+        raise UnsupportedError(
+            f"the head is held for compute={model.backend.compute!r} (head_bits={model.weights.head_bits}): for "
+            f"compute={compute!r} the model must be loaded anew, or with head_bits=16"
+        )
     if backend is None:
         raise UnsupportedError(
             f"the weights are packed for {model.backend.compute!r} on backend {model.backend.name!r}: for compute="

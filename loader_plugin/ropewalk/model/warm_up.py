@@ -51,8 +51,8 @@ def warm_up(model: Model, progress: Callable[[int, int], None] | None = None) ->
 def _move_row(model: Model) -> None:
     """A row of a page onto itself, in both kinds of pages: what re-scaling and shifting a cache launch."""
     cos, sin = model.rope.tables_at(np.zeros(1, np.int64), 1)  # [1, R/2] each
-    tables = [torch.from_numpy(table).to(model.backend.device) for table in (cos, sin)]
+    tables = [torch.from_numpy(table)[None].to(model.backend.device) for table in (cos, sin)]
     pool = model.backend.new_pool(model.config.num_kv_heads, model.config.head_dim, model.cache_format, 1 << 40)
     for recent in (False, True) if model.cache_format.recent else (False,):
         pages = [pool.take(len(model.instances), recent)]
-        model.backend.move_rows_(pages, 0, pages, 0, 1, *tables)
+        model.backend.move_rows_(pages, 0, pages, 0, 1, *tables, model.rotations)

@@ -108,10 +108,11 @@ class GpuBackend(SinglePlace):
         num_rows: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        rotations: Sequence[int | None],
     ) -> None:
-        """Positions of pages moved to others, keys turned by cos, sin: [num_rows, R/2]."""
+        """Positions of pages moved to others, keys turned by cos, sin: [tables, num_rows, R/2]."""
         with self._running(num_rows):
-            move_rows_(source, source_start, target, target_start, num_rows, cos, sin)
+            move_rows_(source, source_start, target, target_start, num_rows, cos, sin, rotations)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | GpuLinear], norm_eps: float
@@ -120,7 +121,7 @@ class GpuBackend(SinglePlace):
         return GpuLayer(program, weights, norm_eps, self.compute)
 
     def begin_step(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> OpenStep:
-        """x: [T, C] float32, cos, sin: [T, R/2] float32."""
+        """x: [T, C] float32, cos, sin: [tables, T, R/2] float32."""
         step = GpuStep(x, cos, sin, spans)
         return OpenStep(step, self._graphs if self._graphs is not None and self._graphs.takes(step) else None)
 

@@ -15,15 +15,15 @@ from ropewalk.config.cache_format import hadamard_size
 TILE_HEADS = 8  # heads of a program
 
 
-def rotate_(step: GpuStep, x: torch.Tensor) -> None:
+def rotate_(step: GpuStep, x: torch.Tensor, table: int = 0) -> None:
     """Rotate x: [T, H, D] float32 view in place by the angles of its rows; dims from R on stay."""
     num_rows, heads, head_dim = x.shape
-    half = _check_rotated(step, "x", x)
+    half = _check_rotated(step, "x", x, table)
     if x.numel() and half:
         kernels.rotate[(num_rows, triton.cdiv(heads, TILE_HEADS))](
             x,
-            step.cos,
-            step.sin,
+            step.cos[table],
+            step.sin[table],
             X_STRIDE=x.stride(0),
             HEADS=heads,
             D=head_dim,
@@ -63,17 +63,21 @@ def turn_(x: torch.Tensor, out: torch.Tensor) -> None:
 
 def append_(step: GpuStep, k: torch.Tensor, v: torch.Tensor, instance: int) -> None:
     """Write k and v, [T, Hkv, D] float32 views, to the pages of the rows, in the formats of these."""
-    _append(step, None, k, v, instance, 0)
+    _append(step, None, k, v, instance, 0, 0)
 
 
-def rotate_append_(step: GpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, instance: int) -> None:
+def rotate_append_(
+    step: GpuStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, instance: int, table: int = 0
+) -> None:
     """Rotate q: [T, Hq, D] in place; write k: [T, Hkv, D], rotated, and v to the pages. The view k stays as it is."""
-    half = _check_rotated(step, "q", q)
-    _check_rotated(step, "k", k)
-    _append(step, q, k, v, instance, half)
+    half = _check_rotated(step, "q", q, table)
+    _check_rotated(step, "k", k, table)
+    _append(step, q, k, v, instance, half, table)
 
 
-def _append(step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, instance: int, half: int) -> None:
+def _append(
+    step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, instance: int, half: int, table: int
+) -> None:
     num_rows, kv_heads, head_dim = k.shape
     if step.num_rows == 0 == num_rows:
         return
@@ -92,8 +96,8 @@ def _append(step: GpuStep, q: torch.Tensor | None, k: torch.Tensor, v: torch.Ten
         k if q is None else q,
         k,
         v,
-        step.cos,
-        step.sin,
+        step.cos[table],
+        step.sin[table],
         step.pages,
         step.recent,
         step.positions,
@@ -120,11 +124,11 @@ def _check_num_rows(step: GpuStep, name: str, view: torch.Tensor) -> None:
         raise ShapeError(f"{name} has {view.shape[0]} rows, the step {step.num_rows}")
 
 
-def _check_rotated(step: GpuStep, name: str, x: torch.Tensor) -> int:
+def _check_rotated(step: GpuStep, name: str, x: torch.Tensor, table: int) -> int:
     """R/2."""
-    half = step.cos.shape[1]
-    if 2 * half > x.shape[2]:
-        raise ShapeError(f"rotate: tables {list(step.cos.shape)} do not fit {name} {list(x.shape)}")
+    half = step.cos.shape[2]
+    if 2 * half > x.shape[2] or not 0 <= table < step.cos.shape[0]:
+        raise ShapeError(f"rotate: tables {list(step.cos.shape)} and table {table} do not fit {name} {list(x.shape)}")
     check_rows(f"rotate: {name}", x)
     _check_num_rows(step, f"rotate: {name}", x)
     return half

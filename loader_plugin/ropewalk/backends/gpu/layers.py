@@ -25,12 +25,12 @@ from ropewalk.families.program import (
     AddResidual,
     Append,
     Attend,
+    Gate,
     Linear,
     Operation,
     Program,
     RmsNorm,
     Rotate,
-    SiluMul,
     View,
 )
 
@@ -42,6 +42,7 @@ class RotateAppend:
     q: View
     k: View
     v: View
+    table: int
 
 
 Launch = Operation | RotateAppend
@@ -63,7 +64,7 @@ class GpuLayer:
             for buffer in range(len(program.widths))
         }
         self.only_linears_read = {
-            op.out.buffer for op in program.operations if isinstance(op, (RmsNorm, SiluMul)) and _is_folded(op, program)
+            op.out.buffer for op in program.operations if isinstance(op, (RmsNorm, Gate)) and _is_folded(op, program)
         }
         self.last_use = {buffer: index for index, op in enumerate(self.launches) for buffer in _buffers(op)}
 
@@ -81,10 +82,11 @@ def fused(operations: Sequence[Operation]) -> tuple[Launch, ...]:
     index = 0
     while index < len(operations):
         match operations[index : index + 3]:
-            case [Rotate(q), Rotate(k), Append(appended, v)] if k == appended and not any(
-                _overlap(k, view) for later in operations[index + 3 :] for view in _reads(later)
-            ):
-                launches.append(RotateAppend(q, k, v))
+            case [Rotate(q, table), Rotate(k, other), Append(appended, v)] if (k, table) == (
+                appended,
+                other,
+            ) and not any(_overlap(k, view) for later in operations[index + 3 :] for view in _reads(later)):
+                launches.append(RotateAppend(q, k, v, table))
                 index += 3
             case [operation, *_]:
                 launches.append(operation)
@@ -110,17 +112,17 @@ class _Run:
                 self._norm_(x, weights[weight], out)
             case Linear(x, weight, out):
                 self._linear_(x, weight, out)
-            case Rotate(x):
-                heads.rotate_(step, self._view(x))
+            case Rotate(x, table):
+                heads.rotate_(step, self._view(x), table)
             case Append(k, v):
                 heads.append_(step, self._view(k), self._view(v), self._instance)
-            case RotateAppend(q, k, v):
-                heads.rotate_append_(step, self._view(q), self._view(k), self._view(v), self._instance)
-            case Attend(q, out, window):
+            case RotateAppend(q, k, v, table):
+                heads.rotate_append_(step, self._view(q), self._view(k), self._view(v), self._instance, table)
+            case Attend(q, out, window, _, _):
                 attend(step, self._view(q), self._instance, window, self._view(out), self._layer.exact)
-            case SiluMul(gate_up, out):
+            case Gate(gate_up, _, out):
                 self._silu_(gate_up, out)
-            case AddResidual(y):
+            case AddResidual(y, _):
                 rows.add_residual_(step.x, self._columns(y), self._weight)
 
     def forget_(self, index: int) -> None:
@@ -154,14 +156,14 @@ class _Run:
     def _is_needed_whole(self, buffer: int) -> bool:
         if buffer not in self._layer.only_linears_read:
             return True
-        changed = (getattr(rows.change, name) for rows in self._changes for name in self._layer.readers[buffer])
+        changed = (rows.change.get(name) for rows in self._changes for name in self._layer.readers[buffer])
         return any(change is not None for change in changed)
 
     def _linear_(self, x: View, name: str, out: View) -> None:
         weight, y = self._layer.weights[name], self._columns(out)  # y: [T, N]
         weight.run_(self._inputs(x, weight), y)
         for changed in self._changes:
-            change = getattr(changed.change, name)
+            change = changed.change.get(name)
             if change is not None:
                 low_rank.add_(y, self._columns(x), change, changed.first, changed.end)
 
@@ -185,7 +187,7 @@ class _Run:
         return self._columns(view).unflatten(1, (view.heads, view.size))  # [T, heads, size]
 
 
-def _is_folded(op: RmsNorm | SiluMul, program: Program) -> bool:
+def _is_folded(op: RmsNorm | Gate, program: Program) -> bool:
     """True if linears alone read the result, whole, and the kernel that folds it can compute it: one head."""
     readers = [other for other in program.operations if any(_overlap(op.out, view) for view in _reads(other))]
     return op.out.heads == 1 and all(isinstance(reader, Linear) and reader.x == op.out for reader in readers)
@@ -193,22 +195,22 @@ def _is_folded(op: RmsNorm | SiluMul, program: Program) -> bool:
 
 def _reads(op: Launch) -> tuple[View, ...]:
     match op:
-        case RmsNorm(x, _, _) | Linear(x, _, _) | Rotate(x):
+        case RmsNorm(x, _, _) | Linear(x, _, _) | Rotate(x, _):
             return (x,)
         case Append(k, v):
             return k, v
-        case RotateAppend(q, k, v):
+        case RotateAppend(q, k, v, _):
             return q, k, v
-        case Attend(q, _, _):
+        case Attend(q, _, _, _, _):
             return (q,)
-        case SiluMul(gate_up, _):
+        case Gate(gate_up, _, _):
             return (gate_up,)
-        case AddResidual(y):
+        case AddResidual(y, _):
             return (y,)
 
 
 def _buffers(op: Launch) -> set[int]:
-    written = {op.out.buffer} if isinstance(op, (RmsNorm, Linear, Attend, SiluMul)) else set()
+    written = {op.out.buffer} if isinstance(op, (RmsNorm, Linear, Attend, Gate)) else set()
     return written | {view.buffer for view in _reads(op)}
 
 

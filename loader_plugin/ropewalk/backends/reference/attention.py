@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ropewalk.base.errors import ShapeError
 
 SCRATCH_BYTES = 1 << 26  # bound for the scores of one block of queries
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Which keys a query sees, and how their products become scores: see `Attend` in families/program.py."""
+
+    window: int | None
+    scale: float
+    softcap: float | None
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -20,7 +31,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     x[..., : 2 * half] = rotated
 
 
-def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None) -> torch.Tensor:
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, seen: Seen) -> torch.Tensor:
     """q: [T, Hq, D] at positions start..start+T; keys, values: [Hkv, S, D], S >= start+T -> [T, Hq * D] float32."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, num_keys, kv_head_dim = keys.shape
@@ -33,16 +44,15 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
     rows = max(1, SCRATCH_BYTES // (4 * num_heads * end))
     for first in range(0, num_queries, rows):
         last = min(first + rows, num_queries)
-        out[first:last] = _attend_block(q[first:last], keys, values, start + first, window)
+        out[first:last] = _attend_block(q[first:last], keys, values, start + first, seen)
     return out
 
 
-def _attend_block(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
-) -> torch.Tensor:
+def _attend_block(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, seen: Seen) -> torch.Tensor:
     """Masked softmax over all keys that a block of queries can see. q: [T, Hq, D] -> [T, Hq * D]."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, end = keys.shape[0], start + num_queries
+    window = seen.window
     low = 0 if window is None else max(0, start - window + 1)
     k, v = keys[:, low:end].float(), values[:, low:end].float()  # [Hkv, S, D]
     query_pos = torch.arange(start, end, device=q.device)[:, None]  # [T, 1]
@@ -51,6 +61,8 @@ def _attend_block(
     if window is not None:
         hidden |= key_pos <= query_pos - window
     groups = q.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [Hkv, Hq/Hkv, T, D]
-    scores = groups @ k.transpose(1, 2)[:, None] * head_dim**-0.5  # [Hkv, Hq/Hkv, T, S]
+    scores = groups @ k.transpose(1, 2)[:, None] * seen.scale  # [Hkv, Hq/Hkv, T, S]
+    if seen.softcap is not None:
+        scores = seen.softcap * torch.tanh(scores / seen.softcap)
     probabilities = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
     return (probabilities @ v[:, None]).permute(2, 0, 1, 3).reshape(num_queries, num_heads * head_dim)

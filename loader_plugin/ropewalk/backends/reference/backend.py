@@ -70,6 +70,10 @@ class ReferenceBackend(SinglePlace):
         """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
         return layers.rms_norm(x, weight, eps)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """x: [..., C] float32 -> (x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
+        return layers.layer_norm(x, weight, bias, eps)
+
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> ReferencePool:
         """A pool of pages on the device."""
         return ReferencePool(num_kv_heads, head_dim, cache_format, num_bytes, self.device)
@@ -83,10 +87,11 @@ class ReferenceBackend(SinglePlace):
         num_rows: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        rotations: Sequence[int | None],
     ) -> None:
-        """Row by row; cos, sin: [num_rows, R/2] float32."""
-        check_move(source, source_start, target, target_start, num_rows, cos, sin)
-        pages.move_rows_(source, source_start, target, target_start, num_rows, cos, sin)
+        """Row by row; cos, sin: [tables, num_rows, R/2] float32."""
+        check_move(source, source_start, target, target_start, num_rows, cos, sin, rotations)
+        pages.move_rows_(source, source_start, target, target_start, num_rows, cos, sin, rotations)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | ReferenceLinear], norm_eps: float
@@ -97,7 +102,7 @@ class ReferenceBackend(SinglePlace):
     def begin_step(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]
     ) -> ReferenceStep:
-        """x: [T, C] float32, cos, sin: [T, R/2] float32."""
+        """x: [T, C] float32, cos, sin: [tables, T, R/2] float32."""
         return layers.begin_step(x, cos, sin, spans)
 
     def run_layer_(

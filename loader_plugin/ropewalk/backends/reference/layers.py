@@ -8,21 +8,27 @@ from dataclasses import dataclass, replace
 import torch
 
 from ropewalk.backends.protocol import RowChange, RowSpan
-from ropewalk.backends.reference.attention import attend, rotate_
+from ropewalk.backends.reference.attention import Seen, attend, rotate_
 from ropewalk.backends.reference.linear import ReferenceLinear, low_rank_product, product
 from ropewalk.backends.reference.pages import append_, as_seen, gathered, pieces
 from ropewalk.backends.shared import check_step
 from ropewalk.families.program import (
     RESIDUAL,
+    Activate,
+    Activation,
     AddResidual,
     Append,
     Attend,
+    Experts,
+    Gate,
+    LayerNorm,
     Linear,
     Operation,
     Program,
     RmsNorm,
     Rotate,
-    SiluMul,
+    Route,
+    SigmoidMul,
     View,
 )
 
@@ -42,7 +48,7 @@ class ReferenceLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceStep:
-    """Rows of several sequences. x: [T, C] float32; cos, sin: [T, R/2] float32."""
+    """Rows of several sequences. x: [T, C] float32; cos, sin: [tables, T, R/2] float32."""
 
     x: torch.Tensor
     cos: torch.Tensor
@@ -54,7 +60,7 @@ class ReferenceStep:
         for first in range(0, self.x.shape[0], num_rows):
             rows = slice(first, first + num_rows)
             spans = tuple(_spans_within(self.spans, first, min(first + num_rows, self.x.shape[0])))
-            yield first, ReferenceStep(self.x[rows], self.cos[rows], self.sin[rows], spans)
+            yield first, ReferenceStep(self.x[rows], self.cos[:, rows], self.sin[:, rows], spans)
 
 
 def begin_step(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> ReferenceStep:
@@ -110,30 +116,50 @@ class _Run:
         match operation:
             case RmsNorm(x, weight, out):
                 self._write(out, rms_norm(self._read(x), self._layer.weights[weight], self._layer.norm_eps))
+            case LayerNorm(x, weight, bias, out):
+                self._write(out, self._layer_norm(self._read(x), weight, bias))
             case Linear(x, weight, out):
                 self._write(out, self._linear(self._read(x).flatten(1), weight))
-            case Rotate(x):
-                rotate_(self._read(x), self._step.cos, self._step.sin)
+            case Rotate(x, table):
+                rotate_(self._read(x), self._step.cos[table], self._step.sin[table])
             case Append(k, v):
                 for rows, span in self._spans():
                     self._append_(span, self._read(k)[rows], self._read(v)[rows])
-            case Attend(q, out, window):
+            case Attend(q, out, window, scale, softcap):
+                seen = Seen(window, scale, softcap)
                 for rows, span in self._spans():
-                    seen = self._attend(span, self._read(q)[rows], window)  # [rows, Hq * D]
-                    self._read(out)[rows] = seen.view(-1, out.heads, out.size)  # [rows, Hq, D]
-            case SiluMul(gate_up, out):
-                self._write(out, silu_mul(self._read(gate_up).flatten(1)))
-            case AddResidual(y):
-                self._step.x.add_(self._read(y).flatten(1), alpha=self._weight)
+                    found = self._attend(span, self._read(q)[rows], seen)  # [rows, Hq * D]
+                    self._read(out)[rows] = found.view(-1, out.heads, out.size)  # [rows, Hq, D]
+            case Activate(x, activation, out):
+                self._write(out, activate(self._read(x), activation))
+            case Gate(gate_up, activation, out):
+                gate, up = self._read(gate_up).flatten(1).chunk(2, dim=1)  # [T, I] each
+                self._write(out, activate(gate, activation) * up)
+            case Route(logits, top_k, normalised, out):
+                self._write(out, route(self._read(logits).flatten(1), top_k, normalised))
+            case Experts(x, routes, weight, activation, out):
+                experts = self._layer.weights[weight]
+                y = experts.product(self._read(x).flatten(1), self._read(routes), activation, self._compute)
+                self._write(out, y)
+            case SigmoidMul(x, gate, out):
+                self._write(out, self._read(gate).sigmoid() * self._read(x))
+            case AddResidual(y, scale):
+                self._step.x.add_(self._read(y).flatten(1), alpha=self._weight * scale)
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x: [T, K] -> [T, N], changed in the rows whose adapters change this linear."""
         y = product(x, self._layer.weights[name], self._compute)
         for rows in self._changes:
-            change = getattr(rows.change, name)
+            change = rows.change.get(name)
             if change is not None:
                 y[rows.first : rows.end] += low_rank_product(x[rows.first : rows.end], change)
         return y
+
+    def _layer_norm(self, x: torch.Tensor, weight: str, bias: str | None) -> torch.Tensor:
+        """x: [T, heads, size] -> the same."""
+        weights, per_head = self._layer.weights, x.shape[2]
+        shift = None if bias is None else weights[bias].view(-1, per_head)  # [heads or 1, size]
+        return layer_norm(x, weights[weight].view(-1, per_head), shift, self._layer.norm_eps)
 
     def _append_(self, span: RowSpan, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [T, Hkv, D], the rows of a span; those that are given a page for it are written in float16, too."""
@@ -142,12 +168,12 @@ class _Run:
             if index < len(span.recent) and span.recent[index] is not None:
                 append_([span.recent[index]], self._instance, k[rows], v[rows], place)
 
-    def _attend(self, span: RowSpan, q: torch.Tensor, window: int | None) -> torch.Tensor:
+    def _attend(self, span: RowSpan, q: torch.Tensor, seen: Seen) -> torch.Tensor:
         """q: [T, Hq, D], the rows of a span -> [T, Hq * D]."""
         parts = []
         for rows, pages in as_seen(span):
             keys, values = gathered(pages, self._instance, span.start + rows.stop)
-            parts.append(attend(q[rows], keys, values, span.start + rows.start, window))
+            parts.append(attend(q[rows], keys, values, span.start + rows.start, seen))
         return torch.cat(parts)
 
     def _spans(self) -> Iterator[tuple[slice, RowSpan]]:
@@ -173,10 +199,33 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up: [T, 2 * I] -> silu(first half) * second half, [T, I]."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """x: [..., C] float32 -> (x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    return normed if bias is None else normed + bias
+
+
+def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """x: [...] float32 -> f(x)."""
+    match activation:
+        case Activation.SILU:
+            return torch.nn.functional.silu(x)
+        case Activation.GELU:
+            return torch.nn.functional.gelu(x)
+        case Activation.GELU_TANH:
+            return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def route(logits: torch.Tensor, top_k: int, normalised: bool) -> torch.Tensor:
+    """logits: [T, E] -> the experts of each row, ascending, and their shares: [T, 2, top_k] float32."""
+    shares = logits.softmax(-1)  # [T, E]
+    order = shares.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = order.sort(dim=-1).values  # [T, top_k]
+    kept = shares.gather(1, chosen)  # [T, top_k]
+    if normalised:
+        kept = kept / kept.sum(-1, keepdim=True)
+    return torch.stack([chosen.float(), kept], dim=1)  # [T, 2, top_k]
 
 
 def _spans_within(spans: Sequence[RowSpan], first: int, end: int) -> Iterator[RowSpan]:

@@ -32,9 +32,9 @@ class FloatRows:
         """[Hkv, PAGE_TOKENS, D] float32."""
         return self.stored[instance].float()
 
-    def take_over_(self, first: int, rows: FloatRows, places: slice) -> None:
-        """Some places of another page, all instances, as they are."""
-        self.stored[:, :, first : first + places.stop - places.start] = rows.stored[:, :, places].clone()
+    def take_over_(self, place: int, rows: FloatRows, from_place: int, instances: slice) -> None:
+        """One place of another page, of some instances, as it is."""
+        self.stored[instances, :, place] = rows.stored[instances, :, from_place].clone()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +59,10 @@ class CodeRows:
         rows = decode(unpack(self.packed[instance], bits), self.scales[instance], bits, self.head_dim)
         return hadamard(rows) if is_rotated(self.kind) else rows
 
-    def take_over_(self, first: int, rows: CodeRows, places: slice) -> None:
-        """Some places of another page, all instances, as they are."""
-        here = slice(first, first + places.stop - places.start)
-        self.packed[:, :, here] = rows.packed[:, :, places].clone()
-        self.scales[:, :, here] = rows.scales[:, :, places].clone()
+    def take_over_(self, place: int, rows: CodeRows, from_place: int, instances: slice) -> None:
+        """One place of another page, of some instances, as it is."""
+        self.packed[instances, :, place] = rows.packed[instances, :, from_place].clone()
+        self.scales[instances, :, place] = rows.scales[instances, :, from_place].clone()
 
 
 class ReferencePage:
@@ -194,17 +193,21 @@ def move_rows_(
     num_rows: int,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    rotations: Sequence[int | None],
 ) -> None:
-    """Positions source_start.. of `source` to target_start.. of `target`, keys turned by cos, sin: [num_rows, R/2]."""
+    """Positions source_start.. of `source` to target_start.. of `target`, keys turned by tables of cos, sin."""
     for row in range(num_rows):  # one by one: a page may be read and written, at lower places than it is read
         from_page, from_place = divmod(source_start + row, PAGE_TOKENS)
         to_page, to_place = divmod(target_start + row, PAGE_TOKENS)
         read, written = source[from_page], target[to_page]
-        for instance in range(read.num_instances):
+        for instance, rotation in enumerate(rotations):
+            if rotation is None:
+                written.keys.take_over_(to_place, read.keys, from_place, slice(instance, instance + 1))
+                continue
             key = read.keys.read(instance)[:, from_place].clone()[None]  # [1, Hkv, D]
-            rotate_(key, cos[row, None], sin[row, None])
+            rotate_(key, cos[rotation, row, None], sin[rotation, row, None])
             written.keys.write_(instance, to_place, key.transpose(0, 1))  # [Hkv, 1, D]
-        written.values.take_over_(to_place, read.values, slice(from_place, from_place + 1))
+        written.values.take_over_(to_place, read.values, from_place, slice(None))
 
 
 def pieces(start: int, num_rows: int) -> list[tuple[int, int, slice]]:

@@ -11,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, ROPE_GROWTH, SPECULATION, Choice
+from ropewalk.base.choices import (
+    AUTO,
+    BACKEND,
+    CACHE_TYPE,
+    COMPUTE,
+    HEAD_BITS,
+    MAX_INPUT_LEN,
+    ROPE_GROWTH,
+    SPECULATION,
+    Choice,
+)
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
@@ -110,6 +120,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-attention-size", type=int, metavar="N", help="accepted for compatibility, has no effect")
     _add_choice(group, COMPUTE, "arithmetic of the linear layers")
+    _add_choice(group, HEAD_BITS, "a head that is stored in floats")
     _add_choice(group, BACKEND, "what runs the layers")
     group.add_argument("--device", help="torch device: cuda, cuda:1, ... of the GPU backend, any of the reference")
     group.add_argument(

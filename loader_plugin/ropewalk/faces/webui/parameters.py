@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, MAX_INPUT_LEN, SPECULATION
+from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, HEAD_BITS, MAX_INPUT_LEN, SPECULATION
 from ropewalk.base.errors import ConfigError
 from ropewalk.rope.spellings import METHODS
 
@@ -147,6 +147,13 @@ PARAMETERS = (
         Choice(COMPUTE.values),
         f"Arithmetic of the linear layers. {COMPUTE.help}.",
         option="compute",
+    ),
+    Parameter(
+        "head_bits",
+        HEAD_BITS.default,
+        Choice(HEAD_BITS.values),
+        f"A head that is stored in floats. {HEAD_BITS.help}.",
+        option="head_bits",
     ),
     Parameter(
         "backend",
