@@ -124,11 +124,11 @@ def model_info(
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
         info = _info(folder, plan, checkpoint, options.cache_format)
-        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, checkpoint, options))
+        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, quant, checkpoint, options))
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
 
 
-def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
+def _head_change(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, options: LoadOptions) -> int:
     """By how many bytes the head is held in more than it is stored in."""
     head = config.table.names.head
     bits = rounded_bits(options.head_bits, arithmetic(options))

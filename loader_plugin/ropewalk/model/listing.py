@@ -78,7 +78,7 @@ def listed_model(folder: Path, name: str) -> ListedModel:
             runs_with=None if known is None else known.runs_with,
             reason=brief(error),
         )
-    return ListedModel(name, str(folder), True, _weights(info), info.weight_bytes, info.family, info.max_seq_len)
+    return ListedModel(name, str(folder), True, _weights(info), sum(info.files.values()), info.family, info.max_seq_len)
 
 
 def _weights(info: ModelInfo) -> str:
