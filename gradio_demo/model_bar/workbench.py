@@ -97,18 +97,23 @@ class Workbench:
         Raises:
             FieldError: it may not be read, or holds no model.
         """
+        if self.access.must_be_fetched(name):
+            return LoadSettings()  # everything as the checkpoint says, once it is here
         try:
             folder = self.access.open(name)
             return suggested_settings(folder, self._shown_name(name) == EMBEDDED)
         except RopewalkError as error:
             raise FieldError(FOLDER, str(error)) from error
 
-    def plan(self, name: str, values: Mapping[str, Any]) -> ModelInfo:
-        """What `load` would give, without reading weights.
+    def plan(self, name: str, values: Mapping[str, Any]) -> ModelInfo | None:
+        """What `load` would give, without reading weights; None for a model that must be downloaded first.
 
         Raises:
             FieldError: names the field that is wrong.
         """
+        if self.access.must_be_fetched(name):
+            read_settings(values)
+            return None
         folder, _, options = self._options(name, values)
         return self._info(folder, options)
 

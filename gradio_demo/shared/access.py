@@ -60,6 +60,14 @@ class Access:
             return self._named(name, fetch)
         raise RequestError(f"{name}: {self._accepted()}")
 
+    def must_be_fetched(self, text: str) -> bool:
+        """True for a name on the hub that nobody has loaded here yet."""
+        name = text.strip()
+        if parse_name(name) is None or name in self._fetched:
+            return False
+        below = None if self.models is None else _resolved(self.models / name)
+        return below is None
+
     def _named(self, name: str, fetch: bool) -> Path:
         """The folder of a model on the hub. It is downloaded only when it is loaded, which not every visitor may."""
         if fetch:
