@@ -228,7 +228,7 @@ def test_a_lora_of_the_training_is_the_same_in_the_engine(tmp_path: Path) -> Non
             parameter.normal_(std=0.02)
             parameter.copy_(parameter.half())
     extend.save_adapter(network, scaling, tmp_path / "lora")
-    model = ropewalk.load_model(folder, 2048, compute="exact", rope_scaling=scaling)
+    model = ropewalk.load_model(folder, 2048, compute="exact", cache_type="fp32", rope_scaling=scaling)
     model.load_adapter(tmp_path / "lora", "lora")
     ids = torch.randint(3, 2000, (60,))
     with torch.no_grad():
