@@ -46,15 +46,21 @@ PHASES = (
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """ids: [rows, length + 1] int64. chosen: positions in the flattened targets. weights: float32, one each.
+    """ids: [rows, length + 1] int64. For each target, which is the id that follows:
 
-    is_answer: bool, one each: whether the target belongs to an answer.
+    weights: [rows, length] float32 — what its loss counts; 0: not looked at. is_answer: [rows, length] bool.
     """
 
     ids: torch.Tensor
-    chosen: torch.Tensor
     weights: torch.Tensor
     is_answer: torch.Tensor
+
+    def parts(self, count: int) -> list[Batch]:
+        """The rows in `count` parts (or fewer)."""
+        columns = (
+            tensor.tensor_split(min(count, len(self.ids))) for tensor in (self.ids, self.weights, self.is_answer)
+        )
+        return [Batch(*part) for part in zip(*columns, strict=True)]
 
 
 def phase_at(tokens: int, phases: Sequence[Phase] = PHASES) -> Phase:
@@ -78,14 +84,7 @@ def make_batch(phase: Phase, encoder: Encoder, library: np.ndarray, seed: int, s
         ids[row], answers[row] = _filled(lambda kind=kind: MAKERS[kind](rng, phase), encoder, size)
         sampled = np.asarray([rng.randrange(REST_ONE_IN) == 0 for _ in range(size)])
         weights[row] = np.where(answers[row], ANSWER_WEIGHT, sampled * (REST_WEIGHT * REST_ONE_IN))
-    weights, answers = weights[:, 1:].reshape(-1), answers[:, 1:].reshape(-1)
-    chosen = np.flatnonzero(weights)
-    return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(chosen),
-        torch.from_numpy(weights[chosen]),
-        torch.from_numpy(answers[chosen]),
-    )
+    return Batch(torch.from_numpy(ids), torch.from_numpy(weights[:, 1:]), torch.from_numpy(answers[:, 1:]))
 
 
 def _filled(make: Callable[[], list[Piece]], encoder: Encoder, size: int) -> tuple[list[int], list[bool]]:

@@ -10,8 +10,10 @@ model with exactly dequantised weights, because that is what the LoRA runs on; t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
+import threading
 from pathlib import Path
 
 import torch
@@ -75,6 +77,7 @@ class Adapted(torch.nn.Module):
         load_transformers_state(base, dequantised_state(folder))
         self.shape = base.shape
         self._base = [base.requires_grad_(False)]  # in a list: no submodule
+        self._copies = threading.local()
         self.changes = torch.nn.ParameterDict()
         for name, weight in base.named_parameters():
             if name.rsplit(".", 1)[-1] in TARGETS:
@@ -94,7 +97,10 @@ class Adapted(torch.nn.Module):
             key = name.replace(".", " ")
             weights[name] = weights[name] + (ALPHA / RANK) * self.changes[f"{key} B"] @ self.changes[f"{key} A"]
         T = ids.shape[1]
-        return functional_call(self._base[0], weights, (ids, tuple(table[:T] for table in self._tables)))
+        # functional_call puts the weights into the module while it runs: each thread needs one of its own.
+        if not hasattr(self._copies, "base"):
+            self._copies.base = copy.deepcopy(self._base[0])
+        return functional_call(self._copies.base, weights, (ids, tuple(table[:T] for table in self._tables)))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `Network.logits`."""

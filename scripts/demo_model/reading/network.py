@@ -42,7 +42,7 @@ class Shape:
 
     num_layers: int = 5
     hidden: int = 256
-    intermediate: int = 704
+    intermediate: int = 512
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64

@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +88,12 @@ class Trainer:
     ) -> None:
         self.options, self.encoder, self.library = options, encoder, library
         self.network, self.optimizers, self.phases = network, optimizers, phases
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.parameters = list(network.parameters())
+        self.pool = ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.step, self.tokens = 0, 0
         self.stopping = threading.Event()
         self._restore()
+        self.tokens_before = self.tokens
 
     def run(self) -> None:
         """Steps until the end of the schedule or a SIGTERM; saves at the end."""
@@ -97,27 +101,15 @@ class Trainer:
             signal.signal(number, lambda *_: self.stopping.set())
         self._log(event="start", step=self.step, tokens=self.tokens, options=vars(self.options))
         last = min(self.options.stop_at, self.options.decay_from + self.options.decay_tokens)
-        saved = logged = time.monotonic()
+        saved = time.monotonic()
         losses: list[tuple[float, float]] = []
         for batch in self._batches():
             if self.stopping.is_set() or self.tokens >= last:
                 break
             losses.append(self._train_step(batch))
             if self.step % LOG_EVERY == 0:
-                now = time.monotonic()
-                self.seconds += now - logged
-                answers, rest = (float(np.nanmean(column)) for column in zip(*losses, strict=True))
-                rate = sum(batch.ids[:, 1:].numel() for _ in losses) / (now - logged)
-                self._log(
-                    step=self.step,
-                    tokens=self.tokens,
-                    length=batch.ids.shape[1] - 1,
-                    answer_loss=round(answers, 4),
-                    rest_loss=round(rest, 4),
-                    tokens_per_s=round(rate),
-                    minutes=round(self.seconds / 60, 1),
-                )
-                losses, logged = [], now
+                self._log_losses(losses)
+                losses = []
             if self.step % PROBE_EVERY == 0:
                 self._log(step=self.step, tokens=self.tokens, **probe(self.network, self.encoder))
             if time.monotonic() - saved > SAVE_EVERY_S:
@@ -126,16 +118,29 @@ class Trainer:
         self._save()
         self._log(event="end", step=self.step, tokens=self.tokens)
 
+    def _log_losses(self, losses: Sequence[tuple[float, float]]) -> None:
+        answers, rest = (float(np.nanmean(column)) for column in zip(*losses, strict=True))
+        self._log(
+            step=self.step,
+            tokens=self.tokens,
+            length=phase_at(self.tokens, self.phases).length,
+            answer_loss=round(answers, 4),
+            rest_loss=round(rest, 4),
+            tokens_per_cpu_s=round((self.tokens - self.tokens_before) / time.process_time()),
+        )
+
     def _train_step(self, batch: Batch) -> tuple[float, float]:
-        """One step; (mean loss of answer tokens, of the others)."""
-        targets = batch.ids[:, 1:].flatten()[batch.chosen]
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.network(batch.ids[:, :-1]).flatten(0, 1)[batch.chosen]
-            logits = self.network.logits(hidden)
-        each = functional.cross_entropy(logits, targets, reduction="none")
-        loss = (each * batch.weights).sum() / batch.weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        """One step; (mean loss of answer tokens, of the others).
+
+        Each worker takes some of the rows on one thread, so that threads wait for each other once a step and not once
+        an operation: on a machine that others use as well, most of the time would be waiting.
+        """
+        total_weight = batch.weights.sum()
+        rows = batch.parts(self.options.threads)
+        parts = list(self.pool.map(lambda part: self._gradients(part, total_weight), rows))
+        for parameter, *gradients in zip(self.parameters, *(part[0] for part in parts), strict=True):
+            parameter.grad = sum(gradients[1:], gradients[0])  # in the order of the rows: the same bits every time
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         factor = self._rate_factor()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -143,9 +148,20 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += batch.ids.shape[0] * (batch.ids.shape[1] - 1)
-        each = each.detach()
-        return each[batch.is_answer].mean().item(), each[~batch.is_answer].mean().item()
+        self.tokens += batch.weights.numel()
+        losses, is_answer = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+        return losses[is_answer].mean().item(), losses[~is_answer].mean().item()
+
+    def _gradients(self, part: Batch, total_weight: torch.Tensor):
+        """(gradients of the parameters, losses of the targets that were looked at, whether each is of an answer)."""
+        chosen = part.weights.flatten().nonzero().squeeze(1)
+        targets, weights = part.ids[:, 1:].flatten()[chosen], part.weights.flatten()[chosen]
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.network(part.ids[:, :-1]).flatten(0, 1)[chosen]
+            logits = self.network.logits(hidden)
+        each = functional.cross_entropy(logits, targets, reduction="none")
+        gradients = torch.autograd.grad((each * weights).sum() / total_weight, self.parameters)
+        return gradients, each.detach(), part.is_answer.flatten()[chosen]
 
     def _rate_factor(self) -> float:
         """Up over the warm-up, then 1, then down along a line."""
@@ -181,13 +197,13 @@ class Trainer:
             self.network.load_state_dict(saved["network"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            self.step, self.tokens, self.seconds = saved["step"], saved["tokens"], saved["seconds"]
+            self.step, self.tokens = saved["step"], saved["tokens"]
 
     def _save(self) -> None:
         path = self.options.run / "checkpoint.pt"
         partial = path.with_suffix(".partial")
         state = {"network": self.network.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
-        torch.save({**state, "step": self.step, "tokens": self.tokens, "seconds": self.seconds}, partial)
+        torch.save({**state, "step": self.step, "tokens": self.tokens}, partial)
         partial.replace(path)
 
     def _log(self, **values) -> None:
