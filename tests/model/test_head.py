@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from gptq_writer import write_checkpoint
-from variants import Variant, variants
 
+from gptq_writer import write_checkpoint
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 from ropewalk.model.head import RUN_INPUTS, held_head, rounded_bits
 from ropewalk.model.info import model_info
 from ropewalk.model.loader import load_model
+from variants import Variant, variants
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 

@@ -1,7 +1,7 @@
 """The head in fewer bits than it is stored in: reading it is a fifth of a token of a 1.1B model in float16.
 
-A head [V, C] that is stored in floats becomes a GPTQ linear, rounded to nearest (ties to even) by runs of inputs of each
-row, so that every backend multiplies it as it does the other quantised linears, with the same arithmetic:
+A head [V, C] that is stored in floats becomes a GPTQ linear, rounded to nearest (ties to even) by runs of inputs of
+each row, so that every backend multiplies it as it does the other quantised linears, with the same arithmetic:
 
     8 bits, runs of 64:  s = max |w| / 127             code = 128 + rint(w / s)
     4 bits, runs of 32:  s = (max(w, 0) - min(w, 0)) / 15    zero = rint(-min(w, 0) / s)    code = zero + rint(w / s)

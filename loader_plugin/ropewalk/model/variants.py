@@ -94,8 +94,8 @@ def _computing(model: Model, compute: str | None) -> tuple[Backend, ModelWeights
     backend = model.backend.computing(compute)
     if backend is not None and not _same_head(model, compute):
         raise UnsupportedError(
-            f"the head is held for compute={model.backend.compute!r} (head_bits={model.weights.head_bits}): for compute="
-            f"{compute!r} the model must be loaded anew, or with head_bits=16"
+            f"the head is held for compute={model.backend.compute!r} (head_bits={model.weights.head_bits}): for "
+            f"compute={compute!r} the model must be loaded anew, or with head_bits=16"
         )
     if backend is None:
         raise UnsupportedError(

@@ -11,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropewalk.base.choices import AUTO, BACKEND, CACHE_TYPE, COMPUTE, HEAD_BITS, MAX_INPUT_LEN, ROPE_GROWTH, SPECULATION, Choice
+from ropewalk.base.choices import (
+    AUTO,
+    BACKEND,
+    CACHE_TYPE,
+    COMPUTE,
+    HEAD_BITS,
+    MAX_INPUT_LEN,
+    ROPE_GROWTH,
+    SPECULATION,
+    Choice,
+)
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
