@@ -41,19 +41,8 @@ HEADERS = [
         f"native/cpu/generic/{name}.inl.hpp"
         for name in (
             *("append", "attention", "attention_codes", "attention_floats", "attention_pairs", "attention_tile"),
-            *(
-                "hadamard",
-                "kv_codes",
-                "kv_pages",
-                "linear",
-                "load",
-                "low_rank",
-                "pack",
-                "probe",
-                "rows",
-                "softmax",
-                "table",
-            ),
+            *("feed_forward", "functions", "hadamard", "kv_codes", "kv_pages", "layer_norm", "linear", "load"),
+            *("low_rank", "pack", "probe", "rows", "softmax", "table"),
         )
     ),
     "native/cpu/avx512/verbs.inl.hpp",

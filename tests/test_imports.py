@@ -18,8 +18,8 @@ PACKAGE = Path(ropewalk.__file__).parent
 
 # The rooms, each after all that it may import.
 ROOMS = (
-    *("base", "families", "config", "rope", "files", "gptq", "weights", "native", "backends", "adapters", "model"),
-    *("generate", "text", "engine", "measure", "faces"),
+    *("base", "families", "config", "rope", "files", "gptq", "containers", "weights", "native", "backends", "adapters"),
+    *("model", "generate", "text", "engine", "measure", "faces"),
 )
 PUBLIC = {"errors", "hf", "native", "webui", "__main__"}  # paths that people import; they only point into a room
 PAGE = "gradio_demo"  # above all of these; tests/gradio_demo looks at its own order
@@ -54,7 +54,7 @@ IMPORT_WHEN_CALLED = {
         "faces.cli.serve",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
-    *("faces.cli.webui", "measure.plots", "model.backend_choice"),
+    *("faces.cli.webui", "measure.plots", "model.backend_choice", "model.backends"),
     *("faces.webui.hooks.loading", "faces.webui.hooks.model_tab", "faces.webui.registration"),
 }
 # Text, files and token ids stay apart: nothing in these rooms may reach one of those, even through others.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 
 LIMITS: dict[str, int]
-"""The largest FEATURES, HEADS, HEAD_DIM, POSITIONS and THREADS that are taken."""
+"""The largest FEATURES, HEADS, HEAD_DIM, POSITIONS, EXPERTS and THREADS that are taken."""
 
 Columns = Sequence[int]
 """Of a buffer: (buffer, first column, heads, size of a head)."""
@@ -155,7 +155,7 @@ class Step:
         sin: numpy.ndarray,
         spans: Sequence[tuple[int, int, Sequence[Page], Sequence[Page]]],
     ) -> None:
-        """x: [T, C] float32, the residual stream, written by the layers. cos, sin: [T, R / 2].
+        """x: [T, C] float32, the residual stream, written by the layers. cos, sin: [tables, T, R / 2].
 
         spans: number of rows, first position, pages from position 0 on, and where the pool keeps the last positions in
         f16 as many pages of those, of each sequence; all rows are T together. A page that one sequence writes must be
@@ -169,15 +169,23 @@ class Layer:
         """widths: floats in a row of each buffer."""
     def rms_norm(self, x: Columns, weight: numpy.ndarray, epsilon: float, out: Columns) -> None:
         """weight: [size of a head of x]. out covers its buffer."""
+    def layer_norm(self, x: Columns, weight: numpy.ndarray, bias: object, epsilon: float, out: Columns) -> None:
+        """weight, bias: size of a head of x, or as many for each head; bias may be None. out covers its buffer."""
     def linear(self, x: Columns, weight: object, out: Columns) -> None:
         """weight: a LinearGroup."""
     def rotate(self, x: Columns, table: int) -> None: ...
     def append(self, k: Columns, v: Columns) -> None: ...
-    def attend(self, q: Columns, out: Columns, window: int, scale: float) -> None:
-        """window: 0 for none. out covers its buffer."""
-    def silu_mul(self, gate_up: Columns, out: Columns) -> None:
-        """Both cover their buffers."""
-    def add_residual(self, y: Columns) -> None:
+    def attend(self, q: Columns, out: Columns, window: int, scale: float, softcap: float) -> None:
+        """window, softcap: 0 for none. out covers its buffer."""
+    def activate(self, x: Columns, activation: str, out: Columns) -> None:
+        """activation: "silu", "gelu" or "gelu_tanh". out covers its buffer."""
+    def gate(self, gate_up: Columns, activation: str, out: Columns) -> None:
+        """activation: as of `activate`. out covers its buffer."""
+    def sigmoid_mul(self, x: Columns, gate: Columns, out: Columns) -> None:
+        """gate: one column. out covers its buffer."""
+    def route(self, logits: Columns, top_k: int, normalised: bool, out: Columns) -> None:
+        """out: two heads of top_k, which cover their buffer."""
+    def add_residual(self, y: Columns, scale: float) -> None:
         """y covers its buffer."""
     def finish(self) -> None:
         """No operation follows."""
@@ -200,8 +208,13 @@ def rms_norm(runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, epsilon:
 def rotate(runtime: Runtime, x: numpy.ndarray, cos: numpy.ndarray, sin: numpy.ndarray) -> None:
     """x: [T, H, D] float32, rotated in place. cos, sin: [T, R / 2]."""
 
-def silu_mul(runtime: Runtime, gate_up: numpy.ndarray, out: numpy.ndarray) -> None:
-    """gate_up: [T, 2 * I] float32. out: [T, I], written."""
+def layer_norm(
+    runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, bias: object, epsilon: float, out: numpy.ndarray
+) -> None:
+    """x: [T, C] or [T, H, C] float32, weight: [C] or [H, C], bias: the same or None. out: of the shape of x, written."""
+
+def activate(runtime: Runtime, x: numpy.ndarray, activation: str, gated: bool, out: numpy.ndarray) -> None:
+    """x: [T, I] float32, or [T, 2 * I] for a gate. activation: "silu", "gelu" or "gelu_tanh". out: [T, I], written."""
 
 def add(runtime: Runtime, x: numpy.ndarray, y: numpy.ndarray, weight: float) -> None:
     """x += weight * y; x: [T, C] float32, written; y: [T, C]."""
@@ -225,10 +238,11 @@ def attend(
     start: int,
     window: int,
     scale: float,
+    softcap: float,
     compute: str,
     out: numpy.ndarray,
 ) -> None:
-    """q: [T, Hq, D] float32 at positions start..start+T, which the cache holds. window: 0 for none.
+    """q: [T, Hq, D] float32 at positions start..start+T, which the cache holds. window, softcap: 0 for none.
 
     compute: of codes, "exact" or "int8". out: [T, Hq * D], written.
     """
@@ -242,8 +256,9 @@ def move_rows(
     num_rows: int,
     cos: numpy.ndarray,
     sin: numpy.ndarray,
+    tables: Sequence[int],
 ) -> None:
     """Positions source_start.. of pages to target_start.. of others of the same pool and kind, in all layer instances.
 
-    cos, sin: [num_rows, R / 2] float32, which keys are turned by. Pages may be in both where rows move to lower places.
+    cos, sin: [tables, num_rows, R / 2] float32; tables: which of them turns the keys of each instance, -1: none. Pages may be in both where rows move to lower places.
     """

@@ -328,12 +328,35 @@ def rotate_(runtime: Runtime, x: Array, cos: Array, sin: Array) -> None:
     _core.rotate(runtime.core, as_numpy(x), as_numpy(cos), as_numpy(sin))
 
 
-def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
-    """silu(gate) * up; gate_up: [T, 2 * I] float32, gate first. Returns [T, I]."""
+def layer_norm(runtime: Runtime, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias; x: [T, C] or [T, H, C] float32, both over C.
+
+    weight: [C] or [H, C] float32; bias: the same, or None.
+    """
+    out = new_result(runtime, x, checked_shape(x, "x", 2, 3))
+    shift = None if bias is None else as_numpy(bias)
+    _core.layer_norm(runtime.core, as_numpy(x), as_numpy(weight), shift, eps, as_numpy(out))
+    return out
+
+
+def activate(runtime: Runtime, x: Array, activation: str) -> Array:
+    """f(x); x: [T, I] float32. activation: "silu", "gelu" (by the error function) or "gelu_tanh". Returns [T, I]."""
+    out = new_result(runtime, x, checked_shape(x, "x", 2))
+    _core.activate(runtime.core, as_numpy(x), activation, False, as_numpy(out))
+    return out
+
+
+def gate(runtime: Runtime, gate_up: Array, activation: str) -> Array:
+    """f(gate) * up; gate_up: [T, 2 * I] float32, gate first. activation: as of `activate`. Returns [T, I]."""
     num_rows, num_columns = checked_shape(gate_up, "gate_up", 2)
     out = new_result(runtime, gate_up, (num_rows, num_columns // 2))
-    _core.silu_mul(runtime.core, as_numpy(gate_up), as_numpy(out))
+    _core.activate(runtime.core, as_numpy(gate_up), activation, True, as_numpy(out))
     return out
+
+
+def silu_mul(runtime: Runtime, gate_up: Array) -> Array:
+    """silu(gate) * up; gate_up: [T, 2 * I] float32, gate first. Returns [T, I]."""
+    return gate(runtime, gate_up, "silu")
 
 
 def add_(runtime: Runtime, x: Array, y: Array, weight: float = 1.0) -> None:
@@ -373,11 +396,21 @@ class KvCache:
         self._check_range(start, checked_shape(k, "k", 3)[0])
         _core.append(self._runtime.core, self._cache, as_numpy(k), as_numpy(v), start)
 
-    def attend(self, q: Array, start: int, window: int | None = None, compute: str = "int8") -> Array:
+    def attend(
+        self,
+        q: Array,
+        start: int,
+        window: int | None = None,
+        compute: str = "int8",
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Array:
         """Attention of queries at positions start..start+T over the keys 0..start+T, at most `length`.
 
         q: [T, Hq, D] float32. Query t sees keys j <= start + t, and with a window only j > start + t - window: the
-        bottom-right aligned causal mask. Scores are scaled by 1/sqrt(D). Returns [T, Hq * D] float32.
+        bottom-right aligned causal mask. Scores are products times `scale` (None: 1/sqrt(D)), then with a soft cap c
+        c * tanh(score / c). Returns [T, Hq * D] float32.
 
         compute: "exact" computes in float32, coded keys and values are decoded. "int8" rounds queries over codes to 8
         bits per block of 32 dims and weights to 15 bits per page of 64 keys, and sums integers within each; over "f16"
@@ -389,8 +422,11 @@ class KvCache:
         if window is not None and window < 1:
             raise ShapeError(f"window is {window}; accepted: None or at least 1")
         out = new_result(self._runtime, q, (num_rows, num_heads * head_dim))
-        scale = 1.0 / math.sqrt(self._head_dim)
-        _core.attend(self._runtime.core, as_numpy(q), self._cache, start, window or 0, scale, compute, as_numpy(out))
+        scale = 1.0 / math.sqrt(self._head_dim) if scale is None else scale
+        if softcap is not None and not softcap > 0:
+            raise ShapeError(f"softcap is {softcap}; accepted: None or above 0")
+        seen = (start, window or 0, scale, softcap or 0.0, compute)
+        _core.attend(self._runtime.core, as_numpy(q), self._cache, *seen, as_numpy(out))
         return out
 
     def _check_range(self, start: int, num_rows: int) -> None:

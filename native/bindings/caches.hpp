@@ -102,20 +102,26 @@ inline void check_ascending(const std::vector<uint8_t*>& source, int64_t source_
 }
 
 inline void run_move_rows(CpuRuntime& runtime, const Pages& source, int64_t source_start, const Pages& target,
-                          int64_t target_start, int64_t num_rows, const py::array& cos, const py::array& sin) {
+                          int64_t target_start, int64_t num_rows, const py::array& cos, const py::array& sin,
+                          const std::vector<int32_t>& tables) {
   require(num_rows >= 0 && num_rows <= kMostPositions, "num_rows is out of range");
-  require(cos.ndim() == 2, "cos and sin must be [T, R / 2]");
+  require(cos.ndim() == 3, "cos and sin must be [tables, T, R / 2]");
   check_extent(cos, "cos");
   MoveArgs args{};
   args.num_rows = num_rows;
-  args.half = cos.shape(1);
-  args.cos = contiguous<float>(cos, "cos", {num_rows, args.half});
-  args.sin = contiguous<float>(sin, "sin", {num_rows, args.half});
+  args.half = cos.shape(2);
+  args.cos = contiguous<float>(cos, "cos", {cos.shape(0), num_rows, args.half});
+  args.sin = contiguous<float>(sin, "sin", {cos.shape(0), num_rows, args.half});
+  for (const int32_t table : tables) {
+    require(table >= -1 && table < cos.shape(0), "keys are to be turned by a table that there is not");
+  }
+  args.tables = tables.data();
   if (num_rows == 0) return;
   require(!source.empty() && source[0] != nullptr, "source has no pages");
   const Page& like = *source[0];
   const KvFormat& format = like.format();
   require(2 * args.half <= format.head_dim, "cos has more than D / 2 columns");
+  require(static_cast<int64_t>(tables.size()) == like.num_instances(), "there is one table, or -1, for each layer instance");
   const std::vector<uint8_t*> from = move_places(source, like, "source", source_start, num_rows);
   const std::vector<uint8_t*> to = move_places(target, like, "target", target_start, num_rows);
   check_ascending(from, source_start, to, target_start, num_rows);
@@ -163,7 +169,7 @@ inline void run_append(CpuRuntime& runtime, KvCache& cache, const py::array& k, 
 }
 
 inline void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& cache, int64_t start, int64_t window,
-                float scale, const std::string& compute, py::array& out) {
+                float scale, float softcap, const std::string& compute, py::array& out) {
   const KvView kv = cache.view();
   const Heads<const float> queries = heads_of(q, "q", kv.head_dim);
   if (queries.num_heads == 0 || queries.num_heads % kv.num_heads != 0) {
@@ -180,6 +186,7 @@ inline void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& c
   }
   require(window >= 0, "window must be at least 0 (0: unlimited)");
   require(std::isfinite(scale), "scale must be finite");
+  check_softcap(softcap);
   AttendArgs args{};
   args.kv = kv;
   args.q = queries.data;
@@ -189,6 +196,7 @@ inline void run_attend(CpuRuntime& runtime, const py::array& q, const KvCache& c
   args.start = start;
   args.window = window;
   args.scale = scale;
+  args.softcap = softcap;
   args.compute = compute_named(compute);
   args.out = writable_contiguous<float>(out, "out", {queries.num_rows, queries.num_heads * kv.head_dim});
   check_apart(out, "out", q, "q");

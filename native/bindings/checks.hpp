@@ -166,6 +166,18 @@ inline Heads<float> writable_heads(pybind11::array& array, const char* name, int
   return {const_cast<float*>(heads.data), heads.num_rows, heads.num_heads, heads.row_stride};
 }
 
+// The weight or bias of a layer norm, [size] for all heads or [heads * size] in any number of dimensions, and how far
+// apart heads are in it.
+inline const float* norm_of(const pybind11::array& array, const char* name, int64_t heads, int64_t size,
+                            int64_t& stride) {
+  if (array.size() != size && array.size() != heads * size) {
+    throw ShapeFailure(std::string(name) + " has shape " + describe(shape_of(array)) + "; expected " +
+                       std::to_string(size) + " elements, or as many for each of " + std::to_string(heads) + " heads");
+  }
+  stride = array.size() == size ? 0 : size;
+  return contiguous<float>(array, name, shape_of(array));
+}
+
 // The memory of an array whose last dimensions are contiguous: rows of bytes, any distance apart.
 struct Extent {
   uintptr_t begin;

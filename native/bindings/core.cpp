@@ -125,17 +125,47 @@ void run_rotate(CpuRuntime& runtime, py::array& x, const py::array& cos, const p
   rotate(runtime, args, heads.num_rows);
 }
 
-void run_silu_mul(CpuRuntime& runtime, const py::array& gate_up, py::array& out) {
+void run_layer_norm(CpuRuntime& runtime, const py::array& x, const py::array& weight, const py::object& bias,
+                    float epsilon, py::array& out) {
+  require((x.ndim() == 2 || x.ndim() == 3) && x.shape(x.ndim() - 1) > 0, "x must be [T, C] or [T, H, C]");
+  const int64_t size = x.shape(x.ndim() - 1);
+  const Heads<const float> heads = heads_of(x, "x", size);
+  require(epsilon >= 0.0f && epsilon <= 1.0f, "epsilon must be in [0, 1]");
+  LayerNormArgs args{};
+  args.x = heads.data;
+  args.row_stride = heads.row_stride;
+  args.num_heads = heads.num_heads;
+  args.size = size;
+  args.weight = norm_of(weight, "weight", heads.num_heads, size, args.weight_stride);
+  args.epsilon = epsilon;
+  args.out = writable_contiguous<float>(out, "out", shape_of(x));
+  check_apart(out, "out", x, "x");
+  check_apart(out, "out", weight, "weight");
+  py::array bias_array;
+  if (!bias.is_none()) {
+    bias_array = array_of(bias, "bias");
+    args.bias = norm_of(bias_array, "bias", heads.num_heads, size, args.bias_stride);
+    check_apart(out, "out", bias_array, "bias");
+  }
+  const Computing computing(runtime);
+  layer_norm(runtime, args, heads.num_rows);
+}
+
+// x: [T, I], or [T, 2 * I] for a gate.
+void run_activate(CpuRuntime& runtime, const py::array& x, const std::string& activation, bool gated, py::array& out) {
   require(out.ndim() == 2, "out must be [T, I]");
   check_extent(out, "out");
-  SiluMulArgs args{};
+  ActivateArgs args{};
   args.size = out.shape(1);
-  args.gate_up = contiguous<float>(gate_up, "gate_up", {out.shape(0), 2 * args.size});
+  args.x_stride = (gated ? 2 : 1) * args.size;
+  args.gated = gated;
+  args.activation = activation_named(activation);
+  args.x = contiguous<float>(x, "x", {out.shape(0), args.x_stride});
   args.out = writable_contiguous<float>(out, "out", shape_of(out));
-  check_apart(out, "out", gate_up, "gate_up");
+  check_apart(out, "out", x, "x");
   const int64_t num_rows = out.shape(0);
   const Computing computing(runtime);
-  silu_mul(runtime, args, num_rows);
+  activate(runtime, args, num_rows);
 }
 
 void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight) {
@@ -238,7 +268,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.attr("LIMITS") = py::dict(py::arg("FEATURES") = kMostFeatures, py::arg("HEADS") = kMostHeads,
                               py::arg("HEAD_DIM") = kMostHeadDim, py::arg("POSITIONS") = kMostPositions,
-                              py::arg("THREADS") = kMostThreads);
+                              py::arg("EXPERTS") = kMostExperts, py::arg("THREADS") = kMostThreads);
 
   m.def("available_isas", [] {
     std::vector<std::string> names;
@@ -305,12 +335,18 @@ PYBIND11_MODULE(_core, m) {
   py::class_<BoundLayer>(m, "Layer")
       .def(py::init<std::vector<int64_t>, const std::string&>(), py::arg("widths"), py::arg("compute"))
       .def("rms_norm", &BoundLayer::rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("out"))
+      .def("layer_norm", &BoundLayer::layer_norm, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("epsilon"),
+           py::arg("out"))
       .def("linear", &BoundLayer::linear, py::arg("x"), py::arg("weight"), py::arg("out"))
       .def("rotate", &BoundLayer::rotate, py::arg("x"), py::arg("table"))
       .def("append", &BoundLayer::append, py::arg("k"), py::arg("v"))
-      .def("attend", &BoundLayer::attend, py::arg("q"), py::arg("out"), py::arg("window"), py::arg("scale"))
-      .def("silu_mul", &BoundLayer::silu_mul, py::arg("gate_up"), py::arg("out"))
-      .def("add_residual", &BoundLayer::add_residual, py::arg("y"))
+      .def("attend", &BoundLayer::attend, py::arg("q"), py::arg("out"), py::arg("window"), py::arg("scale"),
+           py::arg("softcap"))
+      .def("activate", &BoundLayer::activate, py::arg("x"), py::arg("activation"), py::arg("out"))
+      .def("gate", &BoundLayer::gate, py::arg("gate_up"), py::arg("activation"), py::arg("out"))
+      .def("sigmoid_mul", &BoundLayer::sigmoid_mul, py::arg("x"), py::arg("gate"), py::arg("out"))
+      .def("route", &BoundLayer::route, py::arg("logits"), py::arg("top_k"), py::arg("normalised"), py::arg("out"))
+      .def("add_residual", &BoundLayer::add_residual, py::arg("y"), py::arg("scale"))
       .def("finish", &BoundLayer::finish)
       .def("run", &BoundLayer::run, py::arg("runtime"), py::arg("step"), py::arg("instance"), py::arg("weight"),
            py::arg("changes"));
@@ -318,14 +354,17 @@ PYBIND11_MODULE(_core, m) {
   m.def("rms_norm", &run_rms_norm, py::arg("runtime"), py::arg("x"), py::arg("weight"), py::arg("epsilon"),
         py::arg("out"));
   m.def("rotate", &run_rotate, py::arg("runtime"), py::arg("x"), py::arg("cos"), py::arg("sin"));
-  m.def("silu_mul", &run_silu_mul, py::arg("runtime"), py::arg("gate_up"), py::arg("out"));
+  m.def("layer_norm", &run_layer_norm, py::arg("runtime"), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("epsilon"), py::arg("out"));
+  m.def("activate", &run_activate, py::arg("runtime"), py::arg("x"), py::arg("activation"), py::arg("gated"),
+        py::arg("out"));
   m.def("add", &run_add, py::arg("runtime"), py::arg("x"), py::arg("y"), py::arg("weight"));
   m.def("embed", &run_embed, py::arg("runtime"), py::arg("table"), py::arg("token_ids"), py::arg("out"));
   m.def("probe_read", &run_probe_read, py::arg("runtime"), py::arg("floats"));
   m.def("probe_products", &run_probe_products, py::arg("runtime"), py::arg("kind"), py::arg("steps"));
   m.def("append", &run_append, py::arg("runtime"), py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("start"));
   m.def("attend", &run_attend, py::arg("runtime"), py::arg("q"), py::arg("cache"), py::arg("start"),
-        py::arg("window"), py::arg("scale"), py::arg("compute"), py::arg("out"));
+        py::arg("window"), py::arg("scale"), py::arg("softcap"), py::arg("compute"), py::arg("out"));
   m.def("move_rows", &run_move_rows, py::arg("runtime"), py::arg("source"), py::arg("source_start"), py::arg("target"),
-        py::arg("target_start"), py::arg("num_rows"), py::arg("cos"), py::arg("sin"));
+        py::arg("target_start"), py::arg("num_rows"), py::arg("cos"), py::arg("sin"), py::arg("tables"));
 }

@@ -139,6 +139,18 @@ class BoundLayer {
     keep(weight, stage.x, stage.out, stage);
   }
 
+  void layer_norm(const Columns& x, const py::array& weight, const py::object& bias, float epsilon, const Columns& out) {
+    LayerNormStage stage{view(x), nullptr, 0, nullptr, 0, epsilon, whole(out)};
+    require(stage.x.heads == stage.out.heads && stage.x.size == stage.out.size, "a norm's views differ in shape");
+    require(epsilon >= 0.0f && epsilon <= 1.0f, "epsilon must be in [0, 1]");
+    stage.weight = norm_of(weight, "weight", stage.x.heads, stage.x.size, stage.weight_stride);
+    if (!bias.is_none()) {
+      stage.bias = norm_of(array_of(bias, "bias"), "bias", stage.x.heads, stage.x.size, stage.bias_stride);
+      owners_.push_back(bias);
+    }
+    keep(weight, stage.x, stage.out, stage);
+  }
+
   void linear(const Columns& x, const py::object& weight, const Columns& out) {
     require(py::isinstance<LinearGroup>(weight), "weight is not a LinearGroup");
     const auto& group = weight.cast<const LinearGroup&>();
@@ -162,23 +174,47 @@ class BoundLayer {
     add(AppendStage{view(k), view(v)});
   }
 
-  void attend(const Columns& q, const Columns& out, int64_t window, float scale) {
-    const AttendStage stage{view(q), whole(out), window, scale};
+  void attend(const Columns& q, const Columns& out, int64_t window, float scale, float softcap) {
+    const AttendStage stage{view(q), whole(out), window, scale, softcap};
     require(stage.q.columns() == stage.out.columns(), "attention's views differ in size");
     require(window >= 0, "window must be at least 0 (0: unlimited)");
     require(std::isfinite(scale), "scale must be finite");
+    check_softcap(softcap);
     queries_.push_back(stage.q);
     keep(py::none(), stage.q, stage.out, stage);
   }
 
-  void silu_mul(const Columns& gate_up, const Columns& out) {
-    const SiluMulStage stage{whole(gate_up), whole(out)};
-    require(stage.gate_up.columns() == 2 * stage.out.columns(), "a gate has half the columns of its input");
-    keep(py::none(), stage.gate_up, stage.out, stage);
+  void activate(const Columns& x, const std::string& activation, const Columns& out) {
+    const ActivateStage stage{view(x), false, activation_named(activation), whole(out)};
+    require(stage.x.columns() == stage.out.columns(), "an activation's views differ in size");
+    keep(py::none(), stage.x, stage.out, stage);
   }
 
-  void add_residual(const Columns& y) {
-    const AddResidualStage stage{whole(y)};
+  void gate(const Columns& gate_up, const std::string& activation, const Columns& out) {
+    const ActivateStage stage{view(gate_up), true, activation_named(activation), whole(out)};
+    require(stage.x.columns() == 2 * stage.out.columns(), "a gate has half the columns of its input");
+    keep(py::none(), stage.x, stage.out, stage);
+  }
+
+  void sigmoid_mul(const Columns& x, const Columns& gate, const Columns& out) {
+    const SigmoidMulStage stage{view(x), view(gate), whole(out)};
+    require(stage.x.columns() == stage.out.columns() && stage.gate.columns() == 1,
+            "what is multiplied and the result differ in size, or the gate is not one column");
+    require(stage.gate.buffer != stage.out.buffer, "a stage cannot write to the buffer that it reads");
+    keep(py::none(), stage.x, stage.out, stage);
+  }
+
+  void route(const Columns& logits, int64_t top_k, bool normalised, const Columns& out) {
+    const RouteStage stage{view(logits), top_k, normalised, whole(out)};
+    require(stage.logits.columns() <= kMostExperts, "a layer has at most 1024 experts");
+    require(top_k > 0 && top_k <= stage.logits.columns(), "top_k must be 1 to the number of experts");
+    require(stage.out.heads == 2 && stage.out.size == top_k, "routes are two heads of top_k");
+    keep(py::none(), stage.logits, stage.out, stage);
+  }
+
+  void add_residual(const Columns& y, double scale) {
+    require(std::isfinite(scale), "scale must be finite");
+    const AddResidualStage stage{whole(y), scale};
     require(stage.y.columns() == layer_.widths()[0], "what is added has the width of buffer 0");
     keep(py::none(), stage.y, View{0, 0, 1, 1}, stage);
   }

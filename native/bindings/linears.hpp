@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -22,6 +23,18 @@ inline Compute compute_named(const std::string& name) {
   if (name == "exact") return Compute::exact;
   if (name == "int8") return Compute::int8;
   throw ShapeFailure("compute is '" + name + "'; accepted: 'exact', 'int8'");
+}
+
+inline Activation activation_named(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw ShapeFailure("activation is '" + name + "'; accepted: 'silu', 'gelu', 'gelu_tanh'");
+}
+
+// As AttendArgs has it.
+inline void check_softcap(float softcap) {
+  require(std::isfinite(softcap) && (softcap == 0.0f || softcap > 1e-6f), "softcap must be positive (0: none)");
 }
 
 inline FloatType float_type_named(const std::string& name) {

@@ -18,7 +18,8 @@ std::vector<int64_t> buffers_of(const Stage& stage) {
   return std::visit(
       [](const auto& s) -> std::vector<int64_t> {
         using S = std::decay_t<decltype(s)>;
-        if constexpr (std::is_same_v<S, RmsNormStage> || std::is_same_v<S, LinearStage>) {
+        if constexpr (std::is_same_v<S, RmsNormStage> || std::is_same_v<S, LayerNormStage> ||
+                      std::is_same_v<S, LinearStage> || std::is_same_v<S, ActivateStage>) {
           return {s.x.buffer, s.out.buffer};
         } else if constexpr (std::is_same_v<S, RotateStage>) {
           return {s.x.buffer};
@@ -26,9 +27,12 @@ std::vector<int64_t> buffers_of(const Stage& stage) {
           return {s.k.buffer, s.v.buffer};
         } else if constexpr (std::is_same_v<S, AttendStage>) {
           return {s.q.buffer, s.out.buffer};
-        } else if constexpr (std::is_same_v<S, SiluMulStage>) {
-          return {s.gate_up.buffer, s.out.buffer};
+        } else if constexpr (std::is_same_v<S, SigmoidMulStage>) {
+          return {s.x.buffer, s.gate.buffer, s.out.buffer};
+        } else if constexpr (std::is_same_v<S, RouteStage>) {
+          return {s.logits.buffer, s.out.buffer};
         } else {
+          static_assert(std::is_same_v<S, AddResidualStage>);
           return {s.y.buffer};
         }
       },
@@ -53,6 +57,12 @@ class Block {
   void operator()(const RmsNormStage& s) {
     const RmsNormArgs args{at(s.x), stride(s.x), s.x.heads, s.x.size, s.weight, s.epsilon, at(s.out)};
     rms_norm(runtime_, args, num_rows_);
+  }
+
+  void operator()(const LayerNormStage& s) {
+    const LayerNormArgs args{at(s.x), stride(s.x), s.x.heads, s.x.size, s.weight, s.weight_stride, s.bias,
+                             s.bias_stride, s.epsilon, at(s.out)};
+    layer_norm(runtime_, args, num_rows_);
   }
 
   void operator()(const LinearStage& s) {
@@ -83,17 +93,26 @@ class Block {
     std::vector<AttendArgs> sequences;
     for (const Rows& rows : spans_) {
       sequences.push_back({view(rows), layer_.compute(), at(s.q, rows.first), stride(s.q), rows.num_rows, s.q.heads,
-                           rows.start, s.window, s.scale, at(s.out, rows.first)});
+                           rows.start, s.window, s.scale, s.softcap, at(s.out, rows.first)});
     }
     attend(runtime_, sequences);
   }
 
-  void operator()(const SiluMulStage& s) {
-    silu_mul(runtime_, {at(s.gate_up), s.out.columns(), at(s.out)}, num_rows_);
+  void operator()(const ActivateStage& s) {
+    activate(runtime_, {at(s.x), stride(s.x), s.out.columns(), s.gated, s.activation, at(s.out)}, num_rows_);
+  }
+
+  void operator()(const SigmoidMulStage& s) {
+    sigmoid_mul(runtime_, {at(s.x), stride(s.x), at(s.gate), stride(s.gate), s.out.columns(), at(s.out)}, num_rows_);
+  }
+
+  void operator()(const RouteStage& s) {
+    route(runtime_, {at(s.logits), stride(s.logits), s.logits.columns(), s.top_k, s.normalised, at(s.out)}, num_rows_);
   }
 
   void operator()(const AddResidualStage& s) {
-    add(runtime_, {step_.x + first_ * step_.width, at(s.y), weight_, step_.width}, num_rows_);
+    const auto weight = static_cast<float>(static_cast<double>(weight_) * s.scale);
+    add(runtime_, {step_.x + first_ * step_.width, at(s.y), weight, step_.width}, num_rows_);
   }
 
  private:

@@ -27,9 +27,25 @@ void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows) {
            [&](int64_t begin, int64_t end) { runtime.table().rotate(args, begin, end); });
 }
 
-void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows) {
+void layer_norm(CpuRuntime& runtime, const LayerNormArgs& args, int64_t num_rows) {
+  run_rows(runtime, num_rows, args.num_heads * args.size,
+           [&](int64_t begin, int64_t end) { runtime.table().layer_norm(args, begin, end); });
+}
+
+void activate(CpuRuntime& runtime, const ActivateArgs& args, int64_t num_rows) {
   run_rows(runtime, num_rows, 2 * args.size,
-           [&](int64_t begin, int64_t end) { runtime.table().silu_mul(args, begin, end); });
+           [&](int64_t begin, int64_t end) { runtime.table().activate(args, begin, end); });
+}
+
+void sigmoid_mul(CpuRuntime& runtime, const SigmoidMulArgs& args, int64_t num_rows) {
+  run_rows(runtime, num_rows, args.size,
+           [&](int64_t begin, int64_t end) { runtime.table().sigmoid_mul(args, begin, end); });
+}
+
+// Choosing an expert looks at all of them.
+void route(CpuRuntime& runtime, const RouteArgs& args, int64_t num_rows) {
+  run_rows(runtime, num_rows, args.num_experts * (args.top_k + 1),
+           [&](int64_t begin, int64_t end) { runtime.table().route(args, begin, end); });
 }
 
 void add(CpuRuntime& runtime, const AddArgs& args, int64_t num_rows) {

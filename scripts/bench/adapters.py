@@ -22,8 +22,6 @@ from safetensors.torch import save_file
 import ropewalk
 from benchmarking import add_speed_arguments, paired, print_head, spread
 from ropewalk.config.model import ModelConfig
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import layer_prefix
 from ropewalk.model.model import Model
 
 RANKS = {"a": 16, "b": 16, "c": 16, "d": 16, "wide": 64}
@@ -59,13 +57,13 @@ def main() -> None:
 def write_adapter(folder: Path, config: ModelConfig, rank: int, seed: int) -> Path:
     """A PEFT folder with random float16 matrices for every linear of every layer."""
     generator, size = torch.Generator().manual_seed(seed), config.sizes
-    entries = FAMILIES[config.family].linears
+    entries = config.layer_table(0).linears
     tensors = {}
     for index in range(config.num_layers):
         for entry in entries:
             shapes = {"lora_A": (rank, size[entry.inputs]), "lora_B": (size[entry.outputs], rank)}
             for side, shape in shapes.items():
-                name = f"base_model.model.{layer_prefix(index)}{entry.name}.{side}.weight"
+                name = f"base_model.model.{config.table.layer_prefix(index)}{entry.name}.{side}.weight"
                 tensors[name] = (0.02 * torch.randn(shape, generator=generator)).half()
     targets = [entry.name.rpartition(".")[2] for entry in entries]
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}

@@ -3,24 +3,23 @@
     python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b
     python scripts/bench/depth.py FOLDER --threads 2
     python scripts/bench/random_gguf.py FILE --shape 1.1b
-    python scripts/bench/depth.py FOLDER --peer PATH/llama-batched-bench --peer-model FILE --peer-depths 4096 16384
+    python scripts/bench/depth.py FOLDER --peer at_depth --peer-model FILE --peer-depths 4096 16384
 
 All formats share one model's weights. A cache is not filled by reading a prompt, which takes most of an hour at 32k:
 all of its pages are copies of one that a prompt has filled, and attention has as much to do with them. A measurement is
 the time of --tokens tokens, one after the other, or of --rows rows of a prompt, at a depth; formats take turns within a
 round, and ratios are taken within a round.
 
-The peer reads a prompt of that length and then writes as many tokens, with keys and values in the type of --peer-types
-that stands in the place of the format in --formats. Its prompt is compared with the time of ours at the depths in
-between: a row's time grows in a straight line with its depth.
+The peer is llama.cpp through llama_cpp/at_depth.cpp, which says how it is built. Its cache is filled in the same way,
+with keys and values in the type that stands for the format in PEER_TYPES; it takes its turn within each round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,8 @@ from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.model.cache import KvCache
 from ropewalk.model.model import Model
 
-PEER_TYPES = {"fp16": "f16", "q8": "q8_0", "q4": "q4_0", "q8_q4": "q8_0,q4_0"}
+PEER_TYPES = {"fp16": ("f16", "f16"), "q8": ("q8_0", "q8_0"), "q4": ("q4_0", "q4_0"), "q8_q4": ("q8_0", "q4_0")}
+PEER = "llama.cpp "  # before the format, in the names of measurements
 GIB = 1 << 30
 Measured = dict[tuple[str, int], list[float]]  # seconds by (format, depth), for each round
 
@@ -45,11 +45,10 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[0, 4096, 16384, 32768])
     parser.add_argument("--tokens", type=int, default=8, help="decoded in each measurement")
     parser.add_argument("--rows", type=int, default=128, help="of a prompt in each measurement; 0: leave prompts out")
-    parser.add_argument("--peer", type=Path, metavar="PATH", help="llama.cpp's llama-batched-bench")
+    parser.add_argument("--peer", type=Path, metavar="PATH", help="the program of llama_cpp/at_depth.cpp")
     parser.add_argument("--peer-model", type=Path, metavar="GGUF")
-    parser.add_argument("--peer-version", help="where the peer itself does not know")
+    parser.add_argument("--peer-version", default="of unknown version")
     parser.add_argument("--peer-depths", type=int, nargs="+", default=[4096])
-    parser.add_argument("--peer-rounds", type=int, default=1)
     args = parser.parse_args()
     if (args.peer is None) != (args.peer_model is None):
         parser.error("--peer and --peer-model belong together")
@@ -72,12 +71,54 @@ def measured(models: dict[str, Model], args: argparse.Namespace) -> tuple[Measur
     reading: Measured = {}
     for depth in args.depths:
         caches = {name: filled(model, depth) if depth else model.new_cache() for name, model in models.items()}
-        for found, num_rows, at_once in ((decoding, args.tokens, 1), (reading, args.rows, args.rows)):
-            if num_rows:
+        with peers(depth, args) as others:
+            for found, num_rows, at_once in ((decoding, args.tokens, 1), (reading, args.rows, args.rows)):
+                if not num_rows:
+                    continue
                 works = {name: worker(models[name], caches[name], depth, num_rows, at_once) for name in models}
+                works |= {name: peer.worker(num_rows, at_once) for name, peer in others.items()}
                 for name, seconds in paired(works, args.rounds).items():
                     found[name, depth] = [second / num_rows for second in seconds]
     return decoding, reading
+
+
+class Peer:
+    """llama.cpp in a process of its own, with a filled cache."""
+
+    def __init__(self, types: tuple[str, str], depth: int, args: argparse.Namespace) -> None:
+        context = depth + max(args.rows, args.tokens) + PAGE_TOKENS
+        command = [args.peer, args.peer_model, args.threads, *types, context]
+        self._process = subprocess.Popen(
+            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+        self._ask(f"fill {depth}")
+
+    def worker(self, num_rows: int, at_once: int):
+        """Appends rows at the depth, so many at once, and forgets them."""
+        return lambda: self._ask(f"run {num_rows} {at_once}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, line: str) -> None:
+        print(line, file=self._process.stdin, flush=True)
+        self._answer()
+
+    def _answer(self) -> None:
+        if not self._process.stdout.readline():
+            raise SystemExit(f"the peer ended with {self._process.wait()}")
+
+
+@contextmanager
+def peers(depth: int, args: argparse.Namespace) -> Iterator[dict[str, Peer]]:
+    """A peer for each format that it has, at the depths where it is asked for."""
+    wanted = [name for name in args.formats if name in PEER_TYPES] if depth in args.peer_depths and args.peer else []
+    started = {PEER + name: Peer(PEER_TYPES[name], depth, args) for name in wanted}
+    yield started
+    for peer in started.values():
+        peer.close()
 
 
 def worker(model: Model, cache: KvCache, depth: int, num_rows: int, at_once: int):
@@ -117,47 +158,18 @@ def cache_rate(model: Model, times: list[float], shallow: list[float], depth: in
 
 
 def report_peer(decoding: Measured, reading: Measured, args: argparse.Namespace) -> None:
-    """Tokens/s of both programs, at the depths and in the formats that both have."""
-    print(f"\npeer: llama.cpp {args.peer_version or 'of unknown version'}; {args.peer_model.name}, flash attention on")
-    print(f"{'':20}{'writes, tokens/s':20}{'ours':12}{'ours / peer':14}{'reads, tokens/s':20}{'ours':12}ours / peer")
-    for depth in args.peer_depths:
-        for name in (name for name in args.formats if name in PEER_TYPES):
-            rounds = [peer_rates(PEER_TYPES[name], depth, args) for _ in range(args.peer_rounds)]
-            reads, writes = (float(np.median(values)) for values in zip(*rounds, strict=True))
-            ours = 1 / at_depth(decoding, name, depth, args.depths)
-            line = f"{depth:>8,} {name:10} {writes:<20.2f}{ours:<12.2f}{ours / writes:<14.2f}"
-            if reading:
-                mean = depth / whole_prompt(reading, name, depth, args.depths)
-                line += f"{reads:<20.1f}{mean:<12.1f}{mean / reads:.2f}"
-            print(line.rstrip(), flush=True)
-
-
-def peer_rates(types: str, depth: int, args: argparse.Namespace) -> tuple[float, float]:
-    """(prompt tokens/s, written tokens/s) of llama.cpp for a prompt of that length."""
-    keys, _, values = types.partition(",")
-    options = {
-        "-m": args.peer_model, "-c": depth + args.tokens + 256, "-t": args.threads, "-tb": args.threads, "-npp": depth,
-        "-ntg": args.tokens, "-npl": 1, "-ctk": keys, "-ctv": values or keys, "-fa": "on", "--output-format": "jsonl",
-    }  # fmt: skip
-    started = time.perf_counter()
-    command = [str(args.peer), *(str(part) for pair in options.items() for part in pair)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    if run.returncode or not rows:
-        after = time.perf_counter() - started
-        raise SystemExit(f"{args.peer} ended with {run.returncode} after {after:.0f} s:\n{run.stderr[-2000:]}")
-    return rows[0]["speed_pp"], rows[0]["speed_tg"]
-
-
-def at_depth(found: Measured, name: str, depth: int, depths: list[int]) -> float:
-    """Seconds at a depth, on the line between those that were measured."""
-    return float(np.interp(depth, depths, [np.median(found[name, other]) for other in depths]))
-
-
-def whole_prompt(reading: Measured, name: str, length: int, depths: list[int]) -> float:
-    """Seconds for all rows of a prompt, each at its depth."""
-    places = np.linspace(0, length, 65)
-    return length * float(np.mean([at_depth(reading, name, int(place), depths) for place in places]))
+    """Times of the peer, and in how much of them we do the same."""
+    print(f"\nllama.cpp {args.peer_version}, {args.peer_model.name}, flash attention")
+    print(f"{'':20}{'a token, ms':34}{'this / ours':34}{'a row of a prompt, ms':34}this / ours")
+    for name, depth in decoding:
+        if not name.startswith(PEER):
+            continue
+        line = f"{depth:>8,} {PEER_TYPES[name.removeprefix(PEER)][0]:11}"
+        for found in (decoding, reading) if reading else (decoding,):
+            times, ours = found[name, depth], found[name.removeprefix(PEER), depth]
+            ratios = [other / mine for mine, other in zip(ours, times, strict=True)]
+            line += f"{spread([1e3 * t for t in times]):34}{spread(ratios):34}"
+        print(line.rstrip())
 
 
 if __name__ == "__main__":

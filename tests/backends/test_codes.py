@@ -128,7 +128,7 @@ def test_moved_keys_are_turned_and_values_stay_as_they_are(text: str, num: int, 
         append_(pages, instance, k, v, 0)
     before = [part.clone() for part in gathered(pages, 1, 192)]
     angles = rows(num, 20, seed=3)
-    BACKEND.move_rows_(pages, 70, pages, 70 - shift, num, angles.cos(), angles.sin())
+    BACKEND.move_rows_(pages, 70, pages, 70 - shift, num, angles.cos()[None], angles.sin()[None], [0, 0])
     keys, values = gathered(pages, 1, 192)
     assert torch.equal(values[:, 70 - shift : 70 - shift + num], before[1][:, 70 : 70 + num])
     first, second = before[0][:, 70 : 70 + num, :20], before[0][:, 70 : 70 + num, 20:40]
@@ -139,12 +139,12 @@ def test_moved_keys_are_turned_and_values_stay_as_they_are(text: str, num: int, 
 
 
 def test_moving_refuses_what_does_not_fit() -> None:
-    pages, table = pages_of("q8", 2), torch.ones(10, 4)
+    pages, table = pages_of("q8", 2), torch.ones(1, 10, 4)
     for arguments, message in (
         ((pages, 120, pages, 0, 10, table, table), "source: positions 120 to 130 lie outside its 2 pages"),
         ((pages, 0, pages[:1], 60, 10, table, table), "target: positions 60 to 70 lie outside its 1 pages"),
         ((pages, 0, pages, 0, 9, table, table), "tables .* do not fit 9 rows"),
-        ((pages, 0, pages, 0, 10, table, table[:, :3]), "tables .* do not fit 10 rows"),
+        ((pages, 0, pages, 0, 10, table, table[..., :3]), "tables .* do not fit 10 rows"),
     ):
         with pytest.raises(ShapeError, match=message):
-            BACKEND.move_rows_(*arguments)
+            BACKEND.move_rows_(*arguments, [0, 0])

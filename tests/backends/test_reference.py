@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,17 @@ from accuracy import assert_as_accurate
 from gptq_writer import Kind, quantised_linear
 from ropewalk.backends.reference import ReferenceBackend, attention
 from ropewalk.backends.reference import linear as linear_module
-from ropewalk.backends.reference.attention import attend, rotate_
-from ropewalk.backends.reference.layers import silu_mul
+from ropewalk.backends.reference.attention import Seen, attend, rotate_
+from ropewalk.backends.reference.layers import activate, route
 from ropewalk.backends.reference.pages import append_, gathered
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.quantisation import QuantSettings
+from ropewalk.families.program import Activation
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_gptq_linear
 
+PLAIN = Seen(None, 8**-0.5, None)
 EXACT, INT8 = ReferenceBackend("exact"), ReferenceBackend("int8")
 K = 96
 DTYPES = (torch.float64, torch.float32)  # of the exact and of the plain computation
@@ -106,11 +109,12 @@ def test_no_operation_assumes_the_default_device(tmp_path: Path) -> None:
     with torch.device("meta"):  # what does not follow its inputs ends up there, and mixing devices is an error
         results = [backend.linear(x, weight) for backend, weight in packed]
         results += [EXACT.linear(x, dense_packed), EXACT.embed(table, torch.tensor([3], device="cpu"))]
-        results += [EXACT.rms_norm(x, x[0], 1e-5), silu_mul(x)]
+        results += [EXACT.rms_norm(x, x[0], 1e-5), EXACT.layer_norm(x, x[0], x[1], 1e-5)]
+        results += [activate(x, activation) for activation in Activation]
         rotate_(k, k[:, 0, :4].contiguous(), k[:, 1, :4].contiguous())
         page = EXACT.new_pool(2, 8, CacheFormat.parse("fp16"), 1 << 20).take(1)
         append_([page], 0, k, k, 0)
-        results.append(attend(q, *gathered([page], 0, 2), 0, 3))
+        results.append(attend(q, *gathered([page], 0, 2), 0, Seen(3, 0.5, 2.0)))
     assert all(result.device.type == "cpu" for result in results)
 
 
@@ -193,33 +197,37 @@ def test_rotation_tables_of_another_size_are_refused() -> None:
 
 
 def attention_by_hand(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None, dtype: torch.dtype
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, seen: Seen, dtype: torch.dtype
 ) -> torch.Tensor:
     """q: [T, Hq, D], k, v: [S, Hkv, D], one query and one head at a time, computed in `dtype`."""
     q, k, v = (array.to(dtype) for array in (q, k, v))
     out = torch.empty(q.shape, dtype=dtype)
     for t in range(q.shape[0]):
         i = start + t
-        low = 0 if window is None else max(0, i - window + 1)
+        low = 0 if seen.window is None else max(0, i - seen.window + 1)
         for head in range(q.shape[1]):
             kv_head = head // (q.shape[1] // k.shape[1])
-            scores = k[low : i + 1, kv_head] @ q[t, head] / math.sqrt(q.shape[2])
+            scores = k[low : i + 1, kv_head] @ q[t, head] * seen.scale
+            if seen.softcap is not None:
+                scores = seen.softcap * torch.tanh(scores / seen.softcap)
             out[t, head] = scores.softmax(0) @ v[low : i + 1, kv_head]
     return out.flatten(1)
 
 
 @pytest.mark.parametrize("start, num_rows", [(0, 1), (0, 13), (9, 1), (9, 7)])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("scratch", [1, 1 << 26], ids=["row-by-row", "one-block"])
-def test_attention_is_causal_windowed_and_grouped(
-    start: int, num_rows: int, window: int | None, scratch: int, monkeypatch: pytest.MonkeyPatch
+def test_attention_is_causal_windowed_grouped_and_capped(
+    start: int, num_rows: int, window: int | None, softcap: float | None, scratch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen = Seen(window, 0.3, softcap)
     monkeypatch.setattr(attention, "SCRATCH_BYTES", scratch)
     end = start + num_rows
     k, v, q = rows(end, 2, 8), rows(end, 2, 8, seed=2), rows(num_rows, 7, 8, seed=3)[:, 1:]
-    got = attend(q, k.transpose(0, 1), v.transpose(0, 1), start, window)
+    got = attend(q, k.transpose(0, 1), v.transpose(0, 1), start, seen)
     assert got.is_contiguous()
-    assert_as_accurate(got, *(attention_by_hand(q, k, v, start, window, dtype) for dtype in DTYPES))
+    assert_as_accurate(got, *(attention_by_hand(q, k, v, start, seen, dtype) for dtype in DTYPES))
 
 
 def pages_of(num_pages: int, cache_type: str = "fp32", instances: int = 2) -> list:
@@ -245,8 +253,8 @@ def test_positions_are_found_again_whatever_pages_and_calls_they_came_in(cuts: t
 def test_keys_and_values_are_rounded_to_the_dtype_of_the_pages() -> None:
     pages, k, v, q = pages_of(1, "fp16"), rows(4, 2, 8), rows(4, 2, 8, seed=2), rows(4, 4, 8, seed=3)
     append_(pages, 0, k, v, 0)
-    expected = (attention_by_hand(q, k.half(), v.half(), 0, None, dtype) for dtype in DTYPES)
-    assert_as_accurate(attend(q, *gathered(pages, 0, 4), 0, None), *expected)
+    expected = (attention_by_hand(q, k.half(), v.half(), 0, PLAIN, dtype) for dtype in DTYPES)
+    assert_as_accurate(attend(q, *gathered(pages, 0, 4), 0, PLAIN), *expected)
 
 
 def test_pages_refuse_what_does_not_fit() -> None:
@@ -259,10 +267,47 @@ def test_pages_refuse_what_does_not_fit() -> None:
     keys, values = gathered(pages, 0, 4)
     for q, start in ((rows(2, 4, 8), 3), (rows(2, 3, 8), 0), (rows(2, 4, 9), 0)):
         with pytest.raises(ShapeError, match="attend"):
-            attend(q, keys, values, start, None)
+            attend(q, keys, values, start, PLAIN)
 
 
-def test_silu_mul_uses_the_first_half_as_the_gate() -> None:
-    x = rows(3, 10)
-    exact, plain = (x[:, :5] / (1 + (-x[:, :5]).exp()) * x[:, 5:] for x in (x.double(), x))
-    assert_as_accurate(silu_mul(x), exact, plain)
+def gelu_by_hand(x: torch.Tensor) -> torch.Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def tanh_gelu_by_hand(x: torch.Tensor) -> torch.Tensor:
+    return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+@pytest.mark.parametrize(
+    "activation, by_hand",
+    [
+        (Activation.SILU, lambda x: x / (1 + (-x).exp())),
+        (Activation.GELU, gelu_by_hand),
+        (Activation.GELU_TANH, tanh_gelu_by_hand),
+    ],
+)
+def test_activations_follow_their_formulas(activation: Activation, by_hand: Callable) -> None:
+    x = 3 * rows(3, 10)
+    assert_as_accurate(activate(x, activation), by_hand(x.double()), by_hand(x))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_layer_norm_of_a_strided_view(with_bias: bool) -> None:
+    x, weight, bias = rows(4, 5, 24)[:, 1:3, :16] + 2, rows(1, 16)[0], rows(1, 16, seed=2)[0]
+    exact, plain = (
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * weight
+        + (bias if with_bias else 0)
+        for x in (x.double(), x)
+    )
+    got = EXACT.layer_norm(x, weight, bias if with_bias else None, 1e-5)
+    assert got.is_contiguous()
+    assert_as_accurate(got, exact, plain)
+
+
+def test_experts_are_chosen_by_their_share_and_listed_in_order() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    chosen, shares = route(logits, 2, normalised=False).unbind(1)
+    assert chosen.tolist() == [[1, 2], [0, 1]]  # of equal logits the smaller number
+    assert torch.equal(shares, logits.softmax(-1).gather(1, chosen.long()))
+    assert route(logits, 3, normalised=True)[0, 0].tolist() == [1, 2, 3]
+    assert torch.allclose(route(logits, 3, normalised=True)[:, 1].sum(-1), torch.ones(2))

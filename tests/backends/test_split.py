@@ -17,7 +17,7 @@ from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError, ShapeError
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.model import backend_choice
+from ropewalk.model import backends
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
 from ropewalk.model.options import LoadOptions
@@ -151,20 +151,21 @@ def test_a_page_of_either_kind_has_a_part_in_every_place_and_is_saved_by_its_par
 def test_rows_are_moved_in_every_place(split, cache_type: str) -> None:
     backend, plain = split(1, 2).backend, ReferenceBackend("exact")
     moved = []
-    angles = torch.linspace(0, 3, 80 * 4).view(80, 4)
+    angles = torch.linspace(0, 3, 80 * 4).view(1, 80, 4)
     for each in (backend, plain):
         pool = each.new_pool(2, 16, CacheFormat.parse(cache_type), 1 << 20)
         pages = [pool.take(3) for _ in range(3)]
         for number, page in enumerate(pages):  # the same bytes in each instance, in one place or two
             for part in pool.parts_of(page):
                 part.fill_(40 + number)
-        each.move_rows_(pages, 70, pages, 30, 80, angles.cos(), angles.sin())
+        each.move_rows_(pages, 70, pages, 30, 80, angles.cos(), angles.sin(), [0, 0, 0])
         moved.append([[part.clone() for part in pool.parts_of(page)] for page in pages])
     for (first, second), (whole,) in zip(*moved, strict=True):
         assert first.unique().tolist() != [40] and second.numel() == 2 * first.numel()
         assert sorted(torch.cat([first, second]).tolist()) == sorted(whole.tolist())
+    ones = torch.ones(1, 180, 4)
     with pytest.raises(ShapeError, match="source: positions 70 to 250 lie outside"):
-        backend.move_rows_(pages, 70, pages, 30, 180, torch.ones(180, 4), torch.ones(180, 4))
+        backend.move_rows_(pages, 70, pages, 30, 180, ones, ones, [0, 0, 0])
 
 
 def test_only_a_place_compiles_layers_and_each_says_how_another_model_is_loaded_beside_it(split) -> None:
@@ -244,10 +245,10 @@ def test_a_layer_that_runs_twice_on_a_card_takes_its_room_once() -> None:
 
 def test_each_place_is_given_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple] = []
-    monkeypatch.setattr(backend_choice, "_single", lambda *given: made.append(given) or ReferenceBackend("exact"))
+    monkeypatch.setattr(backends, "_single", lambda *given: made.append(given) or ReferenceBackend("exact"))
     placement = Placement((Share("cuda:0", 2), Share("cuda:1", 1), Share(None, 1)), (0, 1, 2, 3))
     options = LoadOptions(backend="gpu", gpu_layers=3, gpu_split="1,2")
-    backend = backend_choice.make_backend(options, placement)
+    backend = backends.make_backend(options, placement)
     assert [(name, device) for name, _, device in made] == [("gpu", "cuda:0"), ("gpu", "cuda:1"), ("cpu", None)]
     assert backend.firsts == (0, 2, 3)
     assert backend.shares == ((torch.device("cpu"), 1.0),)

@@ -11,13 +11,25 @@ import pytest
 import torch
 
 from gptq_writer import model_config, write_checkpoint
-from ropewalk.adapters.low_rank import LayerChange
-from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
+from ropewalk.backends.protocol import LayerChange, LowRankPart, RowChange, RowSpan
 from ropewalk.backends.reference import attention, layers, pages
+from ropewalk.backends.reference.attention import Seen
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import parse_model_config
 from ropewalk.families import FAMILIES
-from ropewalk.families.program import RESIDUAL, AddResidual, Append, Attend, Linear, Program, RmsNorm, SiluMul, View
+from ropewalk.families.program import (
+    RESIDUAL,
+    Activation,
+    AddResidual,
+    Append,
+    Attend,
+    Gate,
+    LayerNorm,
+    Linear,
+    Program,
+    RmsNorm,
+    View,
+)
 from ropewalk.families.recorder import LayerShape, Recorder, record
 from ropewalk.model.layers import PackedLayer, layer_program, layer_shape
 from ropewalk.model.model import Model
@@ -35,7 +47,11 @@ def views_of(operation: Any) -> Iterator[tuple[str, View]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, qk_norm=False, window=None)], ids=["norms", "plain"])
 def test_every_view_lies_in_its_buffer_and_is_written_before_it_is_read(family: str, shape: LayerShape) -> None:
-    program = record(FAMILIES[family].layer, shape)
+    for kind in FAMILIES[family].kinds.values():
+        check_program(record(kind.layer, shape))
+
+
+def check_program(program: Program) -> None:
     assert program.widths[RESIDUAL] == C
     written = {RESIDUAL}
     for operation in program.operations:
@@ -53,15 +69,19 @@ def test_every_view_lies_in_its_buffer_and_is_written_before_it_is_read(family: 
 def test_a_layer_names_the_weights_that_the_model_packs(family: str) -> None:
     config = parse_model_config(model_config(family), "config.json")
     operations = layer_program(family, layer_shape(config, 0)).operations
-    linears = [operation for operation in operations if isinstance(operation, Linear)]
-    assert [operation.weight for operation in linears] == ["qkv", "o", "gate_up", "down"]
-    norms = {operation.weight for operation in operations if isinstance(operation, RmsNorm)}
-    assert norms == {norm.field for norm in FAMILIES[family].norms}
-    assert {field.name for field in fields(LayerChange)} == {operation.weight for operation in linears}
+    linears = {operation.weight: operation for operation in operations if isinstance(operation, Linear)}
+    groups = config.layer_table(0).groups
+    assert set(linears) == set(groups)
+    for name, entries in groups.items():
+        assert linears[name].out.size == sum(config.sizes[entry.outputs] for entry in entries)
+        assert linears[name].x.heads * linears[name].x.size == config.sizes[entries[0].inputs]
+    normed = [operation for operation in operations if isinstance(operation, (RmsNorm, LayerNorm))]
+    names = {norm.weight for norm in normed} | {norm.bias for norm in normed if isinstance(norm, LayerNorm)}
+    assert names - {None} == {norm.field for norm in config.layer_table(0).norms}
 
 
 def test_sizes_follow_the_equation() -> None:
-    program = record(FAMILIES["llama"].layer, SHAPE)
+    program = record(FAMILIES["llama"].kinds["decoder"].layer, SHAPE)
     found = {type(operation): operation for operation in program.operations}
     sizes = {op.weight: (op.x.heads * op.x.size, op.out.size) for op in program.operations if isinstance(op, Linear)}
     assert sizes == {"qkv": (C, (HQ + 2 * HKV) * D), "o": (HQ * D, C), "gate_up": (C, 2 * INNER), "down": (INNER, C)}
@@ -69,7 +89,7 @@ def test_sizes_follow_the_equation() -> None:
     assert (k.heads, k.size, v.heads, v.size) == (HKV, D, HKV, D)
     assert (v.first, v.end) == ((HQ + HKV) * D, (HQ + 2 * HKV) * D)  # the last columns of qkv
     assert found[Attend].window == 17 and (found[Attend].q.heads, found[Attend].q.size) == (HQ, D)
-    assert (found[SiluMul].gate_up.size, found[SiluMul].out.size) == (2 * INNER, INNER)
+    assert (found[Gate].gate_up.size, found[Gate].out.size) == (2 * INNER, INNER)
     assert sum(isinstance(operation, AddResidual) for operation in program.operations) == 2
 
 
@@ -107,7 +127,7 @@ class OneByOne:
     def linear(self, x: torch.Tensor, layer: PackedLayer, name: str, changes: list[RowChange]) -> torch.Tensor:
         y = self.backend.linear(x, layer.linears[name])
         for rows in changes:
-            change = getattr(rows.change, name)
+            change = rows.change.get(name)
             if change is not None:
                 self.backend.add_low_rank_(y[rows.first : rows.end], x[rows.first : rows.end], change)
         return y
@@ -123,16 +143,21 @@ class OneByOne:
             self.kv.append_(k, v, start)
             return self.kv.attend(q, start, window)
         pages.append_(self.pages, 0, k, v, start)
-        return attention.attend(q, *pages.gathered(self.pages, 0, start + len(q)), start, window)
+        return attention.attend(
+            q, *pages.gathered(self.pages, 0, start + len(q)), start, Seen(window, q.shape[2] ** -0.5, None)
+        )
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self.kernels.silu_mul(self.backend.runtime, gate_up) if self.native else layers.silu_mul(gate_up)
+        if self.native:
+            return self.kernels.silu_mul(self.backend.runtime, gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        return layers.activate(gate, Activation.SILU) * up
 
     def run_(
         self, x: torch.Tensor, index: int, cos: torch.Tensor, sin: torch.Tensor, start: int, changes: list[RowChange]
     ) -> None:
         config, layer = self.model.config, self.model.weights.layers[index]
-        heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
+        heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.norm_eps
         normed = self.backend.rms_norm(x, layer.norms["attn_norm"], eps)
         fused = self.linear(normed, layer, "qkv", changes).view(len(x), -1, config.head_dim)
         q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
@@ -161,7 +186,8 @@ def random_change(model: Model, seed: int) -> LayerChange:
 
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return LayerChange(packed(hidden, queries, keys, keys), None, packed(hidden, inner, inner), packed(inner, hidden))
+    qkv, gate_up = packed(hidden, queries, keys, keys), packed(hidden, inner, inner)
+    return {"qkv": qkv, "gate_up": gate_up, "down": packed(inner, hidden)}
 
 
 @pytest.mark.parametrize("variant", variants(), ids=str)
@@ -182,6 +208,6 @@ def test_a_replayed_layer_has_the_bits_of_its_operations_one_by_one(
         cos, sin = (torch.from_numpy(table) for table in model.rope.rotation_tables(start, start + num_rows, 256))
         changes = [RowChange(num_rows // 2, num_rows, random_change(model, start))]
         plain.run_(expected, 1, cos, sin, start, changes)
-        step = model.backend.begin_step(x, cos, sin, [RowSpan(num_rows, start, held)])
+        step = model.backend.begin_step(x, cos[None], sin[None], [RowSpan(num_rows, start, held)])
         model.backend.run_layer_(step, model.weights.layers[1].compiled, 0, 0.5, changes)
         assert torch.equal(x, expected)

@@ -35,7 +35,7 @@ from hostile_folders import (
     write_base,
 )
 from ropewalk.base.errors import CheckpointError, ConfigError, RopewalkError
-from ropewalk.config.quantisation import require_quick_pattern
+from ropewalk.config.settings import require_quick_pattern
 from ropewalk.generate.evaluate import perplexity
 from ropewalk.text.chat import load_chat_template
 from ropewalk.text.tokenizer.sentencepiece import SentencePieceTokenizer

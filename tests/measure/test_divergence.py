@@ -145,7 +145,7 @@ def test_lengths_that_do_not_fit_are_refused(base: OpenSetting) -> None:
 
 def test_damaged_weights_are_named(base: OpenSetting, folder: Path) -> None:
     other = load_model(folder, options=OPTIONS)
-    other.weights.final_norm.fill_(math.nan)
+    other.weights.final_norm["norm"].fill_(math.nan)
     with pytest.raises(CheckpointError, match="the logits under 'damaged' are not finite"):
         divergence(base, open_base(Setting("damaged", folder, OPTIONS), other), IDS, LENGTH)
 

@@ -1,4 +1,4 @@
-"""model/backend_choice.py: "auto" and the options that decide for it; what is refused by name."""
+"""model/backend_choice.py and model/backends.py: "auto" and the options that decide for it; what is refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from gptq_writer import write_checkpoint
 from ropewalk.backends.gpu import device as gpu
 from ropewalk.base.errors import ConfigError
-from ropewalk.model.backend_choice import Chosen, choose_backend, make_backend
+from ropewalk.model.backend_choice import Chosen, choose_backend
+from ropewalk.model.backends import make_backend
 from ropewalk.model.loader import load_model
 from ropewalk.model.options import LoadOptions
 

@@ -179,7 +179,7 @@ def test_config_json_can_hold_the_order(tmp_path: Path) -> None:
     [
         ({"intermediate_size": 64}, {}, "intermediate_size 64, not 96"),
         ({"num_key_value_heads": 4}, {}, "num_kv_heads 4, not 2"),
-        ({"rms_norm_eps": 1e-6}, {}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e-6}, {}, "norm_eps"),
         ({}, {"family": "qwen2"}, "family 'qwen2', not 'llama'"),
     ],
 )

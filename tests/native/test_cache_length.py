@@ -97,4 +97,4 @@ def test_positions_near_the_end_of_int64_are_refused_without_overflow():
         with refused("do not fit a cache of 64"):
             _core.append(core, cache, x, x, start)
         with refused("lie outside a cache of 64"):
-            _core.attend(core, x, cache, start, 0, 1.0, "int8", out)
+            _core.attend(core, x, cache, start, 0, 1.0, 0.0, "int8", out)

@@ -249,9 +249,9 @@ def test_a_gate_refuses(gate_up, message):
 
 def test_the_core_refuses_an_output_of_a_gate_that_does_not_fit():
     with refused("out must be [T, I]"):
-        _core.silu_mul(CORE, f32(2, 8), f32(8))
+        _core.activate(CORE, f32(2, 8), "silu", True, f32(8))
     with refused("out is read-only"):
-        _core.silu_mul(CORE, f32(2, 8), read_only(f32(2, 4)))
+        _core.activate(CORE, f32(2, 8), "silu", True, read_only(f32(2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_the_core_refuses_what_the_face_would_have_refused(start, window, out, m
     cache = _core.KvCache(2, 8, 10, "f16")
     _core.append(CORE, cache, f32(64, 2, 8), f32(64, 2, 8), 0)
     with refused(message):
-        _core.attend(CORE, f32(3, 4, 8), cache, start, window, 1.0, "int8", out)
+        _core.attend(CORE, f32(3, 4, 8), cache, start, window, 1.0, 0.0, "int8", out)
 
 
 def test_the_core_refuses_positions_beyond_its_tiles():

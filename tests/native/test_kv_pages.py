@@ -99,7 +99,8 @@ def filled(text: str, isa: str, seed: int = 0) -> PagedAttention:
 
 
 def moved(cache: PagedAttention, source, target, start: int, to: int, angles: torch.Tensor) -> None:
-    cache.backend.move_rows_(source, start, target, to, len(angles), angles.cos(), angles.sin())
+    tables = angles.cos()[None], angles.sin()[None]
+    cache.backend.move_rows_(source, start, target, to, len(angles), *tables, [0, 0])
 
 
 @every_isa
@@ -165,10 +166,13 @@ MOVES = {
     "negative": (dict(source_start=-1), "do not fit the 3 pages of source"),
     "negative-rows": (dict(num_rows=-1), "num_rows is out of range"),
     "upwards": (dict(target_start=1), "rows would be written before they are read"),
-    "cos-rows": (dict(cos=np.zeros((49, 8), np.float32)), "cos has shape [49, 8]; expected [50, 8]"),
-    "cos-dtype": (dict(cos=np.zeros((50, 8))), "cos has dtype float64"),
-    "sin-columns": (dict(sin=np.zeros((50, 7), np.float32)), "sin has shape [50, 7]; expected [50, 8]"),
-    "wide": (dict(cos=np.zeros((50, 25), np.float32), sin=np.zeros((50, 25), np.float32)), "more than D / 2 columns"),
+    "cos-rows": (dict(cos=np.zeros((1, 49, 8), np.float32)), "cos has shape [1, 49, 8]; expected [1, 50, 8]"),
+    "cos-dtype": (dict(cos=np.zeros((1, 50, 8))), "cos has dtype float64"),
+    "sin-columns": (dict(sin=np.zeros((1, 50, 7), np.float32)), "sin has shape [1, 50, 7]; expected [1, 50, 8]"),
+    "wide": (dict.fromkeys(("cos", "sin"), np.zeros((1, 50, 25), np.float32)), "more than D / 2 columns"),
+    "table": (dict(tables=[1]), "by a table that there is not"),
+    "below": (dict(tables=[-2]), "by a table that there is not"),
+    "tables": (dict(tables=[0, 0]), "for each layer instance"),
     "no-pages": (dict(source=[]), "source has no pages"),
     "none": (dict(target=[None] * 3), "a page is None"),
 }
@@ -179,25 +183,25 @@ def test_a_move_is_refused_before_anything_is_touched(name):
     changes, message = MOVES[name]
     pool = pool_of("q8")
     pages = [pool.take(1) for _ in range(3)]
-    table = np.zeros((50, 8), np.float32)
-    given = dict(source=pages, source_start=0, target=pages, target_start=0, num_rows=50, cos=table, sin=table)
+    table = np.zeros((1, 50, 8), np.float32)
+    given = dict(source=pages, source_start=0, target=pages, target_start=0, num_rows=50, cos=table, sin=table, tables=[0])
     with pytest.raises(ShapeError) as error:
         _core.move_rows(BACKEND.runtime.core, **given | changes)
     assert message in str(error.value)
 
 
 def test_rows_move_between_pages_of_one_pool_kind_and_size_alone():
-    pool, table = pool_of("q8+64"), torch.zeros(5, 8)
+    pool, table = pool_of("q8+64"), torch.zeros(1, 5, 8)
     page = pool.take(1)
     for other in (pool.take(1, recent=True), pool.take(2), pool_of("q8+64").take(1)):
         with pytest.raises(ShapeError, match="several pools, kinds or numbers of layer instances"):
-            BACKEND.move_rows_([page], 0, [other], 0, 5, table, table)
+            BACKEND.move_rows_([page], 0, [other], 0, 5, table, table, [0])
 
 
 def test_a_step_is_refused_recent_pages_that_do_not_fit():
     pool = pool_of("q8+64")
     pages, recent = [pool.take(1) for _ in range(3)], [pool.take(1, recent=True) for _ in range(3)]
-    x, table = np.zeros((2, 8), np.float32), np.zeros((2, 0), np.float32)
+    x, table = np.zeros((2, 8), np.float32), np.zeros((1, 2, 0), np.float32)
 
     def step(start: int, given: list, kept: list) -> None:
         _core.Step(x, table, table, [(2, start, given, kept)])
@@ -224,7 +228,7 @@ def test_a_step_is_refused_recent_pages_that_do_not_fit():
 def test_two_sequences_do_not_share_a_recent_page_that_one_writes():
     pool = pool_of("q8+64")
     pages, recent = [pool.take(1) for _ in range(2)], pool.take(1, recent=True)
-    x, table = np.zeros((2, 8), np.float32), np.zeros((2, 0), np.float32)
+    x, table = np.zeros((2, 8), np.float32), np.zeros((1, 2, 0), np.float32)
     with pytest.raises(ShapeError, match="used by another"):
         _core.Step(x, table, table, [(1, 0, pages[:1], [recent]), (1, 0, pages[1:], [recent])])
 

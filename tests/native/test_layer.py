@@ -73,7 +73,7 @@ class TinyLayer:
         spans = [
             RowSpan(count, s.done, s.reserved(self.pool, count)) for s, count in zip(sequences, counts, strict=True)
         ]
-        step = self.backend.begin_step(x, angles.cos(), angles.sin(), spans)
+        step = self.backend.begin_step(x, angles.cos()[None], angles.sin()[None], spans)
         self.backend.run_layer_(step, self.layer, instance, 0.5, changes)
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.done += count
@@ -197,7 +197,7 @@ def test_pages_go_back_to_their_pool():
 def small_step(recent=(), **other):
     """spans: as the core takes them, but for the pages of the last positions, which are `recent` in each."""
     tiny = LAYERS[native.available_isas()[0]]
-    tables = np.zeros((2, HEAD_DIM // 2), np.float32)
+    tables = np.zeros((1, 2, HEAD_DIM // 2), np.float32)
     given = {
         "x": np.zeros((2, HIDDEN), np.float32),
         "cos": tables,
@@ -228,10 +228,10 @@ def test_a_step_is_refused_before_anything_is_touched():
         with pytest.raises(ShapeError, match=message):
             small_step(spans=spans)
     with pytest.raises(ShapeError, match="cos has"):
-        small_step(cos=np.zeros((3, 12), np.float32))
+        small_step(cos=np.zeros((1, 3, 12), np.float32))
     with pytest.raises(ShapeError, match="overlaps"):
         x = np.zeros((2, HIDDEN), np.float32)
-        small_step(x=x, cos=x.reshape(-1)[:24].reshape(2, 12))
+        small_step(x=x, cos=x.reshape(-1)[:24].reshape(1, 2, 12))
 
 
 def test_a_layer_is_refused_a_step_that_does_not_fit_it():
@@ -245,7 +245,9 @@ def test_a_layer_is_refused_a_step_that_does_not_fit_it():
     with pytest.raises(ShapeError, match="another width"):
         run(small_step(x=np.zeros((2, HIDDEN + 1), np.float32)))
     with pytest.raises(ShapeError, match="more than D / 2"):
-        run(small_step(cos=np.zeros((2, 13), np.float32), sin=np.zeros((2, 13), np.float32)))
+        run(small_step(cos=np.zeros((1, 2, 13), np.float32), sin=np.zeros((1, 2, 13), np.float32)))
+    with pytest.raises(ShapeError, match="a table that the step does not have"):
+        run(small_step(cos=np.zeros((0, 2, 12), np.float32), sin=np.zeros((0, 2, 12), np.float32)))
     pool = CpuBackend("int8").new_pool(2, 16, CacheFormat.parse("fp16"), 1 << 20)
     with pytest.raises(ShapeError, match="do not fit the pages"):
         run(small_step(spans=[(2, 0, [pool.take(1)])]))
@@ -265,11 +267,14 @@ def test_stages_that_would_read_or_write_outside_their_buffers_are_refused():
     group = native.Linear(native.Runtime(), [native.dense_linear(np.zeros((8, 16), np.float32))]).core
     layer = lambda: _core.Layer([16, 8, 24, 16], "int8")  # noqa: E731
     with pytest.raises(ShapeError, match="outside its buffer"):
-        layer().rotate((1, 4, 1, 8))
+        layer().rotate((1, 4, 1, 8), 0)
     with pytest.raises(ShapeError, match="outside its buffer"):
-        layer().rotate((1, 0, 2**14, 2**62))
+        layer().rotate((1, 0, 2**14, 2**62), 0)
     with pytest.raises(ShapeError, match="no such buffer"):
-        layer().rotate((4, 0, 1, 8))
+        layer().rotate((4, 0, 1, 8), 0)
+    for table in (-1, 2**62):
+        with pytest.raises(ShapeError, match="number of a table"):
+            layer().rotate((1, 0, 1, 8), table)
     with pytest.raises(ShapeError, match="differ in size from its weight"):
         layer().linear((0, 0, 1, 16), group, (2, 0, 1, 9))
     with pytest.raises(ShapeError, match="weight is not a LinearGroup"):
@@ -281,11 +286,11 @@ def test_stages_that_would_read_or_write_outside_their_buffers_are_refused():
     with pytest.raises(ShapeError, match="differ in shape"):
         layer().rms_norm((0, 0, 1, 8), np.ones(8, np.float32), 1e-5, (2, 0, 3, 8))
     with pytest.raises(ShapeError, match="half the columns"):
-        layer().silu_mul((2, 0, 1, 24), (1, 0, 1, 8))
+        layer().gate((2, 0, 1, 24), "silu", (1, 0, 1, 8))
     with pytest.raises(ShapeError, match="width of buffer 0"):
-        layer().add_residual((1, 0, 1, 8))
+        layer().add_residual((1, 0, 1, 8), 1.0)
     with pytest.raises(ShapeError, match="window"):
-        layer().attend((0, 0, 2, 8), (3, 0, 2, 8), -1, 1.0)
+        layer().attend((0, 0, 2, 8), (3, 0, 2, 8), -1, 1.0, 0.0)
     with pytest.raises(ShapeError, match="1 to 1024 buffers"):
         _core.Layer([], "int8")
     with pytest.raises(ShapeError, match="width of a buffer"):
@@ -293,6 +298,6 @@ def test_stages_that_would_read_or_write_outside_their_buffers_are_refused():
     finished = layer()
     finished.finish()
     with pytest.raises(ShapeError, match="is finished"):
-        finished.rotate((0, 0, 1, 8))
+        finished.rotate((0, 0, 1, 8), 0)
     with pytest.raises(ShapeError, match="is not finished"):
         layer().run(native.Runtime().core, small_step(), 0, 1.0, [])

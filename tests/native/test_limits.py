@@ -27,6 +27,7 @@ def test_the_limits_of_files_and_options_are_those_of_the_core():
         "HEADS": limits.MAX_HEADS,
         "HEAD_DIM": limits.MAX_HEAD_DIM,
         "POSITIONS": limits.MAX_SEQ_LEN,
+        "EXPERTS": limits.MAX_EXPERTS,
         "THREADS": limits.MAX_THREADS,
     }
     assert {name: _core.LIMITS[name] for name in ours} == ours
@@ -118,13 +119,13 @@ def empty(*shape: int) -> np.ndarray:
 
 
 EMPTY_GIANTS = {
-    "gate": lambda: _core.silu_mul(CORE, empty(0, HUGE), empty(0, HUGE)),
+    "gate": lambda: _core.activate(CORE, empty(0, HUGE), "silu", True, empty(0, HUGE)),
     "sum": lambda: _core.add(CORE, empty(0, HUGE), empty(0, HUGE), 1.0),
     "norm": lambda: _core.rms_norm(CORE, empty(0, HUGE, 8), np.ones(8, np.float32), 1e-6, empty(0, HUGE, 8)),
     "rotation": lambda: _core.rotate(CORE, empty(0, HUGE, 8), empty(0, 4), empty(0, 4)),
     "angles": lambda: _core.rotate(CORE, empty(0, 1, 8), empty(0, HUGE), empty(0, HUGE)),
     "attention": lambda: _core.attend(
-        CORE, empty(0, HUGE, 8), _core.KvCache(1, 8, 8, "f16"), 0, 0, 1.0, "int8", empty(0, 8)
+        CORE, empty(0, HUGE, 8), _core.KvCache(1, 8, 8, "f16"), 0, 0, 1.0, 0.0, "int8", empty(0, 8)
     ),
     "append": lambda: _core.append(CORE, _core.KvCache(1, 8, 8, "f16"), empty(0, HUGE, 8), empty(0, HUGE, 8), 0),
 }

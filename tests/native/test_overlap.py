@@ -85,7 +85,7 @@ def test_a_rotation_refuses_tables_within_what_it_rotates(name):
 def test_a_gate_refuses_an_output_over_its_input():
     gate_up, out = pair((2, 16), (2, 8))
     with overlapping("out", "gate_up"):
-        _core.silu_mul(CORE, gate_up, out)
+        _core.activate(CORE, gate_up, "silu", True, out)
 
 
 def test_a_sum_refuses_what_overlaps_the_target():
@@ -107,7 +107,7 @@ def test_attention_refuses_an_output_over_its_queries():
     _core.append(CORE, cache, f32(2, 1, 8), f32(2, 1, 8), 0)
     q, out = pair((2, 2, 8), (2, 16))
     with overlapping("out", "q"):
-        _core.attend(CORE, q, cache, 0, 0, 1.0, "int8", out)
+        _core.attend(CORE, q, cache, 0, 0, 1.0, 0.0, "int8", out)
 
 
 def test_neighbours_in_one_array_do_not_overlap():

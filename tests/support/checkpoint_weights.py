@@ -59,16 +59,16 @@ def read_state_dict(folder: Path) -> dict[str, torch.Tensor]:
         check_tensors(config, quant, checkpoint)
         embeddings = read_embeddings(config, checkpoint)
         norm, head = read_head(config, quant, checkpoint, embeddings)
-        state = {"model.embed_tokens.weight": embeddings.float(), "model.norm.weight": norm}
+        state = {"model.embed_tokens.weight": embeddings.float(), "model.norm.weight": norm["norm"]}
         if not (isinstance(head, DenseLinear) and head.weight is embeddings):
             state["lm_head.weight"] = weight_of(head)
         for index in range(config.num_layers):
             layer = read_layer(config, quant, checkpoint, index)
             for field, name in NORMS.items():
-                if getattr(layer, field) is not None:
-                    state[f"model.layers.{index}.{name}.weight"] = getattr(layer, field)
+                if field in layer.norms:
+                    state[f"model.layers.{index}.{name}.weight"] = layer.norms[field]
             for field, name in FIELDS.items():
-                linear = getattr(layer, field)
+                linear = layer.linears[field]
                 state[f"model.layers.{index}.{name}.weight"] = weight_of(linear)
                 if linear.bias is not None:
                     state[f"model.layers.{index}.{name}.bias"] = linear.bias

@@ -22,6 +22,12 @@ def gptq_fixture_folders() -> list[Path]:
     return list(folders.values())
 
 
+def container_fixture_folders() -> list[Path]:
+    """The checkpoint fixtures in AWQ and compressed-tensors; none where the shared ones are absent."""
+    root = SHARED_FIXTURES / "containers"
+    return sorted(path.parent for path in root.glob("*/fixture.json"))
+
+
 def measured(folder: Path, *names: str) -> Any:
     """How far from float64 plain computations of this checkpoint are, as its maker measured."""
     found = json.loads((folder / "fixture.json").read_text())

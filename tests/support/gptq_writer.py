@@ -282,7 +282,7 @@ def write_checkpoint(
     kind = Kind(bits, group_size, desc_act, sym, format, word_borrow, era, g_idx, bias, scales_dtype, zero_point_zero)
     config = model_config(family, config_overrides)
     linears = linears_of(config)
-    tensors, exact = _plain_tensors(config, dtype, rng)
+    tensors, exact = plain_tensors(config, dtype, rng)
     if not config["tie_word_embeddings"]:
         linears.append(("lm_head", config["hidden_size"], config["vocab_size"], False))
     for name, K, N, has_bias in linears:
@@ -307,7 +307,7 @@ def write_checkpoint(
     return exact
 
 
-def _plain_tensors(
+def plain_tensors(
     config: dict[str, Any], dtype: torch.dtype, rng: np.random.Generator
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     hidden = config["hidden_size"]

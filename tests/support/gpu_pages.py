@@ -67,8 +67,9 @@ def cached(pool: GpuPagePool, start: int, num_rows: int, seed: int = 0, room: in
 
 
 def step_of(spans: Sequence[RowSpan], cos: torch.Tensor | None = None, sin: torch.Tensor | None = None) -> GpuStep:
-    """A step for operations that do not look at the residual stream."""
+    """A step for operations that do not look at the residual stream. cos, sin: [T, R/2], or more of them."""
     num_rows = sum(span.num_rows for span in spans)
     x = torch.zeros(num_rows, 1, device=DEVICE)
-    empty = torch.zeros(num_rows, 0, device=DEVICE)
-    return GpuStep(x, empty if cos is None else cos, empty if sin is None else sin, spans)
+    empty = torch.zeros(1, num_rows, 0, device=DEVICE)
+    tables = [empty if table is None else table.view(-1, *table.shape[-2:]) for table in (cos, sin)]
+    return GpuStep(x, *tables, spans)

@@ -68,9 +68,9 @@ def test_dense_weights_are_read_as_they_are_stored(tmp_path, dtype):
     config, quant, checkpoint = opened(tmp_path)
     layer = read_layer(config, quant, checkpoint, 0)
     assert quant is None
-    assert layer.q.weight.dtype == dtype
-    assert torch.equal(layer.q.weight, checkpoint.tensor(f"{Q0}.weight"))
-    assert layer.attn_norm.dtype == torch.float32
+    assert layer.linears["q"].weight.dtype == dtype
+    assert torch.equal(layer.linears["q"].weight, checkpoint.tensor(f"{Q0}.weight"))
+    assert layer.norms["attn_norm"].dtype == torch.float32
 
 
 def test_dynamic_rules_change_bits_skip_modules_and_reach_the_head(tmp_path):
@@ -82,9 +82,9 @@ def test_dynamic_rules_change_bits_skip_modules_and_reach_the_head(tmp_path):
     }
     expected = write_checkpoint(tmp_path, dynamic=rules, quantised_lm_head=True, desc_act=True)
     assert_reads_exactly(tmp_path, expected)
-    layer = first_layer(tmp_path)
-    assert isinstance(layer.down, DenseLinear)
-    assert (layer.q.bits, layer.v.bits, layer.k.bits) == (8, 3, 4)
+    linears = first_layer(tmp_path).linears
+    assert isinstance(linears["down"], DenseLinear)
+    assert (linears["q"].bits, linears["v"].bits, linears["k"].bits) == (8, 3, 4)
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])

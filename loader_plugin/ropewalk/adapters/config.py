@@ -18,7 +18,7 @@ from typing import Any
 from ropewalk.base.errors import CheckpointError, ConfigError, UnsupportedError
 from ropewalk.base.json import Section, read_json_object, require_folder, shown
 from ropewalk.base.limits import MAX_RANK
-from ropewalk.config.quantisation import require_quick_pattern
+from ropewalk.config.settings import require_quick_pattern
 
 CONFIG_NAME = "adapter_config.json"
 MAX_ALPHA = 1e9

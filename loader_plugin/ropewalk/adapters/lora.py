@@ -21,13 +21,14 @@ from ropewalk.adapters.config import LoraConfig, read_lora_config
 from ropewalk.adapters.files import read_adapter_tensors
 from ropewalk.base.errors import CheckpointError, UnsupportedError
 from ropewalk.config.model import ModelConfig
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import EMBEDDINGS, HEAD, layer_prefix
+from ropewalk.families.family import Names
+from ropewalk.families.tables import LinearEntry
 from ropewalk.files.safetensors import printable
 from ropewalk.files.weight_files import listed
 from ropewalk.gptq.linear import require_finite
+from ropewalk.weights.rows import row_order
 
-EMBEDDING_MODULE = EMBEDDINGS.removesuffix(".weight")
+EMBEDDINGS = "embeddings"  # of the model, in the digest of an adapter
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_A|lora_B)(?:\.[^.]+)?\.weight")
@@ -49,7 +50,8 @@ class LowRank:
 class Adapter:
     """What one adapter changes.
 
-    linears: by the name of the module ("model.layers.0.self_attn.q_proj", "lm_head"). embeddings: a [r, V], b [C, r].
+    linears: by the name of the module ("model.layers.0.self_attn.q_proj", "lm_head"), output features in the order of
+    the layer function (weights/rows.py). embeddings: a [r, V], b [C, r].
     whole: tables [V, C] that replace those of the model, by module (`modules_to_save`).
     """
 
@@ -62,7 +64,7 @@ class Adapter:
     def digest(self) -> str:
         """Equal for adapters that change the same in the same way, whatever their names and folders."""
         found = sha256()
-        embeddings = {} if self.embeddings is None else {EMBEDDING_MODULE: self.embeddings}
+        embeddings = {} if self.embeddings is None else {EMBEDDINGS: self.embeddings}
         for module, low_rank in sorted({**self.linears, **embeddings}.items()):
             found.update(f"{module} {low_rank.scale!r} ".encode())
             for tensor in (low_rank.a, low_rank.b):
@@ -102,28 +104,28 @@ def read_adapter(folder: Path, config: ModelConfig, embeddings: torch.Tensor) ->
     """
     lora = read_lora_config(folder)
     path, tensors = read_adapter_tensors(folder)
-    found = _sorted_by_meaning(path, tensors)
-    shapes = _module_shapes(config)
-    _check_modules(path, lora, config, shapes, found)
+    found = _sorted_by_meaning(path, tensors, config.table.names)
+    modules, embedded = _modules(config), config.table.names.embeddings
+    _check_modules(path, lora, config, modules, found)
     low_ranks = {
-        module: _low_rank(path, lora, module, shapes[module], found.matrices[module])
-        for module in shapes
+        module: _low_rank(path, lora, module, modules[module], found.matrices[module], config)
+        for module in modules
         if module in found.matrices
     }
     whole = _whole_tables(path, lora, config, embeddings, found)
     return Adapter(
         source=str(folder),
-        linears={module: low_rank for module, low_rank in low_ranks.items() if module != EMBEDDING_MODULE},
-        embeddings=low_ranks.get(EMBEDDING_MODULE),
+        linears={module: low_rank for module, low_rank in low_ranks.items() if module != embedded},
+        embeddings=low_ranks.get(embedded),
         whole=whole,
         rope_scaling=lora.rope_scaling,
     )
 
 
-def _sorted_by_meaning(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Found:
+def _sorted_by_meaning(path: Path, tensors: Mapping[str, torch.Tensor], names: Names) -> _Found:
     found = _Found()
     for name, tensor in tensors.items():
-        plain = _without_prefix(name)
+        plain = _without_prefix(name, names)
         matrix = MATRIX.fullmatch(plain) or EMBEDDING_MATRIX.fullmatch(plain)
         whole = WHOLE.fullmatch(plain)
         if ".lora_magnitude_vector" in plain:
@@ -140,21 +142,23 @@ def _sorted_by_meaning(path: Path, tensors: Mapping[str, torch.Tensor]) -> _Foun
             known[side] = (name, tensor)
         elif QUANTISED_BASE.fullmatch(plain):
             continue  # the weights of the model, saved along
-        elif whole is not None and whole["module"] in (EMBEDDING_MODULE, HEAD):
+        elif whole is not None and whole["module"] in (names.embeddings, names.head):
             found.whole[whole["module"]] = (name, tensor)
         else:
             raise UnsupportedError(
                 f"{path}: {printable(name)} is not something that an adapter can change here: low-rank matrices of "
-                "linear layers and embeddings, and whole embed_tokens and lm_head tables (modules_to_save) are"
+                f"linear layers and embeddings, and whole tables of {names.embeddings} and {names.head} "
+                "(modules_to_save) are"
             )
     return found
 
 
-def _without_prefix(name: str) -> str:
-    """The name within a causal language model; adapters of the decoder alone lack its `model.`."""
+def _without_prefix(name: str, names: Names) -> str:
+    """The name within a causal language model; adapters of the decoder alone lack the `model.` before its parts."""
     while name.startswith(PREFIX):
         name = name.removeprefix(PREFIX)
-    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.")) else name
+    decoder, _, embeddings = names.embeddings.rpartition(".")
+    return f"{decoder}.{name}" if name.startswith(("layers.", f"{embeddings}.")) else name
 
 
 def _require_zero_bias(path: Path, name: str, tensor: torch.Tensor) -> None:
@@ -166,22 +170,23 @@ def _require_zero_bias(path: Path, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(K, N) of every module that an adapter can change; for the embeddings K is the vocabulary."""
-    size, table = config.sizes, FAMILIES[config.family]
-    shapes = {
-        layer_prefix(index) + entry.name: (size[entry.inputs], size[entry.outputs])
+def _modules(config: ModelConfig) -> dict[str, LinearEntry]:
+    """Every module that an adapter can change, by its full name; the inputs of the embeddings are the vocabulary."""
+    names, prefix = config.table.names, config.table.layer_prefix
+    modules = {
+        prefix(index) + entry.name: entry
         for index in range(config.num_layers)
-        for entry in table.linears
+        for entry in config.layer_table(index).linears
     }
-    return shapes | {EMBEDDING_MODULE: (size["vocab"], size["hidden"]), HEAD: (size["hidden"], size["vocab"])}
+    embeddings = LinearEntry("embeddings", names.embeddings, "vocab", "hidden")
+    return modules | {names.embeddings: embeddings, names.head: LinearEntry("head", names.head, "hidden", "vocab")}
 
 
 def _check_modules(
-    path: Path, lora: LoraConfig, config: ModelConfig, shapes: Mapping[str, tuple[int, int]], found: _Found
+    path: Path, lora: LoraConfig, config: ModelConfig, modules: Mapping[str, LinearEntry], found: _Found
 ) -> None:
     """The file must hold both matrices of exactly the modules that the configuration names, all of this model."""
-    unknown = [sides for module, sides in found.matrices.items() if module not in shapes]
+    unknown = [sides for module, sides in found.matrices.items() if module not in modules]
     if unknown:
         name = next(iter(unknown[0].values()))[0]
         raise CheckpointError(
@@ -196,13 +201,14 @@ def _check_modules(
             name = printable(sides["A"][0])
             raise CheckpointError(f"{path}: {name} is for a module that {lora.source} does not name")
     if lora.targets is not None:
-        missing = [module for module in shapes if lora.changes(module) and module not in found.matrices]
+        missing = [module for module in modules if lora.changes(module) and module not in found.matrices]
         if missing:
             raise CheckpointError(
                 f"{path} lacks the matrices of {len(missing)} modules that {lora.source} names "
                 f"({listed(missing, 3)}): it is incomplete, or made for another model"
             )
-    unsaved = [name for name in (EMBEDDING_MODULE, HEAD) if lora.saves(name) and name not in found.whole]
+    tables = (config.table.names.embeddings, config.table.names.head)
+    unsaved = [name for name in tables if lora.saves(name) and name not in found.whole]
     if unsaved:
         raise CheckpointError(f"{path} lacks the table of {unsaved[0]}, which modules_to_save of {lora.source} names")
     if not found.matrices and not found.whole:
@@ -213,14 +219,17 @@ def _low_rank(
     path: Path,
     lora: LoraConfig,
     module: str,
-    shape: tuple[int, int],
+    entry: LinearEntry,
     sides: Mapping[str, tuple[str, torch.Tensor]],
+    config: ModelConfig,
 ) -> LowRank:
     rank = lora.rank_of(module)
-    in_features, out_features = shape
+    in_features, out_features = config.sizes[entry.inputs], config.sizes[entry.outputs]
     wanted = {"A": (rank, in_features), "B": (out_features, rank)}
     matrices = {side: _checked(path, *sides[side], wanted[side], f"rank {rank} by {lora.source}") for side in "AB"}
-    return LowRank(matrices["A"], matrices["B"], lora.scale_of(module))
+    order = row_order(entry.rows, config, out_features)
+    b = matrices["B"] if order is None else matrices["B"][order]
+    return LowRank(matrices["A"], b, lora.scale_of(module))
 
 
 def _whole_tables(
@@ -231,15 +240,15 @@ def _whole_tables(
     tables = {}
     for module, (name, tensor) in found.whole.items():
         table = _checked(path, name, tensor, shape, "the vocabulary and hidden size of this model")
-        own = embeddings if module == EMBEDDING_MODULE or config.tie_word_embeddings else None
+        own = embeddings if module == config.table.names.embeddings or config.tie_word_embeddings else None
         if own is None or not torch.equal(table.float(), own.float().cpu()):
             tables[module] = table
-    touched = found.matrices.keys() & {EMBEDDING_MODULE, HEAD}
+    touched = found.matrices.keys() & {config.table.names.embeddings, config.table.names.head}
     if config.tie_word_embeddings and (tables or (touched and lora.ties_embeddings)):
         name = found.whole[next(iter(tables))][0] if tables else "ensure_weight_tying"
         raise UnsupportedError(
-            f"{path}: {printable(name)}: {config.source} ties lm_head to the embeddings, and adapters that replace one "
-            "of them, or change both together, are not implemented for such models"
+            f"{path}: {printable(name)}: {config.source} ties the head to the embeddings, and adapters that replace "
+            "one of them, or change both together, are not implemented for such models"
         )
     return tables
 

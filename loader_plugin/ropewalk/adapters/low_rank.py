@@ -11,27 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from ropewalk.adapters.lora import LowRank
-from ropewalk.backends.protocol import Backend, LowRankPart, PackedLinear, PackedLowRank
+from ropewalk.backends.protocol import Backend, LayerChange, LowRankPart, PackedLinear, PackedLowRank
 from ropewalk.gptq.linear import DenseLinear
 
 Weighted = tuple[LowRank, float]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerChange:
-    """What a set of adapters changes in one decoder layer."""
-
-    qkv: PackedLowRank | None
-    o: PackedLowRank | None
-    gate_up: PackedLowRank | None
-    down: PackedLowRank | None
-
-
-UNCHANGED = LayerChange(None, None, None, None)
+UNCHANGED: LayerChange = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,23 +14,20 @@ from typing import Any
 
 import torch
 
-from ropewalk.adapters.lora import EMBEDDING_MODULE, Adapter, LowRank
+from ropewalk.adapters.lora import Adapter, LowRank
 from ropewalk.adapters.low_rank import (
     UNCHANGED,
     EmbeddingChange,
     HeadChange,
-    LayerChange,
     Weighted,
     pack_embedding_change,
     pack_low_rank,
 )
 from ropewalk.adapters.request import AdapterUse, Request, checked_request
-from ropewalk.backends.protocol import Backend, PackedLowRank
+from ropewalk.backends.protocol import Backend, LayerChange
 from ropewalk.base.errors import RequestError
 from ropewalk.config.instances import LayerInstance
 from ropewalk.config.model import ModelConfig
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import HEAD, layer_prefix
 from ropewalk.gptq.linear import DenseLinear
 
 # Identifies a set: (number of the loaded adapter, weight, instances or None) of each use, in a fixed order.
@@ -38,7 +35,6 @@ AdapterKey = tuple[tuple[int, float, tuple[int, ...] | None], ...]
 Chosen = tuple[tuple[int, float], ...]  # (number of the loaded adapter, weight) of the adapters of one layer
 
 KEPT_SETS = 8  # packed sets kept for reuse; each holds a copy of its matrices
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,26 +241,28 @@ class AdapterSets:
 
     def _pack_layer(self, index: int, chosen: Chosen) -> LayerChange:
         adapters, size = self._adapters(chosen), self._config.sizes
-        entries = {entry.field: entry for entry in FAMILIES[self._config.family].linears}
-
-        def group(fields: Sequence[str]) -> PackedLowRank | None:
-            linears = [_low_ranks(adapters, layer_prefix(index) + entries[field].name) for field in fields]
-            return pack_low_rank(self._backend, linears, [size[entries[field].outputs] for field in fields])
-
-        return LayerChange(**{name: group(fields) for name, fields in GROUPS.items()})
+        prefix = self._config.table.layer_prefix(index)
+        change = {}
+        for name, entries in self._config.layer_table(index).groups.items():
+            linears = [_low_ranks(adapters, prefix + entry.name) for entry in entries]
+            packed = pack_low_rank(self._backend, linears, [size[entry.outputs] for entry in entries])
+            if packed is not None:
+                change[name] = packed
+        return change
 
     def _pack_embeddings(self, chosen: Chosen) -> EmbeddingChange | None:
         adapters = self._adapters(chosen)
         low_ranks = [(adapter.embeddings, weight) for adapter, weight in adapters if adapter.embeddings is not None]
-        return pack_embedding_change(self._backend, low_ranks, _tables(adapters, EMBEDDING_MODULE))
+        return pack_embedding_change(self._backend, low_ranks, _tables(adapters, self._config.table.names.embeddings))
 
     def _pack_head(self, chosen: Chosen) -> HeadChange | None:
         adapters = self._adapters(chosen)
-        low_rank = pack_low_rank(self._backend, [_low_ranks(adapters, HEAD)], [self._config.vocab_size])
-        tables = _tables(adapters, HEAD)
+        head = self._config.table.names.head
+        low_rank = pack_low_rank(self._backend, [_low_ranks(adapters, head)], [self._config.vocab_size])
+        tables = _tables(adapters, head)
         if low_rank is None and not tables:
             return None
-        packed = tuple((self._backend.pack([DenseLinear(HEAD, table, None)]), weight) for table, weight in tables)
+        packed = tuple((self._backend.pack([DenseLinear(head, table, None)]), weight) for table, weight in tables)
         return HeadChange(1.0 - sum(weight for _, weight in tables), packed, low_rank)
 
 

@@ -12,15 +12,20 @@ from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import (
+    Activate,
+    Activation,
     AddResidual,
     Append,
     Attend,
     Gate,
+    LayerNorm,
     Linear,
     Operation,
     Program,
     RmsNorm,
     Rotate,
+    Route,
+    SigmoidMul,
     View,
 )
 from ropewalk.gptq.linear import GptqLinear
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from ropewalk.backends.protocol import LayerChange, LowRankPart, Page, RowChange, RowSpan
     from ropewalk.gptq.linear import DenseLinear
 
+ACTIVATIONS = {Activation.SILU: "silu", Activation.GELU: "gelu", Activation.GELU_TANH: "gelu_tanh"}
 KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes are the same
 
 
@@ -113,6 +119,10 @@ class CpuBackend(SinglePlace):
         """Root mean square norm over the last dimension."""
         return native.rms_norm(self.runtime, x, weight, eps)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """LayerNorm over the last dimension."""
+        return native.layer_norm(self.runtime, x, weight, bias, eps)
+
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> CpuPagePool:
         """Room for pages of keys and values."""
         kinds = [KV_TYPES.get(kind, kind) for kind in (cache_format.keys, cache_format.values)]
@@ -131,10 +141,9 @@ class CpuBackend(SinglePlace):
         rotations: Sequence[int | None],
     ) -> None:
         """The heads of all layer instances are shared out among the threads."""
-        assert set(rotations) == {0}, "layers that turn their keys differently"
-        _core.move_rows(
-            self.runtime.core, source, source_start, target, target_start, num_rows, cos[0].numpy(), sin[0].numpy()
-        )
+        tables = [-1 if table is None else table for table in rotations]
+        angles = cos.numpy(), sin.numpy()
+        _core.move_rows(self.runtime.core, source, source_start, target, target_start, num_rows, *angles, tables)
 
     def compile_layer(
         self, program: Program, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float
@@ -202,7 +211,7 @@ class CpuLayer:
 
     def low_ranks(self, change: LayerChange) -> list[_core.LowRank | None]:
         """What changes each linear, in the order of the program."""
-        found = (getattr(change, name) for name in self._linears)
+        found = (change.get(name) for name in self._linears)
         return [None if low_rank is None else low_rank.core for low_rank in found]
 
     def _add(self, operation: Operation, weights: Mapping[str, torch.Tensor | native.Linear], norm_eps: float) -> None:
@@ -210,18 +219,29 @@ class CpuLayer:
         match operation:
             case RmsNorm(x, weight, out):
                 core.rms_norm(_columns(x), weights[weight].numpy(), norm_eps, _columns(out))
+            case LayerNorm(x, weight, bias, out):
+                shift = None if bias is None else weights[bias].numpy()
+                core.layer_norm(_columns(x), weights[weight].numpy(), shift, norm_eps, _columns(out))
             case Linear(x, weight, out):
                 core.linear(_columns(x), weights[weight].core, _columns(out))
             case Rotate(x, table):
                 core.rotate(_columns(x), table)
             case Append(k, v):
                 core.append(_columns(k), _columns(v))
-            case Attend(q, out, window, scale, _):
-                core.attend(_columns(q), _columns(out), window or 0, scale)
-            case Gate(gate_up, _, out):
-                core.silu_mul(_columns(gate_up), _columns(out))
-            case AddResidual(y, _):
-                core.add_residual(_columns(y))
+            case Attend(q, out, window, scale, softcap):
+                core.attend(_columns(q), _columns(out), window or 0, scale, softcap or 0.0)
+            case Activate(x, activation, out):
+                core.activate(_columns(x), ACTIVATIONS[activation], _columns(out))
+            case Gate(gate_up, activation, out):
+                core.gate(_columns(gate_up), ACTIVATIONS[activation], _columns(out))
+            case Route(logits, top_k, normalised, out):
+                core.route(_columns(logits), top_k, normalised, _columns(out))
+            case SigmoidMul(x, gate, out):
+                core.sigmoid_mul(_columns(x), _columns(gate), _columns(out))
+            case AddResidual(y, scale):
+                core.add_residual(_columns(y), scale)
+            case _:
+                raise TypeError(f"the CPU backend does not know the operation {operation}")
 
 
 def _columns(view: View) -> tuple[int, int, int, int]:

@@ -67,6 +67,10 @@ class PackedLowRank(Protocol):
         """Memory of the matrices as the backend holds them."""
 
 
+# What a set of adapters changes in one layer: by the names of the program's linears, those that change.
+LayerChange = Mapping[str, PackedLowRank]
+
+
 class Page(Protocol):
     """Keys and values of PAGE_TOKENS positions of all layer instances; the layout is the backend's own.
 
@@ -128,13 +132,6 @@ class RowSpan:
     start: int
     pages: tuple[Page, ...]
     recent: tuple[Page | None, ...] = ()
-
-
-class LayerChange(Protocol):
-    """What a set of adapters changes in one layer: an attribute for each linear of the program, under its name.
-
-    Each is a `PackedLowRank`, or None where nothing changes.
-    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -255,6 +252,14 @@ class Backend(Protocol):
         """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 
         x: [..., C] float32, any strides as long as the last dimension is contiguous. weight: [C] float32.
+        Returns [..., C] float32, contiguous.
+        """
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension (Ba et al. 2016,
+        arXiv:1607.06450), the mean first and the variance of what is left, as `LayerNorm` in a program.
+
+        x: [..., C] float32, any strides as long as the last dimension is contiguous. weight, bias: [C] float32.
         Returns [..., C] float32, contiguous.
         """
 

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch
 from ropewalk.backends.protocol import (
     BackendStep,
     CompiledLayer,
+    LayerChange,
     LowRankPart,
     OnePlace,
     PackedLinear,
@@ -32,7 +32,7 @@ from ropewalk.backends.protocol import (
 from ropewalk.backends.shared import check_move
 from ropewalk.base.errors import ConfigError
 from ropewalk.config.cache_format import CacheFormat
-from ropewalk.families.program import Linear, Program
+from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
 
 
@@ -46,10 +46,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SplitLayer:
-    """A layer as compiled for each of the places (by number) that run it. linears: the names in its program."""
+    """A layer as compiled for each of the places (by number) that run it."""
 
     compiled: Mapping[int, CompiledLayer]
-    linears: tuple[str, ...]
 
 
 class SplitBackend:
@@ -110,8 +109,7 @@ class SplitBackend:
 
     def joined(self, weights_index: int, copies: Sequence[CompiledLayer], program: Program) -> SplitLayer:
         """The copies by the numbers of their places."""
-        linears = tuple(operation.weight for operation in program.operations if isinstance(operation, Linear))
-        return SplitLayer(dict(zip(self._numbers_of(weights_index), copies, strict=True)), linears)
+        return SplitLayer(dict(zip(self._numbers_of(weights_index), copies, strict=True)))
 
     def _numbers_of(self, weights_index: int) -> tuple[int, ...]:
         """The places that run this layer; one that runs nowhere is kept in the last."""
@@ -151,6 +149,10 @@ class SplitBackend:
         """On the last place."""
         return self._home.rms_norm(x, weight, eps)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """On the last place."""
+        return self._home.layer_norm(x, weight, bias, eps)
+
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> SplitPool:
         """Pages with a part in each place."""
         pools = [place.backend.new_pool(num_kv_heads, head_dim, cache_format, num_bytes) for place in self.places]
@@ -173,8 +175,8 @@ class SplitBackend:
             parts = [[page.parts[number] for page in pages] for pages in (source, target)]
             if None in (*parts[0], *parts[1]):
                 continue  # an order with fewer instances runs nothing here
-            first = self.firsts[number]
-            turned = rotations[first : first + parts[0][0].num_instances]
+            end = self.firsts[number + 1] if number + 1 < len(self.firsts) else len(rotations)
+            turned = rotations[self.firsts[number] : end]
             device = place.backend.device
             tables = cos.to(device), sin.to(device)
             place.backend.move_rows_(parts[0], source_start, parts[1], target_start, num_rows, *tables, turned)
@@ -188,7 +190,7 @@ class SplitBackend:
     ) -> None:
         """In the place of the instance, to which the rows move first."""
         place = self.place_of(instance)
-        moved = [replace(change, change=_at(place, change.change, layer.linears)) for change in changes]
+        moved = [replace(change, change=_at(place, change.change)) for change in changes]
         local = instance - self.firsts[place]
         self.places[place].backend.run_layer_(step.at(place), layer.compiled[place], local, weight, moved)
 
@@ -267,12 +269,12 @@ class SplitPool:
         if self.used_bytes + size > self.num_bytes:
             raise MemoryError(f"a page of {size} bytes: {self.used_bytes} of {self.num_bytes} are in use")
         pairs = zip(self._pools, self._counts(num_instances), strict=True)
-        return SplitPage(tuple(pool.take(count, recent) if count else None for pool, count in pairs))
+        return SplitPage(tuple(pool.take(count, recent) if count else None for pool, count in pairs), num_instances)
 
     def copy(self, page: SplitPage) -> SplitPage:
         """Each part from its own pool."""
         pairs = zip(self._pools, page.parts, strict=True)
-        return SplitPage(tuple(None if part is None else pool.copy(part) for pool, part in pairs))
+        return SplitPage(tuple(None if part is None else pool.copy(part) for pool, part in pairs), page.num_instances)
 
     def parts_of(self, page: SplitPage) -> list[torch.Tensor]:
         """The memory of the part in each place, on the device of that place."""
@@ -290,6 +292,7 @@ class SplitPage:
     """A part for each place; None where no instance runs there."""
 
     parts: tuple[Page | None, ...]
+    num_instances: int
 
 
 class SplitStep:
@@ -334,7 +337,6 @@ def _parts(pages: Sequence[SplitPage | None], place: int) -> tuple[Page | None, 
     return tuple(None if page is None else page.parts[place] for page in pages)
 
 
-def _at(place: int, change: object, linears: Sequence[str]) -> SimpleNamespace:
+def _at(place: int, change: LayerChange) -> LayerChange:
     """A layer's change as packed for a place."""
-    found = {name: getattr(change, name) for name in linears}
-    return SimpleNamespace(**{name: None if packed is None else packed.at(place) for name, packed in found.items()})
+    return {name: packed.at(place) for name, packed in change.items()}

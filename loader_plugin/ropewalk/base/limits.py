@@ -15,5 +15,6 @@ MAX_HEAD_DIM = 2**13
 MAX_VOCAB = 2**24
 MAX_SEQ_LEN = 2**24  # keeps arithmetic on positions exact in float32
 MAX_POSITIONS = 2**31  # that a file or a RoPE option may declare; a cache has at most MAX_SEQ_LEN
+MAX_EXPERTS = 1024  # of a layer
 MAX_RANK = 2**16  # of one adapter
 MAX_THREADS = 1024

@@ -16,15 +16,25 @@ from typing import Any
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section, read_json_object, require_folder, shown
 from ropewalk.base.limits import MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB
+from ropewalk.config.rotary import read_rotary_dim, read_sliding_theta, scaling_object
+from ropewalk.config.windows import layer_windows
 from ropewalk.families import FAMILIES
-from ropewalk.families.family import Family, Windows
+from ropewalk.families.family import Family, Scales, Sizes
+from ropewalk.families.program import Activation
+from ropewalk.families.tables import LayerKind
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The architecture of one decoder. Key j is visible to query i of a layer with window W iff i - W < j <= i."""
+    """The architecture of one decoder. Key j is visible to query i of a layer with window W iff i - W < j <= i.
+
+    sliding_windows, rotations, layer_kinds: one for each layer. A window is None where all earlier keys are visible; a
+    rotation is the table that the layer turns queries and keys by: 0 that of the model's RoPE, 1 that of layers with
+    windows where it has another theta (`sliding_theta`), None: they are not turned.
+    flags: the biases and norms that there are, by their names in the family's tables.
+    """
 
     source: str  # the file, for messages
     family: str  # a key of FAMILIES
@@ -35,14 +45,17 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    rms_norm_eps: float
+    norm_eps: float
+    activation: Activation
+    scales: Scales
     max_position_embeddings: int
-    sliding_windows: tuple[int | None, ...]  # one per layer; None: all earlier keys are visible
+    layer_kinds: tuple[str, ...]
+    sliding_windows: tuple[int | None, ...]
+    rotations: tuple[int | None, ...]
+    paired_dim: int  # features of a head that the file orders in pairs (families/tables.py: Rows.PAIRS)
+    sliding_theta: float | None
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    flags: frozenset[str]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     # The whole config.json, read-only: rope/decision.py and config/quantisation.py read their keys from it.
@@ -50,15 +63,29 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that the tensors of a family are named by (families/family.py)."""
+        """The sizes that the tensors of a family are named by (families/tables.py)."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "hidden": self.hidden_size,
             "inner": self.intermediate_size,
-            "queries": self.num_heads * self.head_dim,
-            "keys": self.num_kv_heads * self.head_dim,
+            "gate and up": 2 * self.intermediate_size,
+            "heads": self.num_heads,
+            "key heads": self.num_kv_heads,
+            "queries": queries,
+            "keys": keys,
+            "queries, keys and values": queries + 2 * keys,
             "head": self.head_dim,
             "vocab": self.vocab_size,
         }
+
+    @property
+    def table(self) -> Family:
+        """What is common to all models of the family."""
+        return FAMILIES[self.family]
+
+    def layer_table(self, index: int) -> LayerKind:
+        """The tensors of decoder layer `index`."""
+        return self.table.kinds[self.layer_kinds[index]].with_flags(self.flags)
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -97,12 +124,12 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         raise ConfigError(f"{source} must hold a JSON object, found {shown(raw)}")
     section = Section(source, raw)
     family = _family(section)
-    _check_activation(section)
     hidden_size = section.integer("hidden_size", 1, MAX_FEATURES)
     num_layers = section.integer("num_hidden_layers", 1, MAX_LAYERS)
     num_heads, num_kv_heads, head_dim = _heads(section, family, hidden_size)
     vocab_size = section.integer("vocab_size", 1, MAX_VOCAB)
-    attention_bias = family.reads_attention_bias and section.boolean("attention_bias", False)
+    windows = layer_windows(section, family, num_layers)
+    sliding_theta = read_sliding_theta(section, family)
     bos_token_id, eos_token_ids = _special_tokens(section, family, vocab_size)
     return ModelConfig(
         source=source,
@@ -114,14 +141,19 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=vocab_size,
-        rms_norm_eps=section.optional_number("rms_norm_eps", 0.0, 1.0, 1e-6, above=True),
+        norm_eps=section.optional_number(family.eps.name, 0.0, 1.0, family.eps.default, above=True),
+        activation=_activation(section, family),
+        scales=family.scales(section, Sizes(hidden_size, head_dim)),
         max_position_embeddings=read_max_positions(section, family),
-        sliding_windows=_sliding_windows(section, family, num_layers),
-        tie_word_embeddings=section.boolean("tie_word_embeddings", False),
-        qkv_bias=family.qkv_bias or attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=family.reads_mlp_bias and section.boolean("mlp_bias", False),
-        qk_norm=family.qk_norm,
+        layer_kinds=tuple(family.kinds_of(section, num_layers)),
+        sliding_windows=windows,
+        rotations=tuple(_rotation(family, window, sliding_theta) for window in windows),
+        paired_dim=read_rotary_dim((scaling_object(section), section), family, head_dim) if family.pairs else 0,
+        sliding_theta=sliding_theta,
+        tie_word_embeddings=section.boolean("tie_word_embeddings", family.tied),
+        flags=frozenset(
+            flag.name for flag in family.flags if flag.key is None or section.boolean(flag.key, flag.default)
+        ),
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
         raw=MappingProxyType(dict(raw)),
@@ -148,15 +180,41 @@ def _family(section: Section) -> Family:
     return FAMILIES[model_type if model_type is not None else known[architectures[0]]]
 
 
-def _check_activation(section: Section) -> None:
-    activation = section.text("hidden_act") or "silu"
-    if activation not in ("silu", "swish"):  # two names of one function in transformers
-        raise UnsupportedError(f"{section.source}: hidden_act {shown(activation)} is not supported; accepted is silu")
+ACTIVATIONS = {  # several names of one function, as in transformers
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+}
+
+
+def _activation(section: Section, family: Family) -> Activation:
+    for key in family.activations:
+        name = section.text(key)
+        if name is None:
+            continue
+        if name not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"{section.source}: {key} {shown(name)} is not supported; accepted are {', '.join(ACTIVATIONS)}"
+            )
+        return family.renamed.get(name, ACTIVATIONS[name])
+    return family.activation
+
+
+def _rotation(family: Family, window: int | None, sliding_theta: float | None) -> int | None:
+    """The table of a layer with this window."""
+    if window is None:
+        return 0 if family.full_layers_rotate else None
+    return 0 if sliding_theta is None else 1
 
 
 def _heads(section: Section, family: Family, hidden_size: int) -> tuple[int, int, int]:
     """(num_heads, num_kv_heads, head_dim)."""
     num_heads = section.integer("num_attention_heads", 1, MAX_HEADS)
+    if family.fixed_heads:
+        section = Section(section.source, {**section.values, "num_key_value_heads": num_heads, "head_dim": None})
     # An explicit null means "one per query head" in every family; an absent key means the family's default.
     absent_kv = num_heads if "num_key_value_heads" in section.values else family.num_kv_heads or num_heads
     num_kv_heads = section.optional_integer("num_key_value_heads", 1, MAX_HEADS, absent_kv)
@@ -185,55 +243,10 @@ def read_max_positions(section: Section, family: Family) -> int:
     return section.optional_integer("max_position_embeddings", 1, MAX_POSITIONS, old_name)
 
 
-def _sliding_windows(section: Section, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """The window of each layer; None for a layer that sees every earlier key.
-
-    ALL: every layer has `sliding_window` (absent: 4096, null: none). SOME: only with `use_sliding_window`, and then the
-    layers that `layer_types` names, or those from `max_window_layers` on.
-    """
-    if family.windows is Windows.NONE:
-        return (None,) * num_layers
-    window = None
-    if family.windows is Windows.ALL or section.boolean("use_sliding_window", False):
-        absent = None if "sliding_window" in section.values else 4096
-        window = section.optional_integer("sliding_window", 1, MAX_POSITIONS, absent)
-    slides = _layer_slides(section, num_layers)
-    if family.windows is Windows.ALL:
-        if slides is not None and any(slide != (window is not None) for slide in slides):
-            raise UnsupportedError(
-                f"{section.source}: layer_types that differ between layers or from sliding_window are not supported "
-                f"for {family.name}: every layer has the window of sliding_window"
-            )
-        return (window,) * num_layers
-    if slides is None:
-        first = section.optional_integer("max_window_layers", 0, MAX_LAYERS, 28)
-        slides = [window is not None and layer >= first for layer in range(num_layers)]
-    if window is None and any(slides):
-        raise ConfigError(
-            f"{section.source}: layer_types names sliding_attention layers, but no window is in force: "
-            "use_sliding_window must be true and sliding_window an integer"
-        )
-    return tuple(window if slide else None for slide in slides)
-
-
-def _layer_slides(section: Section, num_layers: int) -> list[bool] | None:
-    """Which layers have a sliding window by `layer_types`; None if the key is absent."""
-    if not section.has("layer_types"):
-        return None
-    names = {"full_attention": False, "attention": False, "sliding_attention": True}
-    types = section.values["layer_types"]
-    if (
-        not isinstance(types, list)
-        or len(types) != num_layers
-        or not all(isinstance(name, str) and name in names for name in types)
-    ):
-        raise section.error("layer_types", f"a list of {num_layers} times full_attention or sliding_attention")
-    return [names[name] for name in types]
-
-
 def _special_tokens(section: Section, family: Family, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
     """(bos_token_id, eos_token_ids) of config.json."""
-    absent = {"bos_token_id": family.bos_token_id, "eos_token_id": family.eos_token_id}
+    ends = list(family.eos_token_id) if isinstance(family.eos_token_id, tuple) else family.eos_token_id
+    absent = {"bos_token_id": family.bos_token_id, "eos_token_id": ends}
     known = Section(section.source, {**absent, **section.values})
     bos, eos = (_token_ids(known, key, vocab_size) for key in absent)
     old_spelling = "LLaMAForCausalLM" in (section.values.get("architectures") or [])

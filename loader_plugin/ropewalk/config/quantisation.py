@@ -17,6 +17,9 @@ from typing import Any
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section, read_json_object, shown
+from ropewalk.config.compressed_tensors import is_compressed_tensors, parse_compressed_tensors
+from ropewalk.config.foreign import MARLIN, REQUANTISE, foreign_format
+from ropewalk.config.settings import MAX_GROUP_SIZE, QuantConfig, QuantRule, QuantSettings, quick_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ ALIASES = {
     "pack_dtype": ("pack_dtype",),
     "is_marlin_format": ("is_marlin_format",),
     "version": ("version",),
+    "zero_point": ("zero_point",),
     "load_in_8bit": ("load_in_8bit",),
     "load_in_4bit": ("load_in_4bit",),
     "dynamic": ("dynamic",),
@@ -43,56 +47,10 @@ ALIASES = {
 KOBOLD_KEYS = ("gptq_bits", "gptq_groupsize")
 
 # 3-bit codes have a stream and a planar layout; 5, 6 and 7 bits exist only as planes (docs/formats.md, "Planar codes").
-BITS_BY_FORMAT = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": (2, 3, 4, 5, 6, 7, 8)}
-REQUANTISE = "quantise the original model with gptqmodel (format gptq), or take a GPTQ copy of it"
-REMEDIES = {
-    "marlin": "use the checkpoint it was repacked from, or " + REQUANTISE,
-    "bitblas": "use the checkpoint it was repacked from, or " + REQUANTISE,
-    "auto-round": "export it again with auto-round's format auto_gptq",
-}
-MAX_GROUP_SIZE = 2**20
-# Limits of a regular expression in `dynamic`; published ones have three repetitions and 40 characters.
-MAX_REPETITIONS = 5
-MAX_PATTERN = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class QuantSettings:
-    """How one linear layer was quantised."""
-
-    bits: int
-    group_size: int  # rows per group; -1: one group for all rows
-    desc_act: bool  # informational: the order of the rows is in g_idx
-    sym: bool
-    format: str  # "gptq" (zero points stored minus one) | "gptq_v2" (stored as they are) | "gptq_p" (v2, bit planes)
-    word_borrow: bool  # the minus one was subtracted from whole words (gptqmodel's v1 files), not from each field
-
-
-@dataclass(frozen=True, slots=True)
-class QuantRule:
-    """Settings of the modules whose full name begins with a match of the pattern; None: they are dense."""
-
-    pattern: re.Pattern[str]
-    settings: QuantSettings | None
-
-
-@dataclass(frozen=True, slots=True)
-class QuantConfig:
-    """What a checkpoint declares. `declared` is False if it was inferred from tensor shapes instead."""
-
-    source: str
-    default: QuantSettings
-    rules: tuple[QuantRule, ...]
-    lm_head: bool
-    model_file_base_name: str | None
-    declared: bool
-
-    def for_module(self, name: str) -> QuantSettings | None:
-        """The settings of a linear such as "model.layers.0.mlp.up_proj"; None: it is dense. The first match wins."""
-        for rule in self.rules:
-            if rule.pattern.match(name):
-                return rule.settings
-        return None if name == "lm_head" and not self.lm_head else self.default
+GPTQ_BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": (2, 3, 4, 5, 6, 7, 8)}
+BITS_BY_FORMAT = {**GPTQ_BITS, "awq": (4,)}
+AWQ = "awq"  # what AutoAWQ calls version gemm
+AUTO_ROUND_PACKINGS = {"auto_round:auto_gptq": "gptq", "auto_gptq": "gptq", "auto_round:auto_awq": AWQ, "auto_awq": AWQ}
 
 
 def load_quant_config(folder: Path, config_raw: Mapping[str, Any]) -> QuantConfig | None:
@@ -106,6 +64,8 @@ def load_quant_config(folder: Path, config_raw: Mapping[str, Any]) -> QuantConfi
     declarations = _declarations(folder, config_raw)
     if not any(section.values for section in declarations):
         return None
+    if is_compressed_tensors(declarations[0]):
+        return parse_compressed_tensors(declarations[0])
     fields = _Fields.merge(declarations)
     format_name = _format(fields)
     default = _settings(fields, format_name)
@@ -127,7 +87,8 @@ def load_quant_config(folder: Path, config_raw: Mapping[str, Any]) -> QuantConfi
 def _declarations(folder: Path, config_raw: Mapping[str, Any]) -> list[Section]:
     """The objects that declare a quantisation, in order of precedence."""
     top = Section(str(folder / "config.json"), config_raw)
-    nested = top.section("quantization_config")
+    # compression_config: the key of compressed-tensors until the middle of 2024.
+    nested = top.section("quantization_config") or top.section("compression_config")
     kobold = {key: config_raw[key] for key in KOBOLD_KEYS if top.has(key)}
     found = [nested] if nested is not None else []
     found.append(Section(top.source, kobold))
@@ -206,42 +167,56 @@ class _Fields:
         return text.strip().lower() if text is not None else None
 
     def refuse(self, name: str, accepted: str) -> UnsupportedError:
-        """The error for a value that is known but not implemented, with what to do instead."""
+        """The error for a value that is known but not implemented, with what runs it and what to do instead."""
         section, key = self.place(name)
         value = section.values.get(key)
-        remedy = next((text for word, text in REMEDIES.items() if word in str(value).lower()), REQUANTISE)
+        known = foreign_format(key if value is True else value)
+        what = f" ({known.title})" if known is not None else ""
         return UnsupportedError(
-            f"{section.source}: {section.name(key)} {shown(value)} is not supported; accepted is {accepted}: {remedy}"
+            f"{section.source}: {section.name(key)} {shown(value)}{what} is not supported; accepted is {accepted}: "
+            f"{known.advice if known is not None else REQUANTISE}"
         )
 
 
 def _format(fields: _Fields) -> str:
-    """The layout of the packed tensors. Whatever is not GPTQ is refused by name."""
-    method = fields.word("method")
-    if method is None:
-        # AWQ's files of 2023 name the kernel that the layout is for, not a method; those of bitsandbytes only a switch.
-        if fields.word("version") is not None:
-            raise fields.refuse("version", "a GPTQ checkpoint (this one looks like AWQ)")
-        for name in ("load_in_8bit", "load_in_4bit"):
-            if fields.boolean(name, False):
-                raise fields.refuse(name, "a GPTQ checkpoint (this one is for bitsandbytes)")
-    elif method in ("auto-round", "intel/auto-round"):
-        if fields.word("packing_format") not in ("auto_round:auto_gptq", "auto_gptq"):
-            name = "packing_format" if fields.has("packing_format") else "method"
-            raise fields.refuse(name, "packing_format auto_round:auto_gptq")
-    elif method != "gptq":
-        raise fields.refuse("method", "gptq")
+    """The layout of the packed tensors. Whatever is neither GPTQ nor AWQ is refused by name."""
+    container = _container(fields)
     if fields.boolean("is_marlin_format", False):
         raise UnsupportedError(
             f"{fields.section('is_marlin_format').source}: is_marlin_format is true, and the marlin layout is not "
-            f"supported; accepted are {', '.join(BITS_BY_FORMAT)}: {REMEDIES['marlin']}"
+            f"supported; accepted are {', '.join(GPTQ_BITS)}: {MARLIN.advice}"
         )
     if (fields.word("pack_dtype") or "int32").removeprefix("torch.") != "int32":
         raise fields.refuse("pack_dtype", "int32")
+    if container == AWQ:
+        for name in ("version", "format"):
+            if fields.word(name) not in (None, "gemm"):
+                raise fields.refuse(name, "gemm")
+        return AWQ
     name = fields.word("format") or "gptq"
-    if name not in BITS_BY_FORMAT:
-        raise fields.refuse("format", ", ".join(BITS_BY_FORMAT))
+    if name not in GPTQ_BITS:
+        raise fields.refuse("format", ", ".join(GPTQ_BITS))
     return name
+
+
+def _container(fields: _Fields) -> str:
+    """Whose tensors these are: "gptq" or "awq"."""
+    method = fields.word("method")
+    if method is None:
+        for name in ("load_in_8bit", "load_in_4bit"):  # files of bitsandbytes name no method, only a switch
+            if fields.boolean(name, False):
+                raise fields.refuse(name, "a GPTQ or AWQ checkpoint (this one is for bitsandbytes)")
+        # AWQ's files of 2023 name the kernel that the layout is for.
+        return AWQ if fields.word("version") is not None else "gptq"
+    if method in ("auto-round", "intel/auto-round"):
+        packing = fields.word("packing_format")
+        if packing not in AUTO_ROUND_PACKINGS:
+            name = "packing_format" if fields.has("packing_format") else "method"
+            raise fields.refuse(name, "packing_format auto_round:auto_gptq or auto_round:auto_awq")
+        return AUTO_ROUND_PACKINGS[packing]
+    if method not in ("gptq", AWQ):
+        raise fields.refuse("method", "gptq, awq or compressed-tensors")
+    return method
 
 
 def _settings(fields: _Fields, format_name: str) -> QuantSettings:
@@ -254,7 +229,8 @@ def _settings(fields: _Fields, format_name: str) -> QuantSettings:
             "remove the declaration, to have bits and groups inferred from the shapes of the tensors"
         )
     written_by_words = format_name == "gptq" and _by_gptqmodel(fields)
-    return _overlay(QuantSettings(4, -1, False, True, format_name, written_by_words), fields)
+    symmetric = not fields.boolean("zero_point", True) if format_name == AWQ else True
+    return _overlay(QuantSettings(4, -1, False, symmetric, format_name, written_by_words), fields)
 
 
 def _overlay(base: QuantSettings, fields: _Fields) -> QuantSettings:
@@ -295,13 +271,7 @@ def _dynamic_rules(fields: _Fields, base: QuantSettings) -> list[QuantRule]:
     rules = []
     for spelled in section.values if section is not None else ():
         source = spelled[2:] if spelled.startswith(("-:", "+:")) else spelled
-        try:
-            require_quick_pattern(source)
-            pattern = re.compile(source)
-        except (ValueError, re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(
-                f"{section.source}: {section.name(spelled):.200} is not a regular expression that can be used ({error})"
-            ) from error
+        pattern = quick_pattern(source, section.source, section.name(spelled))
         rules.append(QuantRule(pattern, None if spelled.startswith("-:") else _rule_settings(section, spelled, base)))
     return rules
 
@@ -326,28 +296,3 @@ def _rule_settings(section: Section, key: str, base: QuantSettings) -> QuantSett
     if own_format != base.format:
         raise fields.refuse("format", f"the format of the whole checkpoint, {base.format}")
     return _overlay(base, fields)
-
-
-def require_quick_pattern(source: str) -> None:
-    """Refuse a regular expression that could take hours on a name: files are untrusted, and `re` knows no time limit.
-
-    Time is exponential if a repeated group holds a repetition or a choice, as in `(.+)+`. Otherwise it is polynomial,
-    and the degree is the number of repetitions and choices: with five, a name of 50 characters takes 1 to 3 ms.
-
-    Raises:
-        ValueError: for either of the two, or an expression that is too long to be searched for them.
-    """
-    if len(source) > MAX_PATTERN:
-        raise ValueError(f"{len(source)} characters, at most {MAX_PATTERN} are accepted")
-    # Escapes and character classes stand for one character each; a lazy repetition counts like a greedy one.
-    rest = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", source, flags=re.DOTALL)
-    rest = re.sub(r"([*+?}])[?+]", r"\1", rest)
-    num_choices = 0
-    while group := re.search(r"\(([^()]*)\)([*+{]?)", rest):
-        body = group[1].removeprefix("?")
-        if group[2] and re.search(r"[*+{?|]", body):
-            raise ValueError("a repeated group holds repetitions or choices")
-        num_choices += "|" in body
-        rest = rest[: group.start()] + body.replace("|", "") + group[2] + rest[group.end() :]
-    if len(re.findall(r"[*+{?]", rest)) + num_choices > MAX_REPETITIONS:
-        raise ValueError(f"more than {MAX_REPETITIONS} repetitions and choices")

@@ -1,41 +1,19 @@
-"""What an architecture is: how its config.json is read, the names and sizes of its tensors, and its layer.
+"""What an architecture is: how its config.json is read, the names and sizes of its tensors, and its layers.
 
-All families here share Llama's decoder (families/decoder.py) and its tensor names. Each family is one file of this
-folder, and nothing outside the folder refers to a family by name.
+Each family is one file of this folder, and nothing outside the folder refers to a family by name. Most share Llama's
+decoder (families/decoder.py) and its tensor names, which are the defaults here. docs/adding-a-family.md says how to
+write one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
-from ropewalk.families.decoder import decoder_layer
-from ropewalk.families.recorder import LayerFunction
-
-EMBEDDINGS = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head"
-
-
-@dataclass(frozen=True, slots=True)
-class NormEntry:
-    """A norm's weight: its field in LayerWeights, its name within the layer, and the name of its size."""
-
-    field: str
-    name: str
-    size: str
-
-
-@dataclass(frozen=True, slots=True)
-class LinearEntry:
-    """A linear layer: its field in LayerWeights, its module name within the decoder layer, the names of its sizes, and
-    the ModelConfig flag that says whether it has a bias."""
-
-    field: str
-    name: str
-    inputs: str
-    outputs: str
-    bias: str
+from ropewalk.base.json import Section
+from ropewalk.families.program import Activation
+from ropewalk.families.tables import LLAMA_KIND, LayerKind, NormEntry, Rows, norm
 
 
 class Windows(Enum):
@@ -44,22 +22,71 @@ class Windows(Enum):
     NONE = "none"
     ALL = "every layer, if `sliding_window` is set"
     SOME = "those that `layer_types` or `max_window_layers` name, with `use_sliding_window`"
+    MOST = "all but every n-th, or those that `layer_types` names"
 
 
-LLAMA_LINEARS = (
-    LinearEntry("q", "self_attn.q_proj", "hidden", "queries", "qkv_bias"),
-    LinearEntry("k", "self_attn.k_proj", "hidden", "keys", "qkv_bias"),
-    LinearEntry("v", "self_attn.v_proj", "hidden", "keys", "qkv_bias"),
-    LinearEntry("o", "self_attn.o_proj", "queries", "hidden", "o_bias"),
-    LinearEntry("gate", "mlp.gate_proj", "hidden", "inner", "mlp_bias"),
-    LinearEntry("up", "mlp.up_proj", "hidden", "inner", "mlp_bias"),
-    LinearEntry("down", "mlp.down_proj", "inner", "hidden", "mlp_bias"),
-)
-LLAMA_NORMS = (
-    NormEntry("attn_norm", "input_layernorm", "hidden"),
-    NormEntry("mlp_norm", "post_attention_layernorm", "hidden"),
-)
-HEAD_NORMS = (NormEntry("q_norm", "self_attn.q_norm", "head"), NormEntry("k_norm", "self_attn.k_norm", "head"))
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Something that a model has or has not: as the key of config.json says, or (key None) as all of the family do."""
+
+    name: str
+    key: str | None = None
+    default: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A number of config.json, and what it is where the key is absent."""
+
+    name: str
+    default: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scales:
+    """Factors of a model, all applied in float32, and the soft caps c of c * tanh(x / c).
+
+    attention: of the products of queries and keys. residual: of what attention and MLP add to the residual stream.
+    """
+
+    attention: float
+    embeddings: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+    attention_cap: float | None = None
+    logits_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the scales of a family may follow from."""
+
+    hidden: int
+    head_dim: int
+
+
+def plain_scales(config: Section, sizes: Sizes) -> Scales:
+    """1 / sqrt(D), and nothing else."""
+    return Scales(attention=sizes.head_dim**-0.5)
+
+
+ONE_KIND = "decoder"
+KindsOf = Callable[[Section, int], Sequence[str]]  # config.json, number of layers -> the kind of each
+
+
+def one_kind(config: Section, num_layers: int) -> Sequence[str]:
+    """Of a family whose layers are all alike."""
+    return (ONE_KIND,) * num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the tensors outside of the layers are called, and what the names of layers begin with."""
+
+    embeddings: str = "model.embed_tokens"
+    layers: str = "model.layers."
+    head: str = "lm_head"
+    final_norm: tuple[NormEntry, ...] = norm("norm", "model.norm", "hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +96,19 @@ class Family:
     name, architectures: `model_type` and the class names in config.json.
     num_kv_heads: None: as many as query heads. head_dim: None: hidden_size / num_attention_heads.
     heads_divide_hidden: hidden_size must be a multiple of the heads even where head_dim is given.
-    qkv_bias: q, k and v always have biases. reads_attention_bias, reads_mlp_bias: `attention_bias` and `mlp_bias` of
-        config.json are honoured.
+    fixed_heads: there is a key/value head for each query head, whatever `num_key_value_heads` and `head_dim` say.
+    tied: the head is the embedding table where `tie_word_embeddings` is absent.
+    flags: which biases and norms there are. scales: the factors, read from config.json.
+    eps: of all norms. centred: norms are LayerNorm instead of RMSNorm.
+    activations, activation: the keys for it, the first that is there counts, and the name where none is.
+    renamed: names of activations that mean another one in this family.
+    windows, window: which layers have one, and `sliding_window` where that is absent. full_every, full_key: for
+        Windows.MOST, after how many layers one sees everything, and the key for that number.
+    theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family. sliding_theta: layers with a window have a table of their own, never scaled.
+    full_layers_rotate: False: layers without a window have no RoPE at all.
     extended_in_the_wild: fine-tunes may declare a longer context by other means than a scaling object
         (rope/decision.py).
-    layer: the decoder layer, written against a recorder.
+    kinds, kinds_of: the kinds of layers by name, and which layer is of which.
     """
 
     name: str
@@ -82,19 +117,37 @@ class Family:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     heads_divide_hidden: bool = False
-    qkv_bias: bool = False
-    reads_attention_bias: bool = False
-    reads_mlp_bias: bool = False
-    qk_norm: bool = False
+    fixed_heads: bool = False
+    tied: bool = False
+    flags: tuple[Flag, ...] = ()
+    scales: Callable[[Section, Sizes], Scales] = plain_scales
+    eps: Key = Key("rms_norm_eps", 1e-6)
+    centred: bool = False
+    activations: tuple[str, ...] = ("hidden_act",)
+    activation: Activation = Activation.SILU
+    renamed: Mapping[str, Activation] = field(default_factory=dict)
     windows: Windows = Windows.NONE
+    window: int | None = 4096
+    full_every: int = 0
+    full_key: str | None = None
+    theta: Key = Key("rope_theta", 10000.0)
+    partial_rotary: Key | None = None
+    rope_types: Mapping[str, str] = field(default_factory=dict)
+    sliding_theta: Key | None = None
+    full_layers_rotate: bool = True
     extended_in_the_wild: bool = False
-    norms: tuple[NormEntry, ...] = LLAMA_NORMS
-    linears: tuple[LinearEntry, ...] = LLAMA_LINEARS
-    layer: LayerFunction = decoder_layer
+    names: Names = Names()
+    kinds: Mapping[str, LayerKind] = field(default_factory=lambda: {ONE_KIND: LLAMA_KIND})
+    kinds_of: KindsOf = one_kind
 
+    @property
+    def pairs(self) -> bool:
+        """True if its queries and keys are stored in another order of features, which depends on the rotated part."""
+        entries = (entry for kind in self.kinds.values() for entry in kind.linears)
+        return any(entry.rows is Rows.PAIRS for entry in entries)
 
-def layer_prefix(index: int) -> str:
-    """The beginning of the names of layer `index`."""
-    return f"model.layers.{index}."
+    def layer_prefix(self, index: int) -> str:
+        """The beginning of the names of layer `index`."""
+        return f"{self.names.layers}{index}."

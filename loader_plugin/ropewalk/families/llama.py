@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ropewalk.families.family import Family
+from ropewalk.families.family import Family, Flag
 
 LLAMA = Family(
     name="llama",
@@ -12,7 +12,10 @@ LLAMA = Family(
     bos_token_id=1,
     eos_token_id=2,
     heads_divide_hidden=True,
-    reads_attention_bias=True,
-    reads_mlp_bias=True,
+    flags=(
+        Flag("qkv_bias", "attention_bias", False),
+        Flag("o_bias", "attention_bias", False),
+        Flag("mlp_bias", "mlp_bias", False),
+    ),
     extended_in_the_wild=True,
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ropewalk.families.family import Family, Windows
+from ropewalk.families.family import Family, Flag, Windows
 
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     max_position_embeddings=32768,
     num_kv_heads=32,
-    qkv_bias=True,
+    flags=(Flag("qkv_bias"),),
     windows=Windows.SOME,
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ropewalk.families.family import HEAD_NORMS, LLAMA_NORMS, Family, Windows
+from dataclasses import replace
+
+from ropewalk.families.family import ONE_KIND, Family, Flag, Windows
+from ropewalk.families.tables import HEAD_NORMS, LLAMA_KIND, LLAMA_NORMS
 
 QWEN3 = Family(
     name="qwen3",
@@ -10,8 +13,7 @@ QWEN3 = Family(
     max_position_embeddings=32768,
     num_kv_heads=32,
     head_dim=128,
-    reads_attention_bias=True,
-    qk_norm=True,
+    flags=(Flag("qkv_bias", "attention_bias", False), Flag("o_bias", "attention_bias", False), Flag("qk_norm")),
     windows=Windows.SOME,
-    norms=LLAMA_NORMS + HEAD_NORMS,
+    kinds={ONE_KIND: replace(LLAMA_KIND, norms=LLAMA_NORMS + HEAD_NORMS)},
 )

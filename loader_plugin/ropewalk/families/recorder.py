@@ -28,7 +28,11 @@ from ropewalk.families.program import (
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """The sizes of one decoder layer, and what else tells its kind from others of the same family."""
+    """The sizes of one decoder layer, and what else tells its kind from others of the same family.
+
+    kind: a key of `Family.kinds`. rotation: the table that queries and keys are rotated by; None: they are not.
+    attention_scale, attention_cap, residual_scale: see `Scales` (families/family.py); scale None: 1 / sqrt(D).
+    """
 
     hidden: int
     inner: int
@@ -37,6 +41,12 @@ class LayerShape:
     head_dim: int
     qk_norm: bool
     window: int | None
+    kind: str = "decoder"
+    rotation: int | None = 0
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    residual_scale: float = 1.0
+    activation: Activation = Activation.SILU
 
 
 class Recorder:
@@ -80,6 +90,12 @@ class Recorder:
             raise ValueError(f"split: {heads} heads of {size} are not the {x.heads * x.size} columns of {x}")
         firsts = [x.first + size * sum(heads[:index]) for index in range(len(heads))]
         return tuple(View(x.buffer, first, count, size) for first, count in zip(firsts, heads, strict=True))
+
+    def regroup(self, x: View, heads: int) -> View:
+        """The same columns as so many heads. Nothing is copied."""
+        if x.heads * x.size % heads:
+            raise ValueError(f"regroup: {heads} heads do not divide the {x.heads * x.size} columns of {x}")
+        return View(x.buffer, x.first, heads, x.heads * x.size // heads)
 
     def rotate_(self, x: View, table: int = 0) -> None:
         """Rotate x: [T, H, D] in place, by the angles of that table."""
@@ -144,6 +160,7 @@ def record(layer: LayerFunction, shape: LayerShape) -> Program:
         "qkv": heads * shape.head_dim,
         "o": shape.hidden,
         "gate_up": 2 * shape.inner,
+        "up": shape.inner,
         "down": shape.hidden,
     }
     recorder = Recorder(shape.hidden, linears)

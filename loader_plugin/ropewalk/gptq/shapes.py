@@ -34,18 +34,12 @@ def infer_settings(
         CheckpointError: the shapes fit no bit width, or not one group size.
     """
     qweight = checkpoint.info(f"{name}.qweight").shape
-    words = qweight[0] if qweight else 0
-    bits, rest = divmod(32 * words, in_features)
-    if rest or bits not in BITS:
-        raise CheckpointError(
-            f"{name}.qweight has shape {list(qweight)}: with {in_features} inputs that is {32 * words / in_features:g} "
-            f"bits per weight; accepted are {', '.join(map(str, BITS))}. Is this GPTQ, and config.json of this model?"
-        )
+    bits = infer_bits(f"{name}.qweight", qweight, qweight[0] if qweight else 0, in_features)
     num_groups = 1
     if not has_premultiplied_zeros(checkpoint, name) and f"{name}.scales" in checkpoint:
         scales = checkpoint.info(f"{name}.scales").shape
         num_groups = scales[0] if scales else 0
-    group_size = _infer_group_size(name, in_features, num_groups)
+    group_size = infer_group_size(f"{name}.scales", in_features, num_groups)
     if template is None:
         return QuantSettings(
             bits=bits, group_size=group_size, desc_act=False, sym=False, format="gptq", word_borrow=False
@@ -53,8 +47,29 @@ def infer_settings(
     return replace(template, bits=bits, group_size=group_size)
 
 
-def _infer_group_size(name: str, in_features: int, num_groups: int) -> int:
-    """The group size that makes ceil(K / size) = G: a power of two if one does, else K / G, else a multiple of 8."""
+def infer_bits(tensor: str, shape: tuple[int, ...], words: int, in_features: int) -> int:
+    """The bits of a code, by the number of words that hold those of one output.
+
+    Raises:
+        CheckpointError: they fit no bit width.
+    """
+    bits, rest = divmod(32 * words, in_features)
+    if rest or bits not in BITS:
+        raise CheckpointError(
+            f"{tensor} has shape {list(shape)}: with {in_features} inputs that is {32 * words / in_features:g} "
+            f"bits per weight; accepted are {', '.join(map(str, BITS))}. Is this GPTQ, and config.json of this model?"
+        )
+    return bits
+
+
+def infer_group_size(tensor: str, in_features: int, num_groups: int) -> int:
+    """The group size that makes ceil(K / size) = G: a power of two if one does, else K / G, else a multiple of 8.
+
+    tensor: the scales, for the message.
+
+    Raises:
+        CheckpointError: none does, or several do.
+    """
     if num_groups == 1:
         return -1
     if 0 < num_groups <= in_features:
@@ -65,7 +80,7 @@ def _infer_group_size(name: str, in_features: int, num_groups: int) -> int:
         if powers or exact or len(eights) == 1:
             return (powers or exact or eights)[0]
     raise CheckpointError(
-        f"{name}.scales has {num_groups} groups for {in_features} inputs, which fits several group sizes or none: "
+        f"{tensor} has {num_groups} groups for {in_features} inputs, which fits several group sizes or none: "
         "give bits and group_size in a quantize_config.json"
     )
 

@@ -1,9 +1,9 @@
 """Which backend runs a model: as the options say, or with "auto" as this machine allows, with the reason.
 
-    options -> the names of the backend and of its arithmetic, and why -> the backend
+    options -> the names of the backend and of its arithmetic, and why
 
 An option that one backend alone understands decides for it under "auto". Nothing falls back: what was asked for by name
-and cannot run here is refused.
+and cannot run here is refused. model/backends.py makes what is chosen here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ from typing import Any
 
 import torch
 
-from ropewalk.backends.protocol import Backend
-from ropewalk.backends.reference import ReferenceBackend
-from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError
 from ropewalk.model.options import LoadOptions
-from ropewalk.model.placement import Placement
 
 ARITHMETIC = {  # of each backend, its default first
     "cpu": ("int8", "exact"),
@@ -46,18 +42,18 @@ def choose_backend(options: LoadOptions) -> Chosen:
     return chosen
 
 
-def make_backend(options: LoadOptions, placement: Placement | None = None) -> Backend:
-    """The backend of `choose_backend`, ready to pack weights. placement: of the layer instances, where there are more
-    places than one.
+def arithmetic(options: LoadOptions) -> str:
+    """What `compute` means for the backend of `choose_backend`.
 
     Raises:
-        ConfigError: as `choose_backend`; or this machine lacks what the backend needs. NativeError: no compiled core.
+        ConfigError: as `choose_backend`.
     """
-    name = choose_backend(options).name
-    if placement is None:
-        return _single(name, options, options.device)
-    places = [Place(_on_place(share.device, options), share.num_instances) for share in placement.shares]
-    return SplitBackend(places, placement.weights_indices)
+    return compute_of(choose_backend(options).name, options)
+
+
+def compute_of(name: str, options: LoadOptions) -> str:
+    """What `compute` means for a backend of that name."""
+    return ARITHMETIC[name][0] if options.compute == "auto" else options.compute
 
 
 def _automatic(options: LoadOptions) -> Chosen:
@@ -118,34 +114,3 @@ def _check_options(options: LoadOptions, chosen: Chosen) -> None:
             "compute='fp16' is for the GPU alone, and gpu_layers leaves layers to the CPU: leave compute out (fp16 on "
             "the GPU, int8 on the CPU), or give 'exact'"
         )
-
-
-def _on_place(device: str | None, options: LoadOptions) -> Backend:
-    """One of several backends. device: of the GPU backend; None: the CPU backend."""
-    return _single("cpu" if device is None else "gpu", options, device)
-
-
-def _single(name: str, options: LoadOptions, device: str | torch.device | None) -> Backend:
-    compute = ARITHMETIC[name][0] if options.compute == "auto" else options.compute
-    if name == "reference":
-        return ReferenceBackend(compute, _torch_device(device))
-    if name == "gpu":
-        from ropewalk.backends.gpu.device import checked_device
-
-        card = checked_device(device)  # before the kernels, which need Triton
-        from ropewalk.backends.gpu.backend import GpuBackend
-
-        return GpuBackend(compute, card)
-    from ropewalk.backends.cpu import CpuBackend  # not at the top: the reference runs without the compiled core
-
-    return CpuBackend(compute=compute, isa=options.isa, threads=options.threads)
-
-
-def _torch_device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-        torch.empty(1, device=chosen).cpu()
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        # torch raises a different error for an unknown name, an absent device, and a build without support for it
-        raise ConfigError(f"device={device!r} cannot be used here: {error}") from error
-    return chosen

@@ -12,10 +12,9 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import HEAD, layer_prefix
+from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
-from ropewalk.model.backend_choice import ARITHMETIC, choose_backend
+from ropewalk.model.backend_choice import arithmetic
 from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
 from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
@@ -130,12 +129,12 @@ def model_info(
 
 def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
     """By how many bytes the head is held in more than it is stored in."""
-    compute = ARITHMETIC[choose_backend(options).name][0] if options.compute == "auto" else options.compute
-    bits = rounded_bits(options.head_bits, compute)
-    if bits is None or f"{HEAD}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
+    head = config.table.names.head
+    bits = rounded_bits(options.head_bits, arithmetic(options))
+    if bits is None or f"{head}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
         return 0
-    is_tied = config.tie_word_embeddings or f"{HEAD}.weight" not in checkpoint
-    stored = 0 if is_tied else checkpoint.info(f"{HEAD}.weight").num_bytes
+    is_tied = config.tie_word_embeddings or f"{head}.weight" not in checkpoint
+    stored = 0 if is_tied else checkpoint.info(f"{head}.weight").num_bytes
     return rounded_bytes(config.vocab_size, config.hidden_size, bits) - stored
 
 
@@ -144,7 +143,7 @@ def _layer_bytes(folder: Path, config: ModelConfig) -> int:
     quant = load_quant_config(folder, config.raw)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(config, quant, checkpoint)
-        prefixes = tuple(layer_prefix(index) for index in range(config.num_layers))
+        prefixes = tuple(config.table.layer_prefix(index) for index in range(config.num_layers))
         return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
@@ -187,14 +186,15 @@ def _linears(
 ) -> tuple[dict[str, int], QuantSettings | None]:
     """The number of linears by the way they are stored, and the settings of the first quantised one."""
     size = config.sizes
-    entries = FAMILIES[config.family].linears
     modules = [
-        (layer_prefix(i) + entry.name, size[entry.inputs]) for i in range(config.num_layers) for entry in entries
+        (config.table.layer_prefix(index) + entry.name, size[entry.inputs])
+        for index in range(config.num_layers)
+        for entry in config.layer_table(index).linears
     ]
     counts: Counter[str] = Counter()
     first = None
-    for name, in_features in [*modules, (HEAD, size["hidden"])]:
-        if f"{name}.qweight" in checkpoint:
+    for name, in_features in [*modules, (config.table.names.head, size["hidden"])]:
+        if container_of(quant).holds(checkpoint, name):
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
             counts[f"{settings.bits}-bit, {groups}"] += 1

@@ -63,21 +63,13 @@ def pack_for_places(
 
 def pack_layer(backend: OnePlace, config: ModelConfig, index: int, weights: LayerWeights) -> PackedLayer:
     """Hand the weights of decoder layer `index` to the backend."""
-    given = {
-        "attn_norm": weights.attn_norm,
-        "q_norm": weights.q_norm,
-        "k_norm": weights.k_norm,
-        "mlp_norm": weights.mlp_norm,
-    }
-    norms = {name: norm.to(backend.device) for name, norm in given.items() if norm is not None}
+    norms = {name: norm.to(backend.device) for name, norm in weights.norms.items()}
+    groups = config.layer_table(index).groups
     linears = {
-        "qkv": backend.pack([weights.q, weights.k, weights.v]),
-        "o": backend.pack([weights.o]),
-        "gate_up": backend.pack([weights.gate, weights.up]),
-        "down": backend.pack([weights.down]),
+        name: backend.pack([weights.linears[entry.field] for entry in entries]) for name, entries in groups.items()
     }
     program = layer_program(config.family, layer_shape(config, index))
-    return PackedLayer(norms, linears, backend.compile_layer(program, {**norms, **linears}, config.rms_norm_eps))
+    return PackedLayer(norms, linears, backend.compile_layer(program, {**norms, **linears}, config.norm_eps))
 
 
 def recompiled(
@@ -91,7 +83,7 @@ def recompiled(
     for index, layer in enumerate(layers):
         assert isinstance(layer, PackedLayer), "only backends of one place compute in another way"
         program = layer_program(config.family, layer_shape(config, index % config.num_layers))
-        compiled = backend.compile_layer(program, {**layer.norms, **layer.linears}, config.rms_norm_eps)
+        compiled = backend.compile_layer(program, {**layer.norms, **layer.linears}, config.norm_eps)
         made.append(PackedLayer(layer.norms, layer.linears, compiled))
     return tuple(made)
 
@@ -104,15 +96,21 @@ def layer_shape(config: ModelConfig, index: int) -> LayerShape:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        qk_norm=config.qk_norm,
+        qk_norm="qk_norm" in config.flags,
         window=config.sliding_windows[index],
+        kind=config.layer_kinds[index],
+        rotation=config.rotations[index],
+        attention_scale=config.scales.attention,
+        attention_cap=config.scales.attention_cap,
+        residual_scale=config.scales.residual,
+        activation=config.activation,
     )
 
 
 @lru_cache(maxsize=64)
 def layer_program(family: str, shape: LayerShape) -> Program:
     """The recorded layer function of a family: one program for all layers of one shape."""
-    return record(FAMILIES[family].layer, shape)
+    return record(FAMILIES[family].kinds[shape.kind].layer, shape)
 
 
 def key_table(program: Program) -> int | None:

@@ -28,10 +28,10 @@ from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes, return_freed_memory
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
-from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.linear import DenseLinear
-from ropewalk.model.backend_choice import choose_backend, make_backend
+from ropewalk.model.backend_choice import choose_backend
+from ropewalk.model.backends import make_backend
 from ropewalk.model.head import held_head
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
@@ -116,9 +116,8 @@ def _load_weights(
         report()
         fingerprint = checkpoint.fingerprint
     device = backend.device
-    return ModelWeights(
-        embeddings.to(device), layers, final_norm.to(device), packed_head, tied, chosen_bits, fingerprint
-    )
+    moved = {name: part.to(device) for name, part in final_norm.items()}
+    return ModelWeights(embeddings.to(device), layers, moved, packed_head, tied, chosen_bits, fingerprint)
 
 
 def _load_second_layers(
@@ -155,7 +154,7 @@ def _pack_layers(
 ) -> tuple[PackedLayer | CopiedLayer, ...]:
     layers = []
     for index in range(config.num_layers):
-        checkpoint.read_ahead(layer_prefix(index + 1))
+        checkpoint.read_ahead(config.table.layer_prefix(index + 1))
         layers.append(pack_for_places(backend, config, index, read_layer(config, quant, checkpoint, index), first))
         report()
     return tuple(layers)

@@ -1,6 +1,6 @@
 """The decoder: token ids in, logits out, keys and values in caches.
 
-    x = Embed(ids);  x = Layer_i(x) for every layer instance;  logits = RMSNorm(x) Head
+    x = Embed(ids);  x = Layer_i(x) for every layer instance;  logits = Norm(x) Head
 
 model/step.py computes; this module holds what a loaded model consists of, and what can be asked of it.
 """
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All weights of a model. embeddings: [V, C] as stored; final_norm: [C] float32; head: C to V.
+    """All weights of a model. embeddings: [V, C] as stored; final_norm: as `read_head` gives it; head: C to V.
 
     head_bits: as `load_model` was asked for a head that is stored in floats; None for one that is stored in codes.
     layers: those of the model, followed by those of the second model, if any.
@@ -51,7 +51,7 @@ class ModelWeights:
 
     embeddings: torch.Tensor
     layers: tuple[PackedLayer | CopiedLayer, ...]
-    final_norm: torch.Tensor
+    final_norm: Mapping[str, torch.Tensor]
     head: PackedLinear
     head_is_embeddings: bool
     head_bits: str | int | None
@@ -63,7 +63,8 @@ class ModelWeights:
         """Memory of the weights as the backend holds them; an embedding table that is also the head counts once."""
         embeddings = 0 if self.head_is_embeddings else self.embeddings.numel() * self.embeddings.element_size()
         layers = sum(layer.num_bytes for layer in self.layers)
-        return embeddings + layers + 4 * self.final_norm.numel() + self.head.num_bytes
+        final_norm = sum(4 * part.numel() for part in self.final_norm.values())
+        return embeddings + layers + final_norm + self.head.num_bytes
 
 
 class Model(LiveRope):

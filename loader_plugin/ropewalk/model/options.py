@@ -31,7 +31,8 @@ class LoadOptions:
     compute: "int8" (activations quantised in blocks of 32, integer products; "cpu" and "reference"), "fp16" (float16
         activations; "gpu"), "exact" (float32 activations), or "auto": "int8" on a CPU and "fp16" on a GPU.
     head_bits: how a head that is stored in floats is held: "8" or "4" (rounded when it is loaded, on any backend and
-        for any `compute`), "16" (as stored), or "auto": 8 where `compute` is "int8", else as stored (`model/head.py`).
+        for any `compute`), "16" (as stored), or "auto": 8 where `compute` is "int8", else as stored. See
+        `model/head.py`.
     backend: "cpu" (compiled kernels), "gpu" (Triton kernels), "reference" (plain torch, slow, any `device`), or "auto":
         the GPU if this machine has what it needs and no option asks for the CPU, else the CPU.
     device: for "gpu": "cuda" (default), "cuda:1", ..., or "cpu" under Triton's interpreter; for "reference": any.

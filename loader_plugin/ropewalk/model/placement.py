@@ -14,7 +14,7 @@ from pathlib import Path
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import format_bytes
 from ropewalk.config.instances import instances_of
-from ropewalk.families.family import layer_prefix
+from ropewalk.config.model import ModelConfig
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.options import LoadOptions, parse_split
 from ropewalk.model.plan import LoadPlan
@@ -98,15 +98,15 @@ def _card(options: LoadOptions, number: int) -> str:
 def _layer_bytes(folder: Path, plan: LoadPlan, options: LoadOptions) -> list[int]:
     """Bytes of each layer as stored, those of the second model after the first's."""
     base_name = plan.quant.model_file_base_name if plan.quant else None
-    sizes = _stored_bytes(folder, base_name, plan.config.num_layers)
+    sizes = _stored_bytes(folder, base_name, plan.config)
     if plan.second is not None:
-        sizes += _stored_bytes(Path(str(options.second_folder)), None, plan.second.num_layers)
+        sizes += _stored_bytes(Path(str(options.second_folder)), None, plan.second)
     return sizes
 
 
-def _stored_bytes(folder: Path, base_name: str | None, num_layers: int) -> list[int]:
+def _stored_bytes(folder: Path, base_name: str | None, config: ModelConfig) -> list[int]:
     with Checkpoint(folder, base_name) as checkpoint:
-        prefixes = [layer_prefix(index) for index in range(num_layers)]
+        prefixes = [config.table.layer_prefix(index) for index in range(config.num_layers)]
         return [
             sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefix))
             for prefix in prefixes

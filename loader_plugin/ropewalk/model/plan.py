@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 # What both models must have in common. The vocabulary may differ: embeddings and head are the first model's.
 SAME = (
-    *("family", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps"),
-    *("qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
+    *("family", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "flags"),
+    *("activation", "scales", "paired_dim", "sliding_theta"),
 )
 
 
@@ -81,7 +81,7 @@ def load_second_config(folder: Any, config: ModelConfig) -> ModelConfig:
     second = load_model_config(Path(folder))
     differing = [name for name in SAME if getattr(second, name) != getattr(config, name)]
     if differing:
-        listed = ", ".join(f"{name} {getattr(second, name)!r}, not {getattr(config, name)!r}" for name in differing)
+        listed = ", ".join(f"{name} {_shown(second, name)}, not {_shown(config, name)}" for name in differing)
         raise ConfigError(
             f"second_folder: the layers of {second.source} do not fit those of {config.source}: it has {listed}. "
             "Layers can be mixed only between models of equal shapes"
@@ -92,3 +92,8 @@ def load_second_config(folder: Any, config: ModelConfig) -> ModelConfig:
             "%s was made for another RoPE than %s: its layers run under the first model's", second.source, config.source
         )
     return second
+
+
+def _shown(config: ModelConfig, name: str) -> str:
+    value = getattr(config, name)
+    return ", ".join(sorted(value)) or "none" if isinstance(value, frozenset) else repr(value)

@@ -152,7 +152,9 @@ def _turn_runs_(
         tables = turn_tables(turn.cache.frequencies, turn.frequencies, start, start + num_rows)
         cos, sin = (torch.from_numpy(table)[None].to(model.backend.device) for table in tables)  # [1, num_rows, R/2]
         pages = [page.page for _, page in held]
-        model.backend.move_rows_(pages, 0, pages, 0, num_rows, cos, sin, model.rotations)
+        # Only the first table follows the length, or another RoPE.
+        rotations = [rotation if rotation == 0 else None for rotation in model.rotations]
+        model.backend.move_rows_(pages, 0, pages, 0, num_rows, cos, sin, rotations)
         done.update(page for _, page in held)
 
 

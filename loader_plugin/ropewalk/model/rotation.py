@@ -25,10 +25,16 @@ def turn_tables(before: Frequencies, after: Frequencies, start: int, end: int) -
     return _tables(angles, after.attention_scale / before.attention_scale)
 
 
-def shift_tables(frequencies: Frequencies, distance: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin that turn keys to positions lower by `distance`: [num_rows, R/2] float32, all rows alike."""
-    cos, sin = _tables(-distance * inverse_frequencies(frequencies)[None], 1.0)
-    return np.repeat(cos, num_rows, axis=0), np.repeat(sin, num_rows, axis=0)
+def shift_tables(
+    frequencies: Frequencies, sliding: np.ndarray | None, distance: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin that turn keys to positions lower by `distance`: [tables, num_rows, R/2] float32, all rows alike.
+
+    sliding: [R/2] radians per position of layers with a window, where they turn otherwise (`Rope.sliding_frequencies`).
+    """
+    each = [inverse_frequencies(frequencies), *([] if sliding is None else [sliding])]
+    cos, sin = _tables(-distance * np.stack(each)[:, None], 1.0)  # [tables, 1, R/2]
+    return np.repeat(cos, num_rows, axis=1), np.repeat(sin, num_rows, axis=1)
 
 
 def check_turns(before: Frequencies, after: Frequencies) -> None:

@@ -51,8 +51,8 @@ def shift_(model: Model, cache: KvCache, keep: int, drop: int) -> int:
     _check_window(cache, keep, drop)
     source = cache.pages
     target, recent = model.store.targets_of(cache, keep, keep + num_rows)
-    tables = shift_tables(cache.frequencies, drop, num_rows)  # [num_rows, R/2] each
-    cos, sin = (torch.from_numpy(table)[None].to(model.backend.device) for table in tables)  # [1, num_rows, R/2]
+    tables = shift_tables(cache.frequencies, model.rope.sliding_frequencies(), drop, num_rows)
+    cos, sin = (torch.from_numpy(table).to(model.backend.device) for table in tables)  # [tables, num_rows, R/2]
     try:
         model.backend.move_rows_(
             [held.page for held in source],

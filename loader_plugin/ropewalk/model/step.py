@@ -269,7 +269,9 @@ def _embedded(model: Model, groups: Sequence[tuple[ModelChange, list[Piece]]]) -
         ids = [token_id for piece in pieces for token_id in piece.span.ids[piece.first : piece.end]]
         token_ids = torch.tensor(ids, device=model.backend.device)
         parts.append(embed_changed(model.backend, model.weights.embeddings, token_ids, change.embeddings))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, C]
+    x = parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, C]
+    scale = model.config.scales.embeddings
+    return x if scale == 1.0 else x.mul_(scale)
 
 
 def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendStep:
@@ -280,8 +282,9 @@ def _begin(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> BackendSte
             cache, num_rows = piece.span.cache, piece.end - piece.first
             positions.append(np.arange(cache.length, cache.length + num_rows))
             spans.append(RowSpan(num_rows, cache.length, tuple(held.page for held in cache.pages), _recent(cache)))
-        tables.append(model.rope.tables_at(np.concatenate(positions), alike[0].span.seq_len))  # [rows, R/2] each
-    cos, sin = (torch.from_numpy(np.concatenate(parts))[None].to(x.device) for parts in zip(*tables, strict=True))
+        found = model.rope.all_tables_at(np.concatenate(positions), alike[0].span.seq_len)
+        tables.append(found)  # [tables, rows, R/2] each
+    cos, sin = (torch.from_numpy(np.concatenate(parts, axis=1)).to(x.device) for parts in zip(*tables, strict=True))
     return model.backend.begin_step(x, cos, sin, spans)
 
 
@@ -304,12 +307,26 @@ def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> No
         ]  # (where to, its row there, row of the chunk)
         for first in range(0, len(wanted), LOGITS_ROWS):
             block = wanted[first : first + LOGITS_ROWS]
-            normed = model.backend.rms_norm(
-                x[[row for *_, row in block]], model.weights.final_norm, model.config.rms_norm_eps
-            )  # [rows, C]
-            logits = head_changed(model.backend, normed, model.weights.head, head)  # [rows, V]
+            normed = _normed(model, x[[row for *_, row in block]])  # [rows, C]
+            logits = _scaled(model, head_changed(model.backend, normed, model.weights.head, head))  # [rows, V]
             for (out, low, _), row_logits in zip(block, logits, strict=True):
                 out[low] = row_logits
+
+
+def _normed(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """The final norm. x: [rows, C] -> [rows, C]."""
+    norm, eps = model.weights.final_norm, model.config.norm_eps
+    if model.config.table.centred:
+        return model.backend.layer_norm(x, norm["norm"], norm.get("norm_bias"), eps)
+    return model.backend.rms_norm(x, norm["norm"], eps)
+
+
+def _scaled(model: Model, logits: torch.Tensor) -> torch.Tensor:
+    """As the family scales and caps its logits. logits: [rows, V], changed."""
+    scale, cap = model.config.scales.logits, model.config.scales.logits_cap
+    if scale != 1.0:
+        logits.mul_(scale)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.base.json import Section
 from ropewalk.base.limits import MAX_FEATURES, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS
 from ropewalk.config.model import read_max_positions
+from ropewalk.config.rotary import MAX_THETA, PARTIAL, read_rotary_dim, read_sliding_theta, scaling_object
 from ropewalk.families import FAMILIES, UNNAMED
+from ropewalk.families.family import Family
 from ropewalk.rope.methods import (
     DynamicNtkScaling,
     LinearNtkScaling,
@@ -37,10 +39,7 @@ from ropewalk.rope.spellings import ORIGINAL, RopeObject
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_THETA = 10000.0
 LLAMA1_POSITIONS = 2048  # what the models that SuperHOT extended were trained with
-# Far beyond what is in use (theta up to 1e11, alpha up to 1000), and safe from overflow in float64.
-MAX_THETA = 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,7 @@ class RopeDecision:
     original_length: int  # positions before the context was extended
     covers: int | None  # positions that the method was made for; None: any number
     decided_by: str
+    sliding_theta: float | None = None  # of layers with a window, where they have one of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class RopeFacts:
     top: Section
     own: Section  # rope_scaling or rope_parameters of config.json; empty if there is neither
     argument: Section | None  # the argument rope_scaling
+    family: Family
     head_dim: int
     max_positions: int
     may_be_extended: bool
@@ -78,7 +79,9 @@ class RopeFacts:
         return next((section for section in order if section.has(key)), self.top)
 
     def theta(self) -> float:
-        return self.holder("rope_theta").optional_number("rope_theta", 1.0, MAX_THETA, DEFAULT_THETA, above=True)
+        section, key = self.holder("rope_theta"), self.family.theta
+        name = key.name if section is self.top else "rope_theta"
+        return section.optional_number(name, 1.0, MAX_THETA, key.default, above=True)
 
     def original(self) -> int | None:
         """The declared original length: in an argument, else at the top level of config.json, else in its object."""
@@ -96,12 +99,21 @@ class RopeFacts:
         return found[0][1] if found else None
 
     def rotary_dim(self) -> int:
-        """R: how many features of a head are rotated, by partial_rotary_factor."""
-        section = self.holder("partial_rotary_factor")
-        part = section.optional_number("partial_rotary_factor", 0.0, 1.0, 1.0, above=True)
-        rotary_dim = int(self.head_dim * part)
-        if rotary_dim < 2 or rotary_dim % 2:
-            raise section.error("partial_rotary_factor", f"a part of head_dim, {self.head_dim}, that is an even number")
+        """R: how many features of a head are rotated, by partial_rotary_factor or the family's own key.
+
+        Raises:
+            UnsupportedError: an argument asks for another part, of queries and keys that are ordered for their own.
+        """
+        objects = [self.argument, self.own] if self.argument else [self.own]
+        rotary_dim = read_rotary_dim((*objects, self.top), self.family, self.head_dim)
+        if self.family.pairs and self.argument:
+            own = read_rotary_dim((self.own, self.top), self.family, self.head_dim)
+            if rotary_dim != own:
+                raise UnsupportedError(
+                    f"{self.top.source}: the weights of this {self.family.name} model are in order for a rotation of "
+                    f"{own} features of a head, and the argument rope_scaling asks for {rotary_dim}: leave "
+                    f"{PARTIAL} out"
+                )
         return rotary_dim
 
 
@@ -117,22 +129,26 @@ def read_facts(config: Mapping[str, Any], source: str, argument: Mapping[str, An
         own = parameters or Section(source, {}, "rope_scaling")
     elif parameters is not None and parameters.values and parameters.values != own.values:
         logger.warning("%s: rope_parameters and rope_scaling differ; rope_scaling is used", source)
+    named = FAMILIES.get(top.text("model_type") or UNNAMED.name)
+    family = named or UNNAMED
+    read = {family.theta.name} | ({family.partial_rotary.name} if family.partial_rotary else set())
     for key in ("compress_pos_emb", "alpha_value", "rotary_emb_base", "rotary_pct"):
-        if top.has(key):
+        if top.has(key) and key not in read and (key, top.values[key]) != ("rotary_pct", 1.0):
             logger.warning(
                 "%s: %s is ignored, as everywhere; the arguments are rope_theta, compress_pos_emb, alpha_value and "
                 "rope_scaling",
                 source,
                 key,
             )
-    named = FAMILIES.get(top.text("model_type") or UNNAMED.name)
-    family = named or UNNAMED
+    if family.sliding_theta is not None:
+        own = scaling_object(top)  # of the layers without a window
     architectures = top.values.get("architectures")
     if not isinstance(architectures, (list, tuple)) or not architectures:
         architectures = family.architectures
     may_be_extended = named is not None and named.extended_in_the_wild and architectures[0] in named.architectures
     given = Section("arguments", {"rope_scaling": argument}).section("rope_scaling") if argument is not None else None
-    return RopeFacts(top, own, given, _head_dim(top, family.head_dim), read_max_positions(top, family), may_be_extended)
+    head_dim = _head_dim(top, family.head_dim)
+    return RopeFacts(top, own, given, family, head_dim, read_max_positions(top, family), may_be_extended)
 
 
 def decide(facts: RopeFacts) -> RopeDecision:
@@ -142,7 +158,7 @@ def decide(facts: RopeFacts) -> RopeDecision:
         ConfigError: a key has the wrong type, is out of range, missing, or contradicts another.
         UnsupportedError: a rope type, or an option of one, that is not implemented.
     """
-    rope = RopeObject(facts.scaling, facts.original(), facts.max_positions)
+    rope = RopeObject(facts.scaling, facts.original(), facts.max_positions, facts.family.rope_types)
     key, name = rope.rope_type()
     if name == "default" and not facts.argument:
         implied = _airophin(facts) or _superhot(facts)
@@ -151,6 +167,7 @@ def decide(facts: RopeFacts) -> RopeDecision:
     rotary_dim = facts.head_dim if name == "proportional" else facts.rotary_dim()
     if (
         name == "default"
+        and facts.family.partial_rotary is None
         and rotary_dim != facts.head_dim
         and facts.holder("partial_rotary_factor") is not facts.argument
     ):
@@ -194,7 +211,8 @@ def _decision(
         raise ConfigError(
             f"{facts.top.source}: {method.name} scaling needs at least 4 rotated features, found {rotary_dim}"
         )
-    return RopeDecision(method, facts.theta(), facts.head_dim, rotary_dim, length, covers, decided_by)
+    sliding_theta = read_sliding_theta(facts.top, facts.family)
+    return RopeDecision(method, facts.theta(), facts.head_dim, rotary_dim, length, covers, decided_by, sliding_theta)
 
 
 def _covers(method: RopeMethod, rope: RopeObject, by_config: bool) -> int | None:

@@ -19,7 +19,8 @@ import numpy as np
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import Section, shown
 from ropewalk.base.limits import MAX_POSITIONS
-from ropewalk.rope.decision import MAX_THETA, RopeDecision, decide, decide_by_knobs, read_facts
+from ropewalk.config.rotary import MAX_THETA
+from ropewalk.rope.decision import RopeDecision, decide, decide_by_knobs, read_facts
 from ropewalk.rope.methods import LinearNtkScaling, LinearScaling, NoScaling, NtkScaling, RopeMethod
 from ropewalk.rope.spellings import MAX_FACTOR, MIN_FACTOR
 
@@ -40,6 +41,7 @@ class Rope:
     original_length: int  # positions before the context was extended
     covers: int | None  # positions that the method was made for; None: any number
     decided_by: str  # which key of which file, or which argument
+    sliding_theta: float | None  # of layers with a window, where they have a table of their own that nothing scales
     default_length: int  # positions if nobody names a length: as declared, or as far as an argument reaches
 
     @property
@@ -75,9 +77,27 @@ class Rope:
         angles = positions.astype(np.float64)[:, None] * inv  # [T, R/2]
         return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
 
+    def all_tables_at(self, positions: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of every table that layers turn by: [T] integers -> [tables, T, R/2] float32 each."""
+        tables = [self.tables_at(positions, seq_len)]
+        inv = self.sliding_frequencies()
+        if inv is not None:
+            angles = positions.astype(np.float64)[:, None] * inv  # [T, R/2]
+            tables.append((np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)))
+        cos, sin = zip(*tables, strict=True)
+        return np.stack(cos), np.stack(sin)
+
+    def sliding_frequencies(self) -> np.ndarray | None:
+        """[R/2] float64 radians per position in layers with a window; None: they turn as all others do."""
+        if self.sliding_theta is None:
+            return None
+        return NoScaling().frequencies(self.sliding_theta, self.rotary_dim, 1)[0]
+
     def turns_like(self, other: Rope) -> bool:
         """True if both rotate every key of every sequence alike, whatever decided them."""
-        mine, theirs = ((rope.method, rope.theta, rope.head_dim, rope.rotary_dim) for rope in (self, other))
+        mine, theirs = (
+            (rope.method, rope.theta, rope.sliding_theta, rope.head_dim, rope.rotary_dim) for rope in (self, other)
+        )
         return mine == theirs
 
     def grown_length(self, length: int) -> int:
@@ -102,6 +122,7 @@ class Rope:
         part = [f"{self.rotary_dim} of {self.head_dim} features"] if self.rotary_dim != self.head_dim else []
         covers = f"covers {self.covers} positions" if self.covers is not None else "adapts to the length"
         facts = [f"RoPE scaling: {method.name}", *values, f"original length {self.original_length}", covers]
+        part += [f"theta {self.sliding_theta:g} without scaling in layers with a window"] if self.sliding_theta else []
         return ", ".join([*facts, f"theta {self.theta:g}", *part]) + f"; decided by {self.decided_by}"
 
 

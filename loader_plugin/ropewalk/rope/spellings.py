@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
@@ -48,6 +48,7 @@ class RopeObject:
     section: Section
     original: int | None  # the declared original length
     max_positions: int  # max_position_embeddings: the original length if none is declared
+    renamed: Mapping[str, str] = field(default_factory=dict)  # types that mean another one in the model's family
 
     @property
     def length(self) -> int:
@@ -72,7 +73,7 @@ class RopeObject:
                     f"accepted are {accepted_types()}"
                 )
             return "rope_type", "default"
-        types = {TYPE_ALIASES.get(name, name) for name in names.values()}
+        types = {TYPE_ALIASES.get(name, self.renamed.get(name, name)) for name in names.values()}
         if len(types) > 1:
             raise ConfigError(
                 f"{section.source}: {section.name('rope_type')} is {shown(names['rope_type'])}, but "

@@ -5,17 +5,19 @@ The names and sizes are data (families/), and weights/check.py has checked them 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ropewalk.config.model import ModelConfig
-from ropewalk.config.quantisation import QuantConfig
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import EMBEDDINGS, FINAL_NORM, HEAD, layer_prefix
+from ropewalk.config.settings import QuantConfig
+from ropewalk.containers.choice import container_of
+from ropewalk.families.tables import NormEntry
 from ropewalk.files.folder import Checkpoint
-from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, read_gptq_linear, require_finite
-from ropewalk.weights.check import check_tensors, settings_of
+from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, require_finite
+from ropewalk.weights.check import check_tensors, norm_tensors, settings_of
+from ropewalk.weights.rows import ordered_linear, row_order
 
 __all__ = ["LayerWeights", "check_tensors", "read_embeddings", "read_head", "read_layer"]
 
@@ -24,26 +26,21 @@ Linear = GptqLinear | DenseLinear
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """One decoder layer. C = hidden size, D = head size."""
+    """One decoder layer, by the fields of its tables (families/tables.py), ready for the layer function.
 
-    attn_norm: torch.Tensor  # [C] float32
-    mlp_norm: torch.Tensor  # [C] float32
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    gate: Linear
-    up: Linear
-    down: Linear
-    q_norm: torch.Tensor | None = None  # [D] float32
-    k_norm: torch.Tensor | None = None  # [D] float32
+    norms: float32, of as many numbers as their sizes say. linears: each [K -> N].
+    """
+
+    norms: Mapping[str, torch.Tensor]
+    linears: Mapping[str, Linear]
 
 
 def read_embeddings(config: ModelConfig, checkpoint: Checkpoint) -> torch.Tensor:
-    """The embedding table [V, C] as stored. A tied model may store it as lm_head.weight only."""
-    if config.tie_word_embeddings and EMBEDDINGS not in checkpoint:
-        return checkpoint.tensor(f"{HEAD}.weight")
-    return checkpoint.tensor(EMBEDDINGS)
+    """The embedding table [V, C] as stored. A tied model may store it as the weight of its head only."""
+    names = config.table.names
+    if config.tie_word_embeddings and f"{names.embeddings}.weight" not in checkpoint:
+        return checkpoint.tensor(f"{names.head}.weight")
+    return checkpoint.tensor(f"{names.embeddings}.weight")
 
 
 def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, index: int) -> LayerWeights:
@@ -52,50 +49,59 @@ def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Check
     Raises:
         CheckpointError: a norm, scale or bias that is not finite, a g_idx out of range.
     """
-    size, table, prefix = config.sizes, FAMILIES[config.family], layer_prefix(index)
-    norms = {norm.field: _read_norm(checkpoint, f"{prefix}{norm.name}.weight") for norm in table.norms}
+    size, table, prefix = config.sizes, config.layer_table(index), config.table.layer_prefix(index)
+    norms = {entry.field: _read_norm(config, checkpoint, prefix, entry) for entry in table.norms}
     linears = {}
     for entry in table.linears:
         name = prefix + entry.name
         linear = _read_linear(quant, checkpoint, name, size[entry.inputs], size[entry.outputs])
-        if linear.bias is not None and not getattr(config, entry.bias):
+        if linear.bias is not None and entry.bias not in config.flags:
             checkpoint.warn_once(
                 "undeclared bias",
                 f"{name}.bias is not zero although {config.source} declares no bias there: it is used",
             )
-        linears[entry.field] = linear
-    return LayerWeights(**norms, **linears)
+        linears[entry.field] = ordered_linear(linear, row_order(entry.rows, config, size[entry.outputs]))
+    return LayerWeights(norms, linears)
 
 
 def read_head(
     config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, embeddings: torch.Tensor
-) -> tuple[torch.Tensor, Linear]:
-    """(final norm [C] float32, lm_head [C -> V]). A tied head shares the tensor `embeddings`.
+) -> tuple[Mapping[str, torch.Tensor], Linear]:
+    """(final norm, "norm" and for some families "norm_bias": [C] float32, head [C -> V]). A tied head shares the tensor
+    `embeddings`.
 
-    A tied model whose file holds a different lm_head uses that one, as transformers 5 does.
+    A tied model whose file holds a different head uses that one, as transformers 5 does.
     """
-    final_norm = _read_norm(checkpoint, FINAL_NORM)
-    stored = f"{HEAD}.weight"
-    if config.tie_word_embeddings and f"{HEAD}.qweight" not in checkpoint:
+    names = config.table.names
+    final_norm = {entry.field: _read_norm(config, checkpoint, "", entry) for entry in names.final_norm}
+    head, stored = names.head, f"{names.head}.weight"
+    if config.tie_word_embeddings and not container_of(quant).holds(checkpoint, head):
         if stored not in checkpoint or checkpoint.holds(stored, embeddings):
-            return final_norm, DenseLinear(HEAD, embeddings, read_bias(checkpoint, HEAD))
+            return final_norm, DenseLinear(head, embeddings, read_bias(checkpoint, head))
         checkpoint.warn_once(
             "tied head differs",
-            f"{config.source} ties lm_head to the embeddings, but {stored} differs from them: it is used as stored",
+            f"{config.source} ties {head} to the embeddings, but {stored} differs from them: it is used as stored",
         )
-    return final_norm, _read_linear(quant, checkpoint, HEAD, config.hidden_size, config.vocab_size)
+    return final_norm, _read_linear(quant, checkpoint, head, config.hidden_size, config.vocab_size)
 
 
-def _read_norm(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    weight = checkpoint.tensor(name).to(torch.float32, copy=True)
-    require_finite(weight, name)
-    return weight
+def _read_norm(config: ModelConfig, checkpoint: Checkpoint, prefix: str, entry: NormEntry) -> torch.Tensor:
+    """[all sizes of the entry together] float32, as it multiplies or is added."""
+    parts = []
+    for name, _ in norm_tensors(config, prefix, entry):
+        part = checkpoint.tensor(name).to(torch.float32, copy=True)
+        require_finite(part, name)
+        parts.append(part.flatten())
+    weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).add_(entry.offset)
+    order = row_order(entry.rows, config, len(weight))
+    return weight if order is None else weight[order]
 
 
 def _read_linear(
     quant: QuantConfig | None, checkpoint: Checkpoint, name: str, in_features: int, out_features: int
 ) -> Linear:
-    if f"{name}.qweight" not in checkpoint:
+    container = container_of(quant)
+    if not container.holds(checkpoint, name):
         return DenseLinear(name, checkpoint.tensor(f"{name}.weight"), read_bias(checkpoint, name))
     settings = settings_of(quant, checkpoint, name, in_features)
-    return read_gptq_linear(checkpoint, name, in_features, out_features, settings)
+    return container.read(checkpoint, name, in_features, out_features, settings)

@@ -98,23 +98,42 @@ static inline void move_value(KvType type, uint8_t* source, int64_t source_place
                     static_cast<size_t>(row_bytes));
 }
 
+// A key that is not turned stays as it is, code for code.
+template <class V>
+void move_key(KvType type, uint8_t* source, int64_t source_place, uint8_t* target, int64_t target_place,
+              int64_t head_dim, float* row, CodedRow& coded) {
+  if (code_bits(type) == 0) {
+    take_key<V>(type, source, head_dim, source_place, row, coded);
+    put_key<V>(type, target, head_dim, target_place, row, coded);
+    return;
+  }
+  take_keys(source, type, head_dim, source_place, coded);
+  put_keys(target, type, head_dim, target_place, coded);
+}
+
 template <class V>
 void move_rows(const MoveArgs& a, int64_t item_begin, int64_t item_end) noexcept {
   alignas(64) float row[kMostHeadDim];
   CodedRow coded;
   for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t head = item % a.source.num_heads;
+    const int64_t head = item % a.source.num_heads, instance = item / a.source.num_heads;
+    const int64_t table = a.tables[instance];
     KvView source = a.source, target = a.target;
-    source.offset += item / source.num_heads * a.instance_bytes;
-    target.offset += item / source.num_heads * a.instance_bytes;
+    source.offset += instance * a.instance_bytes;
+    target.offset += instance * a.instance_bytes;
     const int64_t d_size = source.head_dim;
     for (int64_t t = 0; t < a.num_rows; ++t) {
       const int64_t from = a.source_start + t, to = a.target_start + t;
       const HeadPage old_page = head_page(source, head, from / kKvTile);
       const HeadPage new_page = head_page(target, head, to / kKvTile);
-      take_key<V>(source.keys, old_page.keys, d_size, from % kKvTile, row, coded);
-      rotate_head<V>(row, a.cos + t * a.half, a.sin + t * a.half, a.half);
-      put_key<V>(target.keys, new_page.keys, d_size, to % kKvTile, row, coded);
+      if (table < 0) {
+        move_key<V>(source.keys, old_page.keys, from % kKvTile, new_page.keys, to % kKvTile, d_size, row, coded);
+      } else {
+        const int64_t angles = (table * a.num_rows + t) * a.half;
+        take_key<V>(source.keys, old_page.keys, d_size, from % kKvTile, row, coded);
+        rotate_head<V>(row, a.cos + angles, a.sin + angles, a.half);
+        put_key<V>(target.keys, new_page.keys, d_size, to % kKvTile, row, coded);
+      }
       move_value(source.values, old_page.values, from % kKvTile, new_page.values, to % kKvTile, d_size, coded);
     }
   }

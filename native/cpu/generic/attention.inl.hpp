@@ -113,6 +113,7 @@ void attend_pages(const AttendArgs& a, const AttendTile& tile, const KvView& kv,
     rows.next = key + kKvTile < key_end ? head_page(kv, tile.head, page + 1) : rows.page;
     rows.first_key = key;
     score_page<V>(tile, kv, a.compute, rows);
+    if (a.softcap != 0.0f) cap_scores<V>(tile, rows, a.softcap);
     const int64_t num_keys = key_end - key < kKvTile ? key_end - key : kKvTile;
     if (integers) {
       weigh_coded_page<V>(a, tile, kv, rows);

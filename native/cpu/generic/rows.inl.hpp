@@ -1,4 +1,4 @@
-// Row-wise kernels: activation preparation, RMS norm, rotation, SiLU gate, sum, embedding.  Written once over the
+// Row-wise kernels: activation preparation, RMS norm, rotation, sum, embedding.  Written once over the
 // vector verbs of an instruction set `V` (see native/README.md, "The verbs").
 #pragma once
 
@@ -140,22 +140,6 @@ void rotate(const RotateArgs& a, int64_t row_begin, int64_t row_end) noexcept {
   for (int64_t t = row_begin; t < row_end; ++t) {
     for (int64_t h = 0; h < a.num_heads; ++h) {
       rotate_head<V>(a.x + t * a.row_stride + h * a.head_dim, a.cos + t * a.half, a.sin + t * a.half, a.half);
-    }
-  }
-}
-
-// silu(g) * u = g / (1 + exp(-g)) * u
-template <class V>
-void silu_mul(const SiluMulArgs& a, int64_t row_begin, int64_t row_end) noexcept {
-  const auto one = V::broadcast(1.0f);
-  for (int64_t t = row_begin; t < row_end; ++t) {
-    const float* gate = a.gate_up + t * 2 * a.size;
-    for (int64_t i = 0; i < a.size; i += kLanes) {
-      const int64_t count = a.size - i < kLanes ? a.size - i : kLanes;
-      const auto g = V::load_partial(gate + i, count);
-      const auto u = V::load_partial(gate + a.size + i, count);
-      const auto sigmoid = V::div(one, V::add(one, exp_f32<V>(V::sub(V::zero(), g))));
-      V::store_partial(a.out + t * a.size + i, V::mul(V::mul(g, sigmoid), u), count);
     }
   }
 }

@@ -3,9 +3,18 @@
 #pragma once
 
 #include "attention_tile.inl.hpp"
-#include "rows.inl.hpp"
+#include "functions.inl.hpp"
 
 namespace ropewalk {
+
+// tile.scores of some rows over a page: c * tanh(score / c).
+template <class V>
+void cap_scores(const AttendTile& tile, const PageRows& rows, float cap) {
+  const auto c = V::broadcast(cap), inverse = V::broadcast(1.0f / cap);
+  for (int64_t i = rows.row_begin * kKvTile; i < rows.row_end * kKvTile; i += kLanes) {
+    V::store(tile.scores + i, V::mul(c, tanh_f32<V>(V::mul(V::load(tile.scores + i), inverse))));
+  }
+}
 
 // The largest of the scores [places.begin, places.end) of one row.
 template <class V>

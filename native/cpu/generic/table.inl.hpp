@@ -3,6 +3,8 @@
 
 #include "append.inl.hpp"
 #include "attention.inl.hpp"
+#include "feed_forward.inl.hpp"
+#include "layer_norm.inl.hpp"
 #include "linear.inl.hpp"
 #include "low_rank.inl.hpp"
 #include "pack.inl.hpp"
@@ -24,7 +26,11 @@ constexpr KernelTable make_table(const char* name) {
       .low_rank = &low_rank<V>,
       .rms_norm = &rms_norm<V>,
       .rotate = &rotate<V>,
-      .silu_mul = &silu_mul<V>,
+      .layer_norm = &layer_norm<V>,
+      .activate = &activate<V>,
+      .sigmoid_mul = &sigmoid_mul<V>,
+      .route = &route<V>,
+      .combine = &combine<V>,
       .add = &add<V>,
       .embed = &embed<V>,
       .append = &append<V>,

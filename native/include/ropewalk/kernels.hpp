@@ -29,6 +29,10 @@ enum class KvType : int32_t { f32, f16, q8, q6, q4 };
 // exact: float32 activations against exactly decoded weights and keys. int8: both in integers (native/README.md).
 enum class Compute { exact, int8 };
 
+// The function of a feed-forward block: x / (1 + exp(-x)); x Phi(x), Phi the normal distribution; and the latter with
+// Phi by a hyperbolic tangent (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+enum class Activation : int32_t { silu, gelu, gelu_tanh };
+
 // A GPTQ linear in tiles of 16 output features; layout in native/README.md, "Packed GPTQ tiles".
 struct GptqWeights {
   int64_t in_features;        // K, rows before padding
@@ -135,6 +139,19 @@ struct RmsNormArgs {
   float* out;                 // [T][H][C] contiguous
 };
 
+struct LayerNormArgs {
+  const float* x;             // [T][H][C], strides below, C contiguous
+  int64_t row_stride;
+  int64_t num_heads;          // H: 1 for a plain norm
+  int64_t size;               // C
+  const float* weight;        // [C], or [H][C]
+  int64_t weight_stride;      // from one head to the next: 0 or C
+  const float* bias;          // the same, or null
+  int64_t bias_stride;
+  float epsilon;
+  float* out;                 // [T][H][C] contiguous
+};
+
 struct RotateArgs {
   float* x;                   // [T][H][D] inplace, row stride below, D contiguous
   int64_t row_stride;
@@ -145,10 +162,43 @@ struct RotateArgs {
   const float* sin;
 };
 
-struct SiluMulArgs {
-  const float* gate_up;       // [T][2 * I]: silu(first half) * second half
+struct ActivateArgs {
+  const float* x;             // [T][I], rows x_stride apart; gated: [T][2 * I], f(first half) * second half
+  int64_t x_stride;
   int64_t size;               // I
+  bool gated;
+  Activation activation;      // f
   float* out;                 // [T][I]
+};
+
+struct SigmoidMulArgs {
+  const float* x;             // [T][C]
+  int64_t x_stride;
+  const float* gate;          // [T]
+  int64_t gate_stride;
+  int64_t size;               // C
+  float* out;                 // [T][C]
+};
+
+// The experts of each row: softmax over all logits, of which the `top_k` largest count.
+struct RouteArgs {
+  const float* logits;        // [T][E]
+  int64_t logits_stride;
+  int64_t num_experts;        // E, at most kMostExperts
+  int64_t top_k;              // 1 to E
+  bool normalised;            // shares divided by their sum
+  float* out;                 // [T][2][top_k]: numbers of experts, ascending, and their shares
+};
+
+// What the experts of each row have computed, put together.
+struct CombineArgs {
+  const float* y;             // [rows of all experts][C]
+  const int32_t* places;      // [T][top_k] rows of y
+  const float* shares;        // [T][top_k]
+  int64_t shares_stride;
+  int64_t top_k;
+  int64_t size;               // C
+  float* out;                 // [T][C]
 };
 
 struct AddArgs {
@@ -198,7 +248,8 @@ struct MoveArgs {
   int64_t source_start;
   int64_t target_start;       // rows are moved in ascending order
   int64_t num_rows;           // T
-  const float* cos;           // [T][half]
+  const int32_t* tables;      // of each layer instance: which of these its keys are turned by; -1: they are not turned
+  const float* cos;           // [tables][T][half]
   const float* sin;
   int64_t half;               // R / 2
 };
@@ -213,6 +264,7 @@ struct AttendArgs {
   int64_t start;              // position of row 0: row t sees keys (start + t - window, start + t]
   int64_t window;             // 0: unlimited
   float scale;                // of the scores, 1 / sqrt(D)
+  float softcap;              // c for c * tanh(score / c) before the mask; 0: none
   float* out;                 // [T][Hq * D] contiguous
 };
 
@@ -238,7 +290,11 @@ struct KernelTable {
                    int64_t tile_end) noexcept;
   void (*rms_norm)(const RmsNormArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*rotate)(const RotateArgs&, int64_t row_begin, int64_t row_end) noexcept;
-  void (*silu_mul)(const SiluMulArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*layer_norm)(const LayerNormArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*activate)(const ActivateArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*sigmoid_mul)(const SigmoidMulArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*route)(const RouteArgs&, int64_t row_begin, int64_t row_end) noexcept;
+  void (*combine)(const CombineArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*add)(const AddArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*embed)(const EmbedArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*append)(const AppendArgs&, int64_t head_begin, int64_t head_end) noexcept;

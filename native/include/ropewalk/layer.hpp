@@ -27,6 +27,15 @@ struct RmsNormStage {
   float epsilon;
   View out;  // whole
 };
+struct LayerNormStage {
+  View x;
+  const float* weight;  // [x.size], or [x.heads][x.size]
+  int64_t weight_stride;  // as in LayerNormArgs
+  const float* bias;  // the same, or null
+  int64_t bias_stride;
+  float epsilon;
+  View out;  // whole
+};
 struct LinearStage {
   View x;
   const LinearPlan* plan;
@@ -44,17 +53,30 @@ struct AttendStage {
   View q;
   View out;  // whole
   int64_t window;  // 0: unlimited
-  float scale;
+  float scale, softcap;  // as in AttendArgs
 };
-struct SiluMulStage {
-  View gate_up;  // whole
-  View out;      // whole
+struct ActivateStage {
+  View x;
+  bool gated;
+  Activation activation;
+  View out;  // whole
+};
+struct SigmoidMulStage {
+  View x, gate;
+  View out;  // whole
+};
+struct RouteStage {
+  View logits;
+  int64_t top_k;
+  bool normalised;
+  View out;  // whole
 };
 struct AddResidualStage {
   View y;  // whole
+  double scale;
 };
-using Stage =
-    std::variant<RmsNormStage, LinearStage, RotateStage, AppendStage, AttendStage, SiluMulStage, AddResidualStage>;
+using Stage = std::variant<RmsNormStage, LayerNormStage, LinearStage, RotateStage, AppendStage, AttendStage,
+                           ActivateStage, SigmoidMulStage, RouteStage, AddResidualStage>;
 
 class Layer {
  public:

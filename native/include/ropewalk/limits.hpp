@@ -12,6 +12,7 @@ constexpr int64_t kMostHeadDim = int64_t{1} << 13;
 constexpr int64_t kMostPositions = int64_t{1} << 24;  // of a cache
 constexpr int64_t kMostInstances = int64_t{1} << 16;  // of layers, in one cache
 constexpr int64_t kMostBuffers = 1024;                // of a layer
+constexpr int64_t kMostExperts = 1024;                // of a layer
 constexpr int64_t kMostThreads = 1024;
 
 // The bytes of a cache in float32, and the floats of a row of queries.

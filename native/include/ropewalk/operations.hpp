@@ -110,7 +110,10 @@ void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float
                   int64_t num_rows, float* out, int64_t out_stride);
 void rms_norm(CpuRuntime& runtime, const RmsNormArgs& args, int64_t num_rows);
 void rotate(CpuRuntime& runtime, const RotateArgs& args, int64_t num_rows);
-void silu_mul(CpuRuntime& runtime, const SiluMulArgs& args, int64_t num_rows);
+void layer_norm(CpuRuntime& runtime, const LayerNormArgs& args, int64_t num_rows);
+void activate(CpuRuntime& runtime, const ActivateArgs& args, int64_t num_rows);
+void sigmoid_mul(CpuRuntime& runtime, const SigmoidMulArgs& args, int64_t num_rows);
+void route(CpuRuntime& runtime, const RouteArgs& args, int64_t num_rows);
 void add(CpuRuntime& runtime, const AddArgs& args, int64_t num_rows);
 void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows);
 // Of several sequences at once.

@@ -239,8 +239,8 @@ def test_every_address_is_one_of_a_tensor(cache_type: str, monkeypatch: pytest.M
         heads.append_(step_of([part.span() for part in parts]), q, q, INSTANCE)
         for pages in (parts[0].pages, parts[0].recent):
             if pages:
-                table = normal(70, 6).to(DEVICE)
-                GpuBackend("fp16", DEVICE).move_rows_(pages, 122, pages, 3, 70, table, table)
+                table = normal(2, 70, 6).to(DEVICE)
+                GpuBackend("fp16", DEVICE).move_rows_(pages, 122, pages, 3, 70, table, table, [None, 1])
 
 
 def test_a_recent_page_that_is_not_given_is_missed() -> None:
@@ -269,22 +269,25 @@ def test_a_captured_step_reads_the_pages_of_the_step_that_it_is_replayed_for() -
     assert same_bits(out, attended([other.span()], q)) and not same_bits(out, attended([held.span()], q))
 
 
-MOVES = [  # number of rows, by how many places
-    *(("q6_q4", num, shift) for num, shift in ((100, 0), (70, 1), (20, 64))),
-    *((cache_type, 100, 37) for cache_type in ("fp16", "fp32", "q8_q6", "q4_q8")),
+MOVES = [  # number of rows, by how many places, and the table that turns the keys
+    *(("q6_q4", num, shift, 0) for num, shift in ((100, 0), (70, 1), (20, 64))),
+    *((cache_type, 100, 37, 1) for cache_type in ("fp16", "fp32", "q8_q6", "q4_q8")),
+    *((cache_type, 100, 37, None) for cache_type in ("fp16", "q6_q4")),
 ]
 
 
-@pytest.mark.parametrize("cache_type, num, shift", MOVES)
-def test_rows_are_moved_to_the_bits_of_the_reference(cache_type: str, num: int, shift: int) -> None:
+@pytest.mark.parametrize("cache_type, num, shift, table", MOVES)
+def test_rows_are_moved_to_the_bits_of_the_reference(cache_type: str, num: int, shift: int, table: int | None) -> None:
     part = sequence(new_pool(2, 48, cache_type), 0, 192, room=0)
     pool = ReferenceBackend("exact").new_pool(2, 48, CacheFormat.parse(cache_type), 1 << 30)
     expected = [pool.take(INSTANCES) for _ in part.pages]
     reference_append_(expected, INSTANCE, part.k.cpu(), part.v.cpu(), 0)
-    angles = normal(num, 20, seed=3)
+    angles = normal(2, num, 20, seed=3)
+    rotations = [0, table]  # of INSTANCE the table that is looked for
     cos, sin = angles.cos() * 1.3, angles.sin() * 1.3  # scaled, as YaRN's are
-    ReferenceBackend("exact").move_rows_(expected, 70, expected, 70 - shift, num, cos, sin)
-    GpuBackend("fp16", DEVICE).move_rows_(part.pages, 70, part.pages, 70 - shift, num, cos.to(DEVICE), sin.to(DEVICE))
+    ReferenceBackend("exact").move_rows_(expected, 70, expected, 70 - shift, num, cos, sin, rotations)
+    tables = cos.to(DEVICE), sin.to(DEVICE)
+    GpuBackend("fp16", DEVICE).move_rows_(part.pages, 70, part.pages, 70 - shift, num, *tables, rotations)
     for name in ("keys", "values"):
         wanted = torch.cat([getattr(page, name).read(INSTANCE) for page in expected], dim=1)  # [Hkv, 192, D]
         assert torch.equal(as_read(part.pages, name, 192), wanted)
@@ -293,10 +296,10 @@ def test_rows_are_moved_to_the_bits_of_the_reference(cache_type: str, num: int, 
 def test_rows_are_moved_between_pages_and_recent_ones_as_well() -> None:
     pool = new_pool(1, 32, "q4+64")
     part = sequence(pool, 0, 150)
-    still = torch.ones(80, 4, device=DEVICE), torch.zeros(80, 4, device=DEVICE)
+    still = torch.ones(1, 80, 4, device=DEVICE), torch.zeros(1, 80, 4, device=DEVICE)
     for pages, recent in ((part.pages, False), (part.recent, True)):
         target = nan_pages(pool, 128, recent)
-        GpuBackend("fp16", DEVICE).move_rows_(pages, 64, target, 10, 80, *still)
+        GpuBackend("fp16", DEVICE).move_rows_(pages, 64, target, 10, 80, *still, [0, 0])
         for name in ("keys", "values"):
             found, given = as_read(target, name, 90)[:, 10:], as_read(pages, name, 144)[:, 64:]
             assert torch.equal(found, given) if recent or name == "values" else torch.allclose(found, given, atol=0.2)
@@ -306,16 +309,16 @@ def test_rows_are_moved_between_pages_and_recent_ones_as_well() -> None:
 def test_a_move_that_does_not_fit_is_refused() -> None:
     backend, pool = GpuBackend("fp16", DEVICE), new_pool(1, 32, "q8+64")
     pages, recent = nan_pages(pool, 128), nan_pages(pool, 128, recent=True)
-    table = torch.ones(10, 4, device=DEVICE)
+    table = torch.ones(1, 10, 4, device=DEVICE)
     for arguments, message in (
         ((pages, 120, pages, 0, 10, table, table), "source: positions 120 to 130 lie outside its 2 pages"),
         ((pages, 0, recent, 0, 10, table, table), "move_rows: the pages differ"),
         ((pages, 0, pages, 0, 10, table.double(), table.double()), "cos must be contiguous float32"),
-        ((pages, 0, pages, 0, 10, table.repeat(1, 5), table.repeat(1, 5)), "do not fit heads of 32"),
+        ((pages, 0, pages, 0, 10, table.repeat(1, 1, 5), table.repeat(1, 1, 5)), "do not fit heads of 32"),
     ):
         with pytest.raises(ShapeError, match=message):
-            backend.move_rows_(*arguments)
-    backend.move_rows_(pages, 0, pages, 0, 0, table[:0], table[:0])
+            backend.move_rows_(*arguments, [0] * INSTANCES)
+    backend.move_rows_(pages, 0, pages, 0, 0, table[:, :0], table[:, :0], [0] * INSTANCES)
 
 
 @pytest.mark.parametrize("cache_type", ["fp16", *FORMATS, "q4+64"])

@@ -146,7 +146,7 @@ def test_heads_that_do_not_fit_the_tables_or_pages_of_a_step_are_refused() -> No
     spans = [RowSpan(2, 0, nan_pages(new_pool(2, 8), 2))]
     table = torch.zeros(2, 5, device=DEVICE)
     q, k = torch.zeros(2, 4, 8, device=DEVICE), torch.zeros(2, 2, 8, device=DEVICE)
-    with pytest.raises(ShapeError, match=r"rotate: tables \[2, 5\] do not fit x \[2, 4, 8\]"):
+    with pytest.raises(ShapeError, match=r"rotate: tables \[1, 2, 5\] and table 0 do not fit x \[2, 4, 8\]"):
         heads.rotate_(step_of(spans, table, table), q)
     step = step_of(spans)
     with pytest.raises(ShapeError, match="x has 1 rows, the step 2"):

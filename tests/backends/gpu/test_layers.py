@@ -120,10 +120,15 @@ def test_a_norm_that_something_else_reads_is_written_as_it_is(launched: list) ->
 
 def test_rotation_and_append_are_one_launch_only_if_nothing_reads_the_keys_afterwards() -> None:
     q, k, v = View(1, 0, 4, 16), View(1, 64, 2, 16), View(1, 96, 2, 16)
-    three = (Rotate(q), Rotate(k), Append(k, v))
-    after = Attend(q, View(2, 0, 4, 16), None)
-    assert fused((*three, after)) == (RotateAppend(q, k, v), after)
-    for kept in ((*three, AddResidual(k)), (Rotate(q), Append(k, v)), (Rotate(q), Rotate(k), Append(v, v))):
+    three = (Rotate(q, 0), Rotate(k, 0), Append(k, v))
+    after = Attend(q, View(2, 0, 4, 16), None, 0.25)
+    assert fused((*three, after)) == (RotateAppend(q, k, v, 0), after)
+    for kept in (
+        (*three, AddResidual(k)),
+        (Rotate(q, 0), Append(k, v)),
+        (Rotate(q, 0), Rotate(k, 0), Append(v, v)),
+        (Rotate(q, 1), Rotate(k, 0), Append(k, v)),
+    ):
         assert fused(kept) == kept
 
 

@@ -60,19 +60,19 @@ def test_a_step_may_be_empty_and_so_may_a_span() -> None:
 
 
 def test_rows_tables_and_spans_that_do_not_fit_are_refused() -> None:
-    x, table = (torch.zeros(3, size, device=DEVICE) for size in (4, 2))
+    x, table = torch.zeros(3, 4, device=DEVICE), torch.zeros(1, 3, 2, device=DEVICE)
     spans = spans_of((0, 3))
     with pytest.raises(ShapeError, match=r"begin_step: x \[3, 4\] .* do not fit 4 rows"):
         GpuStep(x, table, table, spans_of((0, 4)))
-    with pytest.raises(ShapeError, match=r"\[3, 2\], \[3, 1\] do not fit 3 rows"):
-        GpuStep(x, table, table[:, :1], spans)
+    with pytest.raises(ShapeError, match=r"\[1, 3, 2\], \[1, 3, 1\] do not fit 3 rows"):
+        GpuStep(x, table, table[..., :1], spans)
     for start in (-1, 62):
         with pytest.raises(ShapeError, match=rf"span 0: positions {start} to {start + 3} lie outside its 1 pages"):
             GpuStep(x, table, table, [RowSpan(3, start, spans[0].pages)])
     with pytest.raises(ShapeError, match="sin must be contiguous float32"):
         GpuStep(x, table, table.double(), spans)
     with pytest.raises(ShapeError, match="cos must be contiguous float32"):
-        GpuStep(x, torch.zeros(3, 4, device=DEVICE)[:, ::2], table, spans)
+        GpuStep(x, torch.zeros(1, 3, 4, device=DEVICE)[..., ::2], table, spans)
 
 
 def test_pages_of_another_shape_in_one_step_are_refused() -> None:

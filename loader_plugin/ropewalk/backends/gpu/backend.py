@@ -110,7 +110,7 @@ class GpuBackend(SinglePlace):
         sin: torch.Tensor,
         rotations: Sequence[int | None],
     ) -> None:
-        """Positions of pages moved to others, keys turned by cos, sin: [num_rows, R/2]."""
+        """Positions of pages moved to others, keys turned by cos, sin: [tables, num_rows, R/2]."""
         with self._running(num_rows):
             move_rows_(source, source_start, target, target_start, num_rows, cos, sin, rotations)
 

@@ -156,14 +156,14 @@ class _Run:
     def _is_needed_whole(self, buffer: int) -> bool:
         if buffer not in self._layer.only_linears_read:
             return True
-        changed = (getattr(rows.change, name) for rows in self._changes for name in self._layer.readers[buffer])
+        changed = (rows.change.get(name) for rows in self._changes for name in self._layer.readers[buffer])
         return any(change is not None for change in changed)
 
     def _linear_(self, x: View, name: str, out: View) -> None:
         weight, y = self._layer.weights[name], self._columns(out)  # y: [T, N]
         weight.run_(self._inputs(x, weight), y)
         for changed in self._changes:
-            change = getattr(changed.change, name)
+            change = changed.change.get(name)
             if change is not None:
                 low_rank.add_(y, self._columns(x), change, changed.first, changed.end)
 

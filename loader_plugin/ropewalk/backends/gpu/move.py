@@ -25,17 +25,18 @@ def move_rows_(
     sin: torch.Tensor,
     rotations: Sequence[int | None],
 ) -> None:
-    """Positions source_start.. of `source` to target_start.. of `target`, keys turned by cos, sin: [num_rows, R/2]."""
+    """Positions source_start.. of `source` to target_start.. of `target`.
+
+    cos, sin: [tables, num_rows, R/2] float32; rotations: the table that turns the keys of each instance, None for none.
+    """
     check_move(source, source_start, target, target_start, num_rows, cos, sin, rotations)
-    assert set(rotations) == {0}, "layers that turn their keys differently"
-    cos, sin = cos[0], sin[0]
     if num_rows == 0:
         return
     kinds = {(page.layout, page.num_instances) for page in (*source, *target)}
     if len(kinds) > 1:
         raise ShapeError(f"move_rows: the pages differ: {sorted(f'{each} of {count}' for each, count in kinds)}")
     layout, num_instances = kinds.pop()
-    half, device = cos.shape[1], source[0].memory.device
+    half, device = cos.shape[2], source[0].memory.device
     if 2 * half > layout.head_dim:
         raise ShapeError(f"move_rows: tables {list(cos.shape)} do not fit heads of {layout.head_dim}")
     for name, table in (("cos", cos), ("sin", sin)):
@@ -44,10 +45,12 @@ def move_rows_(
     # What the pages before the first row hold is not looked at: addresses count from a page of their own.
     from_page, to_page = source_start // PAGE_TOKENS, target_start // PAGE_TOKENS
     addresses = [page.address for page in (*source[from_page:], *target[to_page:])]
-    table = torch.tensor(addresses, dtype=torch.int64).to(device)
+    tables = [-1 if table is None else table for table in rotations]
+    numbers = torch.tensor([*addresses, *tables], dtype=torch.int64).to(device)
     move_rows[(num_instances, layout.num_kv_heads, 2)](
-        table,
-        table[len(source) - from_page :],
+        numbers,
+        numbers[len(source) - from_page :],
+        numbers[len(addresses) :],
         cos,
         sin,
         source_start % PAGE_TOKENS,

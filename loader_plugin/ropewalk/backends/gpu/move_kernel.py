@@ -21,6 +21,30 @@ def _heads(table_ptr, position, here, offset, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _copied(
+    source,
+    target,
+    place,
+    target_place,
+    here,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Rows of a head in any format, byte by byte."""
+    P: tl.constexpr = (D + 31) // 32 * 32
+    if BITS >= 16:
+        _copy(source, target, place, target_place, here, 0, D * BITS // 8, DP * BITS // 8)
+    else:
+        LOW: tl.constexpr = 1 if BITS == 8 else 2  # dims of a byte of the first piece
+        _copy(source, target, place, target_place, here, 0, P // LOW, DP // LOW)
+        if BITS == 6:
+            _copy(source, target, place, target_place, here, PAGE * P // 2, P // 4, DP // 4)
+        _copy(source, target, place, target_place, here, PAGE * P * BITS // 8, P // 16, DP // 16)
+
+
+@triton.jit
 def _copy(source, target, place, target_place, here, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """SIZE bytes of each row in one piece of a head, which begins at FIRST."""
     byte = tl.arange(0, COLUMNS)[None, :]
@@ -34,6 +58,7 @@ def _copy(source, target, place, target_place, here, FIRST: tl.constexpr, SIZE: 
 def move_rows(
     source_ptr,
     target_ptr,
+    rotations_ptr,
     cos_ptr,
     sin_ptr,
     source_start,
@@ -55,17 +80,27 @@ def move_rows(
 ):
     """Grid (instances, HKV, 2): keys, then values. source, target: addresses of the pages from position 0 on.
 
-    cos, sin: [num_rows, HALF] float32. Keys are read, turned and rounded anew; the bytes of values are copied.
+    rotations: [instances] int64, the table of cos, sin: [tables, num_rows, HALF] float32 by which keys are read, turned
+    and rounded anew; -1 where their bytes are copied, as those of values are.
     """
-    P: tl.constexpr = (D + 31) // 32 * 32
     head = tl.program_id(1)
+    table = tl.load(rotations_ptr + tl.program_id(0))
     offset = tl.program_id(0).to(tl.int64) * (HKV * (K_BYTES + V_BYTES))
     dim = tl.arange(0, DP)[None, :]
     for first in range(0, num_rows, ROWS):
         row = (first + tl.arange(0, ROWS))[:, None]
         here = row < num_rows
         place, target_place = (source_start + row) % PAGE, (target_start + row) % PAGE
-        if tl.program_id(2) == 0:
+        if tl.program_id(2) == 1:
+            value_offset = offset + HKV * K_BYTES + head * V_BYTES
+            source = _heads(source_ptr, source_start + row, here, value_offset, PAGE)
+            target = _heads(target_ptr, target_start + row, here, value_offset, PAGE)
+            _copied(source, target, place, target_place, here, D, DP, PAGE, V_BITS)
+        elif table < 0:
+            source = _heads(source_ptr, source_start + row, here, offset + head * K_BYTES, PAGE)
+            target = _heads(target_ptr, target_start + row, here, offset + head * K_BYTES, PAGE)
+            _copied(source, target, place, target_place, here, D, DP, PAGE, K_BITS)
+        else:
             source = _heads(source_ptr, source_start + row, here, offset + head * K_BYTES, PAGE)
             target = _heads(target_ptr, target_start + row, here, offset + head * K_BYTES, PAGE)
             k = load_rows(source, place, here, ROWS, D, DP, PAGE, K_BITS, False)
@@ -73,22 +108,10 @@ def move_rows(
                 k = hadamard(k, DP, H_KEYS, ROOT)
             if HALF > 0:
                 partner = tl.gather(k, partner_of(dim, HALF).broadcast_to(k.shape), 1)
-                at = tl.where(here, row, 0).to(tl.int64) * HALF
+                at = (table * num_rows + tl.where(here, row, 0)) * HALF
                 k = rotated_whole(k, partner, dim, cos_ptr + at, sin_ptr + at, HALF)
             if H_KEYS > 1:
                 k = hadamard(k, DP, H_KEYS, ROOT)
             tl.debug_barrier()
             store_rows(target, target_place, here, tl.where(dim < D, k, 0.0), ROWS, D, DP, PAGE, K_BITS)
-        else:
-            value_offset = offset + HKV * K_BYTES + head * V_BYTES
-            source = _heads(source_ptr, source_start + row, here, value_offset, PAGE)
-            target = _heads(target_ptr, target_start + row, here, value_offset, PAGE)
-            if V_BITS >= 16:
-                _copy(source, target, place, target_place, here, 0, D * V_BITS // 8, DP * V_BITS // 8)
-            else:
-                LOW: tl.constexpr = 1 if V_BITS == 8 else 2  # dims of a byte of the first piece
-                _copy(source, target, place, target_place, here, 0, P // LOW, DP // LOW)
-                if V_BITS == 6:
-                    _copy(source, target, place, target_place, here, PAGE * P // 2, P // 4, DP // 4)
-                _copy(source, target, place, target_place, here, PAGE * P * V_BITS // 8, P // 16, DP // 16)
         tl.debug_barrier()

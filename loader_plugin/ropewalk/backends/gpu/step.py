@@ -46,9 +46,9 @@ class RowBlocks:
 class GpuStep:
     """Rows of several sequences on their way through the layers.
 
-    x: [T, C] float32; cos, sin: [T, R/2] float32. pages: [spans, width] int64 addresses; recent: of the same pages in
-    float16, None in a format without a recent window; positions, span_of_row: [T] int64. layout: of the pages. short,
-    long: blocks of spans of up to SHORT_ROWS rows and of longer ones.
+    x: [T, C] float32; cos, sin: [tables, T, R/2] float32. pages: [spans, width] int64 addresses; recent: of the same
+    pages in float16, None in a format without a recent window; positions, span_of_row: [T] int64. layout: of the pages.
+    short, long: blocks of spans of up to SHORT_ROWS rows and of longer ones.
     """
 
     def __init__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Sequence[RowSpan]) -> None:

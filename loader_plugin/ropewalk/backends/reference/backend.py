@@ -70,6 +70,10 @@ class ReferenceBackend(SinglePlace):
         """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
         return layers.rms_norm(x, weight, eps)
 
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """x: [..., C] float32 -> (x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
+        return layers.layer_norm(x, weight, bias, eps)
+
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> ReferencePool:
         """A pool of pages on the device."""
         return ReferencePool(num_kv_heads, head_dim, cache_format, num_bytes, self.device)

@@ -150,7 +150,7 @@ class _Run:
         """x: [T, K] -> [T, N], changed in the rows whose adapters change this linear."""
         y = product(x, self._layer.weights[name], self._compute)
         for rows in self._changes:
-            change = getattr(rows.change, name)
+            change = rows.change.get(name)
             if change is not None:
                 y[rows.first : rows.end] += low_rank_product(x[rows.first : rows.end], change)
         return y

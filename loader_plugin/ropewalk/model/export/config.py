@@ -18,8 +18,7 @@ from ropewalk.base.json import read_json_object
 from ropewalk.config.layer_order import LayerOrder
 from ropewalk.config.model import ModelConfig, parse_model_config
 from ropewalk.config.quantisation import QuantConfig, QuantSettings
-from ropewalk.families import FAMILIES
-from ropewalk.families.family import Windows, layer_prefix
+from ropewalk.families.family import Windows
 
 CONFIG = "config.json"
 NESTED = "quantization_config"
@@ -48,10 +47,11 @@ def moved_linears(sources: Mapping[str, SourceModel], order: LayerOrder) -> Iter
     """Every linear of every layer, in the new order."""
     for position, use in enumerate(order.uses):
         source = sources[use.source]
-        for entry in FAMILIES[source.config.family].linears:
-            old_name = layer_prefix(use.layer) + entry.name
+        prefix = source.config.table.layer_prefix
+        for entry in source.config.layer_table(use.layer).linears:
+            old_name = prefix(use.layer) + entry.name
             settings = None if source.quant is None else source.quant.for_module(old_name)
-            yield MovedLinear(layer_prefix(position) + entry.name, old_name, settings)
+            yield MovedLinear(prefix(position) + entry.name, old_name, settings)
 
 
 def exported_files(sources: Mapping[str, SourceModel], order: LayerOrder) -> dict[str, dict[str, Any]]:
@@ -100,7 +100,7 @@ def _config(sources: Mapping[str, SourceModel], order: LayerOrder) -> dict[str, 
     source = f"{config.source} with the layers {order}"
     if parse_model_config(raw, source).sliding_windows != windows:
         raw["layer_types"] = types  # max_window_layers alone no longer says which layers have the window
-        if FAMILIES[config.family].windows is Windows.ALL or parse_model_config(raw, source).sliding_windows != windows:
+        if config.table.windows is Windows.ALL or parse_model_config(raw, source).sliding_windows != windows:
             raise UnsupportedError(
                 f"{config.source}: a {config.family} model cannot have sliding windows in some of its layers only"
             )
@@ -129,7 +129,7 @@ def _rewrite_rules_(declarations: list[dict[str, Any]], sources: Mapping[str, So
             raise UnsupportedError(
                 f"{sources['a'].quant.source}: extra_config together with dynamic or a second model cannot be exported"
             )
-        layers = layer_prefix(0).removesuffix("0.")
+        layers = sources["a"].config.table.names.layers
         renamed = {name: value for name, value in by_name.items() if not name.startswith(layers)}
         moved = list(moved_linears(sources, order))
         renamed |= {linear.name: by_name[linear.old_name] for linear in moved if linear.old_name in by_name}

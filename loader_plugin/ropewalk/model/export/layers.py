@@ -26,14 +26,12 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.config.model import load_model_config
 from ropewalk.config.quantisation import load_quant_config
-from ropewalk.families.family import layer_prefix
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.export.config import SourceModel, exported_files, moved_linears
 from ropewalk.model.plan import load_second_config
 from ropewalk.weights.check import check_tensors
 
 MAX_SHARD_BYTES = 2 * 2**30  # held in memory while it is written
-FOLDED = ("self_attn.o_proj.", "mlp.down_proj.")
 FOLDED_PARTS = ("weight", "bias", "scales", "zeros")  # the others are codes, zero points and groups
 # Files for the text side of a model, and those that must stay with it. Cards and weights of other formats are left out.
 COPIED = (
@@ -55,12 +53,13 @@ class ExportedModel:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A tensor to be written: its new name, where it is, and what it is multiplied by."""
+    """A tensor to be written: its new name, where it is, and what it is multiplied by. offset: see `NormEntry`."""
 
     name: str
     checkpoint: Checkpoint
     old_name: str
     weight: float = 1.0
+    offset: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +102,7 @@ def export_layers(
         checkpoints = {name: stack.enter_context(_opened(source)) for name, source in sources.items()}
         _check_declared(sources, checkpoints)
         files = exported_files(sources, order)
-        copies = _plan(checkpoints, order)
+        copies = _plan(sources, checkpoints, order)
         names = _write(out, folder, files, _shards(copies, max_shard_bytes), progress, sources, order)
     return ExportedModel(out, str(order), len(order), sum(copy.num_bytes for copy in copies), names)
 
@@ -132,10 +131,11 @@ def _check_declared(sources: Mapping[str, SourceModel], checkpoints: Mapping[str
             )
 
 
-def _plan(checkpoints: Mapping[str, Checkpoint], order: LayerOrder) -> list[_Copy]:
+def _plan(sources: Mapping[str, SourceModel], checkpoints: Mapping[str, Checkpoint], order: LayerOrder) -> list[_Copy]:
     """Every tensor of the new checkpoint: what is outside the layers, then layer by layer."""
     first = checkpoints["a"]
-    layers = layer_prefix(0).removesuffix("0.")
+    family = sources["a"].config.table
+    layers = family.names.layers
     copies = [_Copy(name, first, name) for name in first.names() if not name.startswith(layers)]
     parts: dict[tuple[str, int], list[str]] = {}
     for source, checkpoint in checkpoints.items():
@@ -144,10 +144,13 @@ def _plan(checkpoints: Mapping[str, Checkpoint], order: LayerOrder) -> list[_Cop
                 number, _, part = name.removeprefix(layers).partition(".")
                 parts.setdefault((source, int(number)), []).append(part)
     for position, use in enumerate(order.uses):
+        table = sources[use.source].config.layer_table(use.layer)
+        offsets = {entry.name: entry.offset for entry in table.norms}
         for part in parts[use.source, use.layer]:
-            folded = part.startswith(FOLDED) and part.rpartition(".")[2] in FOLDED_PARTS
-            old_name, weight = layer_prefix(use.layer) + part, use.weight if folded else 1.0
-            copies.append(_Copy(layer_prefix(position) + part, checkpoints[use.source], old_name, weight))
+            module, _, kind = part.rpartition(".")
+            weight = use.weight if module in table.adds and kind in FOLDED_PARTS else 1.0
+            old_name, new_name = family.layer_prefix(use.layer) + part, family.layer_prefix(position) + part
+            copies.append(_Copy(new_name, checkpoints[use.source], old_name, weight, offsets.get(part, 0.0)))
     return copies
 
 
@@ -229,7 +232,7 @@ def _tensor(copy: _Copy) -> torch.Tensor:
     tensor = copy.checkpoint.tensor(copy.old_name)
     if copy.weight == 1.0:
         return tensor
-    product = tensor.double().mul_(copy.weight)
+    product = tensor.double().add_(copy.offset).mul_(copy.weight).sub_(copy.offset)
     folded = product.to(tensor.dtype)
     module = copy.old_name.rpartition(".")[0]
     quantised = f"{module}.qweight" in copy.checkpoint

@@ -8,15 +8,18 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.json import shown
+from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
+from ropewalk.families.family import Scales
 
 if TYPE_CHECKING:
     from ropewalk.model.model import Model
 
 ARCHITECTURE = (
     *("family", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-    *("vocab_size", "rms_norm_eps", "sliding_windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
+    "vocab_size",
 )
+FLAGS = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")  # always written; others where a model has them
 
 Facts = Mapping[str, Any]  # JSON values
 
@@ -28,7 +31,10 @@ def model_facts(model: Model) -> dict[str, Any]:
     """
     config, weights = model.config, model.weights
     facts: dict[str, Any] = {name: getattr(config, name) for name in ARCHITECTURE}
+    facts["rms_norm_eps"] = config.norm_eps
     facts["sliding_windows"] = _distinct(config.sliding_windows)
+    facts |= {name: name in config.flags for name in (*FLAGS, *sorted(config.flags))}
+    facts |= _of_some_families(config)
     facts["quantisation"] = _quantisation(model.quant)
     facts["weights"] = weights.fingerprint
     facts["second model"] = weights.second_fingerprint if model.layer_order.uses_second else None
@@ -47,6 +53,20 @@ def differences(theirs: Facts, ours: Facts) -> list[str]:
         for name in names
         if theirs.get(name) != ours.get(name)
     ]
+
+
+def _of_some_families(config: ModelConfig) -> Facts:
+    """What a config.json decides only in some families; left out where it is as in all others."""
+    scales = asdict(config.scales)
+    plain = asdict(Scales(attention=config.head_dim**-0.5))
+    facts = {f"scale of {name}": scales[name] for name in scales if scales[name] != plain[name]}
+    if config.activation is not config.table.activation:
+        facts["activation"] = config.activation.value
+    if config.sliding_theta is not None:
+        facts["theta of layers with a window"] = config.sliding_theta
+    if len(set(config.layer_kinds)) > 1:
+        facts["layer kinds"] = list(config.layer_kinds)
+    return facts
 
 
 def _distinct(windows: tuple[int | None, ...]) -> list[list[Any]] | int | None:

@@ -1,0 +1,46 @@
+"""A small random model of any family, made and saved by transformers: its spelling of config.json, its names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_model(folder: Path, family: str, seed: int = 0, **settings: Any) -> torch.nn.Module:
+    """Save a model of random float32 weights with these settings of its config.json besides TINY; the model itself."""
+    config = transformers.AutoConfig.for_model(family, **{**TINY, **settings}, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.data = 0.1 * noise
+        elif "norm" in name.rpartition(".")[0].rpartition(".")[2] or ".norms." in name:
+            parameter.data = parameter.data + 0.1 * noise  # around 1, or around 0 where 1 is added to it
+        else:
+            parameter.data = noise / (1 if "embed" in name else parameter.shape[1] ** 0.5)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return model
+
+
+def logits_of(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """[T, V] float32."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0]
