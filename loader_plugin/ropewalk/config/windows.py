@@ -21,7 +21,8 @@ def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[in
     if family.windows is Windows.NONE:
         return (None,) * num_layers
     window = None
-    if family.windows is not Windows.SOME or section.boolean("use_sliding_window", False):
+    key = "use_sliding_window" if family.windows is Windows.SOME else family.window_key
+    if key is None or section.boolean(key, False):
         absent = None if "sliding_window" in section.values else family.window
         window = section.optional_integer("sliding_window", 1, MAX_POSITIONS, absent)
     slides = _layer_slides(section, num_layers)
