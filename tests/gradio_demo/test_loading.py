@@ -115,9 +115,7 @@ def test_adapters_are_loaded_when_they_are_first_wanted_and_change_the_reply(tmp
             session.workbench.use_adapters(loaded, [wrong])
 
 
-def test_a_name_on_the_hub_is_loaded_as_its_checkpoint_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_on_the_hub_is_loaded_as_its_checkpoint_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of_the_embedded_model(tmp_path / "fetched")
     monkeypatch.setattr("ropewalk.gradio_demo.shared.access.local_folder", lambda name: folder)
     workbench = empty_session(tmp_path).workbench

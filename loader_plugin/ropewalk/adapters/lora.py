@@ -34,7 +34,6 @@ PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<module>.+)\.(?P<matrix>lora_A|lora_B)(?:\.[^.]+)?\.weight")
 EMBEDDING_MATRIX = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<matrix>[AB])(?:\.[^.]+)?")
 WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.weight")
-EXPERT = re.compile(r"\.experts\.\d+\.")
 QUANTISED_BASE = re.compile(r".+\.base_layer\.(qweight|qzeros|scales|g_idx)")
 
 
@@ -190,11 +189,6 @@ def _check_modules(
     unknown = [sides for module, sides in found.matrices.items() if module not in modules]
     if unknown:
         name = next(iter(unknown[0].values()))[0]
-        if EXPERT.search(name):
-            raise UnsupportedError(
-                f"{path}: {printable(name)}: adapters of the experts of a mixture are not implemented, only those of "
-                "attention and of what every token takes: train one without the experts in target_modules"
-            )
         raise CheckpointError(
             f"{path}: {printable(name)} is for a module that this model ({config.source}: {config.family}, "
             f"{config.num_layers} layers) does not have: the adapter was made for another model"
