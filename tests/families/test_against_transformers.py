@@ -95,7 +95,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         {
             **{**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "qkv_bias": False},
-            **{"norm_topk_prob": True, "mlp_only_layers": [0], "num_hidden_layers": 3},
+            **{"norm_topk_prob": True, "mlp_only_layers": [0], "num_hidden_layers": 3, "max_window_layers": 2},
+            **{"use_sliding_window": True, "sliding_window": 23},
         },
     ),
     "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),

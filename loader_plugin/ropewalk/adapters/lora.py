@@ -186,6 +186,7 @@ def _check_modules(
     path: Path, lora: LoraConfig, config: ModelConfig, modules: Mapping[str, LinearEntry], found: _Found
 ) -> None:
     """The file must hold both matrices of exactly the modules that the configuration names, all of this model."""
+    _refuse_experts(path, config, found)
     unknown = [sides for module, sides in found.matrices.items() if module not in modules]
     if unknown:
         name = next(iter(unknown[0].values()))[0]
@@ -213,6 +214,22 @@ def _check_modules(
         raise CheckpointError(f"{path} lacks the table of {unsaved[0]}, which modules_to_save of {lora.source} names")
     if not found.matrices and not found.whole:
         raise CheckpointError(f"{path} holds no matrices for any module of this model ({config.source})")
+
+
+def _refuse_experts(path: Path, config: ModelConfig, found: _Found) -> None:
+    """The router decides which rows an expert sees: a change of it would have to follow them."""
+    for index in range(config.num_layers):
+        entry = config.layer_table(index).experts
+        if entry is None:
+            continue
+        block = config.table.layer_prefix(index) + entry.gate.partition(".{expert}")[0]
+        for module, sides in found.matrices.items():
+            if module.startswith(block):
+                name = printable(next(iter(sides.values()))[0])
+                raise UnsupportedError(
+                    f"{path}: {name} is for an expert: adapters that change experts are not implemented, only those of "
+                    "the linears that every token takes"
+                )
 
 
 def _low_rank(

@@ -11,9 +11,9 @@ from ropewalk.families.family import Family, Windows
 def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer; None for a layer that sees every earlier key.
 
-    ALL: every layer has `sliding_window` (null: none). SOME: only with `use_sliding_window`, and then the layers that
-    `layer_types` names, or those from `max_window_layers` on. MOST: those that `layer_types` names, or all but every
-    n-th.
+    ALL: every layer has `sliding_window` (null: none). SOME, EARLY: only with `use_sliding_window`, and then the layers
+    that `layer_types` names; or those from `max_window_layers` on, for EARLY every other one before it. MOST: those that
+    `layer_types` names, or all but every n-th.
 
     Raises:
         ConfigError: layers are named that cannot have a window. UnsupportedError: an order that the family has not.
@@ -21,7 +21,7 @@ def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[in
     if family.windows is Windows.NONE:
         return (None,) * num_layers
     window = None
-    key = "use_sliding_window" if family.windows is Windows.SOME else family.window_key
+    key = "use_sliding_window" if family.windows in (Windows.SOME, Windows.EARLY) else family.window_key
     if key is None or section.boolean(key, False):
         absent = None if "sliding_window" in section.values else family.window
         window = section.optional_integer("sliding_window", 1, MAX_POSITIONS, absent)
@@ -34,7 +34,8 @@ def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[in
             )
         return (window,) * num_layers
     if slides is None:
-        slides = _most(section, family, num_layers) if family.windows is Windows.MOST else _last(section, num_layers)
+        absent_layers = {Windows.MOST: _most, Windows.EARLY: _early}.get(family.windows, _last)
+        slides = absent_layers(section, family, num_layers)
         slides = [slide and (window is not None or family.windows is Windows.MOST) for slide in slides]
     if window is None and any(slides):
         if family.windows is Windows.MOST:
@@ -48,9 +49,14 @@ def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[in
     return tuple(window if slide else None for slide in slides)
 
 
-def _last(section: Section, num_layers: int) -> list[bool]:
+def _last(section: Section, family: Family, num_layers: int) -> list[bool]:
     first = section.optional_integer("max_window_layers", 0, MAX_LAYERS, 28)
     return [layer >= first for layer in range(num_layers)]
+
+
+def _early(section: Section, family: Family, num_layers: int) -> list[bool]:
+    end = section.optional_integer("max_window_layers", 0, MAX_LAYERS, 28)
+    return [layer < end and layer % 2 == 0 for layer in range(num_layers)]
 
 
 def _most(section: Section, family: Family, num_layers: int) -> list[bool]:

@@ -23,6 +23,7 @@ class Windows(Enum):
     NONE = "none"
     ALL = "every layer, if `sliding_window` is set"
     SOME = "those that `layer_types` or `max_window_layers` name, with `use_sliding_window`"
+    EARLY = "those that `layer_types` names, or every other one before `max_window_layers`, with `use_sliding_window`"
     MOST = "all but every n-th, or those that `layer_types` names"
 
 

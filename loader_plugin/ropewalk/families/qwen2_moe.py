@@ -48,7 +48,7 @@ QWEN2_MOE = Family(
     max_position_embeddings=32768,
     num_kv_heads=16,
     flags=(Flag("qkv_bias", "qkv_bias"),),
-    windows=Windows.SOME,
+    windows=Windows.EARLY,
     mixture=_mixture,
     kinds={
         SPARSE: LayerKind(
