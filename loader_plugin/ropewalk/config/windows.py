@@ -11,9 +11,9 @@ from ropewalk.families.family import Family, Windows
 def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer; None for a layer that sees every earlier key.
 
-    ALL: every layer has `sliding_window` (null: none). SOME, EARLY: only with `use_sliding_window`, and then the layers
-    that `layer_types` names; or those from `max_window_layers` on, for EARLY every other one before it. MOST: those that
-    `layer_types` names, or all but every n-th.
+    ALL: every layer has `sliding_window` (null: none). SOME, EARLY: only with `use_sliding_window`, and then those
+    that `layer_types` names; or those from `max_window_layers` on, for EARLY every other one before it. MOST: those
+    that `layer_types` names, or all but every n-th.
 
     Raises:
         ConfigError: layers are named that cannot have a window. UnsupportedError: an order that the family has not.
