@@ -236,6 +236,12 @@ def add(runtime: Runtime, x: numpy.ndarray, y: numpy.ndarray, weight: float) -> 
 def embed(runtime: Runtime, table: DenseLinear, token_ids: numpy.ndarray, out: numpy.ndarray) -> None:
     """table: [V, C]. token_ids: [T] int64. out: [T, C] float32, written."""
 
+def probe_read(runtime: Runtime, floats: numpy.ndarray) -> float:
+    """Their sum, read by all threads. floats: [a multiple of 64] float32."""
+
+def probe_products(runtime: Runtime, kind: str, steps: int) -> int:
+    """Products on operands that stay in registers; returns the operations of all threads. kind: "int8" or "f32"."""
+
 def append(runtime: Runtime, cache: KvCache, k: numpy.ndarray, v: numpy.ndarray, start: int) -> None:
     """k, v: [T, Hkv, D] float32, written to positions start..start+T; start is at most the cache's length."""
 

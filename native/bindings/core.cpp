@@ -182,6 +182,20 @@ void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight
 }
 
 // `table` is taken as a dense weight, so that a table that is also the head is described once.
+float run_probe_read(CpuRuntime& runtime, const py::array& floats) {
+  require(floats.ndim() == 1 && floats.shape(0) % (4 * kLanes) == 0, "floats must have one dimension, a multiple of 64");
+  const float* data = contiguous<float>(floats, "floats", {floats.shape(0)});
+  const Computing computing(runtime);
+  return probe_read(runtime, data, floats.shape(0));
+}
+
+int64_t run_probe_products(CpuRuntime& runtime, const std::string& kind, int64_t steps) {
+  if (kind != "int8" && kind != "f32") throw ShapeFailure("kind is '" + kind + "'; accepted: 'int8', 'f32'");
+  require(steps > 0 && steps <= kMostFeatures, "steps is out of range");
+  const Computing computing(runtime);
+  return probe_products(runtime, kind == "int8" ? ProbeKind::int8 : ProbeKind::f32, steps);
+}
+
 void run_embed(CpuRuntime& runtime, const DenseLinear& table, const py::array& token_ids, py::array& out) {
   require(token_ids.ndim() == 1, "token_ids must have one dimension");
   const int64_t num_rows = token_ids.shape(0);
@@ -360,6 +374,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("out"));
   m.def("add", &run_add, py::arg("runtime"), py::arg("x"), py::arg("y"), py::arg("weight"));
   m.def("embed", &run_embed, py::arg("runtime"), py::arg("table"), py::arg("token_ids"), py::arg("out"));
+  m.def("probe_read", &run_probe_read, py::arg("runtime"), py::arg("floats"));
+  m.def("probe_products", &run_probe_products, py::arg("runtime"), py::arg("kind"), py::arg("steps"));
   m.def("append", &run_append, py::arg("runtime"), py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("start"));
   m.def("attend", &run_attend, py::arg("runtime"), py::arg("q"), py::arg("cache"), py::arg("start"),
         py::arg("window"), py::arg("scale"), py::arg("softcap"), py::arg("compute"), py::arg("out"));

@@ -1,4 +1,4 @@
-"""config.json of every family: defaults and derived values are those of transformers, and what does not fit is named."""
+"""config.json of every family: what it leaves out is as in transformers, and what does not fit is named."""
 
 from __future__ import annotations
 

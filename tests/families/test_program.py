@@ -30,13 +30,14 @@ from ropewalk.families.program import (
     RmsNorm,
     View,
 )
-from ropewalk.families.recorder import LayerShape, Recorder, record
+from ropewalk.families.recorder import LayerShape, Mixture, Recorder, record
 from ropewalk.model.layers import PackedLayer, layer_program, layer_shape
 from ropewalk.model.model import Model
 from variants import Variant, variants
 
 C, HQ, HKV, D, INNER = 64, 4, 2, 16, 96
-SHAPE = LayerShape(C, INNER, HQ, HKV, D, qk_norm=True, window=17)
+MIXTURE = Mixture(num_experts=6, top_k=2, inner=32, normalised=True, shared_inner=48)
+SHAPE = LayerShape(C, INNER, HQ, HKV, D, qk_norm=True, window=17, mixture=MIXTURE)
 
 
 def views_of(operation: Any) -> Iterator[tuple[str, View]]:

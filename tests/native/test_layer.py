@@ -108,7 +108,7 @@ def one_by_one(tiny: TinyLayer, x: torch.Tensor, cos, sin) -> torch.Tensor:
     native.rotate_(runtime, q, cos, sin)
     native.rotate_(runtime, k, cos, sin)
     cache.append_(k, v, 0)
-    native.add_(runtime, x, tiny.linears["o"](cache.attend(q, 0, tiny.window), compute), 0.5)
+    native.add_(runtime, x, tiny.linears["o"](cache.attend(q, 0, tiny.window, compute), compute), 0.5)
     normed = native.rms_norm(runtime, x, tiny.norms["mlp_norm"], EPS)
     gate = native.silu_mul(runtime, tiny.linears["gate_up"](normed, compute))
     native.add_(runtime, x, tiny.linears["down"](gate, compute), 0.5)

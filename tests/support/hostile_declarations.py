@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from container_writer import AWQ_CONFIG, compressed_config
+from gptq_writer import Kind
 from hostile_folders import (
     ABSURD,
     FILE_REPLACEMENTS,
@@ -93,6 +95,21 @@ def _(folder: Path, rng: Rng) -> None:
             target[pick(rng, keys)] = pick(rng, [*ABSURD, 2, 8, 16, 64, "marlin", "awq", "gptq_p", "gptq_v2"])
 
     edit_json(path, edit)
+
+
+@damage("config: the declaration of another container")
+def _(folder: Path, rng: Rng) -> None:
+    kinds = [Kind(), Kind(bits=8, group_size=-1), Kind(sym=False), Kind(group_size=16, desc_act=True)]
+    claims = [compressed_config(pick(rng, kinds)), AWQ_CONFIG, {"quant_method": "gptq", "bits": 4, "group_size": 32}]
+    claims += [{"quant_method": name} for name in ("fp8", "mxfp4", "bitsandbytes", "hqq", "exl2", "modelopt")]
+
+    def edit(config: dict[str, Any]) -> None:
+        claim = dict(pick(rng, claims))
+        if rng.integers(3) == 0:
+            claim[pick(rng, claim)] = pick(rng, ABSURD)
+        config["quantization_config"] = claim
+
+    edit_json(folder / "config.json", edit)
 
 
 @damage("config: anywhere in a JSON file")

@@ -21,8 +21,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from container_writer import write_container
 from fixtures import LOCAL_DATA
-from gptq_writer import write_checkpoint
+from gptq_writer import Kind, write_checkpoint
 
 Damage = Callable[[Path, np.random.Generator], None]
 KINDS: dict[str, Damage] = {}
@@ -54,6 +55,15 @@ SAVED: dict[str, dict[str, Any]] = {
     "starcoder2": {},
 }
 
+# And in other containers: arguments of write_container.
+CONTAINERS: dict[str, tuple[str, Kind]] = {
+    "AWQ": ("awq", Kind(sym=False)),
+    "W4A16 with the order of groups": ("compressed-tensors", Kind(desc_act=True)),
+    "W4A16, asymmetric": ("compressed-tensors", Kind(sym=False)),
+    "W4A16, asymmetric, of 2024": ("compressed-tensors", Kind(sym=False, era=3)),
+    "W8A16": ("compressed-tensors", Kind(bits=8, group_size=-1)),
+}
+
 # What a JSON value is replaced with. Python's reader takes NaN and Infinity, so they are in.
 ABSURD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 7, 2**20, 2**31, 2**63, -(2**64), 10**4000),
@@ -74,7 +84,7 @@ def make_case(number: int, seed: int, folder: Path) -> str:
 def write_base(folder: Path, choice: int) -> None:
     """An undamaged checkpoint with a tokenizer: one of tests/data or one of WRITTEN."""
     copied = sorted(path for path in (LOCAL_DATA / "gptq").iterdir() if path.is_dir())
-    choice %= len(copied) + len(WRITTEN) + len(SAVED)
+    choice %= len(copied) + len(WRITTEN) + len(SAVED) + len(CONTAINERS)
     if choice < len(copied):
         ignored = shutil.ignore_patterns("expected.npz", "fixture.json")
         shutil.copytree(copied[choice], folder, ignore=ignored)
@@ -82,8 +92,11 @@ def write_base(folder: Path, choice: int) -> None:
     choice -= len(copied)
     if choice < len(WRITTEN):
         write_checkpoint(folder, {"vocab_size": 512}, **WRITTEN[list(WRITTEN)[choice]])
-    else:
+    elif choice < len(WRITTEN) + len(SAVED):
         shutil.copytree(_saved(list(SAVED)[choice - len(WRITTEN)]).name, folder)
+    else:
+        container, kind = list(CONTAINERS.values())[choice - len(WRITTEN) - len(SAVED)]
+        write_container(folder, container, kind, {"vocab_size": 512})
     for name in TOKENIZER_FILES:
         shutil.copyfile(TOKENIZER_SOURCE / name, folder / name)
 

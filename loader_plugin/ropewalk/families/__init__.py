@@ -10,7 +10,7 @@ from ropewalk.families.cohere2 import COHERE2
 from ropewalk.families.family import Family
 from ropewalk.families.gemma import GEMMA
 from ropewalk.families.gemma2 import GEMMA2
-from ropewalk.families.gemma3 import GEMMA3
+from ropewalk.families.gemma3_text import GEMMA3
 from ropewalk.families.glm4 import GLM4
 from ropewalk.families.gpt_neox import GPT_NEOX
 from ropewalk.families.granite import GRANITE

@@ -37,6 +37,7 @@ MIXTRAL = Family(
     bos_token_id=1,
     eos_token_id=2,
     eps=Key("rms_norm_eps", 1e-5),
+    theta=Key("rope_theta", 1000000.0),
     windows=Windows.ALL,
     window=None,
     mixture=_mixture,

@@ -14,6 +14,7 @@ from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, HEAD_BITS, MAX_I
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.config.cache_format import CacheFormat
+from ropewalk.files.local import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +142,13 @@ def options_with(options: LoadOptions | None, keywords: Mapping[str, Any]) -> Lo
     if options is not None and not isinstance(options, LoadOptions):
         raise ConfigError(f"options must be LoadOptions, got {type(options).__name__}")
     return replace(options or LoadOptions(), **keywords)
+
+
+def with_local_second(options: LoadOptions) -> LoadOptions:
+    """The same with the folder of the second model, where it is given by its name on the hub."""
+    if not isinstance(options.second_folder, str):
+        return options
+    return replace(options, second_folder=local_folder(options.second_folder))
 
 
 def with_options(function: Callable[..., Any]) -> inspect.Signature:

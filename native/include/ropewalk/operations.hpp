@@ -38,12 +38,12 @@ class PackedGptq {
 
  private:
   void build_rows(const Source& source);
-  void build_tables(const Source& source);
+  void build_tables(CpuRuntime& runtime, const Source& source);
 
   GptqWeights weights_{};
   std::vector<int32_t> group_starts_;
   std::vector<int32_t> source_row_;  // empty: identity without padding
-  AlignedBytes codes_, scales_, zeros_, bias_;
+  ArenaBytes codes_, scales_, zeros_, bias_;
 };
 
 struct DenseWeights {
@@ -129,6 +129,11 @@ void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows);
 // Of several sequences at once.
 void append(CpuRuntime& runtime, const std::vector<AppendArgs>& sequences);
 void attend(CpuRuntime& runtime, const std::vector<AttendArgs>& sequences);
+// Limits of this machine, as many threads at once as the runtime has; whoever calls takes the time.
+// The sum of num_floats floats, a multiple of 64.
+float probe_read(CpuRuntime& runtime, const float* floats, int64_t num_floats);
+// Operations that the threads do together in `steps` rounds each.
+int64_t probe_products(CpuRuntime& runtime, ProbeKind kind, int64_t steps);
 void move_rows(CpuRuntime& runtime, const MoveArgs& args, int64_t num_instances);
 
 // One expert: gate_up maps C to 2 * I, down I to C.

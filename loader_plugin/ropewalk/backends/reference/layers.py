@@ -9,10 +9,10 @@ import torch
 
 from ropewalk.backends.protocol import RowChange, RowSpan
 from ropewalk.backends.reference.activations import activate
-from ropewalk.backends.reference.attention import Seen, attend, rotate_
+from ropewalk.backends.reference.attention import attend, rotate_
 from ropewalk.backends.reference.linear import ReferenceLinear, low_rank_product, product
 from ropewalk.backends.reference.pages import append_, as_seen, gathered, pieces
-from ropewalk.backends.shared import check_step
+from ropewalk.backends.shared import Seen, check_step
 from ropewalk.families.program import (
     RESIDUAL,
     Activate,
