@@ -144,7 +144,7 @@ def test_a_soft_cap_over_any_cache_bounds_the_scores(isa, dtype, compute):
     plain = cache.attend(q, 125, None, compute)
     assert (cache.attend(q, 125, None, compute, softcap=3e3) - plain).abs().max() < 1e-3
     alike = cache.attend(q, 125, None, compute, softcap=1e-4)
-    step = {"f16": 1e-3, "q8": 2e-2, "q4": 0.2}[dtype]
+    step = {"f16": 5e-3, "q8": 2e-2, "q4": 0.2}[dtype]
     means = torch.stack([v[: 126 + t].mean(0) for t in range(5)]).repeat_interleave(2, 1).flatten(1)  # [T, Hq * D]
     assert (alike - means).abs().max() < step
     whole = cache.attend(q, 125, None, compute, softcap=2.0)

@@ -17,9 +17,10 @@ from ropewalk.model.plan import LoadPlan
 
 logger = logging.getLogger(__name__)
 
-# Of what is free beside the other weights. The rest is for keys and values, and for the system, which keeps files in
-# memory: an expert that comes back from there costs a tenth of one that comes from the disk.
-PART_OF_FREE = 0.6
+# Of what is free beside the other weights. All experts are held if they leave a little for keys and values; if they do
+# not, more is left to the system, which keeps files in memory: an expert that comes back from there need not come from
+# the disk.
+ALL_OF_FREE, PART_OF_FREE = 0.85, 0.6
 
 
 def choose_expert_room(checkpoint: Checkpoint, plan: LoadPlan, options: LoadOptions) -> ExpertRoom | None:
@@ -37,7 +38,7 @@ def choose_expert_room(checkpoint: Checkpoint, plan: LoadPlan, options: LoadOpti
     if given is None:
         assert free is not None
         beside = free - (checkpoint.total_bytes - total)
-        given = total if total <= PART_OF_FREE * beside else max(0, int(PART_OF_FREE * beside))
+        given = total if total <= ALL_OF_FREE * beside else max(0, int(PART_OF_FREE * beside))
     if given >= total:
         return None
     largest = max(stored.values())
