@@ -46,6 +46,7 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
 # compiled core or Triton.
 IMPORT_WHEN_CALLED = {
     *(
+        "faces.cli.bench",
         "faces.cli.cache",
         "faces.cli.demo",
         "faces.cli.gpu",

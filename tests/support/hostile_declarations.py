@@ -40,6 +40,9 @@ def _(folder: Path, rng: Rng) -> None:
 def _(folder: Path, rng: Rng) -> None:
     absent = ["head_dim", "layer_types", "max_window_layers", "use_sliding_window", "sliding_window", "attention_bias"]
     absent += ["quantization_config", "rope_scaling", "rope_parameters", "mlp_bias", "auto_map", "rope_theta"]
+    absent += ["hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window_pattern"]
+    absent += ["rope_local_base_freq", "logit_scale", "rotary_pct", "use_parallel_residual", "qk_layernorm"]
+    absent += ["embedding_multiplier", "logits_scaling", "layer_norm_eps", "norm_epsilon", "use_qk_norm", "use_bias"]
     absent += ["partial_rotary_factor", "original_max_position_embeddings", "max_sequence_length", "compression_config"]
 
     def edit(config: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """A corpus of damaged model folders, the same for the same seed.
 
-A case is a whole checkpoint (a copy out of tests/data, or one that gptq_writer makes) and one kind of damage done to
-it. `make_case(number, seed, folder)` cycles through the kinds, so that any run of `len(KINDS)` numbers has them all;
-what exactly is damaged, and how, comes from a generator seeded with both numbers.
+A case is a whole checkpoint (a copy out of tests/data, or one that gptq_writer or transformers makes) and one kind of
+damage done to it. `make_case(number, seed, folder)` cycles through the kinds, so that any run of `len(KINDS)` numbers
+has them all; what exactly is damaged, and how, comes from a generator seeded with both numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,16 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "odd name": {"file_name": "4bit-32g.safetensors", "config_files": ("config.json", "quantize_config.json")},
 }
 
+# Families that write_checkpoint does not know, as transformers saves them: settings beside those of their_folder.py.
+SAVED: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"head_dim": 16, "sliding_window": 24},
+    "phi3": {"tie_word_embeddings": True},
+    "cohere": {"use_qk_norm": True},
+    "stablelm": {"qk_layernorm": True},
+    "gpt_neox": {},
+    "starcoder2": {},
+}
+
 # And in other containers: arguments of write_container.
 CONTAINERS: dict[str, tuple[str, Kind]] = {
     "AWQ": ("awq", Kind(sym=False)),
@@ -72,7 +84,7 @@ def make_case(number: int, seed: int, folder: Path) -> str:
 def write_base(folder: Path, choice: int) -> None:
     """An undamaged checkpoint with a tokenizer: one of tests/data or one of WRITTEN."""
     copied = sorted(path for path in (LOCAL_DATA / "gptq").iterdir() if path.is_dir())
-    choice %= len(copied) + len(WRITTEN) + len(CONTAINERS)
+    choice %= len(copied) + len(WRITTEN) + len(SAVED) + len(CONTAINERS)
     if choice < len(copied):
         ignored = shutil.ignore_patterns("expected.npz", "fixture.json")
         shutil.copytree(copied[choice], folder, ignore=ignored)
@@ -80,10 +92,24 @@ def write_base(folder: Path, choice: int) -> None:
     choice -= len(copied)
     if choice < len(WRITTEN):
         write_checkpoint(folder, {"vocab_size": 512}, **WRITTEN[list(WRITTEN)[choice]])
+    elif choice < len(WRITTEN) + len(SAVED):
+        shutil.copytree(_saved(list(SAVED)[choice - len(WRITTEN)]).name, folder)
     else:
-        write_container(folder, *list(CONTAINERS.values())[choice - len(WRITTEN)], {"vocab_size": 512})
+        container, kind = list(CONTAINERS.values())[choice - len(WRITTEN) - len(SAVED)]
+        write_container(folder, container, kind, {"vocab_size": 512})
     for name in TOKENIZER_FILES:
         shutil.copyfile(TOKENIZER_SOURCE / name, folder / name)
+
+
+@cache
+def _saved(family: str) -> TemporaryDirectory[str]:
+    """A folder that is made once and copied for each case."""
+    from their_folder import quantise_model, save_model  # not at the top: transformers takes seconds to import
+
+    made = TemporaryDirectory()
+    save_model(Path(made.name), family, vocab_size=512, **SAVED[family])
+    quantise_model(Path(made.name))
+    return made
 
 
 def damage(kind: str) -> Callable[[Damage], Damage]:

@@ -44,6 +44,7 @@ class ModelInfo:
     intermediate_size: int
     vocab_size: int
     sliding_window: int | None
+    sliding_layers: int
     linears: Mapping[str, int]
     format: str | None
     act_order: bool | None
@@ -65,6 +66,8 @@ class ModelInfo:
     def describe(self) -> str:
         """Several lines for people."""
         window = "" if self.sliding_window is None else f", sliding window {self.sliding_window}"
+        if 0 < self.sliding_layers < self.num_layers:
+            window += f" in {self.sliding_layers} layers"
         files = ", ".join(f"{name} ({format_bytes(size)})" for name, size in self.files.items())
         caches = "\n".join(
             f"  {length:>9,} positions  {format_bytes(size):>10}  with weights "
@@ -166,6 +169,7 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: Ca
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         sliding_window=windows[0] if windows else None,
+        sliding_layers=len(windows),
         linears=kinds,
         format=None if settings is None else settings.format,
         act_order=None if settings is None else settings.desc_act,

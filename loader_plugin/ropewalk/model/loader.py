@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ropewalk.backends.protocol import Backend
+from ropewalk.backends.protocol import Backend, ExpertRoom
 from ropewalk.base.errors import CheckpointError, ConfigError
 from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes, return_freed_memory
@@ -34,13 +34,14 @@ from ropewalk.files.local import local_folder
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.backend_choice import choose_backend
 from ropewalk.model.backends import make_backend
+from ropewalk.model.expert_room import choose_expert_room
 from ropewalk.model.head import held_head
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.model.options import LoadOptions, options_with, with_local_second, with_options
 from ropewalk.model.pages import check_cache_memory, context_pages
 from ropewalk.model.placement import place_instances
-from ropewalk.model.plan import plan_loading
+from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.weights.read import check_tensors, read_embeddings, read_head, read_layer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def load_model(
     folder, options = local_folder(folder), with_local_second(options)
     chosen = choose_backend(options)
     plan = plan_loading(folder, options)
-    ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)
+    placement = place_instances(folder, plan, options) if chosen.name == "gpu" else None
+    ops = make_backend(options, placement, _room_for_experts(folder, plan, options) if chosen.name == "cpu" else None)
     logger.info("%s", plan.rope.describe())
     limits = ModelLimits(
         plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory, options.rope_growth
@@ -100,6 +102,13 @@ def load_model(
 
 
 load_model.__signature__ = with_options(load_model)  # for help() and editors: every option with its default
+
+
+def _room_for_experts(folder: Path, plan: LoadPlan, options: LoadOptions) -> ExpertRoom | None:
+    if plan.config.mixture is None:
+        return None
+    with _open_weights(folder, plan.config, plan.quant) as checkpoint:
+        return choose_expert_room(checkpoint, plan, options)
 
 
 def _load_weights(

@@ -49,6 +49,8 @@ class LoadOptions:
         `config/cache_format.py`.
     cache_memory: bytes for the keys and values of all sequences together (default: what is left beside the weights,
         within a bound: at most 16 contexts or 4 GiB, whichever is more); at least one context.
+    expert_memory: bytes for the experts of a mixture; those that were not used for longest are dropped, and read again
+        when they are needed (default: all of them if they fit beside the other weights; on the CPU).
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
     layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
@@ -75,6 +77,7 @@ class LoadOptions:
     rope_growth: str = ROPE_GROWTH.default
     cache_type: str = CACHE_TYPE.default
     cache_memory: int | None = None
+    expert_memory: int | None = None
     device: str | torch.device | None = None
     gpu_layers: int | None = None
     gpu_split: str | None = None
@@ -85,7 +88,7 @@ class LoadOptions:
     second_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads", "cache_memory"):
+        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads", "cache_memory", "expert_memory"):
             value = getattr(self, name)
             optional = name != "max_input_len"
             if not (optional and value is None or _is_positive(value)):

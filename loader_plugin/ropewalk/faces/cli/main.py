@@ -16,6 +16,7 @@ from pathlib import Path
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.cli.bench import add_bench_command
 from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, load_kept, prompt_after
 from ropewalk.faces.cli.demo import add_demo_command
 from ropewalk.faces.cli.divergence import add_divergence_command
@@ -176,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     add_demo_command(commands)
     add_cache_command(commands)
     add_gpu_command(commands)
+    add_bench_command(commands)
     return parser
 
 

@@ -129,6 +129,12 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu-split", metavar="GIB,GIB,...", help="GiB of weights for each card, such as 10,20 (default: one card)"
     )
+    group.add_argument(
+        "--expert-memory",
+        type=size_argument,
+        metavar="SIZE",
+        help="memory for the experts of a mixture, such as 8GiB; others are read when needed (default: all that fit)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="threads of the CPU backend (default: all cores)")
     group.add_argument("--isa", help="instruction set of the CPU backend (default: the best there is)")
 
