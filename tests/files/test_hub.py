@@ -172,14 +172,14 @@ def test_without_the_hub_the_cache_serves_what_is_complete(hub: StandInHub, run:
     assert run(info())[0].code == 0
     (unreachable, absent) = run(info(), info("someone/awq"), HF_ENDPOINT="http://127.0.0.1:9")
     assert unreachable.code == 0 and "cannot be asked" in unreachable.err
-    assert "someone/awq is not in the cache" in absent.error
+    assert "someone/awq is no folder here and not in the cache" in absent.error
     remove = f"""
 from pathlib import Path
 next(Path({str(tmp_path / "hf")!r}).rglob("snapshots/*/model.safetensors")).unlink()
 """
     offline, branch, _, partial = run(info(), info(f"{NAME}:{BRANCH}"), ["python", remove], info(), HF_HUB_OFFLINE="1")
     assert offline.code == 0 and "taken from the cache as it is, because HF_HUB_OFFLINE" in offline.err
-    assert f"{NAME}:{BRANCH} is not in the cache" in branch.error
+    assert f"{NAME}:{BRANCH} is no folder here and not in the cache" in branch.error
     assert f"{NAME} is not complete in the cache, and HF_HUB_OFFLINE" in partial.error
 
 

@@ -116,7 +116,7 @@ def _cached(name: ModelName, weights: bool, why: str) -> Path:
     """The folder in the cache, if it has all that is needed."""
     found = try_to_load_from_cache(name.repo, "config.json", revision=name.revision or "main")
     if not isinstance(found, str):
-        raise CheckpointError(f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and {why}")
+        raise CheckpointError(f"{name} is no folder here and not in the cache ({constants.HF_HUB_CACHE}), and {why}")
     folder = Path(found).parent
     if weights:
         config = load_model_config(folder)
