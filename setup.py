@@ -31,7 +31,7 @@ INCLUDES = ["native/include"]
 # Extra flags for every file, such as -fsanitize=address (scripts/press/check_asan.sh).
 EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
-SOURCES = ("attention", "cache", "layer", "linear", "packed", "probe", "rows", "runtime")
+SOURCES = ("attention", "cache", "experts", "layer", "linear", "packed", "probe", "rows", "runtime")
 HEADERS = [
     *(
         f"native/include/ropewalk/{name}.hpp"
@@ -46,7 +46,7 @@ HEADERS = [
         )
     ),
     "native/cpu/avx512/verbs.inl.hpp",
-    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "layers", "linears")),
+    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "experts", "layers", "linears")),
 ]
 
 

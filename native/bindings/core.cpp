@@ -226,6 +226,12 @@ std::shared_ptr<AlignedBytes> aligned_bytes(int64_t size) {
   return std::make_shared<AlignedBytes>(size);
 }
 
+// Who computes may be waiting for the GIL.
+int64_t bytes_of_scratch(CpuRuntime& runtime) {
+  const py::gil_scoped_release release;
+  return runtime.scratch_bytes();
+}
+
 // A result that goes back to the runtime's spare memory when Python frees it.
 struct Lent {
   std::shared_ptr<SpareMemory> owner;
@@ -281,7 +287,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("isa", [](const CpuRuntime& runtime) { return runtime.table().name; })
       .def_property_readonly("threads", [](CpuRuntime& runtime) { return runtime.pool().num_threads(); })
       .def("empty", &empty_result, py::arg("num_rows"), py::arg("num_columns"))
-      .def_property_readonly("scratch_bytes", &CpuRuntime::scratch_bytes);
+      .def_property_readonly("scratch_bytes", &bytes_of_scratch);
 
   py::class_<AlignedBytes, std::shared_ptr<AlignedBytes>>(m, "AlignedBytes")
       .def(py::init(&aligned_bytes), py::arg("size"))
@@ -329,6 +335,12 @@ PYBIND11_MODULE(_core, m) {
       .def("take", &take_page, py::arg("num_instances"), py::arg("recent"))
       .def("copy", &copy_page, py::arg("page"));
 
+  py::class_<BoundExperts, std::shared_ptr<BoundExperts>>(m, "Experts")
+      .def(py::init<int64_t, int64_t, int64_t, py::object>(), py::arg("num_experts"), py::arg("size"), py::arg("inner"),
+           py::arg("fetch"))
+      .def("put", &BoundExperts::put, py::arg("number"), py::arg("gate_up"), py::arg("down"))
+      .def("drop", &BoundExperts::drop, py::arg("number"));
+
   py::class_<BoundStep>(m, "Step")
       .def(py::init<py::array, const py::array&, const py::array&, const std::vector<BoundStep::Span>&>(),
            py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("spans"));
@@ -346,6 +358,8 @@ PYBIND11_MODULE(_core, m) {
       .def("gate", &BoundLayer::gate, py::arg("gate_up"), py::arg("activation"), py::arg("out"))
       .def("sigmoid_mul", &BoundLayer::sigmoid_mul, py::arg("x"), py::arg("gate"), py::arg("out"))
       .def("route", &BoundLayer::route, py::arg("logits"), py::arg("top_k"), py::arg("normalised"), py::arg("out"))
+      .def("experts", &BoundLayer::experts, py::arg("x"), py::arg("routes"), py::arg("weight"), py::arg("activation"),
+           py::arg("out"))
       .def("add_residual", &BoundLayer::add_residual, py::arg("y"), py::arg("scale"))
       .def("finish", &BoundLayer::finish)
       .def("run", &BoundLayer::run, py::arg("runtime"), py::arg("step"), py::arg("instance"), py::arg("weight"),

@@ -280,6 +280,8 @@ AlignedBytes& CpuRuntime::activations(int64_t size) { return grown(activations_,
 
 float* CpuRuntime::buffers(int64_t floats) { return grown(buffers_, floats * kFloat).as<float>(); }
 
+float* CpuRuntime::expert_rows(int64_t floats) { return grown(expert_rows_, floats * kFloat).as<float>(); }
+
 float* CpuRuntime::attend_parts(int64_t floats) { return grown(attend_parts_, floats * kFloat).as<float>(); }
 
 }  // namespace ropewalk

@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import triton
 
-from ropewalk.backends.gpu import attention_kernel, heads_kernel, merge_kernel, move_kernel, rows_kernel
+from ropewalk.backends.gpu import (
+    attention_kernel,
+    experts_kernel,
+    feed_forward_kernel,
+    heads_kernel,
+    merge_kernel,
+    move_kernel,
+    rows_kernel,
+)
 from ropewalk.backends.gpu.attention_tiles import CHUNK, STATES_AT_ONCE, tiles
 from ropewalk.backends.gpu.chunk_kernel import ALL, OLDER, RECENT
 from ropewalk.backends.gpu.heads import TILE_HEADS
 from ropewalk.backends.gpu.layout import PageLayout
 from ropewalk.backends.gpu.move import ROWS as MOVED_ROWS
+from ropewalk.backends.gpu.move import WARPS as MOVE_WARPS
 from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.config.cache_format import CODE_BITS, CacheFormat
 
 CODED = tuple(CODE_BITS)
 POINTERS = {
     **dict.fromkeys(("pages_ptr", "recent_ptr", "positions_ptr", "blocks_ptr", "spans_ptr", "ids_ptr"), "*i64"),
-    **dict.fromkeys(("source_ptr", "target_ptr"), "*i64"),
-    **{"order_ptr": "*i32", "values_ptr": "*fp16", "table_ptr": "*bf16"},
+    **dict.fromkeys(("source_ptr", "target_ptr", "rotations_ptr"), "*i64"),
+    **{"order_ptr": "*i32", "experts_ptr": "*i32", "values_ptr": "*fp16", "table_ptr": "*bf16"},
 }
 SCALARS = {
     **dict.fromkeys(("width", "instance", "most_rows", "older_states"), "i32"),
@@ -49,19 +58,21 @@ def attention(
     group: int = 4,
     cache_type: str = "fp16",
     part: int = ALL.value,
+    softcap: float = 0.0,
 ) -> tuple:
     """Attention over pages with 8 key/value heads. form: "long", "short" or "chunks"; major: whose tiles.
 
     part: of the keys of a format with a recent window, of 256 positions.
     """
     layout = PageLayout(8, head_dim, CacheFormat.parse(cache_type))
-    chosen = tiles(layout, fp16, major, part != ALL.value)
+    chosen = tiles(layout, fp16, major, part != ALL.value, softcap > 0)
     tile = chosen.long if form == "long" else chosen.short
     constants = {
         "Q_STRIDE": (group + 2) * 8 * head_dim,
         "PART": part,
         "WINDOW": window,
         "WITHIN": 256 if part else 0,
+        "SOFTCAP": softcap,
         "G": group,
         "ROWS": tile.rows,
         "CHUNK": CHUNK,
@@ -75,7 +86,12 @@ def attention(
             constants["states_ptr"] = None
     kernel = attention_kernel.attend_chunks if form == "chunks" else attention_kernel.attend_whole
     details = ("" if cache_type == "fp16" else f" {cache_type}") + {0: "", 1: " older", 2: " recent"}[part]
-    details += (f" window {window}" if window else "") + ("" if fp16 else " exact") + (" sm_90" if major == 9 else "")
+    details += (
+        (f" window {window}" if window else "")
+        + (" cap" if softcap else "")
+        + ("" if fp16 else " exact")
+        + (" sm_90" if major == 9 else "")
+    )
     name = f"attention D{head_dim} {form}{details}"
     return case(name, kernel, constants, num_warps=tile.num_warps, num_stages=chosen.num_stages)
 
@@ -109,13 +125,24 @@ def moving(cache_type: str) -> tuple:
     """Rows moved to other positions."""
     layout = PageLayout(8, 128, CacheFormat.parse(cache_type))
     constants = {"HALF": 64, "ROWS": MOVED_ROWS, **layout.turns, **layout.constants}
-    return case(f"move rows D128 {cache_type}", move_kernel.move_rows, constants, num_warps=4)
+    return case(f"move rows D128 {cache_type}", move_kernel.move_rows, constants, num_warps=MOVE_WARPS)
 
 
 def activations(name: str, kernel, **constants) -> tuple:
     """A producer of activations with act-order."""
     made = {"HAS_ORDER": True, "SCALED": True, "WRITES_FLOAT32": False, **constants}
+    if kernel is rows_kernel.norm_activations:
+        made = {"CENTRED": False, "HAS_BIAS": False, **made}
     return case(name, kernel, made, num_warps=8)
+
+
+def inner(name: str, number: int, by_expert: bool = False) -> tuple:
+    """A gate, or, of the experts of rows, gates in their orders."""
+    size = 768 if by_expert else 11008
+    made = {"X_STRIDE": 2 * size, "SIZE": size, "WIDTH": size, "B": min(4096, triton.next_power_of_2(size))}
+    kernel = feed_forward_kernel.inner_activations
+    constants = {"ACTIVATION": number, "GATED": True, "BY_EXPERT": by_expert, **made}
+    return activations(f"gate {name} {size}{' by expert' if by_expert else ''}", kernel, **constants)
 
 
 CASES = [
@@ -141,17 +168,58 @@ CASES = [
     ),
     attention(128, "long", 8, cache_type="q6", part=OLDER.value),
     *(attention(128, form, 8, fp16=False, cache_type="q4") for form in ("long", "chunks")),
+    *(
+        attention(256, form, major, window=window, group=2, softcap=50.0)
+        for window in (0, 4096)
+        for form in ("long", "chunks")
+        for major in (8, 9)
+    ),
+    *(attention(128, form, major, softcap=50.0) for form in ("long", "chunks") for major in (8, 9)),
+    *(attention(256, form, 8, fp16=False, softcap=50.0) for form in ("long", "chunks")),
+    *(
+        attention(256, form, major, group=2, cache_type=cache_type, softcap=50.0)
+        for cache_type in CODED
+        for form in ("long", "chunks")
+        for major in (8, 9)
+    ),
     *(merging(128, at_once) for at_once in STATES_AT_ONCE),
     *(merging(128, at_once, within=256) for at_once in (1, *STATES_AT_ONCE)),
     case(
         "norm 128",
-        rows_kernel.rms_norm,
-        {"X_STRIDE": 6144, "OUT_STRIDE": 4096, "SIZE": 128, "B": 128},
+        rows_kernel.norm,
+        {
+            **{"X_STRIDE": 6144, "OUT_STRIDE": 4096, "WEIGHT_STRIDE": 0, "SIZE": 128, "B": 128},
+            **{"CENTRED": False, "HAS_BIAS": False},
+        },
         num_warps=1,
     ),
     activations("norm 4096", rows_kernel.norm_activations, X_STRIDE=4096, SIZE=4096, WIDTH=4096, B=4096, BW=4096),
     activations("norm 13824", rows_kernel.norm_activations, X_STRIDE=13824, SIZE=13824, WIDTH=13824, B=16384, BW=16384),
-    activations("gate 11008", rows_kernel.silu_activations, X_STRIDE=22016, SIZE=11008, WIDTH=11008, B=4096),
+    activations(
+        "norm centred 6144",
+        rows_kernel.norm_activations,
+        **{"X_STRIDE": 6144, "SIZE": 6144, "WIDTH": 6144, "B": 8192, "BW": 8192, "CENTRED": True, "HAS_BIAS": True},
+    ),
+    *(inner(name, number) for name, number in (("silu", 0), ("gelu", 1), ("gelu tanh", 2))),
+    inner("silu", 0, by_expert=True),
+    case(
+        "route 128",
+        experts_kernel.route,
+        {"X_STRIDE": 128, "OUT_STRIDE": 16, "EXPERTS": 128, "TOP_K": 8, "NORMALISED": True, "B": 128},
+        num_warps=1,
+    ),
+    case(
+        "combine",
+        experts_kernel.combine,
+        {"ROUTES_STRIDE": 16, "OUT_STRIDE": 2048, "TOP_K": 8, "SIZE": 2048, "B": 1024},
+        num_warps=4,
+    ),
+    case(
+        "sigmoid",
+        feed_forward_kernel.sigmoid_mul,
+        {"X_STRIDE": 2048, "GATE_STRIDE": 1, "OUT_STRIDE": 2048, "SIZE": 2048, "B": 1024},
+        num_warps=4,
+    ),
     case("residual", rows_kernel.add_residual, {"Y_STRIDE": 4096, "SIZE": 4096, "B": 1024}, num_warps=4),
     case("embed", rows_kernel.embed, {"SIZE": 4096, "B": 1024}, num_warps=4),
     *(appending(cache_type) for cache_type in ("fp16", *CODED, "q4+256")),

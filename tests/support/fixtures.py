@@ -28,6 +28,12 @@ def container_fixture_folders() -> list[Path]:
     return sorted(path.parent for path in root.glob("*/fixture.json"))
 
 
+def family_fixture_folders() -> list[Path]:
+    """The checkpoint fixtures of families beside Llama's; none where the shared ones are absent."""
+    root = SHARED_FIXTURES / "families"
+    return sorted(path.parent for path in root.glob("*/fixture.json"))
+
+
 def measured(folder: Path, *names: str) -> Any:
     """How far from float64 plain computations of this checkpoint are, as its maker measured."""
     found = json.loads((folder / "fixture.json").read_text())

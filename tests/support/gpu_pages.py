@@ -71,5 +71,5 @@ def step_of(spans: Sequence[RowSpan], cos: torch.Tensor | None = None, sin: torc
     num_rows = sum(span.num_rows for span in spans)
     x = torch.zeros(num_rows, 1, device=DEVICE)
     empty = torch.zeros(1, num_rows, 0, device=DEVICE)
-    tables = [empty if table is None else table.view(-1, *table.shape[-2:]) for table in (cos, sin)]
+    tables = [empty if table is None else table if table.ndim == 3 else table[None] for table in (cos, sin)]
     return GpuStep(x, *tables, spans)

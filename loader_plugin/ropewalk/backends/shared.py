@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,15 @@ class SinglePlace:
 
     def check_instances(self, layers: Sequence[CompiledLayer]) -> None:
         """Every layer runs here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Which keys a query sees, and how their products become scores: see `Attend` in families/program.py."""
+
+    window: int | None
+    scale: float
+    softcap: float | None
 
 
 class PageCount:

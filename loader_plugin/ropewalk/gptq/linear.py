@@ -12,6 +12,7 @@ belongs to group k // group_size (docs/formats.md, "g_idx").
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -69,6 +70,14 @@ class DenseLinear:
     name: str
     weight: torch.Tensor  # [N, K] float16, bfloat16 or float32, contiguous, as stored: read only
     bias: torch.Tensor | None  # [N] float32; None also if the stored one is all zero
+
+
+class Expert(NamedTuple):
+    """The linears of one expert: gate and up map C to I, down I to C."""
+
+    gate: GptqLinear | DenseLinear
+    up: GptqLinear | DenseLinear
+    down: GptqLinear | DenseLinear
 
 
 def read_gptq_linear(

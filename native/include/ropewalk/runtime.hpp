@@ -133,16 +133,20 @@ class CpuRuntime {
   // What the stages of a layer hand to each other, and the parts of attention.
   float* buffers(int64_t floats);
   float* attend_parts(int64_t floats);
+  // The rows that experts read and write.
+  float* expert_rows(int64_t floats);
   // Of packed weights, which may outlive the runtime.
   Arena& weights() { return weights_; }
   // Results may outlive the runtime.
   const std::shared_ptr<SpareMemory>& spare() const { return spare_; }
   int64_t scratch_bytes() {
     const std::lock_guard lock(mutex_);
-    return attend_scratch_.size() + activations_.size() + buffers_.size() + attend_parts_.size() + spare_->num_bytes();
+    return attend_scratch_.size() + activations_.size() + buffers_.size() + attend_parts_.size() +
+           expert_rows_.size() + spare_->num_bytes();
   }
-  // Held by whoever computes, for the length of one call: Python threads may share a runtime.
-  std::mutex& mutex() { return mutex_; }
+  // Held by whoever computes, for the length of one call: Python threads may share a runtime. Recursive: a layer that
+  // waits for an expert packs it.  Nobody waits for it who holds the GIL.
+  std::recursive_mutex& mutex() { return mutex_; }
 
  private:
   const KernelTable& table_;
@@ -151,9 +155,10 @@ class CpuRuntime {
   AlignedBytes activations_;
   AlignedBytes buffers_;
   AlignedBytes attend_parts_;
+  AlignedBytes expert_rows_;
   Arena weights_;
   std::shared_ptr<SpareMemory> spare_ = std::make_shared<SpareMemory>();
-  std::mutex mutex_;
+  std::recursive_mutex mutex_;
 };
 
 }  // namespace ropewalk

@@ -19,6 +19,7 @@ from ropewalk.backends.gpu.chunk_kernel import ALL
 from ropewalk.backends.gpu.pages import GpuPagePool
 from ropewalk.backends.gpu.step import LONG_ROWS, SHORT_ROWS
 from ropewalk.backends.protocol import RowSpan
+from ropewalk.backends.shared import Seen
 from ropewalk.base.errors import ShapeError
 from triton_interpreter import guarded, inside_arguments, interpreted_only, room_around
 
@@ -35,22 +36,40 @@ def queries(num_rows: int, num_heads: int, head_dim: int) -> torch.Tensor:
     return guarded(normal(num_rows, num_heads, head_dim, seed=99).to(DEVICE))
 
 
-def attended(spans: Sequence[RowSpan], q: torch.Tensor, window: int | None = None, exact: bool = False) -> torch.Tensor:
-    """[T, Hq, D]; nothing beside it was written."""
+def attended(
+    spans: Sequence[RowSpan],
+    q: torch.Tensor,
+    window: int | None = None,
+    exact: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """[T, Hq, D]; nothing beside it was written. scale: 1 / sqrt(D) if None."""
     out = guarded(torch.full(q.shape, float("nan"), device=DEVICE))
-    attend(step_of(spans), q, INSTANCE, window, out, exact)
+    seen = Seen(window, q.shape[2] ** -0.5 if scale is None else scale, softcap)
+    attend(step_of(spans), q, INSTANCE, seen, out, exact)
     assert room_around(out).isnan().all()
     return out
 
 
-def by_hand(sequence: Cached, q: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+def by_hand(
+    sequence: Cached,
+    q: torch.Tensor,
+    window: int | None,
+    dtype: torch.dtype,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """The formula for all rows of a sequence: sums in float64 or float32, factors of products rounded to `dtype`."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     num_rows, num_heads, head_dim = q.shape
     group = num_heads // sequence.keys.shape[0]
     k, v = (part.to(dtype).to(sums).repeat_interleave(group, 0) for part in (sequence.keys, sequence.values))
-    scaled = (q.to(sums) * (math.log2(math.e) / math.sqrt(head_dim))).to(dtype).to(sums)
-    scores = torch.einsum("thd,hsd->hts", scaled, k)
+    scale = math.log2(math.e) * (head_dim**-0.5 if scale is None else scale)
+    scores = torch.einsum("thd,hsd->hts", (q.to(sums) * scale).to(dtype).to(sums), k)
+    if softcap is not None:
+        limit = softcap * math.log2(math.e)
+        scores = limit * torch.tanh(scores / limit)
     pos = torch.arange(num_rows, device=q.device)[:, None] + sequence.start
     key = torch.arange(k.shape[1], device=q.device)
     hidden = (key > pos) | (key <= pos - (window or 1 << 30))
@@ -147,6 +166,22 @@ def test_split_keys_give_the_bits_of_whole_ones(kind: str, window: int | None, m
     assert len(launched) == 1 and same_bits(split, whole)
 
 
+@pytest.mark.parametrize("kind", ["fp16", "fp16, exact", "fp32"])
+def test_scores_are_scaled_and_capped_before_the_mask(kind: str) -> None:
+    pool, exact = new_pool(1, 20, kind.partition(",")[0]), kind.endswith("exact")
+    product = torch.float16 if kind == "fp16" else torch.float32
+    parts = sequences(pool, (510, 20), (600, 1))
+    q = queries(21, 2, 20) * 40  # most of the scores are far beyond the cap, to both sides
+    how = {"scale": 0.7, "softcap": 5.0}
+    found = attended([part.span() for part in parts], q, 100, exact, **how)
+    rows = (found[:20].cpu(), found[20:].cpu())
+    for part, asked, got in zip(parts, (q[:20], q[20:]), rows, strict=True):
+        wanted, plain = (by_hand(part, asked, 100, dtype, **how).cpu() for dtype in (torch.float64, product))
+        assert_as_accurate(got, wanted, plain.float())
+        assert not torch.allclose(got, by_hand(part, asked, 100, torch.float64, 0.7).cpu().float(), atol=0.1)
+    assert same_bits(attended([parts[0].span(7, 8)], q[7:8], 100, exact, **how), found[7:8])
+
+
 def test_the_window_of_a_span_may_leave_a_chunk_between_its_rows() -> None:
     parts = sequences(new_pool(1, 8), (CHUNK + 95, 8))  # the first rows see the end of chunk 0, the last ones do not
     q = queries(8, 1, 8)
@@ -167,7 +202,7 @@ def test_states_of_chunks_are_merged_alike_however_many_are_loaded_at_once(monke
 def test_memory_for_the_states_of_chunks_is_bounded_by_the_window() -> None:
     step = step_of([cached(new_pool(1, 8), 5000, 2).span()])
     for window, chunks in ((None, 10), (1000, 3), (1, 2)):
-        call = Attention(step, (), 0, window, step.x, True)
+        call = Attention(step, (), 0, Seen(window, 1.0, None), step.x, True)
         assert call._num_chunks(Part(ALL.value, step.x, step.pages, step.layout, None), step.short) == chunks
 
 
@@ -231,7 +266,9 @@ def test_any_shapes_follow_the_formula_and_give_rows_their_own_bits(data: st.Dat
 
 
 def test_no_rows_are_no_launch() -> None:
-    attend(step_of([]), torch.empty(0, 2, 8, device=DEVICE), 0, None, torch.empty(0, 2, 8, device=DEVICE))
+    attend(
+        step_of([]), torch.empty(0, 2, 8, device=DEVICE), 0, Seen(None, 1.0, None), torch.empty(0, 2, 8, device=DEVICE)
+    )
 
 
 def test_heads_pages_and_windows_that_do_not_fit_are_refused() -> None:
@@ -247,8 +284,8 @@ def test_heads_pages_and_windows_that_do_not_fit_are_refused() -> None:
     ]
     for given_q, out, instance, window in cases:
         with pytest.raises(ShapeError, match="do not fit 2 rows and pages of 2 instances, 2 heads of 8"):
-            attend(step, given_q, instance, window, out)
+            attend(step, given_q, instance, Seen(window, 1.0, None), out)
     with pytest.raises(ShapeError, match="attend: out must be float32"):
-        attend(step, q, 0, None, q.double())
+        attend(step, q, 0, Seen(None, 1.0, None), q.double())
     with pytest.raises(ShapeError, match="attend: q must be float32 with the"):
-        attend(step, torch.zeros(2, 8, 8, device=DEVICE)[:, ::2], 0, None, q)
+        attend(step, torch.zeros(2, 8, 8, device=DEVICE)[:, ::2], 0, Seen(None, 1.0, None), q)

@@ -16,6 +16,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "press" / "gpu_compile_matrix.py"
 KERNELS = (
     "linear w4g128",
+    "linear of experts w4g128 decode",
     "dense fp16 16",
     "attention D128 long",
     "norm 4096",

@@ -23,6 +23,7 @@ from ropewalk.backends.reference import codes as reference
 from ropewalk.backends.reference.attention import rotate_ as reference_rotate_
 from ropewalk.backends.reference.backend import ReferenceBackend
 from ropewalk.backends.reference.pages import append_ as reference_append_
+from ropewalk.backends.shared import Seen
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.cache_format import CODE_BITS, CacheFormat, is_rotated
 from triton_interpreter import guarded, inside_arguments, interpreted_only, room_around
@@ -93,15 +94,24 @@ def queries(num_rows: int, num_heads: int, head_dim: int) -> torch.Tensor:
     return guarded(normal(num_rows, num_heads, head_dim, seed=99).to(DEVICE))
 
 
-def attended(spans: Sequence[RowSpan], q: torch.Tensor, window: int | None = None, exact: bool = False) -> torch.Tensor:
+def attended(
+    spans: Sequence[RowSpan],
+    q: torch.Tensor,
+    window: int | None = None,
+    exact: bool = False,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """[T, Hq, D]; nothing beside it was written, and the queries are as they were."""
     out, before = guarded(torch.full(q.shape, float("nan"), device=DEVICE)), q.clone()
-    attend(step_of(spans), q, INSTANCE, window, out, exact)
+    seen = Seen(window, 1 / math.sqrt(q.shape[2]), softcap)
+    attend(step_of(spans), q, INSTANCE, seen, out, exact)
     assert room_around(out).isnan().all() and same_bits(q.contiguous(), before)
     return out.contiguous()
 
 
-def by_hand(part: Appended, q: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+def by_hand(
+    part: Appended, q: torch.Tensor, window: int | None, dtype: torch.dtype, softcap: float | None = None
+) -> torch.Tensor:
     """The formula over what the pages read as, for the rows of a sequence; each row has its own recent pages.
 
     Sums in float64, or in float32 of products whose factors are rounded to `dtype`, codes as they are rotated.
@@ -111,6 +121,7 @@ def by_hand(part: Appended, q: torch.Tensor, window: int | None, dtype: torch.dt
     recent = [as_held(part.recent, name, end) for name in ("keys", "values")] if part.recent else older
     q = q.cpu()
     sums = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = None if softcap is None else softcap * math.log2(math.e)
     turns = {name: is_rotated(getattr(cache_format, name)) for name in ("keys", "values")}
     results = []
     for row, query in enumerate(q):
@@ -125,7 +136,8 @@ def by_hand(part: Appended, q: torch.Tensor, window: int | None, dtype: torch.dt
             keys, values = (each[:, first:stop].to(dtype).to(sums) for each in (k, v))
             scaled = reference.hadamard(query.to(sums)) if turned["keys"] else query.to(sums)
             scaled = (scaled * (math.log2(math.e) / math.sqrt(q.shape[2]))).to(dtype).to(sums)
-            scores.append(torch.einsum("hd,hsd->hs", scaled, keys.repeat_interleave(group, 0)))
+            found = torch.einsum("hd,hsd->hs", scaled, keys.repeat_interleave(group, 0))
+            scores.append(found if limit is None else limit * torch.tanh(found / limit))
             pieces.append((values.repeat_interleave(group, 0), turned["values"]))
         top = torch.cat(scores, 1).amax(1, keepdim=True)
         total = torch.zeros(q.shape[1], 1, dtype=sums)
@@ -139,36 +151,43 @@ def by_hand(part: Appended, q: torch.Tensor, window: int | None, dtype: torch.dt
 
 
 def assert_follows_the_formula(
-    found: torch.Tensor, parts: Sequence[Appended], q: torch.Tensor, window: int | None, dtype: torch.dtype
+    found: torch.Tensor,
+    parts: Sequence[Appended],
+    q: torch.Tensor,
+    window: int | None,
+    dtype: torch.dtype,
+    softcap: float | None = None,
 ) -> None:
     sizes = [part.num_rows for part in parts]
     for part, rows, got in zip(parts, q.split(sizes), found.split(sizes), strict=True):
-        exact, plain = (by_hand(part, rows, window, each) for each in (torch.float64, dtype))
+        exact, plain = (by_hand(part, rows, window, each, softcap) for each in (torch.float64, dtype))
         assert_as_accurate(got.cpu(), exact, plain)
 
 
 PLACES = [(3, 2), (500, 20), (600, 1)]
-CASES = [
-    *(("fp16", cache_type, None) for cache_type in ("q8", "q6", "q4", "q8_q4", "q4_fp16")),
-    ("exact", "q8", None),
-    ("exact", "q4", 100),
-    ("fp16", "fp32_q6", None),  # products in float32 beside float32 keys
-    ("fp16", "q4", 100),
-    ("fp16", "q4+64", None),
-    ("fp16", "q8_q4+128", 300),
-    ("exact", "q6+64", 100),
-    ("fp16", "q8+1024", None),  # more than there is
+CASES = [  # arithmetic, format, window, cap of scores
+    *(("fp16", cache_type, None, None) for cache_type in ("q8", "q6", "q4", "q8_q4", "q4_fp16")),
+    ("exact", "q8", None, None),
+    ("exact", "q4", 100, 4.0),
+    ("fp16", "fp32_q6", None, None),  # products in float32 beside float32 keys
+    ("fp16", "q4", 100, None),
+    ("fp16", "q4+64", None, 4.0),
+    ("fp16", "q8_q4+128", 300, None),
+    ("exact", "q6+64", 100, None),
+    ("fp16", "q8+1024", None, None),  # more than there is
 ]
 
 
-@pytest.mark.parametrize("compute, cache_type, window", CASES)
-def test_rows_attend_to_what_the_pages_read_as(compute: str, cache_type: str, window: int | None) -> None:
+@pytest.mark.parametrize("compute, cache_type, window, softcap", CASES)
+def test_rows_attend_to_what_the_pages_read_as(
+    compute: str, cache_type: str, window: int | None, softcap: float | None
+) -> None:
     pool = new_pool(1, 32, cache_type)
     parts = [sequence(pool, start, rows, seed) for seed, (start, rows) in enumerate(PLACES)]
     q = queries(23, 2, 32)
-    found = attended([part.span() for part in parts], q, window, compute == "exact")
+    found = attended([part.span() for part in parts], q, window, compute == "exact", softcap)
     float32 = compute == "exact" or "fp32" in cache_type
-    assert_follows_the_formula(found, parts, q, window, torch.float32 if float32 else torch.float16)
+    assert_follows_the_formula(found, parts, q, window, torch.float32 if float32 else torch.float16, softcap)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +284,7 @@ def test_a_captured_step_reads_the_pages_of_the_step_that_it_is_replayed_for() -
     q = queries(1, 2, 32)
     step, out = step_of([held.span()]), torch.empty(1, 2, 32, device=DEVICE)
     step.numbers.copy_(step_of([other.span()]).numbers)
-    attend(step, q, INSTANCE, None, out)
+    attend(step, q, INSTANCE, Seen(None, 1 / math.sqrt(32), None), out)
     assert same_bits(out, attended([other.span()], q)) and not same_bits(out, attended([held.span()], q))
 
 

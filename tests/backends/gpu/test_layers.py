@@ -20,7 +20,7 @@ from ropewalk.families.program import RESIDUAL, AddResidual, Append, Attend, Lin
 from ropewalk.families.recorder import LayerShape, record
 
 SHAPE = LayerShape(hidden=64, inner=96, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=False, window=None)
-PROGRAM = record(FAMILIES["llama"].layer, SHAPE)
+PROGRAM = record(FAMILIES["llama"].kinds["decoder"].layer, SHAPE)
 ORDER = FeatureOrder(None, 64, 64, torch.float16, scaled=True)
 
 
@@ -58,9 +58,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(module, "prepare", prepare)
     monkeypatch.setattr(module, "attend", noted("attend"))
     monkeypatch.setattr(module.low_rank, "add_", noted("low rank"))
-    for name in ("norm_activations", "silu_activations"):
-        monkeypatch.setattr(module.rows, name, made(name))
-    for name in ("rms_norm_", "add_residual_"):
+    for where, name in ((module.rows, "norm_activations"), (module.feed_forward, "inner_activations")):
+        monkeypatch.setattr(where, name, made(name))
+    for name in ("norm_", "add_residual_"):
         monkeypatch.setattr(module.rows, name, noted(name))
     for name in ("rotate_", "append_", "rotate_append_"):
         monkeypatch.setattr(module.heads, name, noted(name))
@@ -83,7 +83,7 @@ def test_a_layer_is_eleven_launches(launched: list) -> None:
     run(layer)
     assert [name for name, _ in launched] == [
         *("norm_activations", "rotate_append_", "attend", "prepare", "add_residual_"),
-        *("norm_activations", "silu_activations", "add_residual_"),
+        *("norm_activations", "inner_activations", "add_residual_"),
     ]
     products = [weights[name] for name in ("qkv", "o", "gate_up", "down")]
     assert all(len(product.given) == 1 for product in products)
@@ -95,7 +95,7 @@ def test_what_linears_alone_read_is_not_written_in_float32(launched: list) -> No
 
 
 def test_a_change_of_a_linear_has_its_input_in_float32(launched: list) -> None:
-    change = SimpleNamespace(qkv=None, o=None, gate_up=object(), down=None)
+    change = {"gate_up": object()}
     run(layer_of(PROGRAM)[0], RowChange(0, 2, change))
     assert [whole for name, whole in launched if "activations" in name] == [False, True, False]
     assert [name for name, _ in launched].count("low rank") == 1
@@ -115,7 +115,7 @@ def test_a_norm_that_something_else_reads_is_written_as_it_is(launched: list) ->
     operations = (RmsNorm(x, "norm", normed), Linear(normed, "up", y), AddResidual(normed), AddResidual(y))
     layer, weights = layer_of(Program((64, 64, 64), operations), norm=Multiplied())
     run(layer)
-    assert [name for name, _ in launched] == ["rms_norm_", "prepare", "add_residual_", "add_residual_"]
+    assert [name for name, _ in launched] == ["norm_", "prepare", "add_residual_", "add_residual_"]
 
 
 def test_rotation_and_append_are_one_launch_only_if_nothing_reads_the_keys_afterwards() -> None:

@@ -1,4 +1,4 @@
-"""Rows by themselves: norms, the gate, the residual stream, embeddings."""
+"""Rows by themselves: norms, the residual stream, embeddings."""
 
 from __future__ import annotations
 
@@ -6,111 +6,76 @@ import pytest
 import torch
 
 from accuracy import assert_as_accurate
+from gpu_orders import ORDERS, WIDTH, K, assert_prepared_alike, on_device
 from gpu_support import DEVICE, normal, same_bits
-from ropewalk.backends.gpu import rows
-from ropewalk.backends.gpu.activations import FeatureOrder, prepare
+from ropewalk.backends.gpu import feed_forward, rows
+from ropewalk.backends.gpu.activations import FeatureOrder
+from ropewalk.backends.gpu.rows import Norm
 from ropewalk.backends.reference import layers
 from ropewalk.base.errors import ShapeError
+from ropewalk.families.program import Activation
 from triton_interpreter import guarded, inside_arguments, interpreted_only, room_around
 
 EPS = 1e-5
-K, WIDTH = 72, 96
-
-
-def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.to(DEVICE) for tensor in tensors]
-
-
-def permuted() -> torch.Tensor:
-    """[WIDTH] int32: all K features, with padding among them."""
-    order = torch.full((WIDTH,), -1, dtype=torch.int32)
-    places = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(1))[:K]
-    order[places] = torch.randperm(K, generator=torch.Generator().manual_seed(2)).to(torch.int32)
-    return order.to(DEVICE)
-
-
-ORDERS = {
-    "plain": FeatureOrder(None, K, K, torch.float16, True),
-    "padded": FeatureOrder(None, WIDTH, K, torch.float16, True),
-    "permuted": FeatureOrder(permuted(), WIDTH, K, torch.float16, True),
-    "permuted float32": FeatureOrder(permuted(), WIDTH, K, torch.float32, False),
-    "plain float32": FeatureOrder(None, K, K, torch.float32, False),
-}
 every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return layers.rms_norm(x.to(dtype), weight.to(dtype), EPS)
+def rms(weight: torch.Tensor) -> Norm:
+    return Norm(weight, None, EPS, centred=False)
 
 
-def gate(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return layers.silu_mul(x.to(dtype))
+def by_hand(x: torch.Tensor, given: Norm, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """x: [T, heads, size]."""
+    weight, bias = (
+        None if each is None else each.to(dtype).view(-1, x.shape[2]) for each in (given.weight, given.bias)
+    )
+    if given.centred:
+        return layers.layer_norm(x.to(dtype), weight, bias, EPS)
+    return layers.rms_norm(x.to(dtype), weight, EPS)
 
 
 @pytest.mark.parametrize("heads, size", [(1, 72), (3, 20), (2, 128), (5, 7)])
-def test_norms_of_heads_within_wider_rows_follow_the_formula(heads: int, size: int) -> None:
-    x, weight = on_device(normal(4, heads, size) * torch.tensor([1e-3, 1.0, 30.0, 0.0])[:, None, None], normal(size))
+@pytest.mark.parametrize("kind", ["root mean square", "centred", "with bias", "of each head"])
+def test_norms_of_heads_within_wider_rows_follow_the_formula(heads: int, size: int, kind: str) -> None:
+    num_weights = size * (heads if kind == "of each head" else 1)
+    weight, bias = on_device(normal(num_weights), normal(num_weights, seed=1))
+    with_bias = kind in ("with bias", "of each head")
+    given = Norm(weight, bias if with_bias else None, EPS, centred=kind != "root mean square")
+    (x,) = on_device(normal(4, heads, size) * torch.tensor([1e-3, 1.0, 30.0, 0.0])[:, None, None] + 0.5)
     x, out = guarded(x), guarded(torch.zeros_like(x))
-    rows.rms_norm_(x, weight, EPS, out)
+    rows.norm_(x, given, out)
     assert room_around(out).isnan().all()
-    assert_as_accurate(out.cpu(), norm(x, weight, torch.float64).cpu(), norm(x, weight).cpu())
+    assert_as_accurate(out.cpu(), by_hand(x, given, torch.float64).cpu(), by_hand(x, given).cpu())
 
 
 @every_order
-def test_norms_are_written_as_a_linear_reads_them(order: FeatureOrder) -> None:
-    x, weight = on_device(normal(5, K), normal(K, seed=1) * 100)
+@pytest.mark.parametrize("centred", [False, True])
+def test_norms_are_written_as_a_linear_reads_them(order: FeatureOrder, centred: bool) -> None:
+    x, weight, bias = on_device(normal(5, K) + 0.5, normal(K, seed=1) * 100, normal(K, seed=2))
+    given = Norm(weight, bias if centred else None, EPS, centred)
     whole = torch.full((5, K), float("nan"), device=DEVICE)
-    made = rows.norm_activations(guarded(x), weight, EPS, order, whole)
-    assert_as_accurate(whole.cpu(), norm(x, weight, torch.float64).cpu(), norm(x, weight).cpu())
+    made = rows.norm_activations(guarded(x), given, order, whole)
+    exact, plain = (by_hand(x[:, None], given, dtype)[:, 0].cpu() for dtype in (torch.float64, torch.float32))
+    assert_as_accurate(whole.cpu(), exact, plain)
     assert_prepared_alike(made, whole, order)
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of a gate of -100, in NumPy: silu is 0 there
-@every_order
-def test_gates_are_written_as_a_linear_reads_them(order: FeatureOrder, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate_up = (normal(5, 2 * K) * torch.tensor([0.01, 1.0, 10.0, 70.0, 0.0])[:, None]).to(DEVICE)
-    for columns in (32, rows.GATE_FLOATS):  # three times over a row, and once
-        monkeypatch.setattr(rows, "GATE_FLOATS", columns)
-        whole = torch.full((5, K), float("nan"), device=DEVICE)
-        made = rows.silu_activations(guarded(gate_up), order, whole)
-        assert_as_accurate(whole.cpu(), gate(gate_up, torch.float64).cpu(), gate(gate_up).cpu())
-        assert_prepared_alike(made, whole, order)
-
-
-def assert_prepared_alike(made, whole: torch.Tensor, order: FeatureOrder) -> None:
-    """A producer and `prepare` of what it produced give the same bits."""
-    expected = prepare(whole, order)
-    assert made.order is order and made.values.dtype == order.dtype
-    assert torch.equal(made.values, expected.values)
-    assert (made.scale is None) == (not order.scaled)
-    assert made.scale is None or torch.equal(made.scale, expected.scale)
 
 
 def test_rows_that_would_overflow_float16_are_scaled_and_keep_their_digits() -> None:
     order = ORDERS["permuted"]
     x, weight = on_device(normal(3, K), torch.full((K,), 1e6))
-    made = rows.norm_activations(x, weight, EPS, order, None)
+    made = rows.norm_activations(x, rms(weight), order, None)
     assert made.values.isfinite().all() and (made.scale > 1).all()
-    wanted = norm(x, weight, torch.float64)[:, order.order[order.order >= 0].long()]
+    wanted = by_hand(x[:, None], rms(weight), torch.float64)[:, 0, order.order[order.order >= 0].long()]
     found = made.values[:, order.order >= 0].double() * made.scale[:, None].double()
     assert ((found - wanted).abs() <= 2.0**-11 * wanted.abs() + 1e-3).all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_stays_in_its_own_row(value: float) -> None:
-    gate_up = normal(3, 2 * K).to(DEVICE)
-    gate_up[1, K + 4] = value
-    made = rows.silu_activations(gate_up, ORDERS["plain"], None)
-    finite = made.values.isfinite()
-    assert finite[0].all() and finite[2].all() and not finite[1, 4] and finite[1].sum() == K - 1
 
 
 def test_rows_have_the_same_bits_beside_any_others() -> None:
     order = ORDERS["permuted"]
     x, weight, gate_up = on_device(normal(9, K), normal(K, seed=1), normal(9, 2 * K, seed=2))
     for produce in (
-        lambda part: rows.norm_activations(x[part], weight, EPS, order, None),
-        lambda part: rows.silu_activations(gate_up[part], order, None),
+        lambda part: rows.norm_activations(x[part], rms(weight), order, None),
+        lambda part: feed_forward.inner_activations(gate_up[part], Activation.SILU, True, order, None),
     ):
         together = produce(slice(None))
         for part in (slice(0, 1), slice(3, 8), slice(8, 9)):
@@ -123,8 +88,8 @@ def test_the_float32_form_changes_no_bit_of_the_other() -> None:
     whole = torch.empty(2, K, device=DEVICE)
     for order in ORDERS.values():
         for produce in (
-            lambda out, order=order: rows.norm_activations(x, weight, EPS, order, out),
-            lambda out, order=order: rows.silu_activations(gate_up, order, out),
+            lambda out, order=order: rows.norm_activations(x, rms(weight), order, out),
+            lambda out, order=order: feed_forward.inner_activations(gate_up, Activation.SILU, True, order, out),
         ):
             assert torch.equal(produce(None).values, produce(whole).values)
 
@@ -148,12 +113,11 @@ def test_embeddings_are_widened_rows_of_the_table(dtype: torch.dtype, size: int)
 
 @interpreted_only
 def test_every_address_is_one_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, gate_up, table = (guarded(normal(*shape)) for shape in ((3, K), (1, K), (3, 2 * K), (5, K)))
+    x, weight, table = (guarded(normal(*shape)) for shape in ((3, K), (1, K), (5, K)))
     with inside_arguments(monkeypatch):
         for order in ORDERS.values():
-            rows.norm_activations(x, weight[0], EPS, order, torch.empty(3, K))
-            rows.silu_activations(gate_up, order, torch.empty(3, K))
-        rows.rms_norm_(x.unflatten(1, (3, K // 3)), weight[0, : K // 3], EPS, torch.empty(3, 3, K // 3))
+            rows.norm_activations(x, rms(weight[0]), order, torch.empty(3, K))
+        rows.norm_(x.unflatten(1, (3, K // 3)), Norm(weight[0], weight[0], EPS, True), torch.empty(3, 3, K // 3))
         rows.add_residual_(torch.zeros(3, K), x, 1.0)
         rows.embed(table.contiguous(), torch.tensor([4, 0]))
 
@@ -161,24 +125,23 @@ def test_every_address_is_one_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_rows_are_no_launch() -> None:
     order = ORDERS["permuted"]
     nothing = torch.empty(0, K, device=DEVICE)
-    assert rows.norm_activations(nothing, torch.ones(K, device=DEVICE), EPS, order, None).values.shape == (0, WIDTH)
-    assert rows.silu_activations(torch.empty(0, 2 * K, device=DEVICE), order, None).values.shape == (0, WIDTH)
+    assert rows.norm_activations(nothing, rms(torch.ones(K, device=DEVICE)), order, None).values.shape == (0, WIDTH)
     rows.add_residual_(nothing, nothing, 1.0)
-    rows.rms_norm_(nothing[:, None], torch.ones(K, device=DEVICE), EPS, nothing[:, None])
+    rows.norm_(nothing[:, None], rms(torch.ones(K, device=DEVICE)), nothing[:, None])
 
 
 def test_what_does_not_fit_is_refused() -> None:
     x, weight, order = torch.zeros(2, K, device=DEVICE), torch.ones(K, device=DEVICE), ORDERS["plain"]
     with pytest.raises(ShapeError, match=rf"norm_activations: x must be \[T, {K}\], got \[2, {K - 1}\]"):
-        rows.norm_activations(x[:, 1:], weight, EPS, order, None)
+        rows.norm_activations(x[:, 1:], rms(weight), order, None)
     with pytest.raises(ShapeError, match="norm: weight must be contiguous float32"):
-        rows.norm_activations(x, weight.half(), EPS, order, None)
+        rows.norm_activations(x, rms(weight.half()), order, None)
     with pytest.raises(ShapeError, match="out_float32 must be contiguous"):
-        rows.norm_activations(x, weight, EPS, order, torch.zeros(1, K, device=DEVICE))
-    with pytest.raises(ShapeError, match=rf"gate_up must be \[T, {2 * K}\]"):
-        rows.silu_activations(x, order, None)
+        rows.norm_activations(x, rms(weight), order, torch.zeros(1, K, device=DEVICE))
+    with pytest.raises(ShapeError, match="norm: bias must be contiguous float32"):
+        rows.norm_(x[:, None], Norm(weight, weight[1:], EPS, True), x[:, None])
     with pytest.raises(ShapeError, match="values of a row next to each other"):
-        rows.rms_norm_(x.view(2, K, 1)[:, ::2], weight[:1], EPS, torch.zeros(2, K // 2, 1, device=DEVICE))
+        rows.norm_(x.view(2, K, 1)[:, ::2], rms(weight[:1]), torch.zeros(2, K // 2, 1, device=DEVICE))
     with pytest.raises(ShapeError, match="add_residual: 2 and 1 rows"):
         rows.add_residual_(x, x[:1], 1.0)
     with pytest.raises(ShapeError, match="token_ids"):

@@ -19,8 +19,8 @@ class FeatureOrder:
     """How a linear reads its input.
 
     order: [Kp] int32, the original feature of each, -1 where the producer writes 0; None: the features as they are,
-    then zeros up to Kp. width: Kp. in_features: K. dtype: float16 or float32. scaled: rows are divided by a power of
-    two of their own.
+    then zeros up to Kp; [E, Kp] where each expert has an order of its own. width: Kp. in_features: K. dtype: float16
+    or float32. scaled: rows are divided by a power of two of their own.
     """
 
     order: torch.Tensor | None
@@ -58,10 +58,11 @@ def new_activations(num_rows: int, order: FeatureOrder, device: torch.device) ->
     return Activations(values, scale, order)
 
 
-def prepare(x: torch.Tensor, order: FeatureOrder) -> Activations:
+def prepare(x: torch.Tensor, order: FeatureOrder, experts: torch.Tensor | None = None) -> Activations:
     """Activations of any float32 rows; `x` itself where nothing has to be moved, rounded or scaled.
 
-    x: [T, K] float32, features contiguous, any stride between rows.
+    x: [T, K] float32, features contiguous, any stride between rows. experts: [T * times] int32, for an order that each
+    expert has of its own: of every row `times` experts, each of which gets a row of the result.
 
     Raises:
         ShapeError: x is something else.
@@ -73,7 +74,7 @@ def prepare(x: torch.Tensor, order: FeatureOrder) -> Activations:
         )
     if order.order is None and order.width == order.in_features and order.dtype == torch.float32 and not order.scaled:
         return Activations(x, None, order)
-    made = new_activations(x.shape[0], order, x.device)
+    made = new_activations(x.shape[0] if experts is None else experts.shape[0], order, x.device)
     if x.shape[0]:
-        prepare_rows(x, order.order, made.values, made.scale)
+        prepare_rows(x, order.order, made.values, made.scale, experts)
     return made

@@ -26,6 +26,7 @@ from ropewalk.backends.gpu.merge_kernel import merge_chunks
 from ropewalk.backends.gpu.step import GpuStep, RowBlocks
 from ropewalk.backends.gpu.views import check_rows
 from ropewalk.backends.protocol import PAGE_TOKENS
+from ropewalk.backends.shared import Seen
 from ropewalk.base.errors import ShapeError
 
 
@@ -47,7 +48,7 @@ class Attention:
     step: GpuStep
     parts: tuple[Part, ...]
     instance: int
-    window: int | None
+    seen: Seen
     out: torch.Tensor
     fp16: bool
 
@@ -111,7 +112,7 @@ class Attention:
             blocks.most_rows,
             counts[0] * blocks.num_blocks * blocks.most_rows * num_heads,
             OUT_STRIDE=self.out.stride(0),
-            WINDOW=self.window or 0,
+            WINDOW=self.seen.window or 0,
             WITHIN=self.within,
             HEADS=num_heads,
             D=head_dim,
@@ -134,15 +135,23 @@ class Attention:
     def _sources(self, part: Part, blocks: RowBlocks) -> tuple[Any, ...]:
         """The arguments that both forms have behind their results."""
         positions, width = self.step.positions, part.pages.shape[1]
-        scale = math.log2(math.e) / math.sqrt(self.out.shape[2])
-        return part.pages, positions, blocks.table, width, self.instance, blocks.most_rows, scale
+        return (
+            part.pages,
+            positions,
+            blocks.table,
+            width,
+            self.instance,
+            blocks.most_rows,
+            self.seen.scale * math.log2(math.e),
+        )
 
     def _constants(self, part: Part, tile: Tile) -> dict[str, Any]:
         return {
             "Q_STRIDE": part.q.stride(0),
             "PART": part.number,
-            "WINDOW": self.window or 0,
+            "WINDOW": self.seen.window or 0,
             "WITHIN": self.within,
+            "SOFTCAP": self.seen.softcap or 0.0,
             "G": self.out.shape[1] // part.layout.num_kv_heads,
             "ROWS": tile.rows,
             "CHUNK": CHUNK,
@@ -156,24 +165,22 @@ class Attention:
 
     def _num_chunks(self, part: Part, blocks: RowBlocks) -> int:
         """How many chunks the rows of any block can see of a part, from the first that its first row sees."""
-        seen = [self.window] if self.window is not None else []
+        seen = [self.seen.window] if self.seen.window is not None else []
         if part.number == RECENT.value:
             seen.append(self.within + PAGE_TOKENS - 1)  # its window begins with a page
         chunks = triton.cdiv(blocks.end, CHUNK)
         return min([chunks, *((size + blocks.most_rows - 2) // CHUNK + 2 for size in seen)])
 
 
-def attend(
-    step: GpuStep, q: torch.Tensor, instance: int, window: int | None, out: torch.Tensor, exact: bool = False
-) -> None:
+def attend(step: GpuStep, q: torch.Tensor, instance: int, seen: Seen, out: torch.Tensor, exact: bool = False) -> None:
     """Causal attention of the rows of a step over the pages of their sequences, into `out`.
 
-    q, out: [T, Hq, D] float32 views, heads next to each other. instance: which keys and values of the pages. window:
-    how many positions a row sees, its own included; None: all. exact: products in float32 whatever the pages are.
+    q, out: [T, Hq, D] float32 views, heads next to each other. instance: which keys and values of the pages. exact:
+    products in float32 whatever the pages are.
     """
     if step.num_rows == 0 == q.shape[0]:
         return
-    _check(step, q, instance, window, out)
+    _check(step, q, instance, seen, out)
     layout, fp16 = step.layout, not (exact or step.layout.has_float32)
     major = _major(q.device)
     turned = q
@@ -183,8 +190,10 @@ def attend(
     sources = [(ALL.value, turned, step.pages, layout)]
     if step.recent is not None:
         sources = [(OLDER.value, turned, step.pages, layout), (RECENT.value, q, step.recent, layout.exact)]
-    parts = tuple(Part(*source, tiles(source[-1], fp16, major, len(sources) > 1)) for source in sources)
-    attention = Attention(step, parts, instance, window, out, fp16)
+    parts = tuple(
+        Part(*source, tiles(source[-1], fp16, major, len(sources) > 1, seen.softcap is not None)) for source in sources
+    )
+    attention = Attention(step, parts, instance, seen, out, fp16)
     if step.long.num_blocks:
         attention.run_(step.long, "long")
     if step.short.num_blocks:
@@ -198,7 +207,7 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
-def _check(step: GpuStep, q: torch.Tensor, instance: int, window: int | None, out: torch.Tensor) -> None:
+def _check(step: GpuStep, q: torch.Tensor, instance: int, seen: Seen, out: torch.Tensor) -> None:
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, kv_head_dim = step.layout.num_kv_heads, step.layout.head_dim
     fits = num_rows == step.num_rows and head_dim == kv_head_dim and num_heads % num_kv_heads == 0
@@ -206,11 +215,12 @@ def _check(step: GpuStep, q: torch.Tensor, instance: int, window: int | None, ou
         not fits
         or out.shape != q.shape
         or not 0 <= instance < step.num_instances
-        or (window is not None and window < 1)
+        or (seen.window is not None and seen.window < 1)
     ):
         raise ShapeError(
-            f"attend: q {list(q.shape)}, out {list(out.shape)}, instance {instance} and window {window} do not fit "
-            f"{step.num_rows} rows and pages of {step.num_instances} instances, {num_kv_heads} heads of {kv_head_dim}"
+            f"attend: q {list(q.shape)}, out {list(out.shape)}, instance {instance} and window {seen.window} do not "
+            f"fit {step.num_rows} rows and pages of {step.num_instances} instances, {num_kv_heads} heads of "
+            f"{kv_head_dim}"
         )
     for name, view in (("q", q), ("out", out)):
         check_rows(f"attend: {name}", view)

@@ -1,6 +1,6 @@
 """Causal attention of rows over the pages of their sequences.
 
-    out_i = sum_j p_ij v_j / sum_j p_ij     p_ij = 2^(s_ij - m_i)     s_ij = (q_i log2(e) / sqrt(D)) k_j     j <= i
+    out_i = sum_j p_ij v_j / sum_j p_ij     p_ij = 2^(s_ij - m_i)     s_ij = (q_i log2(e) scale) k_j     j <= i
 
 A sequence's keys are cut at multiples of CHUNK positions. The state of a row in a chunk, (top, total, acc) for the
 maximum and the two sums, is computed from nothing, BLOCK keys at a time, and the states of chunks are merged in order.
@@ -76,6 +76,7 @@ def attend_whole(
     PART: tl.constexpr,
     WINDOW: tl.constexpr,
     WITHIN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -121,6 +122,7 @@ def attend_whole(
                 tl.maximum(first, chunk * CHUNK),
                 tl.minimum(stop, (chunk + 1) * CHUNK),
                 WINDOW > 0 or PART == RECENT,
+                SOFTCAP,
                 ROWS,
                 D,
                 DP,
@@ -174,6 +176,7 @@ def attend_chunks(
     PART: tl.constexpr,
     WINDOW: tl.constexpr,
     WITHIN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -216,6 +219,7 @@ def attend_chunks(
             tl.maximum(first // BLOCK * BLOCK, chunk * CHUNK),
             tl.minimum(stop, (chunk + 1) * CHUNK),
             WINDOW > 0 or PART == RECENT,
+            SOFTCAP,
             ROWS,
             D,
             DP,

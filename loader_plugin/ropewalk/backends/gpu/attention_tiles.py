@@ -38,11 +38,11 @@ TILES = {
     128: Tiles(Tile(128, 8), Tile(16, 4), 64),
     256: Tiles(Tile(64, 8), Tile(16, 4), 32),
 }
-# Where a head is padded, its masks take registers; so does what decodes large heads, and the bounds of a part of the
-# keys. These are below 64 rows on all cards, or on 8.x and 12.x alone.
+# Where a head is padded, its masks take registers; so does what decodes large heads or caps their scores, and the
+# bounds of a part of the keys. Heads of 256 have less than 64 rows then, on all cards; those of 128 on 8.x and 12.x.
 PADDED = {
     128: Tiles(Tile(64, 8), Tile(16, 4), 64),
-    256: Tiles(Tile(32, 8), Tile(16, 4), 32),
+    256: Tiles(Tile(32, 8), Tile(16, 8), 32),
 }
 # The older part of the keys, in codes, takes the most of them.
 OLDER_PART = Tiles(Tile(32, 4), Tile(16, 4), 32)
@@ -57,20 +57,20 @@ WARPGROUPS = (9, 10)  # compute capabilities; 12.x has the instructions of 8.x
 FLOAT32 = Tiles(Tile(16, 4), Tile(16, 4), 16, 1)
 
 
-def tiles(layout: PageLayout, fp16: bool, major: int, is_part: bool = False) -> Tiles:
+def tiles(layout: PageLayout, fp16: bool, major: int, is_part: bool = False, is_capped: bool = False) -> Tiles:
     """The tiles for pages of a layout, products in float16 or float32, on a card of that compute capability.
 
-    is_part: for one part of the keys of a format with a recent window.
+    is_part: for one part of the keys of a format with a recent window. is_capped: with a cap of scores.
     """
     head_dim, size = layout.head_dim, max(64, layout.columns)
     if not fp16:
         return FLOAT32
-    if 128 < head_dim < 256:
+    is_coded = layout.cache_format.is_coded
+    if size == 256 and (head_dim < 256 or is_coded or is_capped):
         return PADDED[size]
     if major in WARPGROUPS:
         return TILES_OF_WARPGROUPS[size]
-    is_coded = layout.cache_format.is_coded
     if size == 128 and is_part and is_coded:
         return OLDER_PART
-    narrow = 64 < head_dim < 128 or (size == 128 and is_part) or (size == 256 and is_coded)
+    narrow = size == 128 and (head_dim < 128 or is_part)
     return PADDED[size] if narrow else TILES[size]

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from ropewalk.backends.gpu import linear, low_rank, rows
+from ropewalk.backends.gpu import expert_stacks, linear, low_rank, rows
 from ropewalk.backends.gpu.activations import prepare
+from ropewalk.backends.gpu.expert_stacks import GpuExperts
 from ropewalk.backends.gpu.graphs import LayerRun, StepGraphs, cuda_capture
 from ropewalk.backends.gpu.interpreter import sum_products_exactly
 from ropewalk.backends.gpu.layers import GpuLayer
@@ -23,7 +24,7 @@ from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import RequestError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 
 LOAD_REMEDY = "give gpu_layers, so that the CPU runs the rest, or gpu_split for several cards"
 RUN_REMEDY = "load the model with a smaller max_input_len or cache_memory"
@@ -58,6 +59,11 @@ class GpuBackend(SinglePlace):
         with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
             return linear.pack(parts, self.device, self.compute)
 
+    def pack_experts(self, experts: Sequence[Expert]) -> GpuExperts:
+        """Lay out the experts of a layer on the device, stacked."""
+        with self._on_device("the experts of a layer", MemoryError, LOAD_REMEDY):
+            return expert_stacks.pack(experts, self.device, self.compute)
+
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> GpuLowRank:
         """Move the matrices to the device."""
         with self._on_device("an adapter", RequestError, "unload another one"):
@@ -89,10 +95,17 @@ class GpuBackend(SinglePlace):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x: [..., C] float32 -> x / sqrt(mean(x^2) + eps) * weight."""
+        return self._normed(x, rows.Norm(weight, None, eps, centred=False))
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """x: [..., C] float32 -> (x - mean(x)) / sqrt(var(x) + eps) * weight + bias."""
+        return self._normed(x, rows.Norm(weight, bias, eps, centred=True))
+
+    def _normed(self, x: torch.Tensor, norm: rows.Norm) -> torch.Tensor:
         flat = x.reshape(-1, 1, x.shape[-1])  # [rows, 1, C]
         with self._running(flat.shape[0]):
             out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-            rows.rms_norm_(flat, weight, eps, out)
+            rows.norm_(flat, norm, out)
         return out.view(x.shape)
 
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> GpuPagePool:

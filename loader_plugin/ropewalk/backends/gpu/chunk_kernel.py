@@ -50,6 +50,12 @@ def _dot(a, b, acc, FP16_DOT: tl.constexpr):
 
 
 @triton.jit
+def _capped(scores, SOFTCAP: tl.constexpr):
+    """c tanh(s / c) of scores s, which are in units of log2(e), as c tanh is: tanh(x) = 1 - 2 / (1 + e^2x)."""
+    return (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFTCAP)))) * (SOFTCAP * 1.4426950408889634)
+
+
+@triton.jit
 def _keys(
     head,
     place,
@@ -86,6 +92,7 @@ def _key_blocks(
     stop,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -97,7 +104,7 @@ def _key_blocks(
 ):
     """The state after keys first..stop, block by block. Not MASKED: whole blocks whose keys all rows see.
 
-    A row sees keys before its `end`, and, where it is BOUNDED, from its `begin` on.
+    A row sees keys before its `end`, and, where it is BOUNDED, from its `begin` on. SOFTCAP: of scores, 0 for none.
     """
     multiplied = tl.float16 if FP16_DOT else tl.float32
     ones = tl.full((BLOCK, _ONES), 1.0, multiplied)
@@ -109,6 +116,8 @@ def _key_blocks(
         k = _keys(page + key_offset, place, here, D, DP, PAGE, BLOCK, K_BITS, FP16_DOT)  # [DP, BLOCK]
         v = load_rows(page + value_offset, place[:, None], here[:, None], BLOCK, D, DP, PAGE, V_BITS, FP16_DOT)
         scores = _dot(q, k, tl.zeros((ROWS, BLOCK), tl.float32), FP16_DOT)
+        if SOFTCAP > 0:
+            scores = _capped(scores, SOFTCAP)
         if MASKED:
             seen = (key + r_key)[None, :] < end[:, None]
             if BOUNDED:
@@ -137,6 +146,7 @@ def chunk_state(
     first,
     stop,
     BOUNDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -154,53 +164,32 @@ def chunk_state(
     top, _ = nothing(ROWS)
     sums = tl.zeros((ROWS, _ONES), tl.float32)
     acc = tl.zeros((ROWS, DP), tl.float32)
-    if FP16_DOT and not BOUNDED:
-        whole = tl.minimum(stop, all_see // BLOCK * BLOCK)
-        top, sums, acc = _key_blocks(
-            top,
-            sums,
-            acc,
-            q,
-            begin,
-            end,
-            pages_ptr,
-            key_offset,
-            value_offset,
-            first,
-            whole,
-            False,
-            BOUNDED,
-            ROWS,
-            D,
-            DP,
-            PAGE,
-            BLOCK,
-            K_BITS,
-            V_BITS,
-            FP16_DOT,
-        )
-        first = tl.maximum(first, whole)
-    top, sums, acc = _key_blocks(
-        top,
-        sums,
-        acc,
-        q,
-        begin,
-        end,
-        pages_ptr,
-        key_offset,
-        value_offset,
-        first,
-        stop,
-        True,
-        BOUNDED,
-        ROWS,
-        D,
-        DP,
-        PAGE,
-        BLOCK,
-        K_BITS,
-        V_BITS,
-        FP16_DOT,
-    )
+    for MASKED in tl.static_range(2):
+        if MASKED == 1 or (FP16_DOT and not BOUNDED):
+            until = stop if MASKED == 1 else tl.minimum(stop, all_see // BLOCK * BLOCK)
+            top, sums, acc = _key_blocks(
+                top,
+                sums,
+                acc,
+                q,
+                begin,
+                end,
+                pages_ptr,
+                key_offset,
+                value_offset,
+                first,
+                until,
+                MASKED == 1,
+                BOUNDED,
+                SOFTCAP,
+                ROWS,
+                D,
+                DP,
+                PAGE,
+                BLOCK,
+                K_BITS,
+                V_BITS,
+                FP16_DOT,
+            )
+            first = tl.maximum(first, until)
     return top, tl.max(sums, 1), acc  # all columns of sums are alike

@@ -9,28 +9,37 @@ in a call whose adapters change one of those linears.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from ropewalk.backends.gpu import heads, low_rank, rows
-from ropewalk.backends.gpu.activations import Activations, prepare
+from ropewalk.backends.gpu import experts, feed_forward, heads, low_rank, rows
+from ropewalk.backends.gpu.activations import Activations, FeatureOrder, prepare
 from ropewalk.backends.gpu.attention import attend
+from ropewalk.backends.gpu.experts import GpuExperts
 from ropewalk.backends.gpu.linear import GpuLinear
 from ropewalk.backends.gpu.step import GpuStep
 from ropewalk.backends.protocol import RowChange
+from ropewalk.backends.shared import Seen
 from ropewalk.families.program import (
     RESIDUAL,
+    Activate,
+    Activation,
     AddResidual,
     Append,
     Attend,
+    Experts,
     Gate,
+    LayerNorm,
     Linear,
     Operation,
     Program,
     RmsNorm,
     Rotate,
+    Route,
+    SigmoidMul,
     View,
 )
 
@@ -46,13 +55,18 @@ class RotateAppend:
 
 
 Launch = Operation | RotateAppend
+Folding = RmsNorm | LayerNorm | Activate | Gate  # whose result is written as linears read it
 
 
 class GpuLayer:
     """A program with the weights of one layer. weights: by the names of the program; norms are float32."""
 
     def __init__(
-        self, program: Program, weights: Mapping[str, torch.Tensor | GpuLinear], norm_eps: float, compute: str
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor | GpuLinear | GpuExperts],
+        norm_eps: float,
+        compute: str,
     ) -> None:
         self.weights = dict(weights)
         self.norm_eps = norm_eps
@@ -64,7 +78,7 @@ class GpuLayer:
             for buffer in range(len(program.widths))
         }
         self.only_linears_read = {
-            op.out.buffer for op in program.operations if isinstance(op, (RmsNorm, Gate)) and _is_folded(op, program)
+            op.out.buffer for op in program.operations if isinstance(op, Folding) and _is_folded(op, program)
         }
         self.last_use = {buffer: index for index, op in enumerate(self.launches) for buffer in _buffers(op)}
 
@@ -106,10 +120,13 @@ class _Run:
         self._folded: dict[int, list[Activations]] = {}  # buffers in the orders of the linears that read them
 
     def launch_(self, launch: Launch) -> None:
-        step, weights = self._step, self._layer.weights
+        step, weights, eps = self._step, self._layer.weights, self._layer.norm_eps
         match launch:
             case RmsNorm(x, weight, out):
-                self._norm_(x, weights[weight], out)
+                self._norm_(x, rows.Norm(weights[weight], None, eps, centred=False), out)
+            case LayerNorm(x, weight, bias, out):
+                shift = None if bias is None else weights[bias]
+                self._norm_(x, rows.Norm(weights[weight], shift, eps, centred=True), out)
             case Linear(x, weight, out):
                 self._linear_(x, weight, out)
             case Rotate(x, table):
@@ -118,12 +135,21 @@ class _Run:
                 heads.append_(step, self._view(k), self._view(v), self._instance)
             case RotateAppend(q, k, v, table):
                 heads.rotate_append_(step, self._view(q), self._view(k), self._view(v), self._instance, table)
-            case Attend(q, out, window, _, _):
-                attend(step, self._view(q), self._instance, window, self._view(out), self._layer.exact)
-            case Gate(gate_up, _, out):
-                self._silu_(gate_up, out)
-            case AddResidual(y, _):
-                rows.add_residual_(step.x, self._columns(y), self._weight)
+            case Attend(q, out, window, scale, softcap):
+                seen = Seen(window, scale, softcap)
+                attend(step, self._view(q), self._instance, seen, self._view(out), self._layer.exact)
+            case Activate(x, activation, out):
+                self._inner_(x, activation, False, out)
+            case Gate(gate_up, activation, out):
+                self._inner_(gate_up, activation, True, out)
+            case Route(logits, _, normalised, out):
+                experts.route_(self._columns(logits), normalised, self._view(out))
+            case Experts(x, routes, weight, activation, out):
+                experts.run_(weights[weight], self._columns(x), self._view(routes), activation, self._columns(out))
+            case SigmoidMul(x, gate, out):
+                feed_forward.sigmoid_mul_(self._columns(x), self._columns(gate), self._columns(out))
+            case AddResidual(y, scale):
+                rows.add_residual_(step.x, self._columns(y), self._weight * scale)
 
     def forget_(self, index: int) -> None:
         """Give the memory of buffers back that no launch after this one uses."""
@@ -132,19 +158,23 @@ class _Run:
                 self._buffers.pop(buffer, None)
                 self._folded.pop(buffer, None)
 
-    def _norm_(self, x: View, weight: torch.Tensor, out: View) -> None:
-        eps = self._layer.norm_eps
+    def _norm_(self, x: View, norm: rows.Norm, out: View) -> None:
         if out.buffer not in self._layer.only_linears_read:
-            rows.rms_norm_(self._view(x), weight, eps, self._view(out))
+            rows.norm_(self._view(x), norm, self._view(out))
             return
         columns = self._columns(x)
-        self._fold_(out, lambda order, whole: rows.norm_activations(columns, weight, eps, order, whole))
+        self._fold_(out, lambda order, whole: rows.norm_activations(columns, norm, order, whole))
 
-    def _silu_(self, gate_up: View, out: View) -> None:
-        columns = self._columns(gate_up)
-        self._fold_(out, lambda order, whole: rows.silu_activations(columns, order, whole))
+    def _inner_(self, x: View, activation: Activation, gated: bool, out: View) -> None:
+        columns = self._columns(x)
+        produce = partial(feed_forward.inner_activations, columns, activation, gated)
+        if out.buffer in self._layer.only_linears_read:
+            self._fold_(out, produce)
+        else:
+            plain = FeatureOrder(None, out.size, out.size, torch.float32, scaled=False)
+            self._buffers[out.buffer] = produce(plain, None).values
 
-    def _fold_(self, out: View, produce) -> None:
+    def _fold_(self, out: View, produce: Callable[[FeatureOrder, torch.Tensor | None], Activations]) -> None:
         """Produce a buffer in every order that a linear wants; the first launch also writes it in float32 if needed."""
         whole = self._columns(out) if self._is_needed_whole(out.buffer) else None
         folded = self._folded.setdefault(out.buffer, [])
@@ -154,8 +184,7 @@ class _Run:
                     folded.append(produce(order, whole if not folded else None))
 
     def _is_needed_whole(self, buffer: int) -> bool:
-        if buffer not in self._layer.only_linears_read:
-            return True
+        """Whether adapters change a linear that reads it; of those that linears alone read."""
         changed = (rows.change.get(name) for rows in self._changes for name in self._layer.readers[buffer])
         return any(change is not None for change in changed)
 
@@ -187,7 +216,7 @@ class _Run:
         return self._columns(view).unflatten(1, (view.heads, view.size))  # [T, heads, size]
 
 
-def _is_folded(op: RmsNorm | Gate, program: Program) -> bool:
+def _is_folded(op: Folding, program: Program) -> bool:
     """True if linears alone read the result, whole, and the kernel that folds it can compute it: one head."""
     readers = [other for other in program.operations if any(_overlap(op.out, view) for view in _reads(other))]
     return op.out.heads == 1 and all(isinstance(reader, Linear) and reader.x == op.out for reader in readers)
@@ -195,23 +224,21 @@ def _is_folded(op: RmsNorm | Gate, program: Program) -> bool:
 
 def _reads(op: Launch) -> tuple[View, ...]:
     match op:
-        case RmsNorm(x, _, _) | Linear(x, _, _) | Rotate(x, _):
+        case RmsNorm(x) | LayerNorm(x) | Linear(x) | Rotate(x) | Activate(x) | Gate(x) | Route(x) | Attend(x):
             return (x,)
         case Append(k, v):
             return k, v
-        case RotateAppend(q, k, v, _):
+        case RotateAppend(q, k, v):
             return q, k, v
-        case Attend(q, _, _, _, _):
-            return (q,)
-        case Gate(gate_up, _, _):
-            return (gate_up,)
-        case AddResidual(y, _):
+        case Experts(x, other) | SigmoidMul(x, other):
+            return x, other
+        case AddResidual(y):
             return (y,)
 
 
 def _buffers(op: Launch) -> set[int]:
-    written = {op.out.buffer} if isinstance(op, (RmsNorm, Linear, Attend, Gate)) else set()
-    return written | {view.buffer for view in _reads(op)}
+    written = () if isinstance(op, Rotate | Append | RotateAppend | AddResidual) else (op.out,)
+    return {view.buffer for view in (*written, *_reads(op))}
 
 
 def _overlap(one: View, other: View) -> bool:

@@ -145,7 +145,46 @@ def gptq_linear(
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.program_id(1) * BT + tl.arange(0, BT)
     x_rows = x_ptr + tl.minimum(rows, T - 1).to(tl.int64) * x_stride  # [BT]
-    here = (columns < N)[:, None] & (rows < T)[None, :]
+    store_product(x_rows, row_scale_ptr + rows, words_ptr, high_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr, rows,
+                  rows < T, columns, T, N, y_stride, num_columns, num_blocks, group_shift, BITS, GROUP, EXACT, SCALED,
+                  HAS_BIAS, ASSEMBLY, BT, BN, SPLITS, SPLIT_GRID)  # fmt: skip
+
+
+@triton.jit
+def store_product(
+    x_rows,
+    row_scales,
+    words_ptr,
+    high_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    rows_here,
+    columns,
+    T,
+    N,
+    y_stride,
+    num_columns,
+    num_blocks,
+    group_shift,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXACT: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_GRID: tl.constexpr,
+):
+    """The tile of y, or of the sums of a part of K, of some `columns`: [BN] and `rows`: [BT] where `rows_here`.
+
+    x_rows: [BT] pointers to the rows of x; row_scales: [BT] pointers to their scales.
+    """
+    here = (columns < N)[:, None] & rows_here[None, :]
     per_part = (num_blocks + SPLITS - 1) // SPLITS
     if SPLIT_GRID:
         part = tl.program_id(2)
@@ -161,7 +200,7 @@ def gptq_linear(
                            first, end, BITS, GROUP, EXACT, ASSEMBLY, BT, BN)  # fmt: skip
         row_scale = tl.zeros((BT,), tl.float32)
         if SCALED:
-            row_scale = tl.load(row_scale_ptr + rows, mask=rows < T, other=0.0)
+            row_scale = tl.load(row_scales, mask=rows_here, other=0.0)
         total = finished(total, row_scale, bias_ptr, columns, columns < N, SCALED, HAS_BIAS)
         y_rows = y_ptr + rows.to(tl.int64) * y_stride
     tl.store(y_rows[None, :] + columns[:, None], total, mask=here)

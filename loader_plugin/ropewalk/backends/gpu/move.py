@@ -13,6 +13,7 @@ from ropewalk.backends.shared import check_move
 from ropewalk.base.errors import ShapeError
 
 ROWS = 16  # that a program reads before it writes
+WARPS = 8  # of a program: with 4, what decodes and turns rows of 4 bits would spill
 
 
 def move_rows_(
@@ -58,7 +59,7 @@ def move_rows_(
         num_rows,
         HALF=half,
         ROWS=ROWS,
-        num_warps=4,
+        num_warps=WARPS,
         enable_fp_fusion=False,
         **layout.turns,
         **layout.constants,

@@ -2,88 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 
 from ropewalk.backends.gpu import rows_kernel as kernels
 from ropewalk.backends.gpu.activations import Activations, FeatureOrder, new_activations
-from ropewalk.backends.gpu.views import check_rows
+from ropewalk.backends.gpu.views import check_rows, check_same_rows, checked_out
 from ropewalk.base.errors import ShapeError
 
 AS_WRITTEN = {"enable_fp_fusion": False}  # its default differs between versions of Triton
 TILE_FLOATS = 1024  # of a program that adds or widens
-GATE_FLOATS = 4096  # columns that the gate takes at a time
 
 
-def rms_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """out = x / sqrt(mean(x^2) + eps) * weight; x, out: [T, H, size] float32 views; weight: [size] float32."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias; not `centred`: with 0 in place of the mean.
+
+    weight, bias: [size] float32 for all heads, or [heads * size]; bias may be None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    centred: bool
+
+
+def norm_(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+    """Every head by itself; x, out: [T, H, size] float32 views."""
     num_rows, heads, size = x.shape
-    check_rows("rms_norm: x", x)
-    check_rows("rms_norm: out", out, heads, size)
-    _check_rows_alike("rms_norm", x, out)
-    _check_weight(weight, size)
+    check_rows("norm: x", x)
+    check_rows("norm: out", out, heads, size)
+    check_same_rows("norm", x, out)
+    _check_norm(norm, size, heads)
     if x.numel():
         block = triton.next_power_of_2(size)
-        kernels.rms_norm[(num_rows, heads)](
-            x, weight, out, eps, x.stride(0), out.stride(0), size, block, num_warps=_warps(block), **AS_WRITTEN
+        kernels.norm[(num_rows, heads)](
+            x,
+            norm.weight,
+            norm.weight if norm.bias is None else norm.bias,
+            out,
+            norm.eps,
+            X_STRIDE=x.stride(0),
+            OUT_STRIDE=out.stride(0),
+            WEIGHT_STRIDE=size if norm.weight.numel() > size else 0,
+            SIZE=size,
+            CENTRED=norm.centred,
+            HAS_BIAS=norm.bias is not None,
+            B=block,
+            num_warps=warps_of(block),
+            **AS_WRITTEN,
         )
 
 
-def norm_activations(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, order: FeatureOrder, out_float32: torch.Tensor | None
-) -> Activations:
+def norm_activations(x: torch.Tensor, norm: Norm, order: FeatureOrder, out_float32: torch.Tensor | None) -> Activations:
     """The norm of x: [T, C] float32 as a linear reads it, and as it is in out_float32: [T, C], contiguous, if given."""
     num_rows, size = x.shape
     check_rows("norm_activations: x", x, order.in_features)
-    _check_weight(weight, size)
+    _check_norm(norm, size, 1)
     made = new_activations(num_rows, order, x.device)
-    out = _float32_out("norm_activations", out_float32, num_rows, size)
+    out = checked_out("norm_activations", out_float32, num_rows, size)
     if num_rows:
         block, block_width = triton.next_power_of_2(size), triton.next_power_of_2(order.width)
         kernels.norm_activations[(num_rows,)](
             x,
-            weight,
+            norm.weight,
+            norm.weight if norm.bias is None else norm.bias,
             order.order,
             made.values,
             made.scale,
             out,
-            eps,
+            norm.eps,
             X_STRIDE=x.stride(0),
             SIZE=size,
             WIDTH=order.width,
+            CENTRED=norm.centred,
+            HAS_BIAS=norm.bias is not None,
             HAS_ORDER=order.order is not None,
             SCALED=order.scaled,
             WRITES_FLOAT32=out is not None,
             B=block,
             BW=block_width,
-            num_warps=_warps(block),
-            **AS_WRITTEN,
-        )
-    return made
-
-
-def silu_activations(gate_up: torch.Tensor, order: FeatureOrder, out_float32: torch.Tensor | None) -> Activations:
-    """silu(gate) * up of gate_up: [T, 2 * I] float32 as a linear reads it, and as it is in out_float32: [T, I]."""
-    num_rows, size = gate_up.shape[0], order.in_features
-    check_rows("silu_activations: gate_up", gate_up, 2 * size)
-    made = new_activations(num_rows, order, gate_up.device)
-    out = _float32_out("silu_activations", out_float32, num_rows, size)
-    if num_rows:
-        block = min(GATE_FLOATS, triton.next_power_of_2(order.width))
-        kernels.silu_activations[(num_rows,)](
-            gate_up,
-            order.order,
-            made.values,
-            made.scale,
-            out,
-            X_STRIDE=gate_up.stride(0),
-            SIZE=size,
-            WIDTH=order.width,
-            HAS_ORDER=order.order is not None,
-            SCALED=order.scaled,
-            WRITES_FLOAT32=out is not None,
-            B=block,
-            num_warps=_warps(block),
+            num_warps=warps_of(block),
             **AS_WRITTEN,
         )
     return made
@@ -93,7 +94,7 @@ def add_residual_(x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
     """x += weight * y; x: [T, C] float32, contiguous; y: [T, C] float32 view."""
     num_rows, size = x.shape
     check_rows("add_residual: y", y, size)
-    _check_rows_alike("add_residual", x, y)
+    check_same_rows("add_residual", x, y)
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise ShapeError(f"add_residual: x must be contiguous float32, got {x.dtype} with strides {list(x.stride())}")
     if x.numel():
@@ -120,24 +121,18 @@ def embed(table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _float32_out(name: str, out: torch.Tensor | None, num_rows: int, size: int) -> torch.Tensor | None:
-    if out is not None and (out.shape != (num_rows, size) or not out.is_contiguous() or out.dtype != torch.float32):
-        raise ShapeError(
-            f"{name}: out_float32 must be contiguous float32 [{num_rows}, {size}], got {out.dtype} {list(out.shape)}"
-        )
-    return out
-
-
-def _check_weight(weight: torch.Tensor, size: int) -> None:
-    if weight.shape != (size,) or weight.dtype != torch.float32 or not weight.is_contiguous():
-        raise ShapeError(f"norm: weight must be contiguous float32 [{size}], got {weight.dtype} {list(weight.shape)}")
-
-
-def _check_rows_alike(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-    if x.shape[0] != y.shape[0]:
-        raise ShapeError(f"{name}: {x.shape[0]} and {y.shape[0]} rows")
-
-
-def _warps(block: int) -> int:
+def warps_of(block: int) -> int:
     """Warps for a row of that many columns: 16 columns a thread at the most, in 1 to 16 warps."""
     return max(1, min(16, block // 512))
+
+
+def _check_norm(norm: Norm, size: int, heads: int) -> None:
+    for name, given in (("weight", norm.weight), ("bias", norm.bias)):
+        if given is None:
+            continue
+        fits = given.numel() in (size, heads * size) and given.numel() == norm.weight.numel()
+        if not fits or given.dtype != torch.float32 or not given.is_contiguous():
+            raise ShapeError(
+                f"norm: {name} must be contiguous float32 [{size}], got {given.dtype} {list(given.shape)} for "
+                f"{heads} {'head' if heads == 1 else 'heads'}"
+            )

@@ -21,3 +21,24 @@ def check_rows(name: str, view: torch.Tensor, *shape: int) -> None:
             f"{name} must be float32 with the {list(found)} values of a row next to each other, got {view.dtype} "
             f"with strides {list(view.stride())}"
         )
+
+
+def check_same_rows(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Raises:
+    ShapeError: x and y have not as many rows.
+    """
+    if x.shape[0] != y.shape[0]:
+        raise ShapeError(f"{name}: {x.shape[0]} and {y.shape[0]} rows")
+
+
+def checked_out(name: str, out: torch.Tensor | None, num_rows: int, size: int) -> torch.Tensor | None:
+    """What a producer of activations writes in float32 besides, as it is given.
+
+    Raises:
+        ShapeError: it is there, and not contiguous float32 [num_rows, size].
+    """
+    if out is not None and (out.shape != (num_rows, size) or not out.is_contiguous() or out.dtype != torch.float32):
+        raise ShapeError(
+            f"{name}: out_float32 must be contiguous float32 [{num_rows}, {size}], got {out.dtype} {list(out.shape)}"
+        )
+    return out

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from ropewalk.backends.shared import Seen
 from ropewalk.base.errors import ShapeError
 
 SCRATCH_BYTES = 1 << 26  # bound for the scores of one block of queries
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """Which keys a query sees, and how their products become scores: see `Attend` in families/program.py."""
-
-    window: int | None
-    scale: float
-    softcap: float | None
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
