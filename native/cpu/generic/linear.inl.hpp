@@ -200,12 +200,13 @@ void exact_rows(const float* x, int64_t x_stride, const float* weights, int64_t 
   }
 }
 
+static constexpr int64_t kRunBlocks = 2;  // of a group, whose products are summed before they are scaled
+
 // Exactly dequantised weights, f32 products.  The sum runs over runs of up to two blocks of a group: a run is
 // dequantised once into L1 and used by all rows of the panel, at most kPanelRows.
 template <class V, int kBits, int kTiles>
 void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
-  constexpr int64_t kRunBlocks = 2;
   constexpr int64_t kTileFloats = kRunBlocks * kBlockRows * kLanes;
   const GptqWeights& w = *a.weights;
   const uint8_t* codes = w.codes + tile * w.num_blocks * kBlockBytes;
@@ -243,6 +244,57 @@ void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_en
   }
 }
 
+// One block of 32 input features for one row: total[j] += x[k] * (code[k] - zero[j]), k in order.
+template <class V, int kBits, int kTiles>
+void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, const typename V::F32 (&zero)[kTiles],
+                      typename V::F32 (&total)[kTiles]) {
+  using Dot = typename V::template Dot<kBits>;
+  for (int quad = 0; quad < 8; ++quad) {
+    typename V::Codes codes[kTiles];
+    for (int j = 0; j < kTiles; ++j) {
+      const uint8_t* from = block + j * tile_bytes;
+      codes[j] = quad < 4 ? Dot::first_half(from, quad) : Dot::second_half(from, quad - 4);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const auto value = V::broadcast(x[quad * 4 + i]);
+      for (int j = 0; j < kTiles; ++j) {
+        total[j] = V::fma(value, V::sub(V::codes_to_f32(codes[j], i), zero[j]), total[j]);
+      }
+    }
+  }
+}
+
+// gptq_exact_tiles for one row, with the same bits: there is nobody to share dequantised weights with, so they stay in
+// registers.
+template <class V, int kBits, int kTiles>
+void gptq_exact_row(const GptqLinearArgs& a, int64_t row, int64_t tile) {
+  constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
+  const GptqWeights& w = *a.weights;
+  const int64_t tile_bytes = w.num_blocks * kBlockBytes;
+  const uint8_t* codes = w.codes + tile * tile_bytes;
+  const float* x = a.gathered + row * a.x_stride;
+  typename V::F32 y[kTiles];
+  for (int j = 0; j < kTiles; ++j) y[j] = load_bias<V>(w, tile + j);
+  for (int64_t g = 0; g < w.num_groups; ++g) {
+    typename V::F32 scale[kTiles], zero[kTiles];
+    for (int j = 0; j < kTiles; ++j) {
+      scale[j] = load_scales<V>(w, (tile + j) * w.num_groups + g);
+      zero[j] = load_zeros<V>(w, (tile + j) * w.num_groups + g);
+    }
+    const int64_t group_end = w.group_starts[g + 1];
+    for (int64_t b = w.group_starts[g]; b < group_end;) {
+      const int64_t run_end = group_end - b < kRunBlocks ? group_end : b + kRunBlocks;
+      typename V::F32 total[kTiles];
+      for (int j = 0; j < kTiles; ++j) total[j] = V::zero();
+      for (; b < run_end; ++b) {
+        exact_block_step<V, kBits, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, zero, total);
+      }
+      for (int j = 0; j < kTiles; ++j) y[j] = V::fma(scale[j], total[j], y[j]);
+    }
+  }
+  for (int j = 0; j < kTiles; ++j) store_tile<V>(a, row, tile + j, y[j]);
+}
+
 // Rows in panels of kPanelRows, however many are asked for: so many fit on the stack of gptq_exact_tiles.
 template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
@@ -250,11 +302,11 @@ void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int
   for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
     const int64_t panel_end = row_end - row < kPanelRows ? row_end : row + kPanelRows;
     for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-      if (a.weights->code_bits == 4) {
-        gptq_exact_tiles<V, 4, kTiles>(a, row, panel_end, tile);
-      } else {
-        gptq_exact_tiles<V, 8, kTiles>(a, row, panel_end, tile);
-      }
+      const auto run = [&]<int kBits>() {
+        if (panel_end - row == 1) return gptq_exact_row<V, kBits, kTiles>(a, row, tile);
+        gptq_exact_tiles<V, kBits, kTiles>(a, row, panel_end, tile);
+      };
+      a.weights->code_bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
     });
   }
 }
