@@ -22,14 +22,16 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     # GCC 12's own AVX-512 header warns about the registers that it leaves undefined on purpose.
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
-        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-Wno-maybe-uninitialized"],
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+        *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],
     ]
+    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 INCLUDES = ["native/include"]
 # Extra flags for every file, such as -fsanitize=address (scripts/press/check_asan.sh).
 EXTRA = os.environ.get("ROPEWALK_CFLAGS", "").split()
 
-SOURCES = ("attention", "cache", "layer", "linear", "packed", "rows", "runtime")
+SOURCES = ("attention", "cache", "experts", "layer", "linear", "packed", "probe", "rows", "runtime")
 HEADERS = [
     *(
         f"native/include/ropewalk/{name}.hpp"
@@ -38,12 +40,13 @@ HEADERS = [
     *(
         f"native/cpu/generic/{name}.inl.hpp"
         for name in (
-            *("append", "attention", "attention_codes", "attention_floats", "attention_tile", "feed_forward", "functions"),
-            *("hadamard", "kv_codes", "kv_pages", "layer_norm", "linear", "load", "low_rank", "pack", "rows", "softmax"),
-            "table",
+            *("append", "attention", "attention_codes", "attention_floats", "attention_pairs", "attention_tile"),
+            *("feed_forward", "functions", "hadamard", "kv_codes", "kv_pages", "layer_norm", "linear", "load"),
+            *("low_rank", "pack", "probe", "rows", "softmax", "table"),
         )
     ),
-    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "layers", "linears")),
+    "native/cpu/avx512/verbs.inl.hpp",
+    *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "experts", "layers", "linears")),
 ]
 
 

@@ -28,12 +28,14 @@ EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {  # a room, or a module where the others of its room need nothing
     "backends.gpu": {"triton"},
     "files": {"safetensors"},
+    "files.hub": {"huggingface_hub"},
     "model.export": {"safetensors"},
     "text.chat": {"jinja2"},
     "text.template_worker": {"jinja2"},
     "text.tokenizer.json": {"tokenizers"},
     "text.tokenizer.sentencepiece": {"sentencepiece"},
     "measure.plots": {"matplotlib"},
+    "faces.cli.list": {"huggingface_hub"},
     "faces.cli.measuring": {"matplotlib"},
     "faces.cli.options": {"tqdm"},
     "faces.hf": {"transformers"},
@@ -44,16 +46,18 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
 # compiled core or Triton.
 IMPORT_WHEN_CALLED = {
     *(
+        "faces.cli.bench",
         "faces.cli.cache",
         "faces.cli.demo",
         "faces.cli.gpu",
         "faces.cli.lab",
+        "faces.cli.list",
         "faces.cli.main",
         "faces.cli.options",
         "faces.cli.serve",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
-    *("faces.cli.webui", "measure.plots", "model.backend_choice", "model.backends"),
+    *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice", "model.backends"),
     *("faces.webui.hooks.loading", "faces.webui.hooks.model_tab", "faces.webui.registration"),
 }
 # Text, files and token ids stay apart: nothing in these rooms may reach one of those, even through others.
@@ -227,6 +231,7 @@ def test_importing_the_package_imports_no_other_library() -> None:
     loaded = loaded_by("import ropewalk")
     assert "ropewalk" in loaded
     heavy = {"torch", "numpy", "tokenizers", "sentencepiece", "jinja2", "safetensors", "tqdm", "transformers", "gradio"}
+    heavy |= {"huggingface_hub"}
     assert not loaded & heavy
 
 

@@ -75,8 +75,8 @@ def _folder_row(session: Session) -> tuple[gr.Dropdown, gr.Button, gr.Button, gr
         session.workbench.access.model_names(),
         value=EMBEDDED,
         allow_custom_value=True,
-        label="Model folder",
-        info="Pick one, or type its path below the directory given with --models.",
+        label="Model",
+        info="Pick one, or type its path below the directory given with --models, or a name on the Hugging Face hub.",
         elem_id="folder",
     )
     message = gr.HTML(elem_id="load-problem")
@@ -183,7 +183,7 @@ def _connect(
             return [*_problem(error), *[gr.skip()] * len(FIELDS)]
         values = asdict(settings)
         return [
-            "",
+            f"{name.strip()} is not here yet: Load downloads it" if workbench.access.must_be_fetched(name) else "",
             *(gr.update(value=shown_value(values[field.name]), info=field.info, elem_classes=[]) for field in FIELDS),
         ]
 

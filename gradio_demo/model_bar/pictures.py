@@ -8,6 +8,8 @@ from html import escape
 from ropewalk.backends.cpu import CpuBackend
 from ropewalk.backends.protocol import Backend
 from ropewalk.base.memory import format_bytes
+from ropewalk.containers.choice import container_of
+from ropewalk.files.names import shown_name
 from ropewalk.gradio_demo.model_bar.workbench import Loaded
 
 
@@ -79,7 +81,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def weights_kind(loaded: Loaded) -> str:
     """ "4-bit GPTQ", or how else the weights are stored."""
     quant = loaded.model.quant
-    return "dense weights" if quant is None else f"{quant.default.bits}-bit GPTQ"
+    return "dense weights" if quant is None else f"{quant.default.bits}-bit {container_of(quant).title}"
 
 
 def rope_name(loaded: Loaded) -> str:
@@ -92,7 +94,7 @@ def rope_name(loaded: Loaded) -> str:
 
 
 def _short_name(loaded: Loaded) -> str:
-    return loaded.name if loaded.is_embedded else loaded.folder.name
+    return loaded.name if loaded.is_embedded else shown_name(loaded.folder)
 
 
 def _computes_row(backend: Backend) -> str:

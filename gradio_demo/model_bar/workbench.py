@@ -97,18 +97,23 @@ class Workbench:
         Raises:
             FieldError: it may not be read, or holds no model.
         """
+        if self.access.must_be_fetched(name):
+            return LoadSettings()  # everything as the checkpoint says, once it is here
         try:
             folder = self.access.open(name)
             return suggested_settings(folder, self._shown_name(name) == EMBEDDED)
         except RopewalkError as error:
             raise FieldError(FOLDER, str(error)) from error
 
-    def plan(self, name: str, values: Mapping[str, Any]) -> ModelInfo:
-        """What `load` would give, without reading weights.
+    def plan(self, name: str, values: Mapping[str, Any]) -> ModelInfo | None:
+        """What `load` would give, without reading weights; None for a model that must be downloaded first.
 
         Raises:
             FieldError: names the field that is wrong.
         """
+        if self.access.must_be_fetched(name):
+            read_settings(values)
+            return None
         folder, _, options = self._options(name, values)
         return self._info(folder, options)
 
@@ -122,7 +127,7 @@ class Workbench:
         if not self._loading.acquire(blocking=False):
             raise RequestError("another model is being loaded at this moment: wait until it is ready")
         try:
-            folder, settings, options = self._options(name, values)
+            folder, settings, options = self._options(name, values, fetch=True)
             info = self._info(folder, options)
             self._check_memory(info, options)
             draft = self._draft_folder(settings)
@@ -214,10 +219,12 @@ class Workbench:
                 raise
             raise FieldError("draft_model", str(error)) from error
 
-    def _options(self, name: str, values: Mapping[str, Any]) -> tuple[Path, LoadSettings, LoadOptions]:
+    def _options(
+        self, name: str, values: Mapping[str, Any], fetch: bool = False
+    ) -> tuple[Path, LoadSettings, LoadOptions]:
         settings = read_settings(values)
         try:
-            folder = self.access.open(name)
+            folder = self.access.open(name, fetch)
             options = load_options(settings, checkpoint_settings(folder))
         except FieldError:
             raise
@@ -225,8 +232,8 @@ class Workbench:
             raise FieldError(FOLDER, str(error)) from error
         if options.second_folder is not None:
             try:
-                options = replace(options, second_folder=self.access.open(options.second_folder))
-            except RequestError as error:
+                options = replace(options, second_folder=self.access.open(options.second_folder, fetch))
+            except RopewalkError as error:
                 raise FieldError("second_folder", str(error)) from error
         return folder, settings, options
 
@@ -260,7 +267,7 @@ class Workbench:
         if not settings.draft_model:
             raise FieldError("draft_model", "name the folder of a smaller model with the same tokenizer")
         try:
-            return self.access.open(settings.draft_model)
+            return self.access.open(settings.draft_model, fetch=True)
         except RopewalkError as error:
             raise FieldError("draft_model", str(error)) from error
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import format_bytes
 from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.local import local_folder
+from ropewalk.files.names import cached_model, parse_name
 
 EMBEDDED = "embedded model"
 MAX_LISTED = 500
@@ -34,12 +36,15 @@ class Access:
     granted: tuple[Path, ...] = ()
     uploads: Path | None = None
     _embedded: Path = field(default_factory=demo_model_path)
+    _fetched: dict[str, Path] = field(default_factory=dict)  # by their names on the hub
 
-    def open(self, text: str) -> Path:
-        """The folder that a person means by a name of `model_names`, a path, or a path below --models.
+    def open(self, text: str, fetch: bool = False) -> Path:
+        """The folder that a person means by a name of `model_names`, a path, a path below --models, or a name on the
+        hub, which is downloaded if `fetch` says so.
 
         Raises:
             RequestError: it may not be read, or is not a folder; the message says what can be typed.
+            CheckpointError, UnsupportedError, ConfigError: it is on no hub, or refused before it is downloaded.
         """
         name = text.strip()
         if name in ("", EMBEDDED):
@@ -51,7 +56,25 @@ class Access:
             folder = _resolved(candidate)
             if folder is not None and self._allows(folder):
                 return self._checked(folder, name)
+        if parse_name(name) is not None:
+            return self._named(name, fetch)
         raise RequestError(f"{name}: {self._accepted()}")
+
+    def must_be_fetched(self, text: str) -> bool:
+        """True for a name on the hub that nobody has loaded here yet."""
+        name = text.strip()
+        if parse_name(name) is None or name in self._fetched:
+            return False
+        below = None if self.models is None else _resolved(self.models / name)
+        return below is None
+
+    def _named(self, name: str, fetch: bool) -> Path:
+        """The folder of a model on the hub. It is downloaded only when it is loaded, which not every visitor may."""
+        if fetch:
+            self._fetched[name] = local_folder(name)
+        if name not in self._fetched:
+            raise RequestError(f"{name} is no folder that may be read here; Load downloads it, if it is on the hub")
+        return self._fetched[name]
 
     def model_names(self) -> list[str]:
         """What can be picked: the embedded model, folders of the command line, model folders under --models."""
@@ -127,6 +150,8 @@ class Access:
 
     def _roots(self) -> list[Path]:
         roots = [self._embedded, *self.granted, *(root for root in (self.models, self.uploads) if root is not None)]
+        # A model in the hub's cache is a folder of links to files beside it.
+        roots += [cached for cached in map(cached_model, self.granted) if cached is not None]
         return [root.resolve() for root in roots]
 
     def _allows(self, resolved: Path) -> bool:

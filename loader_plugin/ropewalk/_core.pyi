@@ -105,6 +105,18 @@ class LinearGroup:
     @property
     def out_features(self) -> int: ...
 
+class Experts:
+    """The experts of a layer, all of the same sizes, put there one by one."""
+
+    def __init__(self, num_experts: int, size: int, inner: int, fetch: object) -> None:
+        """size: input and output features. fetch: None, or called with the numbers that a layer is about to use,
+        ascending, to put there those that are not; by the thread that computes, which may pack meanwhile.
+        """
+    def put(self, number: int, gate_up: object, down: object) -> None:
+        """gate_up, down: LinearGroup."""
+    def drop(self, number: int) -> None:
+        """Its memory is given back when nobody computes with it any more."""
+
 class KvCache:
     """Keys and values of one layer; the capacity is rounded up to whole tiles of 64."""
 
@@ -185,6 +197,8 @@ class Layer:
         """gate: one column. out covers its buffer."""
     def route(self, logits: Columns, top_k: int, normalised: bool, out: Columns) -> None:
         """out: two heads of top_k, which cover their buffer."""
+    def experts(self, x: Columns, routes: Columns, weight: object, activation: str, out: Columns) -> None:
+        """routes: as `route` gives them. weight: an Experts. out covers its buffer."""
     def add_residual(self, y: Columns, scale: float) -> None:
         """y covers its buffer."""
     def finish(self) -> None:
@@ -211,7 +225,7 @@ def rotate(runtime: Runtime, x: numpy.ndarray, cos: numpy.ndarray, sin: numpy.nd
 def layer_norm(
     runtime: Runtime, x: numpy.ndarray, weight: numpy.ndarray, bias: object, epsilon: float, out: numpy.ndarray
 ) -> None:
-    """x: [T, C] or [T, H, C] float32, weight: [C] or [H, C], bias: the same or None. out: of the shape of x, written."""
+    """x: [T, C] or [T, H, C] float32; weight: [C] or [H, C]; bias: the same, or None. out: like x, written."""
 
 def activate(runtime: Runtime, x: numpy.ndarray, activation: str, gated: bool, out: numpy.ndarray) -> None:
     """x: [T, I] float32, or [T, 2 * I] for a gate. activation: "silu", "gelu" or "gelu_tanh". out: [T, I], written."""
@@ -221,6 +235,12 @@ def add(runtime: Runtime, x: numpy.ndarray, y: numpy.ndarray, weight: float) -> 
 
 def embed(runtime: Runtime, table: DenseLinear, token_ids: numpy.ndarray, out: numpy.ndarray) -> None:
     """table: [V, C]. token_ids: [T] int64. out: [T, C] float32, written."""
+
+def probe_read(runtime: Runtime, floats: numpy.ndarray) -> float:
+    """Their sum, read by all threads. floats: [a multiple of 64] float32."""
+
+def probe_products(runtime: Runtime, kind: str, steps: int) -> int:
+    """Products on operands that stay in registers; returns the operations of all threads. kind: "int8" or "f32"."""
 
 def append(runtime: Runtime, cache: KvCache, k: numpy.ndarray, v: numpy.ndarray, start: int) -> None:
     """k, v: [T, Hkv, D] float32, written to positions start..start+T; start is at most the cache's length."""
@@ -254,5 +274,6 @@ def move_rows(
 ) -> None:
     """Positions source_start.. of pages to target_start.. of others of the same pool and kind, in all layer instances.
 
-    cos, sin: [tables, num_rows, R / 2] float32; tables: which of them turns the keys of each instance, -1: none. Pages may be in both where rows move to lower places.
+    cos, sin: [tables, num_rows, R / 2] float32; tables: which of them turns the keys of each instance, -1: none.
+    Pages may be in both where rows move to lower places.
     """

@@ -74,6 +74,30 @@ class Runtime:
         """
         return self.core.scratch_bytes
 
+    def limits(self, num_floats: int) -> MachineLimits:
+        """To measure this machine by, with so many floats of memory to read: a multiple of 64."""
+        return MachineLimits(self, num_floats)
+
+
+class MachineLimits:
+    """What this machine does at most with the threads and instructions of a runtime; whoever calls takes the time."""
+
+    def __init__(self, runtime: Runtime, num_floats: int) -> None:
+        self._runtime = runtime
+        memory = _core.AlignedBytes(4 * num_floats).array().view(np.float32)  # [num_floats], in huge pages
+        memory[:] = 1.0
+        self._memory = memory
+
+    def read(self) -> int:
+        """Read all of the memory once; returns its bytes."""
+        _core.probe_read(self._runtime.core, self._memory)
+        return self._memory.nbytes
+
+    def multiply(self, kind: str, steps: int) -> int:
+        """Products on operands that stay in registers, `steps` rounds of 12 vectors on each thread; returns the
+        operations, a product and a sum being two. kind: "int8" (codes with activations of 8 bits) or "f32"."""
+        return _core.probe_products(self._runtime.core, kind, steps)
+
 
 def usable_processors() -> int:
     """The number of processors that this process may run on."""
@@ -388,8 +412,10 @@ class KvCache:
         bottom-right aligned causal mask. Scores are products times `scale` (None: 1/sqrt(D)), then with a soft cap c
         c * tanh(score / c). Returns [T, Hq * D] float32.
 
-        compute: of coded keys and values; floats have one way. "exact" decodes them to float32. "int8" rounds queries
-        to 8 bits per block of 32 dims and weights to 15 bits per page of 64 keys, and sums integers within each.
+        compute: "exact" computes in float32, coded keys and values are decoded. "int8" rounds queries over codes to 8
+        bits per block of 32 dims and weights to 15 bits per page of 64 keys, and sums integers within each; over "f16"
+        it rounds all four factors to bf16 where the processor multiplies such pairs ("avx512bf16"), and sums in
+        float32. "f32" has one way.
         """
         num_rows, num_heads, head_dim = checked_shape(q, "q", 3)
         self._check_range(start, num_rows)

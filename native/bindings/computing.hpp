@@ -16,7 +16,7 @@ class Computing {
 
  private:
   pybind11::gil_scoped_release release_;
-  std::lock_guard<std::mutex> lock_;
+  std::lock_guard<std::recursive_mutex> lock_;
 };
 
 }  // namespace ropewalk

@@ -182,6 +182,20 @@ void run_add(CpuRuntime& runtime, py::array& x, const py::array& y, float weight
 }
 
 // `table` is taken as a dense weight, so that a table that is also the head is described once.
+float run_probe_read(CpuRuntime& runtime, const py::array& floats) {
+  require(floats.ndim() == 1 && floats.shape(0) % (4 * kLanes) == 0, "floats must have one dimension, a multiple of 64");
+  const float* data = contiguous<float>(floats, "floats", {floats.shape(0)});
+  const Computing computing(runtime);
+  return probe_read(runtime, data, floats.shape(0));
+}
+
+int64_t run_probe_products(CpuRuntime& runtime, const std::string& kind, int64_t steps) {
+  if (kind != "int8" && kind != "f32") throw ShapeFailure("kind is '" + kind + "'; accepted: 'int8', 'f32'");
+  require(steps > 0 && steps <= kMostFeatures, "steps is out of range");
+  const Computing computing(runtime);
+  return probe_products(runtime, kind == "int8" ? ProbeKind::int8 : ProbeKind::f32, steps);
+}
+
 void run_embed(CpuRuntime& runtime, const DenseLinear& table, const py::array& token_ids, py::array& out) {
   require(token_ids.ndim() == 1, "token_ids must have one dimension");
   const int64_t num_rows = token_ids.shape(0);
@@ -210,6 +224,12 @@ py::array bytes_of(const std::shared_ptr<AlignedBytes>& memory) {
 std::shared_ptr<AlignedBytes> aligned_bytes(int64_t size) {
   require(size >= 0, "size is negative");
   return std::make_shared<AlignedBytes>(size);
+}
+
+// Who computes may be waiting for the GIL.
+int64_t bytes_of_scratch(CpuRuntime& runtime) {
+  const py::gil_scoped_release release;
+  return runtime.scratch_bytes();
 }
 
 // A result that goes back to the runtime's spare memory when Python frees it.
@@ -267,7 +287,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("isa", [](const CpuRuntime& runtime) { return runtime.table().name; })
       .def_property_readonly("threads", [](CpuRuntime& runtime) { return runtime.pool().num_threads(); })
       .def("empty", &empty_result, py::arg("num_rows"), py::arg("num_columns"))
-      .def_property_readonly("scratch_bytes", &CpuRuntime::scratch_bytes);
+      .def_property_readonly("scratch_bytes", &bytes_of_scratch);
 
   py::class_<AlignedBytes, std::shared_ptr<AlignedBytes>>(m, "AlignedBytes")
       .def(py::init(&aligned_bytes), py::arg("size"))
@@ -315,6 +335,12 @@ PYBIND11_MODULE(_core, m) {
       .def("take", &take_page, py::arg("num_instances"), py::arg("recent"))
       .def("copy", &copy_page, py::arg("page"));
 
+  py::class_<BoundExperts, std::shared_ptr<BoundExperts>>(m, "Experts")
+      .def(py::init<int64_t, int64_t, int64_t, py::object>(), py::arg("num_experts"), py::arg("size"), py::arg("inner"),
+           py::arg("fetch"))
+      .def("put", &BoundExperts::put, py::arg("number"), py::arg("gate_up"), py::arg("down"))
+      .def("drop", &BoundExperts::drop, py::arg("number"));
+
   py::class_<BoundStep>(m, "Step")
       .def(py::init<py::array, const py::array&, const py::array&, const std::vector<BoundStep::Span>&>(),
            py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("spans"));
@@ -332,6 +358,8 @@ PYBIND11_MODULE(_core, m) {
       .def("gate", &BoundLayer::gate, py::arg("gate_up"), py::arg("activation"), py::arg("out"))
       .def("sigmoid_mul", &BoundLayer::sigmoid_mul, py::arg("x"), py::arg("gate"), py::arg("out"))
       .def("route", &BoundLayer::route, py::arg("logits"), py::arg("top_k"), py::arg("normalised"), py::arg("out"))
+      .def("experts", &BoundLayer::experts, py::arg("x"), py::arg("routes"), py::arg("weight"), py::arg("activation"),
+           py::arg("out"))
       .def("add_residual", &BoundLayer::add_residual, py::arg("y"), py::arg("scale"))
       .def("finish", &BoundLayer::finish)
       .def("run", &BoundLayer::run, py::arg("runtime"), py::arg("step"), py::arg("instance"), py::arg("weight"),
@@ -346,6 +374,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("out"));
   m.def("add", &run_add, py::arg("runtime"), py::arg("x"), py::arg("y"), py::arg("weight"));
   m.def("embed", &run_embed, py::arg("runtime"), py::arg("table"), py::arg("token_ids"), py::arg("out"));
+  m.def("probe_read", &run_probe_read, py::arg("runtime"), py::arg("floats"));
+  m.def("probe_products", &run_probe_products, py::arg("runtime"), py::arg("kind"), py::arg("steps"));
   m.def("append", &run_append, py::arg("runtime"), py::arg("cache"), py::arg("k"), py::arg("v"), py::arg("start"));
   m.def("attend", &run_attend, py::arg("runtime"), py::arg("q"), py::arg("cache"), py::arg("start"),
         py::arg("window"), py::arg("scale"), py::arg("softcap"), py::arg("compute"), py::arg("out"));

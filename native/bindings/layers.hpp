@@ -16,6 +16,7 @@
 
 #include "checks.hpp"
 #include "computing.hpp"
+#include "experts.hpp"
 #include "linears.hpp"
 #include "ropewalk/layer.hpp"
 
@@ -210,6 +211,19 @@ class BoundLayer {
     require(top_k > 0 && top_k <= stage.logits.columns(), "top_k must be 1 to the number of experts");
     require(stage.out.heads == 2 && stage.out.size == top_k, "routes are two heads of top_k");
     keep(py::none(), stage.logits, stage.out, stage);
+  }
+
+  void experts(const Columns& x, const Columns& routes, const py::object& weight, const std::string& activation,
+               const Columns& out) {
+    require(py::isinstance<BoundExperts>(weight), "weight is not an Experts");
+    const auto& source = weight.cast<const BoundExperts&>();
+    const ExpertsStage stage{view(x), view(routes), &source, activation_named(activation), whole(out)};
+    require(stage.x.columns() == source.size && stage.out.columns() == source.size,
+            "views of experts differ in size from their weights");
+    require(stage.routes.heads == 2 && stage.routes.size <= source.num_experts,
+            "routes are two heads, of at most as many columns as there are experts");
+    require(stage.routes.buffer != stage.out.buffer, "a stage cannot write to the buffer that it reads");
+    keep(weight, stage.x, stage.out, stage);
   }
 
   void add_residual(const Columns& y, double scale) {

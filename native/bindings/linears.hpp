@@ -202,7 +202,7 @@ class LinearGroup {
       low_rank.check_apart_from(out);
     }
     const Computing computing(runtime);
-    linear(runtime, plan_, mode, rows.data, rows.stride, rows.num_rows, target.data, target.stride, changes);
+    linear(runtime, mode, {&plan_, rows.data, rows.stride, rows.num_rows, target.data, target.stride, &changes});
   }
 
   int64_t in_features() const { return in_features_; }

@@ -31,6 +31,8 @@ std::vector<int64_t> buffers_of(const Stage& stage) {
           return {s.x.buffer, s.gate.buffer, s.out.buffer};
         } else if constexpr (std::is_same_v<S, RouteStage>) {
           return {s.logits.buffer, s.out.buffer};
+        } else if constexpr (std::is_same_v<S, ExpertsStage>) {
+          return {s.x.buffer, s.routes.buffer, s.out.buffer};
         } else {
           static_assert(std::is_same_v<S, AddResidualStage>);
           return {s.y.buffer};
@@ -71,7 +73,7 @@ class Block {
       const int64_t begin = std::max(change.first - first_, int64_t{0}), end = std::min(change.end - first_, num_rows_);
       if (begin < end && change.slots[s.slot] != nullptr) changes.push_back({begin, end, change.slots[s.slot]});
     }
-    linear(runtime_, *s.plan, layer_.compute(), at(s.x), stride(s.x), num_rows_, at(s.out), stride(s.out), changes);
+    linear(runtime_, layer_.compute(), {s.plan, at(s.x), stride(s.x), num_rows_, at(s.out), stride(s.out), &changes});
   }
 
   void operator()(const RotateStage& s) {
@@ -108,6 +110,12 @@ class Block {
 
   void operator()(const RouteStage& s) {
     route(runtime_, {at(s.logits), stride(s.logits), s.logits.columns(), s.top_k, s.normalised, at(s.out)}, num_rows_);
+  }
+
+  void operator()(const ExpertsStage& s) {
+    const ExpertsArgs args{s.experts, s.activation, at(s.x), stride(s.x), at(s.routes), stride(s.routes), s.routes.size,
+                           at(s.out)};
+    experts(runtime_, layer_.compute(), args, num_rows_);
   }
 
   void operator()(const AddResidualStage& s) {

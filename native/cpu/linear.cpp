@@ -8,9 +8,10 @@ namespace ropewalk {
 namespace {
 
 // Chunks small enough that threads finish together, large enough that taking one costs nothing.
-int64_t even_chunk(const CpuRuntime& runtime, int64_t num_items, int64_t least) {
-  const int64_t threads = const_cast<CpuRuntime&>(runtime).pool().num_threads();
-  return std::max(least, ceil_div(num_items, threads * 8));
+constexpr int64_t kChunksOfThread = 8;
+
+int64_t even_chunk(CpuRuntime& runtime, int64_t num_items, int64_t least, int64_t chunks_of_thread) {
+  return std::max(least, ceil_div(num_items, runtime.pool().num_threads() * chunks_of_thread));
 }
 
 // Places in the runtime's scratch, each on a cache line of its own.
@@ -103,37 +104,68 @@ void run_inner(CpuRuntime& runtime, const Inner& inner, int64_t item) {
   runtime.table().low_rank_inner(inner.args, row, std::min(row + kPanelRows, inner.num_rows()), panel, panel + 1);
 }
 
-// What the parts of a linear share, in one job for all threads: the prepared activations, and the inner products.
-void run_shared(CpuRuntime& runtime, std::vector<Prepared>& inputs, std::vector<Inner>& inners, Compute compute,
-                const float* x, int64_t x_stride, int64_t num_rows) {
-  // A few rows in small items, for all threads: a step of eight at 1.1B took 51 and 54 ms, as one item 60 and 64.
-  const int64_t rows_of_item = num_rows > 16 ? 8 : 2;
-  Places places;
-  for (Prepared& input : inputs) reserve(input, compute, num_rows, places);
-  for (Inner& inner : inners) inner.place = places.take(inner.num_rows() * inner.panels() * kRankTile * 4);
-  uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
-  for (Prepared& input : inputs) describe(input, compute, x, x_stride, scratch);
-  for (Inner& inner : inners) describe(inner, x, x_stride, scratch);
-  std::vector<const PrepareArgs*> prepared;
-  for (const Prepared& input : inputs) {
-    if (!read_in_place(input, compute)) prepared.push_back(&input.args);
+// A linear on its way: what its parts share.
+struct Shared {
+  const LinearJob* job;
+  std::vector<Prepared> inputs;
+  std::vector<Inner> inners;
+};
+
+Shared shared_of(const LinearJob& job) {
+  Shared shared{&job, {}, {}};
+  for (const PackedGptq* weights : job.plan->inputs()) shared.inputs.push_back({weights});
+  if (job.changes != nullptr) {
+    for (const RowChange& change : *job.changes) shared.inners.push_back({change});
   }
-  const int64_t row_items = ceil_div(num_rows, rows_of_item);
-  const int64_t prepare_items = static_cast<int64_t>(prepared.size()) * row_items;
-  int64_t num_items = prepare_items;
-  for (const Inner& inner : inners) num_items += inner.items();
-  runtime.pool().run(num_items, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t item = begin; item < end; ++item) {
-      if (item < prepare_items) {
-        const int64_t row = item % row_items * rows_of_item;
-        runtime.table().prepare(*prepared[static_cast<size_t>(item / row_items)], row,
-                                std::min(row + rows_of_item, num_rows));
+  return shared;
+}
+
+// Rows of an input that are prepared together.
+struct PrepareItem {
+  const PrepareArgs* args;
+  int64_t row, row_end;
+};
+
+// What the parts of linears share, in one job for all threads: the prepared activations, and the inner products.
+void run_shared(CpuRuntime& runtime, std::vector<Shared>& linears, Compute compute) {
+  Places places;
+  for (Shared& shared : linears) {
+    for (Prepared& input : shared.inputs) reserve(input, compute, shared.job->num_rows, places);
+    for (Inner& inner : shared.inners) inner.place = places.take(inner.num_rows() * inner.panels() * kRankTile * 4);
+  }
+  uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
+  std::vector<PrepareItem> prepared;
+  std::vector<const Inner*> inners;
+  int64_t num_inner_items = 0;
+  for (Shared& shared : linears) {
+    const LinearJob& job = *shared.job;
+    // A few rows in small items, for all threads: a step of eight at 1.1B took 51 and 54 ms, as one item 60 and 64.
+    const int64_t rows_of_item = job.num_rows > 16 ? 8 : 2;
+    for (Prepared& input : shared.inputs) {
+      describe(input, compute, job.x, job.x_stride, scratch);
+      if (read_in_place(input, compute)) continue;
+      for (int64_t row = 0; row < job.num_rows; row += rows_of_item) {
+        prepared.push_back({&input.args, row, std::min(row + rows_of_item, job.num_rows)});
+      }
+    }
+    for (Inner& inner : shared.inners) {
+      describe(inner, job.x, job.x_stride, scratch);
+      inners.push_back(&inner);
+      num_inner_items += inner.items();
+    }
+  }
+  const auto prepare_items = static_cast<int64_t>(prepared.size());
+  runtime.pool().run(prepare_items + num_inner_items, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < prepare_items) {
+        const PrepareItem& item = prepared[static_cast<size_t>(i)];
+        runtime.table().prepare(*item.args, item.row, item.row_end);
         continue;
       }
-      int64_t rest = item - prepare_items;
+      int64_t rest = i - prepare_items;
       auto inner = inners.begin();
-      for (; rest >= inner->items(); ++inner) rest -= inner->items();
-      run_inner(runtime, *inner, rest);
+      for (; rest >= (*inner)->items(); ++inner) rest -= (*inner)->items();
+      run_inner(runtime, **inner, rest);
     }
   });
 }
@@ -160,15 +192,6 @@ void prefetch_tiles(const LowRankArgs& change, int64_t tile_begin, int64_t tile_
   const int64_t tile_bytes = change.rank * kLanes * (change.type == LowRankType::i8 ? 1 : 4);
   const char* b = static_cast<const char*>(change.b);
   for (int64_t i = tile_begin * tile_bytes; i < tile_end * tile_bytes; i += 64) __builtin_prefetch(b + i);
-}
-
-// Rows outside, tiles inside: a panel of prepared rows stays in cache while the weights stream past it.
-template <class Run>
-void run_panels(CpuRuntime& runtime, int64_t num_rows, int64_t num_tiles, int64_t chunk, const Run& run) {
-  for (int64_t row = 0; row < num_rows; row += kPanelRows) {
-    const int64_t row_end = std::min(row + kPanelRows, num_rows);
-    runtime.pool().run(num_tiles, chunk, [&](int64_t begin, int64_t end, int) { run(row, row_end, begin, end); });
-  }
 }
 
 // One part of a linear, ready to run on any of its rows and tiles.
@@ -238,55 +261,89 @@ class PartRun {
   std::vector<Change> changes_;
 };
 
-// Tiles of all parts, counted through: small parts (keys and values) keep no thread waiting.
-void run_parts(CpuRuntime& runtime, const std::vector<PartRun>& parts, int64_t num_rows) {
+// Some rows of a part.
+struct Unit {
+  const PartRun* part;
+  int64_t row, row_end;
+};
+
+// Tiles of all units, counted through: small parts (keys and values) keep no thread waiting.
+void run_units(CpuRuntime& runtime, const std::vector<Unit>& units, int64_t chunks_of_thread) {
   int64_t num_tiles = 0;
-  for (const PartRun& part : parts) num_tiles += part.num_tiles();
-  run_panels(runtime, num_rows, num_tiles, even_chunk(runtime, num_tiles, 1),
-             [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
-               int64_t before = 0;
-               for (const PartRun& part : parts) {
-                 const int64_t first = std::max(begin - before, int64_t{0});
-                 const int64_t last = std::min(end - before, part.num_tiles());
-                 if (first < last) part.run(row, row_end, first, last);
-                 before += part.num_tiles();
-               }
-             });
+  for (const Unit& unit : units) num_tiles += unit.part->num_tiles();
+  const int64_t chunk = even_chunk(runtime, num_tiles, 1, chunks_of_thread);
+  runtime.pool().run(num_tiles, chunk, [&](int64_t begin, int64_t end, int) {
+    int64_t before = 0;
+    for (const Unit& unit : units) {
+      const int64_t tiles = unit.part->num_tiles();
+      const int64_t first = std::max(begin - before, int64_t{0}), last = std::min(end - before, tiles);
+      if (first < last) unit.part->run(unit.row, unit.row_end, first, last);
+      before += tiles;
+    }
+  });
+}
+
+std::vector<PartRun> parts_of(CpuRuntime& runtime, const Shared& shared, Compute compute) {
+  const LinearJob& job = *shared.job;
+  std::vector<PartRun> parts;
+  parts.reserve(job.plan->parts().size());
+  for (size_t i = 0; i < job.plan->parts().size(); ++i) {
+    const LinearPlan::Part& part = job.plan->parts()[i];
+    parts.emplace_back(runtime, part, i, compute, shared.inputs, shared.inners, job.x, job.x_stride,
+                       job.out + part.column, job.out_stride);
+  }
+  return parts;
 }
 
 }  // namespace
 
-void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
-            int64_t num_rows, float* out, int64_t out_stride, const std::vector<RowChange>& changes) {
-  if (num_rows == 0) return;
-  std::vector<Prepared> inputs;
-  for (const PackedGptq* weights : plan.inputs()) inputs.push_back({weights});
-  std::vector<Inner> inners;
-  for (const RowChange& change : changes) inners.push_back({change});
-  run_shared(runtime, inputs, inners, compute, x, x_stride, num_rows);
-  std::vector<PartRun> parts;
-  parts.reserve(plan.parts().size());
-  for (size_t i = 0; i < plan.parts().size(); ++i) {
-    const LinearPlan::Part& part = plan.parts()[i];
-    parts.emplace_back(runtime, part, i, compute, inputs, inners, x, x_stride, out + part.column, out_stride);
+void linear(CpuRuntime& runtime, Compute compute, const LinearJob& job) {
+  if (job.num_rows == 0) return;
+  std::vector<Shared> shared{shared_of(job)};
+  run_shared(runtime, shared, compute);
+  const std::vector<PartRun> parts = parts_of(runtime, shared[0], compute);
+  // Rows outside, tiles inside: a panel of prepared rows stays in cache while the weights stream past it.
+  for (int64_t row = 0; row < job.num_rows; row += kPanelRows) {
+    std::vector<Unit> units;
+    for (const PartRun& part : parts) units.push_back({&part, row, std::min(row + kPanelRows, job.num_rows)});
+    run_units(runtime, units, kChunksOfThread);
   }
-  run_parts(runtime, parts, num_rows);
+}
+
+void linears(CpuRuntime& runtime, Compute compute, const std::vector<LinearJob>& jobs) {
+  std::vector<Shared> shared;
+  for (const LinearJob& job : jobs) shared.push_back(shared_of(job));
+  run_shared(runtime, shared, compute);
+  std::vector<std::vector<PartRun>> parts;
+  for (const Shared& one : shared) parts.push_back(parts_of(runtime, one, compute));
+  std::vector<Unit> units;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    for (int64_t row = 0; row < jobs[i].num_rows; row += kPanelRows) {
+      for (const PartRun& part : parts[i]) units.push_back({&part, row, std::min(row + kPanelRows, jobs[i].num_rows)});
+    }
+  }
+  // Units of a few rows and units of many are chunks of unequal work: smaller ones.
+  run_units(runtime, units, 4 * kChunksOfThread);
 }
 
 void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float* x, int64_t x_stride,
                   int64_t num_rows, float* out, int64_t out_stride) {
   if (num_rows == 0) return;
-  std::vector<Prepared> none;
-  std::vector<Inner> inners{{{0, num_rows, &change}}};
-  run_shared(runtime, none, inners, Compute::exact, x, x_stride, num_rows);
+  const LinearPlan none;
+  const std::vector<RowChange> changes{{0, num_rows, &change}};
+  const LinearJob job{&none, x, x_stride, num_rows, out, out_stride, &changes};
+  std::vector<Shared> shared{shared_of(job)};
+  run_shared(runtime, shared, Compute::exact);
   for (size_t i = 0; i < change.parts.size(); out += change.parts[i++].out_features) {
-    const LowRankArgs args = part_change(inners[0], i, out, out_stride);
+    const LowRankArgs args = part_change(shared[0].inners[0], i, out, out_stride);
     if (args.rank == 0) continue;
     const int64_t tiles = ceil_div(args.out_features, kLanes);
-    run_panels(runtime, num_rows, tiles, even_chunk(runtime, tiles, 16),
-               [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
-                 runtime.table().low_rank(args, row, row_end, begin, end);
-               });
+    for (int64_t row = 0; row < num_rows; row += kPanelRows) {
+      const int64_t row_end = std::min(row + kPanelRows, num_rows);
+      runtime.pool().run(tiles, even_chunk(runtime, tiles, 16, kChunksOfThread), [&](int64_t begin, int64_t end, int) {
+        runtime.table().low_rank(args, row, row_end, begin, end);
+      });
+    }
   }
 }
 

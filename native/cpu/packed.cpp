@@ -13,9 +13,9 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
   weights_.code_bits = source.bits <= 4 ? 4 : 8;
   weights_.scale_type = source.scale_type;
   build_rows(source);
-  build_tables(source);
+  build_tables(runtime, source);
 
-  codes_ = AlignedBytes(weights_.num_tiles * weights_.num_blocks * kBlockRows * kLanes * weights_.code_bits / 8);
+  codes_ = runtime.weights().take(weights_.num_tiles * weights_.num_blocks * kBlockRows * kLanes * weights_.code_bits / 8);
   weights_.codes = codes_.as<uint8_t>();
   const PackArgs args{
       .qweight = source.qweight,
@@ -57,11 +57,16 @@ void PackedGptq::build_rows(const Source& source) {
 }
 
 // Scales, zero points and bias from [G][N] to [tile][G][16]; columns past N are zero.
-void PackedGptq::build_tables(const Source& source) {
+void PackedGptq::build_tables(CpuRuntime& runtime, const Source& source) {
   const int64_t num_groups = source.num_groups;
   const int64_t out_features = source.out_features;
   const int64_t scale_size = source.scale_type == FloatType::f16 ? 2 : 4;
   const int64_t entries = weights_.num_tiles * num_groups * kLanes;
+  const auto zeroed = [&](int64_t size) {
+    ArenaBytes bytes = runtime.weights().take(size);
+    std::fill_n(bytes.as<uint8_t>(), size, uint8_t{0});
+    return bytes;
+  };
   const auto tile_table = [&](const auto* from, auto* to) {
     for (int64_t tile = 0; tile < weights_.num_tiles; ++tile) {
       const int64_t count = std::min(kLanes, out_features - tile * kLanes);
@@ -70,7 +75,7 @@ void PackedGptq::build_tables(const Source& source) {
       }
     }
   };
-  scales_ = AlignedBytes(entries * scale_size, true);
+  scales_ = zeroed(entries * scale_size);
   if (source.scale_type == FloatType::f16) {
     tile_table(static_cast<const uint16_t*>(source.scales), scales_.as<uint16_t>());
   } else {
@@ -83,12 +88,12 @@ void PackedGptq::build_tables(const Source& source) {
   const bool constant = std::all_of(source.zeros, source.zeros + num_zeros,
                                     [&](uint8_t zero) { return zero == source.zeros[0]; });
   if (!constant) {
-    zeros_ = AlignedBytes(entries, true);
+    zeros_ = zeroed(entries);
     tile_table(source.zeros, zeros_.as<uint8_t>());
     weights_.zeros = zeros_.as<uint8_t>();
   }
   if (source.bias != nullptr) {
-    bias_ = AlignedBytes(weights_.num_tiles * kLanes * static_cast<int64_t>(sizeof(float)), true);
+    bias_ = zeroed(weights_.num_tiles * kLanes * static_cast<int64_t>(sizeof(float)));
     std::copy(source.bias, source.bias + out_features, bias_.as<float>());
     weights_.bias = bias_.as<float>();
   }

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -26,6 +27,7 @@ std::vector<const KernelTable*> detect_tables() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::kernel_table());
   if (avx512) tables.push_back(&avx512::kernel_table());
   if (avx2) tables.push_back(&avx2::kernel_table());
 #endif
@@ -77,6 +79,20 @@ AlignedBytes::AlignedBytes(int64_t size, bool zeroed) : size_(size) {
 
 void AlignedBytes::Release::operator()(void* p) const { std::free(p); }
 
+ArenaBytes Arena::take(int64_t size) {
+  const std::lock_guard lock(mutex_);
+  const int64_t needed = round_up(size, 64);
+  std::shared_ptr<AlignedBytes> block = block_.lock();
+  if (block == nullptr || needed > block->size() - used_) {
+    block = std::make_shared<AlignedBytes>(std::max(needed, kBlockBytes));
+    block_ = block;
+    used_ = 0;
+  }
+  const int64_t offset = used_;
+  used_ += needed;
+  return {std::move(block), offset, size};
+}
+
 // Not a block of more than twice the size: the next large result would miss it.
 AlignedBytes SpareMemory::take(int64_t size) {
   const std::lock_guard lock(mutex_);
@@ -107,44 +123,61 @@ int64_t SpareMemory::num_bytes() {
   return num_bytes_;
 }
 
-// A job is cut into chunks.  `ticket` holds the job's number in its upper half and the next chunk in its lower half;
-// a thread owns a chunk once it has moved the ticket past it.  The caller waits for chunks, not for threads: a worker
-// that the system has not woken yet, or has suspended, delays nobody and finds the ticket changed when it arrives.
+// A job is cut into chunks, and every thread has a range of neighbouring ones: memory is read in one long stream.  Who
+// has finished his own takes the last chunk of another's, so that all finish together.  The caller waits for chunks, not
+// for threads: a worker that the system has not woken yet, or has suspended, delays nobody, and finds nothing left.
 struct ThreadPool::Shared {
-  static constexpr uint64_t kClosed = 0xffffffff;  // no chunk available
+  // The chunks of a thread that nobody has taken: the job's number in the upper 28 bits, then `begin` and `end`.  The
+  // number keeps a thread that was suspended in between from taking a chunk of another job than it looked at.
+  static constexpr int kBits = 18;
+  static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+  struct alignas(64) Range {
+    std::atomic<uint64_t> packed{0};
+  };
 
-  std::atomic<uint64_t> ticket{kClosed};
-  std::atomic<int64_t> done{0};  // chunks finished
+  explicit Shared(int num_threads) : ranges(static_cast<size_t>(num_threads)) {}
+
+  std::vector<Range> ranges;
+  alignas(64) std::atomic<uint32_t> number{0};  // of the job
+  alignas(64) std::atomic<int64_t> done{0};     // chunks finished
   std::atomic<bool> stopping{false};
-  // Written while the ticket is closed.
-  std::atomic<int64_t> num_chunks{0};
+  // Written while all ranges are empty.
   int64_t num_items = 0;
   int64_t chunk = 1;
   const Job* job = nullptr;
 
-  // Waits until the ticket differs from `seen` and an open job stands there, or the pool stops.
-  uint64_t wait_for_job(uint64_t seen);
+  // The next chunk of a range, from its front or from its back; -1: there is none.
+  static int64_t take(Range& range, bool front);
+  void wait_for_job(uint32_t seen);
 };
 
-uint64_t ThreadPool::Shared::wait_for_job(uint64_t seen) {
-  // The operations of one token are about ten microseconds apart: spin that long before going to sleep.
-  constexpr int kSpins = 2000;
-  uint64_t now = ticket.load();
-  for (int i = 0; now == seen && i < kSpins; ++i) {
-    pause_briefly();
-    now = ticket.load();
+int64_t ThreadPool::Shared::take(Range& range, bool front) {
+  uint64_t packed = range.packed.load();
+  for (;;) {
+    const uint64_t begin = packed >> kBits & kMask, end = packed & kMask;
+    if (begin >= end) return -1;
+    if (range.packed.compare_exchange_weak(packed, front ? packed + (uint64_t{1} << kBits) : packed - 1)) {
+      return static_cast<int64_t>(front ? begin : end - 1);
+    }
   }
-  while (now == seen) {
-    ticket.wait(seen);
-    now = ticket.load();
-  }
-  return now;
 }
 
-ThreadPool::ThreadPool(int num_threads) : shared_(std::make_unique<Shared>()) {
+// Waits until there is another job than `seen`, or the pool stops.
+void ThreadPool::Shared::wait_for_job(uint32_t seen) {
+  // The operations of one token are about ten microseconds apart: spin that long before going to sleep.
+  constexpr int kSpins = 2000;
+  for (int i = 0; i < kSpins; ++i) {
+    if (number.load() != seen) return;
+    pause_briefly();
+  }
+  while (number.load() == seen) number.wait(seen);
+}
+
+ThreadPool::ThreadPool(int num_threads) {
   if (num_threads < 1 || num_threads > kMostThreads) {
     throw std::invalid_argument("threads must be between 1 and " + std::to_string(kMostThreads));
   }
+  shared_ = std::make_unique<Shared>(num_threads);
   try {
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error&) {
@@ -157,36 +190,32 @@ ThreadPool::~ThreadPool() { stop(); }
 
 void ThreadPool::stop() {
   shared_->stopping.store(true);
-  shared_->ticket.fetch_add(uint64_t{1} << 32);
-  shared_->ticket.notify_all();
+  shared_->number.fetch_add(1);
+  shared_->number.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
-// Takes chunks until there are none; returns the ticket last seen.
-uint64_t ThreadPool::take_chunks(int thread) {
+// Takes chunks, of its own range first, until there are none.
+void ThreadPool::take_chunks(int thread) {
   Shared& s = *shared_;
-  uint64_t ticket = s.ticket.load();
-  for (;;) {
-    const int64_t index = static_cast<int64_t>(ticket & 0xffffffff);
-    // A closed ticket's index is beyond any number of chunks.  If the job was replaced since the ticket was read, the
-    // number may be another job's, but then the exchange fails.
-    if (index >= s.num_chunks.load()) return ticket;
-    if (!s.ticket.compare_exchange_weak(ticket, ticket + 1)) continue;
-    const int64_t begin = index * s.chunk;
-    const int64_t end = begin + s.chunk < s.num_items ? begin + s.chunk : s.num_items;
-    (*s.job)(begin, end, thread);
-    s.done.fetch_add(1);
-    ticket = s.ticket.load();
+  const int num_ranges = static_cast<int>(s.ranges.size());
+  for (int i = 0; i < num_ranges; ++i) {
+    Shared::Range& range = s.ranges[static_cast<size_t>((thread + i) % num_ranges)];
+    for (int64_t index = Shared::take(range, i == 0); index >= 0; index = Shared::take(range, i == 0)) {
+      const int64_t begin = index * s.chunk;
+      const int64_t end = begin + s.chunk < s.num_items ? begin + s.chunk : s.num_items;
+      (*s.job)(begin, end, thread);
+      s.done.fetch_add(1);
+    }
   }
 }
 
 void ThreadPool::work(int thread) {
   Shared& s = *shared_;
-  uint64_t seen = s.ticket.load();
   for (;;) {
+    const uint32_t seen = s.number.load();
     if (s.stopping.load()) return;
-    seen = take_chunks(thread);
-    if (s.stopping.load()) return;
+    take_chunks(thread);
     s.wait_for_job(seen);
   }
 }
@@ -198,16 +227,22 @@ void ThreadPool::run(int64_t num_items, int64_t chunk, const Job& job) {
     return;
   }
   Shared& s = *shared_;
-  const uint64_t number = (s.ticket.load() >> 32) + 1;
-  s.ticket.store(number << 32 | Shared::kClosed);
+  chunk = std::max(chunk, ceil_div(num_items, static_cast<int64_t>(Shared::kMask)));
   const int64_t num_chunks = ceil_div(num_items, chunk);
   s.num_items = num_items;
   s.chunk = chunk;
   s.job = &job;
   s.done.store(0);
-  s.num_chunks.store(num_chunks);
-  s.ticket.store(number << 32);
-  s.ticket.notify_all();
+  const uint32_t number = s.number.load() + 1;
+  const auto num_ranges = static_cast<int64_t>(s.ranges.size());
+  for (int64_t i = 0; i < num_ranges; ++i) {
+    const auto begin = static_cast<uint64_t>(num_chunks * i / num_ranges);
+    const auto end = static_cast<uint64_t>(num_chunks * (i + 1) / num_ranges);
+    const uint64_t packed = uint64_t{number} << 2 * Shared::kBits | begin << Shared::kBits | end;
+    s.ranges[static_cast<size_t>(i)].packed.store(packed);
+  }
+  s.number.store(number);
+  s.number.notify_all();
   take_chunks(0);
   // The chunks still open are being worked on: spin, but yield to a worker that has lost its processor.
   constexpr int kSpins = 1000;
@@ -244,6 +279,8 @@ float* CpuRuntime::attend_scratch(int64_t floats_per_thread) {
 AlignedBytes& CpuRuntime::activations(int64_t size) { return grown(activations_, size); }
 
 float* CpuRuntime::buffers(int64_t floats) { return grown(buffers_, floats * kFloat).as<float>(); }
+
+float* CpuRuntime::expert_rows(int64_t floats) { return grown(expert_rows_, floats * kFloat).as<float>(); }
 
 float* CpuRuntime::attend_parts(int64_t floats) { return grown(attend_parts_, floats * kFloat).as<float>(); }
 

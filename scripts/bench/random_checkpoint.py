@@ -47,6 +47,22 @@ SHAPES = {
         "num_attention_heads": 40,
         "num_key_value_heads": 40,
     },
+    "30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+    },
 }
 LAYERS_PER_SHARD = 4
 
@@ -102,7 +118,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def model_config(shape: str, group_size: int, act_order: bool, num_layers: int | None) -> dict:
-    """The config.json of a Llama of this shape."""
+    """The config.json of a Llama of this shape, or of another family that the shape names."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -142,25 +158,40 @@ def layer_tensors(
 ) -> dict[str, torch.Tensor]:
     """One decoder layer."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
+    queries, kv = head_dim * config["num_attention_heads"], head_dim * config["num_key_value_heads"]
     linears = {
-        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.q_proj": (hidden, queries),
         "self_attn.k_proj": (hidden, kv),
         "self_attn.v_proj": (hidden, kv),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
+        "self_attn.o_proj": (queries, hidden),
+        **mlp_linears(config, hidden, inner),
     }
-    groups = {rows: group_index(rows, group_size, act_order, generator) for rows in {hidden, inner}}
+    groups = {rows: group_index(rows, group_size, act_order, generator) for rows, _ in linears.values()}
     prefix = f"model.layers.{layer}."
     tensors = {
         f"{prefix}{norm}_layernorm.weight": torch.ones(hidden, dtype=torch.float16)
         for norm in ("input", "post_attention")
     }
+    if "num_experts" in config:
+        router = torch.randn((config["num_experts"], hidden), generator=generator) * hidden**-0.5
+        tensors[f"{prefix}mlp.gate.weight"] = router.half()
+        tensors |= {
+            f"{prefix}self_attn.{norm}_norm.weight": torch.ones(head_dim, dtype=torch.float16) for norm in ("q", "k")
+        }
     for name, (rows, columns) in linears.items():
         tensors |= gptq_tensors(prefix + name, rows, columns, groups[rows], group_size, generator)
     return tensors
+
+
+def mlp_linears(config: dict, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Input and output features by name, of one block or of all experts."""
+    prefixes = ["mlp."]
+    if "num_experts" in config:
+        inner = config["moe_intermediate_size"]
+        prefixes = [f"mlp.experts.{expert}." for expert in range(config["num_experts"])]
+    sizes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    return {prefix + name: size for prefix in prefixes for name, size in sizes.items()}
 
 
 def group_index(rows: int, group_size: int, act_order: bool, generator: torch.Generator) -> torch.Tensor:

@@ -28,6 +28,7 @@ LONGROPE = {
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.75,
 }
+EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 40}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 32, "num_key_value_heads": 1}),
     "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 17, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}),
@@ -81,6 +82,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "stablelm",
         {"use_parallel_residual": True, "rope_parameters": {"partial_rotary_factor": 0.5}},
     ),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "num_experts": 6, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": (
+        "qwen3_moe",
+        {
+            **{**EXPERTS, "head_dim": 32, "num_experts": 5, "attention_bias": True, "num_hidden_layers": 4},
+            **{"decoder_sparse_step": 2, "mlp_only_layers": [3], "use_sliding_window": True, "sliding_window": 21},
+        },
+    ),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 72}),
+    "qwen2_moe-mixed": (
+        "qwen2_moe",
+        {
+            **{**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "qkv_bias": False},
+            **{"norm_topk_prob": True, "mlp_only_layers": [0], "num_hidden_layers": 3},
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 19}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0}),
 }

@@ -45,7 +45,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts" / "press"))
 import fuzz_checkpoints  # noqa: E402
 
 SEED = 2024
-CASES_PER_KIND = 6  # of 39 kinds; scripts/press/fuzz_checkpoints.py runs more of them
+CASES_PER_KIND = 6  # of 40 kinds; scripts/press/fuzz_checkpoints.py runs more of them
 TIME_LIMIT_S = 30
 
 quick = settings(

@@ -141,3 +141,29 @@ def test_a_dropped_folder_of_more_than_the_limit_is_refused_with_what_to_do(tree
         os.truncate(paths[-1], MAX_UPLOAD_BYTES)
     with pytest.raises(RequestError, match="have 12.0 GiB, and at most 8.0 GiB are accepted: copy the folder to"):
         access(tree).dropped_folder(paths)
+
+
+def test_a_name_on_the_hub_is_downloaded_when_it_is_loaded_and_then_known_to_all(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "ropewalk.gradio_demo.shared.access.local_folder", lambda name: asked.append(name) or tree / "secret"
+    )
+    page = access(tree)
+    with pytest.raises(RequestError, match="TheBloke/x is no folder that may be read here; Load downloads it"):
+        page.open("TheBloke/x")
+    assert not asked
+    assert page.open("TheBloke/x", fetch=True) == tree / "secret"
+    assert page.open(" TheBloke/x ") == tree / "secret"
+    assert asked == ["TheBloke/x"]
+
+
+def test_a_model_of_the_shared_cache_may_link_to_the_files_beside_it(tree: Path) -> None:
+    cached = tree / "models--a--b"
+    snapshot = cached / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    (cached / "blobs" / "x").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/x")
+    assert Access(None, (snapshot.resolve(),), None).open(str(snapshot)) == snapshot.resolve()

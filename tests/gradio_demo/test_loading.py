@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -113,3 +113,17 @@ def test_adapters_are_loaded_when_they_are_first_wanted_and_change_the_reply(tmp
     for wrong, said in (("nobody", "no adapter 'nobody'"), ("linear-4:much", "must be a number")):
         with pytest.raises(RequestError, match=said):
             session.workbench.use_adapters(loaded, [wrong])
+
+
+def test_a_name_on_the_hub_is_loaded_as_its_checkpoint_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of_the_embedded_model(tmp_path / "fetched")
+    monkeypatch.setattr("ropewalk.gradio_demo.shared.access.local_folder", lambda name: folder)
+    workbench = empty_session(tmp_path).workbench
+    assert workbench.suggest("someone/model").rope_method == AS_CHECKPOINT
+    assert workbench.plan("someone/model", asdict(workbench.suggest("someone/model"))) is None
+    assert workbench.loaded is None
+    loaded = workbench.load("someone/model", asdict(workbench.suggest("someone/model")))
+    assert (loaded.name, loaded.folder, loaded.model.max_seq_len) == ("someone/model", folder, 512)
+    assert workbench.suggest("someone/model").max_seq_len == 512

@@ -69,12 +69,53 @@ def test_attention_is_as_accurate_as_float32(isa, kind, name):
     for seed in range(-(-64 // num_rows)):  # the errors of a few rows are a matter of chance
         q = random_heads(num_rows, num_heads, head_dim, 3 * seed + 1) * 3
         k, v = (random_heads(start + num_rows, num_kv_heads, head_dim, 3 * seed + part) for part in (2, 3))
-        results.append(filled_cache(isa, k, v, kind, threads=2).attend(q, start, window))
+        results.append(filled_cache(isa, k, v, kind, threads=2).attend(q, start, window, "exact"))
         if kind == "f16":
             k, v = k.half().float(), v.half().float()
         exact.append(attention(q.double(), k.double(), v.double(), start, window))
         plain.append(attention(q, k, v, start, window))
     assert_as_accurate(torch.cat(results), torch.cat(exact), torch.cat(plain))
+
+
+def attention_in_bf16(q, k, v, start: int, window: int | None) -> torch.Tensor:
+    """The formula with all that is multiplied rounded to bf16, in float64."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (array.bfloat16().double() for array in (q / math.sqrt(q.shape[2]), k, v))
+    k, v = (array.repeat_interleave(group, 1) for array in (k, v))  # [S, Hq, D]
+    scores = torch.einsum("thd,shd->hts", q, k)
+    query, key = torch.arange(start, start + len(q))[:, None], torch.arange(len(k))[None, :]
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    sums = weights.sum(-1, keepdim=True).transpose(0, 1)  # [T, Hq, 1]
+    out = torch.einsum("hts,shd->thd", weights.bfloat16().double(), v) / sums
+    return out.reshape(len(q), -1)
+
+
+@every_isa
+@pytest.mark.parametrize("name", SHAPES)
+def test_int8_attention_over_halves_is_as_accurate_as_bf16(isa, name):
+    num_rows, start, num_heads, num_kv_heads, head_dim, window = SHAPES[name]
+    results, exact, plain = [], [], []
+    for seed in range(-(-64 // num_rows)):
+        q = random_heads(num_rows, num_heads, head_dim, 3 * seed + 1) * 3
+        k, v = (random_heads(start + num_rows, num_kv_heads, head_dim, 3 * seed + part) for part in (2, 3))
+        results.append(filled_cache(isa, k, v, "f16", threads=2).attend(q, start, window, "int8"))
+        k, v = k.half().float(), v.half().float()
+        exact.append(attention(q.double(), k.double(), v.double(), start, window))
+        plain.append(attention_in_bf16(q, k, v, start, window))
+    assert_as_accurate(torch.cat(results), torch.cat(exact), torch.cat(plain))
+
+
+@every_isa
+def test_int8_attention_rounds_halves_where_the_processor_multiplies_bf16_alone(isa):
+    q, k, v = random_heads(70, 4, 64, 1), random_heads(90, 2, 64, 2), random_heads(90, 2, 64, 3)
+    for kind in KINDS:
+        cache = filled_cache(isa, k, v, kind)
+        rounds = isa == "avx512bf16" and kind == "f16"
+        assert same_bits(cache.attend(q, 20, None, "int8"), cache.attend(q, 20, None, "exact")) != rounds
 
 
 @every_isa
@@ -101,7 +142,7 @@ def test_the_last_of_131072_positions_is_right(isa, kind, window):
     num_keys = 131072
     q = random_heads(2, 2, 16, 1) * 2
     k, v = (random_heads(num_keys, 1, 16, seed).half().float() for seed in (2, 3))
-    y = filled_cache(isa, k, v, kind).attend(q, num_keys - 2, window)
+    y = filled_cache(isa, k, v, kind).attend(q, num_keys - 2, window, "exact")
     exact = attention(q.double(), k.double(), v.double(), num_keys - 2, window)
     assert_as_accurate(y, exact, attention(q, k, v, num_keys - 2, window))
 
@@ -118,7 +159,7 @@ def test_scores_far_apart_do_not_overflow(isa):
 @every_isa
 @every_kind
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(4, 4, 20), (14, 2, 64)])
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(4, 4, 20), (14, 2, 64), (2, 2, 33)])
 def test_results_are_the_same_bits_for_any_chunks_and_threads(isa, kind, window, num_heads, num_kv_heads, head_dim):
     num_rows = 180
     q = random_heads(num_rows, num_heads, head_dim, 1)
@@ -167,7 +208,7 @@ def test_a_half_cache_computes_as_a_float_cache_of_rounded_values(isa):
     k, v = (random_heads(90, 2, 20, seed) for seed in (2, 3))
     for num_rows in (1, 5, 40):
         q = random_heads(num_rows, 4, 20, 1)
-        halves = filled_cache(isa, k, v, "f16").attend(q, 90 - num_rows)
+        halves = filled_cache(isa, k, v, "f16").attend(q, 90 - num_rows, None, "exact")
         floats = filled_cache(isa, k.half().float(), v.half().float(), "f32").attend(q, 90 - num_rows)
         assert same_bits(halves, floats)
 
@@ -179,7 +220,7 @@ def stored_halves(isa: str, values: np.ndarray) -> np.ndarray:
     for row in rows:
         cache = native.KvCache(native.Runtime(isa, 1), 1, 4096, 1, "f16")
         cache.append_(np.zeros((1, 1, 4096), np.float32), row[None], 0)
-        out.append(cache.attend(np.zeros((1, 1, 4096), np.float32), 0)[0])
+        out.append(cache.attend(np.zeros((1, 1, 4096), np.float32), 0, None, "exact")[0])
     return np.concatenate(out)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,9 @@ def test_activations_hold_over_the_whole_range(isa, name):
     x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([-1e4, -88.5, -40.0, 0.0, 1e-30, 88.5, 1e4, 1e30])])
     y = native.activate(native.Runtime(isa, 1), x[None], name)[0]
     exact, plain = FUNCTIONS[name](x.double()), FUNCTIONS[name](x)
+    if name == "gelu_tanh":  # torch computes 1 + tanh, which leaves no digit of the far end even in float64
+        u = math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)
+        exact = x.double() / (1 + torch.exp(-2 * u))
     for low, high in ((-1e5, -8), (-8, -1), (-1, 1), (1, 30), (30, 1e5), (1e5, 1e31)):  # each of its own magnitude
         inside = (x >= low) & (x <= high)
         assert_as_accurate(y[inside], exact[inside], plain[inside])

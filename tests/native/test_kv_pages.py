@@ -184,7 +184,8 @@ def test_a_move_is_refused_before_anything_is_touched(name):
     pool = pool_of("q8")
     pages = [pool.take(1) for _ in range(3)]
     table = np.zeros((1, 50, 8), np.float32)
-    given = dict(source=pages, source_start=0, target=pages, target_start=0, num_rows=50, cos=table, sin=table, tables=[0])
+    places = dict(source=pages, source_start=0, target=pages, target_start=0, num_rows=50)
+    given = dict(**places, cos=table, sin=table, tables=[0])
     with pytest.raises(ShapeError) as error:
         _core.move_rows(BACKEND.runtime.core, **given | changes)
     assert message in str(error.value)

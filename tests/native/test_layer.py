@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -53,7 +51,7 @@ class TinyLayer:
         self.layer = self.backend.compile_layer(record(decoder_layer, shape), self.linears | self.norms, EPS)
         self.pool = self.backend.new_pool(KV_HEADS, HEAD_DIM, CacheFormat.parse("fp16"), 1 << 26)
 
-    def change(self, seed: int, rank: int = 3) -> SimpleNamespace:
+    def change(self, seed: int, rank: int = 3) -> dict[str, native.LowRank]:
         """A low-rank change of two of the four linears."""
 
         def packed(name: str):
@@ -61,7 +59,7 @@ class TinyLayer:
             parts = [LowRankPart(normal(rank, k, seed=seed), 0.1 * normal(n, rank, seed=seed + 1)) for n in outs]
             return self.backend.pack_low_rank(parts)
 
-        return SimpleNamespace(qkv=packed("qkv"), o=None, gate_up=None, down=packed("down"))
+        return {"qkv": packed("qkv"), "down": packed("down")}
 
     def run(self, sequences: list[Sequence], counts: list[int], changes=(), instance: int = 0) -> list[torch.Tensor]:
         """The next `counts` rows of each sequence through the layer in one step."""
@@ -110,7 +108,7 @@ def one_by_one(tiny: TinyLayer, x: torch.Tensor, cos, sin) -> torch.Tensor:
     native.rotate_(runtime, q, cos, sin)
     native.rotate_(runtime, k, cos, sin)
     cache.append_(k, v, 0)
-    native.add_(runtime, x, tiny.linears["o"](cache.attend(q, 0, tiny.window), compute), 0.5)
+    native.add_(runtime, x, tiny.linears["o"](cache.attend(q, 0, tiny.window, compute), compute), 0.5)
     normed = native.rms_norm(runtime, x, tiny.norms["mlp_norm"], EPS)
     gate = native.silu_mul(runtime, tiny.linears["gate_up"](normed, compute))
     native.add_(runtime, x, tiny.linears["down"](gate, compute), 0.5)
@@ -258,7 +256,7 @@ def test_a_layer_is_refused_a_step_that_does_not_fit_it():
     with pytest.raises(ShapeError, match="names each linear"):
         run(small_step(), changes=[(0, 2, none[1:])])
     with pytest.raises(ShapeError, match="linears of other sizes"):
-        run(small_step(), changes=[(0, 2, [None, tiny.change(1).qkv.core, None, None])])
+        run(small_step(), changes=[(0, 2, [None, tiny.change(1)["qkv"].core, None, None])])
     with pytest.raises(ShapeError, match="neither LowRank nor None"):
         run(small_step(), changes=[(0, 2, ["qkv", None, None, None])])
 

@@ -72,7 +72,7 @@ def names_in(folder: Path) -> Iterator[str]:
     """The folder, its files, the parts of tensor names, and all keys of config.json."""
     yield str(folder)
     yield from os.listdir(folder) if folder.is_dir() else ()
-    yield from ("model.layers.", "model.norm", "model.embed_tokens", "lm_head", "max_seq_len")
+    yield from ("gpt_neox.", "embed_out", "model.layers.", "model.norm", "model.embed_tokens", "lm_head", "max_seq_len")
     try:
         yield from json.loads((folder / "config.json").read_bytes()[: 2**20])
     except (OSError, ValueError, RecursionError, TypeError):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from container_writer import AWQ_CONFIG, compressed_config
+from gptq_writer import Kind
 from hostile_folders import (
     ABSURD,
     FILE_REPLACEMENTS,
@@ -38,6 +40,9 @@ def _(folder: Path, rng: Rng) -> None:
 def _(folder: Path, rng: Rng) -> None:
     absent = ["head_dim", "layer_types", "max_window_layers", "use_sliding_window", "sliding_window", "attention_bias"]
     absent += ["quantization_config", "rope_scaling", "rope_parameters", "mlp_bias", "auto_map", "rope_theta"]
+    absent += ["hidden_activation", "query_pre_attn_scalar", "final_logit_softcapping", "sliding_window_pattern"]
+    absent += ["rope_local_base_freq", "logit_scale", "rotary_pct", "use_parallel_residual", "qk_layernorm"]
+    absent += ["embedding_multiplier", "logits_scaling", "layer_norm_eps", "norm_epsilon", "use_qk_norm", "use_bias"]
     absent += ["partial_rotary_factor", "original_max_position_embeddings", "max_sequence_length", "compression_config"]
 
     def edit(config: dict[str, Any]) -> None:
@@ -90,6 +95,21 @@ def _(folder: Path, rng: Rng) -> None:
             target[pick(rng, keys)] = pick(rng, [*ABSURD, 2, 8, 16, 64, "marlin", "awq", "gptq_p", "gptq_v2"])
 
     edit_json(path, edit)
+
+
+@damage("config: the declaration of another container")
+def _(folder: Path, rng: Rng) -> None:
+    kinds = [Kind(), Kind(bits=8, group_size=-1), Kind(sym=False), Kind(group_size=16, desc_act=True)]
+    claims = [compressed_config(pick(rng, kinds)), AWQ_CONFIG, {"quant_method": "gptq", "bits": 4, "group_size": 32}]
+    claims += [{"quant_method": name} for name in ("fp8", "mxfp4", "bitsandbytes", "hqq", "exl2", "modelopt")]
+
+    def edit(config: dict[str, Any]) -> None:
+        claim = dict(pick(rng, claims))
+        if rng.integers(3) == 0:
+            claim[pick(rng, claim)] = pick(rng, ABSURD)
+        config["quantization_config"] = claim
+
+    edit_json(folder / "config.json", edit)
 
 
 @damage("config: anywhere in a JSON file")

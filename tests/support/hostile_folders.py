@@ -1,8 +1,8 @@
 """A corpus of damaged model folders, the same for the same seed.
 
-A case is a whole checkpoint (a copy out of tests/data, or one that gptq_writer makes) and one kind of damage done to
-it. `make_case(number, seed, folder)` cycles through the kinds, so that any run of `len(KINDS)` numbers has them all;
-what exactly is damaged, and how, comes from a generator seeded with both numbers.
+A case is a whole checkpoint (a copy out of tests/data, or one that gptq_writer or transformers makes) and one kind of
+damage done to it. `make_case(number, seed, folder)` cycles through the kinds, so that any run of `len(KINDS)` numbers
+has them all; what exactly is damaged, and how, comes from a generator seeded with both numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from container_writer import write_container
 from fixtures import LOCAL_DATA
-from gptq_writer import write_checkpoint
+from gptq_writer import Kind, write_checkpoint
 
 Damage = Callable[[Path, np.random.Generator], None]
 KINDS: dict[str, Damage] = {}
@@ -40,6 +43,25 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "quantised lm_head": {"quantised_lm_head": True, "config_files": ("quantize_config.json",)},
     "skipped modules": {"dynamic": {r"-:.*down_proj": {}, r".*q_proj": {"bits": 8}}},
     "odd name": {"file_name": "4bit-32g.safetensors", "config_files": ("config.json", "quantize_config.json")},
+}
+
+# Families that write_checkpoint does not know, as transformers saves them: settings beside those of their_folder.py.
+SAVED: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"head_dim": 16, "sliding_window": 24},
+    "phi3": {"tie_word_embeddings": True},
+    "cohere": {"use_qk_norm": True},
+    "stablelm": {"qk_layernorm": True},
+    "gpt_neox": {},
+    "starcoder2": {},
+}
+
+# And in other containers: arguments of write_container.
+CONTAINERS: dict[str, tuple[str, Kind]] = {
+    "AWQ": ("awq", Kind(sym=False)),
+    "W4A16 with the order of groups": ("compressed-tensors", Kind(desc_act=True)),
+    "W4A16, asymmetric": ("compressed-tensors", Kind(sym=False)),
+    "W4A16, asymmetric, of 2024": ("compressed-tensors", Kind(sym=False, era=3)),
+    "W8A16": ("compressed-tensors", Kind(bits=8, group_size=-1)),
 }
 
 # What a JSON value is replaced with. Python's reader takes NaN and Infinity, so they are in.
@@ -62,15 +84,32 @@ def make_case(number: int, seed: int, folder: Path) -> str:
 def write_base(folder: Path, choice: int) -> None:
     """An undamaged checkpoint with a tokenizer: one of tests/data or one of WRITTEN."""
     copied = sorted(path for path in (LOCAL_DATA / "gptq").iterdir() if path.is_dir())
-    choice %= len(copied) + len(WRITTEN)
+    choice %= len(copied) + len(WRITTEN) + len(SAVED) + len(CONTAINERS)
     if choice < len(copied):
         ignored = shutil.ignore_patterns("expected.npz", "fixture.json")
         shutil.copytree(copied[choice], folder, ignore=ignored)
         return
-    arguments = WRITTEN[list(WRITTEN)[choice - len(copied)]]
-    write_checkpoint(folder, {"vocab_size": 512}, **arguments)
+    choice -= len(copied)
+    if choice < len(WRITTEN):
+        write_checkpoint(folder, {"vocab_size": 512}, **WRITTEN[list(WRITTEN)[choice]])
+    elif choice < len(WRITTEN) + len(SAVED):
+        shutil.copytree(_saved(list(SAVED)[choice - len(WRITTEN)]).name, folder)
+    else:
+        container, kind = list(CONTAINERS.values())[choice - len(WRITTEN) - len(SAVED)]
+        write_container(folder, container, kind, {"vocab_size": 512})
     for name in TOKENIZER_FILES:
         shutil.copyfile(TOKENIZER_SOURCE / name, folder / name)
+
+
+@cache
+def _saved(family: str) -> TemporaryDirectory[str]:
+    """A folder that is made once and copied for each case."""
+    from their_folder import quantise_model, save_model  # not at the top: transformers takes seconds to import
+
+    made = TemporaryDirectory()
+    save_model(Path(made.name), family, vocab_size=512, **SAVED[family])
+    quantise_model(Path(made.name))
+    return made
 
 
 def damage(kind: str) -> Callable[[Damage], Damage]:

@@ -170,7 +170,7 @@ def _(folder: Path, rng: Rng) -> None:
 @damage("tensors: g_idx out of range")
 def _(folder: Path, rng: Rng) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
-        name = pick(rng, tensor_names(tensors, ".g_idx", ".qzeros"))
+        name = pick(rng, tensor_names(tensors, "g_idx", ".qzeros", ".weight_zero_point", ".weight_shape"))
         flat = tensors[name].view(-1)
         if rng.integers(3) == 0:
             flat[:] = pick(rng, [-2, 1, 2**20])
@@ -193,7 +193,8 @@ def _(folder: Path, rng: Rng) -> None:
 @damage("tensors: huge, tiny and negative values")
 def _(folder: Path, rng: Rng) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
-        for name in tensor_names(tensors, pick(rng, [".scales", "norm.weight", ".bias", "embed_tokens.weight"])):
+        kinds = [(".scales", ".weight_scale"), ("norm.weight",), (".bias",), ("embed_tokens.weight",)]
+        for name in tensor_names(tensors, *pick(rng, kinds)):
             if tensors[name].is_floating_point():
                 tensors[name][:] = pick(rng, [65504.0, -65504.0, 6e-8, 0.0, -1.0])
 
@@ -203,7 +204,7 @@ def _(folder: Path, rng: Rng) -> None:
 @damage("tensors: random words")
 def _(folder: Path, rng: Rng) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
-        name = pick(rng, tensor_names(tensors, ".qweight", ".qzeros"))
+        name = pick(rng, tensor_names(tensors, ".qweight", ".qzeros", ".weight_packed", ".weight_zero_point"))
         noise = torch.from_numpy(np.frombuffer(rng.bytes(tensors[name].nbytes), np.uint8).copy())
         tensors[name] = noise.view(tensors[name].dtype).view(tensors[name].shape)
 

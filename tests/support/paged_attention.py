@@ -46,10 +46,10 @@ class PagedAttention:
         self.place[self.width - q_size :] = np.eye(q_size, dtype=np.float32)
         self.core = _core.Layer([self.width, q_size, self.width], compute)
         self.core.append((0, q_size, num_kv_heads, dim), (0, q_size + kv_size, num_kv_heads, dim))
-        self.core.attend((0, 0, num_heads, dim), (1, 0, num_heads, dim), window or 0, 1.0 / math.sqrt(dim))
+        self.core.attend((0, 0, num_heads, dim), (1, 0, num_heads, dim), window or 0, 1.0 / math.sqrt(dim), 0.0)
         identity = native.Linear(self.backend.runtime, [native.dense_linear(self.place)]).core
         self.core.linear((1, 0, 1, q_size), identity, (2, 0, 1, self.width))
-        self.core.add_residual((2, 0, 1, self.width))
+        self.core.add_residual((2, 0, 1, self.width), 1.0)
         self.core.finish()
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, instance: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ropewalk import native
+from ropewalk.backends.expert_memory import CpuExperts, ExpertMemory
 from ropewalk.backends.shared import SinglePlace
 from ropewalk.base.errors import ShapeError
 from ropewalk.config.cache_format import CacheFormat
@@ -17,6 +18,7 @@ from ropewalk.families.program import (
     AddResidual,
     Append,
     Attend,
+    Experts,
     Gate,
     LayerNorm,
     Linear,
@@ -32,8 +34,8 @@ from ropewalk.gptq.linear import GptqLinear
 from ropewalk.native import _core  # from there: it says what to do where the core is missing
 
 if TYPE_CHECKING:
-    from ropewalk.backends.protocol import LayerChange, LowRankPart, Page, RowChange, RowSpan
-    from ropewalk.gptq.linear import DenseLinear
+    from ropewalk.backends.protocol import ExpertRoom, LayerChange, LowRankPart, Page, RowChange, RowSpan
+    from ropewalk.gptq.linear import DenseLinear, Expert
 
 ACTIVATIONS = {Activation.SILU: "silu", Activation.GELU: "gelu", Activation.GELU_TANH: "gelu_tanh"}
 KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes are the same
@@ -42,14 +44,18 @@ KV_TYPES = {"fp16": "f16", "fp32": "f32"}  # the core's names; those of codes ar
 class CpuBackend(SinglePlace):
     """Kernels of one instruction set on a fixed number of threads.
 
-    compute: "exact" or "int8" (see `native.Linear`). isa, threads: see `native.Runtime`.
+    compute: "exact" or "int8" (see `native.Linear`). isa, threads: see `native.Runtime`. experts: how much
+    memory those of a mixture may take; None: as much as they need.
     """
 
     name = "cpu"
     device = torch.device("cpu")
 
-    def __init__(self, compute: str, isa: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, compute: str, isa: str | None = None, threads: int | None = None, experts: ExpertRoom | None = None
+    ) -> None:
         self.compute = compute
+        self._experts = ExpertMemory(experts)
         self.runtime = native.Runtime(isa, threads)
         self._arena = native.Arena()
 
@@ -68,12 +74,17 @@ class CpuBackend(SinglePlace):
         if compute not in ("exact", "int8"):
             return None
         other = CpuBackend.__new__(CpuBackend)
-        other.compute, other.runtime, other._arena = compute, self.runtime, self._arena
+        other.compute, other.runtime = compute, self.runtime
+        other._arena, other._experts = self._arena, self._experts
         return other
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
         return native.Linear(self.runtime, [self._pack_part(part) for part in parts])
+
+    def pack_experts(self, experts: Sequence[Expert]) -> CpuExperts:
+        """Repack one expert after the other: all of them, or as many as there is room for."""
+        return CpuExperts(self.pack, experts, self._experts)
 
     def _pack_part(self, part: GptqLinear | DenseLinear) -> object:
         if not isinstance(part, GptqLinear):
@@ -236,6 +247,9 @@ class CpuLayer:
                 core.gate(_columns(gate_up), ACTIVATIONS[activation], _columns(out))
             case Route(logits, top_k, normalised, out):
                 core.route(_columns(logits), top_k, normalised, _columns(out))
+            case Experts(x, routes, weight, activation, out):
+                places = _columns(x), _columns(routes)
+                core.experts(*places, weights[weight].core, ACTIVATIONS[activation], _columns(out))
             case SigmoidMul(x, gate, out):
                 core.sigmoid_mul(_columns(x), _columns(gate), _columns(out))
             case AddResidual(y, scale):

@@ -29,7 +29,7 @@ from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 
 if TYPE_CHECKING:
-    from ropewalk.gptq.linear import DenseLinear, GptqLinear
+    from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 
 
 PAGE_TOKENS = 64  # positions of a page: one tile of keys of the attention kernels
@@ -69,6 +69,22 @@ class PackedLowRank(Protocol):
 
 # What a set of adapters changes in one layer: by the names of the program's linears, those that change.
 LayerChange = Mapping[str, PackedLowRank]
+
+
+class PackedExperts(Protocol):
+    """The experts of one layer, in the layout of the backend that packed them."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by those that are in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRoom:
+    """How much memory experts may take: num_bytes of all layers together, which is this part of what all would take."""
+
+    num_bytes: int
+    part: float
 
 
 class Page(Protocol):
@@ -206,6 +222,15 @@ class Backend(Protocol):
 
         Raises:
             ShapeError: no parts, or parts that disagree about K.
+        """
+
+    def pack_experts(self, experts: Sequence[Expert]) -> PackedExperts:
+        """Lay out the experts of one layer, which are numbered in the given order and all of the same sizes.
+
+        experts: may read an expert each time that it is asked for one.
+
+        Raises:
+            ShapeError: no experts, or experts that disagree about their sizes.
         """
 
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> PackedLowRank:

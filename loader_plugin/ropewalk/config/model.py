@@ -21,6 +21,7 @@ from ropewalk.config.windows import layer_windows
 from ropewalk.families import FAMILIES
 from ropewalk.families.family import Family, Scales, Sizes
 from ropewalk.families.program import Activation
+from ropewalk.families.recorder import Mixture
 from ropewalk.families.tables import LayerKind
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class ModelConfig:
     flags: frozenset[str]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    mixture: Mixture | None  # of the layers whose kind has experts
     # The whole config.json, read-only: rope/decision.py and config/quantisation.py read their keys from it.
     raw: Mapping[str, Any]
 
@@ -65,7 +67,18 @@ class ModelConfig:
     def sizes(self) -> dict[str, int]:
         """The sizes that the tensors of a family are named by (families/tables.py)."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
+        mixture = self.mixture
+        experts = (
+            {}
+            if mixture is None
+            else {
+                "experts": mixture.num_experts,
+                "expert inner": mixture.inner,
+                "shared inner": mixture.shared_inner,
+                "one": 1,
+            }
+        )
+        return experts | {
             "hidden": self.hidden_size,
             "inner": self.intermediate_size,
             "gate and up": 2 * self.intermediate_size,
@@ -156,6 +169,7 @@ def parse_model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         ),
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
+        mixture=None if family.mixture is None else family.mixture(section),
         raw=MappingProxyType(dict(raw)),
     )
 

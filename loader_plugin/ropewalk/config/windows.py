@@ -21,7 +21,8 @@ def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[in
     if family.windows is Windows.NONE:
         return (None,) * num_layers
     window = None
-    if family.windows is not Windows.SOME or section.boolean("use_sliding_window", False):
+    key = "use_sliding_window" if family.windows is Windows.SOME else family.window_key
+    if key is None or section.boolean(key, False):
         absent = None if "sliding_window" in section.values else family.window
         window = section.optional_integer("sliding_window", 1, MAX_POSITIONS, absent)
     slides = _layer_slides(section, num_layers)
@@ -36,13 +37,13 @@ def layer_windows(section: Section, family: Family, num_layers: int) -> tuple[in
         slides = _most(section, family, num_layers) if family.windows is Windows.MOST else _last(section, num_layers)
         slides = [slide and (window is not None or family.windows is Windows.MOST) for slide in slides]
     if window is None and any(slides):
-        why = (
-            "sliding_window must be an integer"
-            if family.windows is Windows.MOST
-            else "use_sliding_window must be true and sliding_window an integer"
-        )
+        if family.windows is Windows.MOST:
+            raise section.error(
+                "sliding_window", f"an integer from 1 to {MAX_POSITIONS}: there are layers with windows"
+            )
         raise ConfigError(
-            f"{section.source}: layer_types names sliding_attention layers, but no window is in force: {why}"
+            f"{section.source}: layer_types names sliding_attention layers, but no window is in force: "
+            "use_sliding_window must be true and sliding_window an integer"
         )
     return tuple(window if slide else None for slide in slides)
 

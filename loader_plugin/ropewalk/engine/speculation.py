@@ -11,6 +11,7 @@ import torch
 
 from ropewalk.base.choices import SPECULATION
 from ropewalk.base.errors import ConfigError
+from ropewalk.files.local import local_folder
 from ropewalk.generate.generate import Cancelled
 from ropewalk.generate.guesses import Guesses
 from ropewalk.generate.sampling import SamplingParams
@@ -91,7 +92,7 @@ class _Stoppable:
 
 def _draft_scheduler(draft_model: Any, model: Any, tokenizer: Tokenizer) -> Scheduler:
     if isinstance(draft_model, (str, Path)):
-        folder = Path(draft_model)
+        folder = local_folder(draft_model)
         draft_tokenizer = load_tokenizer(folder)
         draft_model = load_model(folder, **model.backend.load_options)
     elif not isinstance(draft_model, Model):

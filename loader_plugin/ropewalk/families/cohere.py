@@ -11,7 +11,7 @@ from ropewalk.families.family import ONE_KIND, Family, Flag, Key, Scales, Sizes
 from ropewalk.families.recorder import LayerShape, Recorder
 from ropewalk.families.tables import DOWN, GATE_AND_UP, OUTPUT, LayerKind, Rows, norm, queries_keys_values
 
-MAX_LOGIT_SCALE = 1e6
+LEAST, MOST = 1e-6, 1e6  # far beyond what is in use (0.0625 to 1)
 LINEARS = queries_keys_values(Rows.PAIRS) + OUTPUT + GATE_AND_UP + DOWN
 ATTENTION_BIAS = (Flag("qkv_bias", "attention_bias", False), Flag("o_bias", "attention_bias", False))
 HEAD_NORMS = norm("q_norm", "self_attn.q_norm", "heads", "head", flag="qk_norm", rows=Rows.PAIRS) + norm(
@@ -29,7 +29,7 @@ def cohere_layer(ops: Recorder, shape: LayerShape) -> None:
 
 def cohere_scales(config: Section, sizes: Sizes) -> Scales:
     """1 / sqrt(D), and `logit_scale`."""
-    logits = config.optional_number("logit_scale", 0.0, MAX_LOGIT_SCALE, 0.0625, above=True)
+    logits = config.optional_number("logit_scale", LEAST, MOST, 0.0625)
     return Scales(attention=sizes.head_dim**-0.5, logits=logits)
 
 

@@ -13,6 +13,7 @@ from enum import Enum
 
 from ropewalk.base.json import Section
 from ropewalk.families.program import Activation
+from ropewalk.families.recorder import Mixture
 from ropewalk.families.tables import LLAMA_KIND, LayerKind, NormEntry, Rows, norm
 
 
@@ -102,12 +103,15 @@ class Family:
     eps: of all norms. centred: norms are LayerNorm instead of RMSNorm.
     activations, activation: the keys for it, the first that is there counts, and the name where none is.
     renamed: names of activations that mean another one in this family.
-    windows, window: which layers have one, and `sliding_window` where that is absent. full_every, full_key: for
-        Windows.MOST, after how many layers one sees everything, and the key for that number.
-    theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family. sliding_theta: layers with a window have a table of their own, never scaled.
+    windows, window: which layers have one, and `sliding_window` where that is absent. window_key: for Windows.ALL, a
+        key without which no layer has one. full_every, full_key: for Windows.MOST, after how many layers one sees
+        everything, and the key for that number.
+    theta, partial_rotary: of RoPE. rope_types: names of its types that mean another one in this family.
+    sliding_theta: layers with a window have a table of their own, never scaled.
     full_layers_rotate: False: layers without a window have no RoPE at all.
     extended_in_the_wild: fine-tunes may declare a longer context by other means than a scaling object
         (rope/decision.py).
+    mixture: the experts of the layers whose kind has some, as config.json says.
     kinds, kinds_of: the kinds of layers by name, and which layer is of which.
     """
 
@@ -130,6 +134,7 @@ class Family:
     renamed: Mapping[str, Activation] = field(default_factory=dict)
     windows: Windows = Windows.NONE
     window: int | None = 4096
+    window_key: str | None = None
     full_every: int = 0
     full_key: str | None = None
     theta: Key = Key("rope_theta", 10000.0)
@@ -139,6 +144,7 @@ class Family:
     full_layers_rotate: bool = True
     extended_in_the_wild: bool = False
     names: Names = Names()
+    mixture: Callable[[Section], Mixture] | None = None
     kinds: Mapping[str, LayerKind] = field(default_factory=lambda: {ONE_KIND: LLAMA_KIND})
     kinds_of: KindsOf = one_kind
 

@@ -16,7 +16,7 @@ from ropewalk.families.program import Activation
 from ropewalk.families.recorder import LayerShape, Recorder
 from ropewalk.families.tables import LLAMA_LINEARS, LayerKind, norm
 
-MAX_SCALAR = 1e6  # far beyond the head sizes and hidden sizes that are in use
+LEAST, MOST = 1e-6, 1e6  # far beyond the head sizes and hidden sizes that are in use
 
 NORMS = (
     norm("attn_norm", "input_layernorm", "hidden", offset=1.0)
@@ -38,12 +38,12 @@ def sandwich_layer(ops: Recorder, shape: LayerShape) -> None:
 
 def soft_cap(config: Section, key: str, absent: float | None) -> float | None:
     """A cap, which null turns off."""
-    return config.optional_number(key, 0.0, MAX_SCALAR, None if key in config.values else absent, above=True)
+    return config.optional_number(key, LEAST, MOST, None if key in config.values else absent)
 
 
 def gemma_scales(config: Section, sizes: Sizes, attention_cap: float | None, logits_cap: float | None) -> Scales:
     """query_pre_attn_scalar ** -0.5, which need not follow from the head size. The caps: where the key is absent."""
-    scalar = config.optional_number("query_pre_attn_scalar", 0.0, MAX_SCALAR, 256.0, above=True)
+    scalar = config.optional_number("query_pre_attn_scalar", LEAST, MOST, 256.0)
     return Scales(
         attention=scalar**-0.5,
         embeddings=math.sqrt(sizes.hidden),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from ropewalk.base.json import Section
 from ropewalk.families.family import Family, Flag, Scales, Sizes
 
-MAX_MULTIPLIER = 1e6  # far beyond what is in use (12 for embeddings, 16 for logits)
+LEAST, MOST = 1e-6, 1e6  # far beyond what is in use (12 for embeddings, 16 for logits)
 
 
 def _scales(config: Section, sizes: Sizes) -> Scales:
     def multiplier(key: str) -> float:
-        return config.optional_number(key, 0.0, MAX_MULTIPLIER, 1.0, above=True)
+        return config.optional_number(key, LEAST, MOST, 1.0)
 
     return Scales(
         attention=multiplier("attention_multiplier"),

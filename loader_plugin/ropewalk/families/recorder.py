@@ -26,6 +26,20 @@ from ropewalk.families.program import (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """The experts of a layer. normalised: the shares of those that a row takes add up to 1.
+
+    shared_inner: the inner features of an expert that every row takes besides; 0: there is none.
+    """
+
+    num_experts: int
+    top_k: int
+    inner: int
+    normalised: bool
+    shared_inner: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """The sizes of one decoder layer, and what else tells its kind from others of the same family.
@@ -47,6 +61,7 @@ class LayerShape:
     attention_cap: float | None = None
     residual_scale: float = 1.0
     activation: Activation = Activation.SILU
+    mixture: Mixture | None = None
 
 
 class Recorder:
@@ -163,6 +178,13 @@ def record(layer: LayerFunction, shape: LayerShape) -> Program:
         "up": shape.inner,
         "down": shape.hidden,
     }
+    if shape.mixture is not None:
+        linears |= {
+            "router": shape.mixture.num_experts,
+            "shared_gate_up": 2 * shape.mixture.shared_inner,
+            "shared_down": shape.hidden,
+            "shared_gate": 1,
+        }
     recorder = Recorder(shape.hidden, linears)
     layer(recorder, shape)
     return recorder.program

@@ -53,6 +53,28 @@ class LinearEntry:
     rows: Rows | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsEntry:
+    """The experts of a layer: their field in LayerWeights, and the modules of their linears, {expert} for the number.
+
+    Gate and up map "hidden" to "expert inner", down maps back; there are "experts" of them.
+    """
+
+    field: str
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def linears(self) -> tuple[LinearEntry, ...]:
+        """Gate, up and down."""
+        return (
+            LinearEntry("gate", self.gate, "hidden", "expert inner"),
+            LinearEntry("up", self.up, "hidden", "expert inner"),
+            LinearEntry("down", self.down, "expert inner", "hidden"),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
     """Layers of a family that hold the same tensors and compute the same.
@@ -63,6 +85,7 @@ class LayerKind:
 
     norms: tuple[NormEntry, ...]
     linears: tuple[LinearEntry, ...]
+    experts: ExpertsEntry | None = None
     adds: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     layer: LayerFunction = decoder_layer
 

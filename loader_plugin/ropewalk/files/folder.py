@@ -34,6 +34,9 @@ class Checkpoint:
         self.files, shard_of = choose_files(self.folder, base_name)
         self._opened = {path.name: SafetensorsFile(path) for path in self.files}
         self._file_of = _locate(self._opened, shard_of)
+        self._modules: dict[str, list[str]] = {}
+        for name in self._file_of:
+            self._modules.setdefault(name.rpartition(".")[0], []).append(name)
         self._warned: set[str] = set()
         self._samples: dict[str, bytes] = {}  # of the tensors that were read, for the fingerprint
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ropewalk-read-ahead")
@@ -84,6 +87,10 @@ class Checkpoint:
         """
         names = [name for name in self._file_of if name.startswith(prefix)]
         self._reader.submit(self._will_need, names)
+
+    def will_need(self, module: str) -> None:
+        """The same, at once, for the tensors of one module."""
+        self._will_need(self._modules.get(module, []))
 
     def _will_need(self, names: list[str]) -> None:
         for name in names:

@@ -39,6 +39,11 @@ def choose_files(folder: Path, base_name: str | None) -> tuple[tuple[Path, ...],
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"model folder {folder} cannot be listed: {error.strerror or error}") from error
+    return choose_among(folder, entries, base_name)
+
+
+def choose_among(folder: Path, entries: list[Path], base_name: str | None) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The same for a list of entries of the folder, of which only an index needs to be there yet."""
     index = _choose_index(entries, base_name)
     if index is not None:
         return _read_index(index, entries)

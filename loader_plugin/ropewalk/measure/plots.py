@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ropewalk.measure.divergence import Divergence
     from ropewalk.measure.recommend import Recommendation
     from ropewalk.measure.retrieval import RetrievalCell
+    from ropewalk.measure.speed import Speeds
 
 INK = "#8a8580"
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow and black are left out for the two themes.
@@ -176,6 +178,43 @@ def plot_retrieval(cells: Sequence[RetrievalCell], title: str = "") -> Figure:
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
+    return figure
+
+
+def plot_roofline(found: Speeds) -> Figure:
+    """What the machine allows, by operations to a byte, and where each way to run the model stands below it (Williams
+    et al. 2009, "Roofline").
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    figure, axes = _figure()
+    limit = found.limit
+    corner = limit.operations / limit.read_bytes
+    places = [speed.operations / speed.num_bytes for speed in found.speeds]
+    left, right = min(*places, corner) / 3, max(*places, corner) * 3
+    roof = [(left, left * limit.read_bytes), (corner, limit.operations), (right, limit.operations)]
+    axes.plot(*zip(*((x, y / 1e9) for x, y in roof), strict=True), color=INK, linewidth=1.6)
+    for number, (speed, place) in enumerate(zip(found.speeds, places, strict=True)):
+        rates = sorted(rate * speed.operations / 1e9 for rate in speed.tokens_s)
+        middle = statistics.median(rates)
+        axes.errorbar(
+            [place], [middle], yerr=[[middle - rates[0]], [rates[-1] - middle]], linestyle="", capsize=2, markersize=6,
+            marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], label=speed.name,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations to a byte of memory")
+    axes.set_ylabel(f"{found.kind} operations, GOP/s")
+    for text, place, above in (
+        (f"memory, {limit.read_bytes / 1e9:.1f} GB/s", (left, left * limit.read_bytes / 1e9), 14),
+        (f"products, {limit.operations / 1e9:,.0f} GOP/s", (corner, limit.operations / 1e9), 4),
+    ):
+        axes.annotate(text, place, xytext=(2, above), textcoords="offset points", color=INK, fontsize=8)
+    axes.margins(y=0.12)
+    axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(frameon=False, labelcolor=INK, ncols=2, fontsize=9, loc="outside upper center")
     return figure
 
 

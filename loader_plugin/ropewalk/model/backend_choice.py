@@ -75,7 +75,7 @@ def _automatic(options: LoadOptions) -> Chosen:
 
 def _asks_for_cpu(options: LoadOptions) -> str | None:
     """The first option that has a meaning on the CPU alone."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "isa")}
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("threads", "isa", "expert_memory")}
     given |= {"compute": options.compute if options.compute == "int8" else None}
     given |= {"gpu_layers": options.gpu_layers, "device": _device_type(options)}
     return next((f"{name}={value!r}" for name, value in given.items() if value is not None), None)
@@ -99,6 +99,10 @@ def _check_options(options: LoadOptions, chosen: Chosen) -> None:
         value = getattr(options, option)
         if value is not None and name != "cpu" and not (name == "gpu" and mixed):
             raise ConfigError(f'{option}={value!r} is an option of backend="cpu"; leave it out for "{name}"')
+    if options.expert_memory is not None and name != "cpu":
+        raise ConfigError(
+            f'expert_memory={options.expert_memory!r} is an option of backend="cpu"; leave it out for "{name}"{why}'
+        )
     for option in ("gpu_layers", "gpu_split"):
         value = getattr(options, option)
         if value and name != "gpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ropewalk.backends.protocol import Backend
+from ropewalk.backends.protocol import Backend, ExpertRoom
 from ropewalk.backends.reference import ReferenceBackend
 from ropewalk.backends.split import Place, SplitBackend
 from ropewalk.base.errors import ConfigError
@@ -13,16 +13,18 @@ from ropewalk.model.options import LoadOptions
 from ropewalk.model.placement import Placement
 
 
-def make_backend(options: LoadOptions, placement: Placement | None = None) -> Backend:
+def make_backend(
+    options: LoadOptions, placement: Placement | None = None, experts: ExpertRoom | None = None
+) -> Backend:
     """The backend of `choose_backend`, ready to pack weights. placement: of the layer instances, where there are more
-    places than one.
+    places than one. experts: how much memory those of a mixture may take, on the CPU.
 
     Raises:
         ConfigError: as `choose_backend`; or this machine lacks what the backend needs. NativeError: no compiled core.
     """
     name = choose_backend(options).name
     if placement is None:
-        return _single(name, options, options.device)
+        return _single(name, options, options.device, experts)
     places = [Place(_on_place(share.device, options), share.num_instances) for share in placement.shares]
     return SplitBackend(places, placement.weights_indices)
 
@@ -32,7 +34,9 @@ def _on_place(device: str | None, options: LoadOptions) -> Backend:
     return _single("cpu" if device is None else "gpu", options, device)
 
 
-def _single(name: str, options: LoadOptions, device: str | torch.device | None) -> Backend:
+def _single(
+    name: str, options: LoadOptions, device: str | torch.device | None, experts: ExpertRoom | None = None
+) -> Backend:
     compute = compute_of(name, options)
     if name == "reference":
         return ReferenceBackend(compute, _torch_device(device))
@@ -45,7 +49,7 @@ def _single(name: str, options: LoadOptions, device: str | torch.device | None) 
         return GpuBackend(compute, card)
     from ropewalk.backends.cpu import CpuBackend  # not at the top: the reference runs without the compiled core
 
-    return CpuBackend(compute=compute, isa=options.isa, threads=options.threads)
+    return CpuBackend(compute, options.isa, options.threads, experts)
 
 
 def _torch_device(device: str | torch.device | None) -> torch.device:

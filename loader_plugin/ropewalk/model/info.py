@@ -14,9 +14,10 @@ from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
+from ropewalk.files.local import local_folder
 from ropewalk.model.backend_choice import arithmetic
 from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
-from ropewalk.model.options import LoadOptions, options_with
+from ropewalk.model.options import LoadOptions, options_with, with_local_second
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.weights.check import check_tensors, settings_of
@@ -43,6 +44,7 @@ class ModelInfo:
     intermediate_size: int
     vocab_size: int
     sliding_window: int | None
+    sliding_layers: int
     linears: Mapping[str, int]
     format: str | None
     act_order: bool | None
@@ -64,6 +66,8 @@ class ModelInfo:
     def describe(self) -> str:
         """Several lines for people."""
         window = "" if self.sliding_window is None else f", sliding window {self.sliding_window}"
+        if 0 < self.sliding_layers < self.num_layers:
+            window += f" in {self.sliding_layers} layers"
         files = ", ".join(f"{name} ({format_bytes(size)})" for name, size in self.files.items())
         caches = "\n".join(
             f"  {length:>9,} positions  {format_bytes(size):>10}  with weights "
@@ -116,22 +120,22 @@ def model_info(
     if max_seq_len is not None:
         keywords["max_seq_len"] = max_seq_len
     options = options_with(options, keywords)
-    folder = Path(folder)
+    folder, options = local_folder(folder), with_local_second(options)
     plan = plan_loading(folder, options)
     quant = plan.quant
     lent_bytes = 0 if plan.second is None else _layer_bytes(Path(options.second_folder), plan.second)
     with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(plan.config, quant, checkpoint)
         info = _info(folder, plan, checkpoint, options.cache_format)
-        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, checkpoint, options))
+        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, quant, checkpoint, options))
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
 
 
-def _head_change(config: ModelConfig, checkpoint: Checkpoint, options: LoadOptions) -> int:
+def _head_change(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, options: LoadOptions) -> int:
     """By how many bytes the head is held in more than it is stored in."""
     head = config.table.names.head
     bits = rounded_bits(options.head_bits, arithmetic(options))
-    if bits is None or f"{head}.qweight" in checkpoint or not can_round(config.hidden_size, bits):
+    if bits is None or container_of(quant).holds(checkpoint, head) or not can_round(config.hidden_size, bits):
         return 0
     is_tied = config.tie_word_embeddings or f"{head}.weight" not in checkpoint
     stored = 0 if is_tied else checkpoint.info(f"{head}.weight").num_bytes
@@ -165,6 +169,7 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: Ca
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         sliding_window=windows[0] if windows else None,
+        sliding_layers=len(windows),
         linears=kinds,
         format=None if settings is None else settings.format,
         act_order=None if settings is None else settings.desc_act,

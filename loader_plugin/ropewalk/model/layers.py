@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from ropewalk.backends.protocol import Backend, CompiledLayer, OnePlace, PackedLinear
+from ropewalk.backends.protocol import Backend, CompiledLayer, OnePlace, PackedExperts, PackedLinear
 from ropewalk.config.model import ModelConfig
 from ropewalk.families import FAMILIES
 from ropewalk.families.program import Append, Program, Rotate
@@ -25,13 +25,14 @@ class PackedLayer:
 
     norms: Mapping[str, torch.Tensor]
     linears: Mapping[str, PackedLinear]
+    experts: Mapping[str, PackedExperts]
     compiled: CompiledLayer
 
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weights and norms."""
         norms = sum(norm.numel() * 4 for norm in self.norms.values())
-        return norms + sum(linear.num_bytes for linear in self.linears.values())
+        return norms + sum(packed.num_bytes for packed in (*self.linears.values(), *self.experts.values()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +70,9 @@ def pack_layer(backend: OnePlace, config: ModelConfig, index: int, weights: Laye
         name: backend.pack([weights.linears[entry.field] for entry in entries]) for name, entries in groups.items()
     }
     program = layer_program(config.family, layer_shape(config, index))
-    return PackedLayer(norms, linears, backend.compile_layer(program, {**norms, **linears}, config.norm_eps))
+    experts = {name: backend.pack_experts(parts) for name, parts in weights.experts.items()}
+    compiled = backend.compile_layer(program, {**norms, **linears, **experts}, config.norm_eps)
+    return PackedLayer(norms, linears, experts, compiled)
 
 
 def recompiled(
@@ -83,8 +86,9 @@ def recompiled(
     for index, layer in enumerate(layers):
         assert isinstance(layer, PackedLayer), "only backends of one place compute in another way"
         program = layer_program(config.family, layer_shape(config, index % config.num_layers))
-        compiled = backend.compile_layer(program, {**layer.norms, **layer.linears}, config.norm_eps)
-        made.append(PackedLayer(layer.norms, layer.linears, compiled))
+        weights = {**layer.norms, **layer.linears, **layer.experts}
+        compiled = backend.compile_layer(program, weights, config.norm_eps)
+        made.append(PackedLayer(layer.norms, layer.linears, layer.experts, compiled))
     return tuple(made)
 
 
@@ -104,6 +108,7 @@ def layer_shape(config: ModelConfig, index: int) -> LayerShape:
         attention_cap=config.scales.attention_cap,
         residual_scale=config.scales.residual,
         activation=config.activation,
+        mixture=config.mixture,
     )
 
 

@@ -22,23 +22,26 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ropewalk.backends.protocol import Backend
+from ropewalk.backends.protocol import Backend, ExpertRoom
 from ropewalk.base.errors import CheckpointError, ConfigError
 from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes, return_freed_memory
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
+from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
+from ropewalk.files.local import local_folder
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.backend_choice import choose_backend
 from ropewalk.model.backends import make_backend
+from ropewalk.model.expert_room import choose_expert_room
 from ropewalk.model.head import held_head
 from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
-from ropewalk.model.options import LoadOptions, options_with, with_options
+from ropewalk.model.options import LoadOptions, options_with, with_local_second, with_options
 from ropewalk.model.pages import check_cache_memory, context_pages
 from ropewalk.model.placement import place_instances
-from ropewalk.model.plan import plan_loading
+from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.weights.read import check_tensors, read_embeddings, read_head, read_layer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,10 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     **keywords: Any,
 ) -> Model:
-    """Load the model in `folder` (config.json and safetensors; GPTQ or dense float weights).
+    """Load the model in `folder` (config.json and safetensors; GPTQ, AWQ, compressed-tensors or dense float weights).
+
+    folder: a path, or the name of a model on the Hugging Face hub as a text, "OWNER/MODEL" or "OWNER/MODEL:REVISION",
+        which is downloaded once (files/local.py).
 
     max_seq_len: longest sequence to be run (default: what config.json declares, or what an option makes the RoPE
         cover). Like every other field of `LoadOptions` it can be given here, as a keyword, or as part of `options`:
@@ -70,10 +76,11 @@ def load_model(
     options = options_with(options, keywords)
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"the model folder must be a path, got {type(folder).__name__}")
-    folder = Path(folder)
+    folder, options = local_folder(folder), with_local_second(options)
     chosen = choose_backend(options)
     plan = plan_loading(folder, options)
-    ops = make_backend(options, place_instances(folder, plan, options) if chosen.name == "gpu" else None)
+    placement = place_instances(folder, plan, options) if chosen.name == "gpu" else None
+    ops = make_backend(options, placement, _room_for_experts(folder, plan, options) if chosen.name == "cpu" else None)
     logger.info("%s", plan.rope.describe())
     limits = ModelLimits(
         plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory, options.rope_growth
@@ -95,6 +102,13 @@ def load_model(
 
 
 load_model.__signature__ = with_options(load_model)  # for help() and editors: every option with its default
+
+
+def _room_for_experts(folder: Path, plan: LoadPlan, options: LoadOptions) -> ExpertRoom | None:
+    if plan.config.mixture is None:
+        return None
+    with _open_weights(folder, plan.config, plan.quant) as checkpoint:
+        return choose_expert_room(checkpoint, plan, options)
 
 
 def _load_weights(
@@ -167,7 +181,8 @@ def _step_counter(progress: Callable[[int, int], None] | None, total: int) -> Ca
 
 
 def _summary(model: Model, why: str) -> str:
-    kind = "dense weights" if model.quant is None else f"GPTQ {model.quant.default.bits}-bit weights"
+    quant = model.quant
+    kind = "dense weights" if quant is None else f"{container_of(quant).title} {quant.default.bits}-bit weights"
     plain = model.layer_order.is_plain(model.config.num_layers)
     order = "" if plain else f" run as {shown(str(model.layer_order))} ({len(model.instances)})"
     cache_size = format_bytes(model.cache_bytes(model.max_seq_len))

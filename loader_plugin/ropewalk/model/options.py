@@ -14,6 +14,7 @@ from ropewalk.base.choices import BACKEND, CACHE_TYPE, COMPUTE, HEAD_BITS, MAX_I
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.limits import MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.config.cache_format import CacheFormat
+from ropewalk.files.local import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,8 @@ class LoadOptions:
         `config/cache_format.py`.
     cache_memory: bytes for the keys and values of all sequences together (default: what is left beside the weights,
         within a bound: at most 16 contexts or 4 GiB, whichever is more); at least one context.
+    expert_memory: bytes for the experts of a mixture; those that were not used for longest are dropped, and read again
+        when they are needed (default: all of them if they fit beside the other weights; on the CPU).
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
     layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
@@ -74,6 +77,7 @@ class LoadOptions:
     rope_growth: str = ROPE_GROWTH.default
     cache_type: str = CACHE_TYPE.default
     cache_memory: int | None = None
+    expert_memory: int | None = None
     device: str | torch.device | None = None
     gpu_layers: int | None = None
     gpu_split: str | None = None
@@ -84,7 +88,7 @@ class LoadOptions:
     second_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads", "cache_memory"):
+        for name in ("max_seq_len", "max_input_len", "max_attention_size", "threads", "cache_memory", "expert_memory"):
             value = getattr(self, name)
             optional = name != "max_input_len"
             if not (optional and value is None or _is_positive(value)):
@@ -138,6 +142,13 @@ def options_with(options: LoadOptions | None, keywords: Mapping[str, Any]) -> Lo
     if options is not None and not isinstance(options, LoadOptions):
         raise ConfigError(f"options must be LoadOptions, got {type(options).__name__}")
     return replace(options or LoadOptions(), **keywords)
+
+
+def with_local_second(options: LoadOptions) -> LoadOptions:
+    """The same with the folder of the second model, where it is given by its name on the hub."""
+    if not isinstance(options.second_folder, str):
+        return options
+    return replace(options, second_folder=local_folder(options.second_folder))
 
 
 def with_options(function: Callable[..., Any]) -> inspect.Signature:

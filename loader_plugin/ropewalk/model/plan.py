@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # What both models must have in common. The vocabulary may differ: embeddings and head are the first model's.
 SAME = (
     *("family", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "flags"),
-    *("activation", "scales", "paired_dim", "sliding_theta"),
+    *("activation", "scales", "paired_dim", "sliding_theta", "mixture"),
 )
 
 

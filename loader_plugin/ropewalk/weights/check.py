@@ -14,7 +14,7 @@ from ropewalk.base.errors import CheckpointError
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.settings import QuantConfig, QuantSettings
 from ropewalk.containers.choice import container_of, refuse_other_containers
-from ropewalk.families.tables import NormEntry
+from ropewalk.families.tables import LinearEntry, NormEntry
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.foreign import refuse_foreign_layouts
 from ropewalk.files.safetensors import printable
@@ -95,10 +95,19 @@ class _Check:
             for linear in table.linears:
                 has_bias = linear.bias in self.config.flags
                 self._linear(prefix + linear.name, size[linear.inputs], size[linear.outputs], has_bias)
+            if table.experts is not None:
+                self._experts(prefix, table.experts.linears)
         unexpected = [
             name for name in self.checkpoint.names() if name not in self.known and not IGNORED.fullmatch(name)
         ]
         self.problems += [f"{printable(name)} is unexpected" for name in unexpected]
+
+    def _experts(self, prefix: str, linears: tuple[LinearEntry, ...]) -> None:
+        size = self.config.sizes
+        for number in range(size["experts"]):
+            for linear in linears:
+                name = prefix + linear.name.format(expert=number)
+                self._linear(name, size[linear.inputs], size[linear.outputs], has_bias=False)
 
     def _norms(self, prefix: str, entries: tuple[NormEntry, ...]) -> None:
         for entry in entries:

@@ -5,7 +5,7 @@ The names and sizes are data (families/), and weights/check.py has checked them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ import torch
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.settings import QuantConfig
 from ropewalk.containers.choice import container_of
-from ropewalk.families.tables import NormEntry
+from ropewalk.families.tables import ExpertsEntry, LinearEntry, NormEntry
 from ropewalk.files.folder import Checkpoint
-from ropewalk.gptq.linear import DenseLinear, GptqLinear, read_bias, require_finite
+from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear, read_bias, require_finite
 from ropewalk.weights.check import check_tensors, norm_tensors, settings_of
 from ropewalk.weights.rows import ordered_linear, row_order
 
@@ -28,11 +28,13 @@ Linear = GptqLinear | DenseLinear
 class LayerWeights:
     """One decoder layer, by the fields of its tables (families/tables.py), ready for the layer function.
 
-    norms: float32, of as many numbers as their sizes say. linears: each [K -> N].
+    norms: float32, of as many numbers as their sizes say. linears: each [K -> N]. experts: read one by one, when they
+    are asked for.
     """
 
     norms: Mapping[str, torch.Tensor]
     linears: Mapping[str, Linear]
+    experts: Mapping[str, Sequence[Expert]]
 
 
 def read_embeddings(config: ModelConfig, checkpoint: Checkpoint) -> torch.Tensor:
@@ -61,7 +63,53 @@ def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Check
                 f"{name}.bias is not zero although {config.source} declares no bias there: it is used",
             )
         linears[entry.field] = ordered_linear(linear, row_order(entry.rows, config, size[entry.outputs]))
-    return LayerWeights(norms, linears)
+    entry = table.experts
+    experts = {} if entry is None else {entry.field: StoredExperts(config, quant, checkpoint, prefix, entry)}
+    return LayerWeights(norms, linears, experts)
+
+
+class StoredExperts(Sequence[Expert]):
+    """The experts of a layer in their files: each is read when it is asked for, and anew each time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant: QuantConfig | None,
+        checkpoint: Checkpoint,
+        prefix: str,
+        entry: ExpertsEntry,
+    ) -> None:
+        self._quant = quant
+        self._checkpoint = checkpoint
+        self._prefix = prefix
+        self._linears = entry.linears
+        self._sizes = config.sizes
+
+    def __len__(self) -> int:
+        return self._sizes["experts"]
+
+    def __getitem__(self, number: int) -> Expert:
+        """Expert `number`.
+
+        Raises:
+            CheckpointError: as `read_layer`, or a bias, which no expert has.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return Expert(*(self._read(linear, number) for linear in self._linears))
+
+    def read_ahead(self, numbers: Sequence[int]) -> None:
+        """Asks the system to fetch these experts from the disk."""
+        for number in numbers:
+            for linear in self._linears:
+                self._checkpoint.will_need(self._name(linear, number))
+
+    def _name(self, linear: LinearEntry, number: int) -> str:
+        return self._prefix + linear.name.format(expert=number)
+
+    def _read(self, linear: LinearEntry, number: int) -> Linear:
+        sizes = self._sizes[linear.inputs], self._sizes[linear.outputs]
+        return _read_linear(self._quant, self._checkpoint, self._name(linear, number), *sizes)
 
 
 def read_head(

@@ -18,6 +18,7 @@ struct Verbs {
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 2;
   static constexpr int kCodeRows = 2;
+  static constexpr bool kBf16Pairs = false;
 
   static F32 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F32 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

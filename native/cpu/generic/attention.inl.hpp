@@ -5,6 +5,7 @@
 
 #include "attention_codes.inl.hpp"
 #include "attention_floats.inl.hpp"
+#include "attention_pairs.inl.hpp"
 #include "kv_codes.inl.hpp"
 #include "softmax.inl.hpp"
 
@@ -23,6 +24,9 @@ void widen(const uint8_t* halves, int64_t count, float* out) {
 template <class V>
 void score_page(const AttendTile& tile, const KvView& kv, Compute compute, const PageRows& rows) {
   const int64_t begin = rows.row_begin, end = rows.row_end;
+  if constexpr (V::kBf16Pairs) {
+    if (in_pairs<V>(kv.keys, compute)) return score_pairs<V>(tile, rows, kv.head_dim);
+  }
   const auto floats = [&]<KvType kType>(const float* q, const void* keys) {
     score_floats<V, kType>(tile, begin, end, q, keys, kv.head_dim);
   };
@@ -67,6 +71,18 @@ void weigh_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, c
   });
 }
 
+// The same in products of pairs.
+template <class V>
+void weigh_paired_page(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, int64_t num_keys) {
+  for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
+    pair_softmax_row<V>(tile, row, visible_places(a, tile, row, rows.first_key));
+  }
+  pair_values<V>(tile, rows.page.values, num_keys);
+  for_rows_alike(a, tile, rows, num_keys, [&](int64_t begin, int64_t end, KeyRange places) {
+    weigh_pairs<V>(tile, begin, end, places);
+  });
+}
+
 // The same in integers, for coded values.
 template <class V>
 void weigh_coded_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, const PageRows& rows) {
@@ -98,11 +114,18 @@ void attend_pages(const AttendArgs& a, const AttendTile& tile, const KvView& kv,
     rows.first_key = key;
     score_page<V>(tile, kv, a.compute, rows);
     if (a.softcap != 0.0f) cap_scores<V>(tile, rows, a.softcap);
+    const int64_t num_keys = key_end - key < kKvTile ? key_end - key : kKvTile;
     if (integers) {
       weigh_coded_page<V>(a, tile, kv, rows);
-    } else {
-      weigh_page<V>(a, tile, kv, rows, key_end - key < kKvTile ? key_end - key : kKvTile);
+      continue;
     }
+    if constexpr (V::kBf16Pairs) {
+      if (in_pairs<V>(kv.values, a.compute)) {
+        weigh_paired_page<V>(a, tile, rows, num_keys);
+        continue;
+      }
+    }
+    weigh_page<V>(a, tile, kv, rows, num_keys);
   }
 }
 
@@ -173,6 +196,7 @@ void load_queries(const AttendArgs& a, const AttendTile& tile) {
       const int64_t count = d_size - d < 0 ? 0 : d_size - d < kLanes ? d_size - d : kLanes;
       const auto scaled = V::mul(V::load_partial(q + d, count), V::broadcast(a.scale));
       V::store(target + d, scaled);
+      if constexpr (V::kBf16Pairs) V::store_bf16(tile.halves + row * tile.block_dim + d, scaled);
       if (is_rotated(a.kv.keys)) V::store(turned + d, scaled);
     }
     if (is_rotated(a.kv.keys)) hadamard<V>(turned, d_size);

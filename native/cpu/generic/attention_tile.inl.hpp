@@ -30,13 +30,14 @@ struct AttendTile {
   int64_t block_dim;      // D rounded up to 32
   float* q;               // [num_rows][block_dim], scaled
   float* turned;          // the same after the Hadamard rotation
+  uint16_t* halves;       // [num_rows][block_dim] the same as q in bf16, for products of pairs
   int8_t* codes;          // [num_rows][block_dim] queries for coded keys, in integers: q = codes * code_scales
   float* code_scales;     // [num_rows][block_dim / 32]
   float* code_offsets;    // [num_rows][block_dim / 32] -zero point of the keys * sum(codes) * code_scales
-  float* keys;            // [kKvTile / 16][D][16] as f32
-  float* values;          // [kKvTile][padded_dim] as f32
+  float* keys;            // [kKvTile / 16][D][16] as f32, or half as many pairs of bf16
+  float* values;          // [kKvTile][padded_dim] as f32, or half as many pairs of bf16
   float* scores;          // [num_rows][kKvTile]
-  int16_t* weights;       // [num_rows][kKvTile] exp(score - largest of the page), in 1 / 32767
+  int16_t* weights;       // [num_rows][kKvTile] exp(score - largest of the page), in 1 / 32767; or for pairs as bf16
   float* page_largest;    // [num_rows] of the scores of this page
   float* page_sum;        // [num_rows] of exp(score - page_largest)
   int16_t* value_scales;  // [block_dim / 32][kKvTile] scales of the values of this page, in value_units
@@ -69,6 +70,7 @@ static inline float* carve_scratch(AttendTile& tile, float* scratch) {
   const int64_t blocks = tile.block_dim / kBlockRows;
   tile.q = take(kQueryRows * tile.block_dim);
   tile.turned = take(kQueryRows * tile.block_dim);
+  tile.halves = reinterpret_cast<uint16_t*>(take(kQueryRows * tile.block_dim / 2));
   tile.codes = reinterpret_cast<int8_t*>(take(kQueryRows * tile.block_dim / 4));
   tile.code_scales = take(kQueryRows * blocks);
   tile.code_offsets = take(kQueryRows * blocks);

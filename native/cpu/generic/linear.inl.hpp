@@ -119,7 +119,8 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
       for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
     }
     for (int64_t b = w.group_starts[g]; b < w.group_starts[g + 1]; ++b) {
-      V::prefetch(codes + (b + 8) * kBlockBytes);
+      // One row reads a tile in one go, which the processor foresees: asking for every fourth line took a tenth longer.
+      if constexpr (kRows > 1) V::prefetch(codes + (b + 8) * kBlockBytes);
       int8_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, x_stride,
                                                x_scales + b, w.num_blocks, total);
     }

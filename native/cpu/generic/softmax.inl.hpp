@@ -73,6 +73,33 @@ typename V::F32 exp_weight(typename V::F32 x) {
   return V::mul_pow2(p, n);
 }
 
+// softmax_row with weights in bf16 in place of f32, and in `weights` in place of `scores`.
+template <class V>
+void pair_softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
+  const float* scores = tile.scores + row * kKvTile;
+  auto* weights = reinterpret_cast<uint16_t*>(tile.weights) + row * kKvTile;
+  if (places.begin == places.end) {
+    for (int64_t j = 0; j < kKvTile; j += kLanes) V::store_bf16(weights + j, V::zero());
+    tile.correction[row] = 1.0f;
+    return;
+  }
+  const bool whole = places.begin == 0 && places.end == kKvTile;
+  const float previous = tile.state.largest[row];
+  const float candidate = largest_score<V>(scores, places);
+  const float largest = candidate > previous ? candidate : previous;
+  auto total = V::zero();
+  for (int64_t j = 0; j < kKvTile; j += kLanes) {
+    auto p = exp_weight<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
+    if (!whole) p = V::select_range(p, V::zero(), places.begin - j, places.end - j);
+    V::store_bf16(weights + j, p);
+    total = V::add(total, p);
+  }
+  const float correction = previous == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(previous - largest)));
+  tile.state.largest[row] = largest;
+  tile.correction[row] = correction;
+  tile.state.sum[row] = tile.state.sum[row] * correction + V::reduce_add(total);
+}
+
 // weights = exp(score - largest of the page) in integers, masked, with their sum before rounding.
 template <class V>
 void page_softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {

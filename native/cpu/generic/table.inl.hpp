@@ -8,6 +8,7 @@
 #include "linear.inl.hpp"
 #include "low_rank.inl.hpp"
 #include "pack.inl.hpp"
+#include "probe.inl.hpp"
 #include "rows.inl.hpp"
 
 namespace ropewalk {
@@ -37,6 +38,8 @@ constexpr KernelTable make_table(const char* name) {
       .attend = &attend<V>,
       .attend_range = &attend_range<V>,
       .attend_merge = &attend_merge<V>,
+      .probe_read = &probe_read<V>,
+      .probe_products = &probe_products<V>,
   };
 }
 

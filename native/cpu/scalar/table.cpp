@@ -52,6 +52,7 @@ struct Verbs {
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 1;
   static constexpr int kCodeRows = 1;
+  static constexpr bool kBf16Pairs = false;
 
   template <class Function>
   static F32 each(Function function) {

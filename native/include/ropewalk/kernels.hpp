@@ -268,6 +268,9 @@ struct AttendArgs {
   float* out;                 // [T][Hq * D] contiguous
 };
 
+// What is multiplied to find the limits of a processor: bytes of codes with bytes of activations, or floats.
+enum class ProbeKind { int8, f32 };
+
 // Work is handed to a kernel as a half-open range of independent items, named in each comment.
 struct KernelTable {
   const char* name;
@@ -305,6 +308,10 @@ struct KernelTable {
   // other in `parts`, to the outputs.  The first part is written to.
   void (*attend_range)(const AttendArgs&, int64_t item, int64_t range, float* part, float* scratch) noexcept;
   void (*attend_merge)(const AttendArgs&, int64_t item, int64_t range_begin, int64_t range_end, float* parts) noexcept;
+  // Limits of the processor.  The sum of num_floats floats, a multiple of 64; and the operations of `steps` rounds of
+  // products, operands [2][4], out [16] read and written.
+  float (*probe_read)(const float* floats, int64_t num_floats) noexcept;
+  int64_t (*probe_products)(ProbeKind, int64_t steps, const int8_t* operands, float* out) noexcept;
 };
 
 static constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -347,7 +354,7 @@ static constexpr int64_t attend_part_floats(int64_t num_rows, int64_t head_dim) 
 // As AttendTile of cpu/generic/attention_tile.inl.hpp carves it up, and two parts.
 static constexpr int64_t attend_scratch_floats(int64_t head_dim) {
   const int64_t padded = round_up(head_dim, kBlockRows);
-  const int64_t queries = kQueryRows * (2 * padded + padded / 4 + 2 * padded / kBlockRows);
+  const int64_t queries = kQueryRows * (2 * padded + padded / 2 + padded / 4 + 2 * padded / kBlockRows);
   const int64_t keys_and_values = 2 * kKvTile * padded + kKvTile / 2 * padded / kBlockRows + padded / kBlockRows;
   const int64_t weights = kQueryRows * (kKvTile + kKvTile / 2 + 4);
   return queries + keys_and_values + weights + 8 * kLanes + 2 * attend_part_floats(kQueryRows, head_dim);

@@ -71,12 +71,19 @@ struct RouteStage {
   bool normalised;
   View out;  // whole
 };
+struct ExpertsStage {
+  View x;
+  View routes;
+  const ExpertSource* experts;
+  Activation activation;
+  View out;  // whole
+};
 struct AddResidualStage {
   View y;  // whole
   double scale;
 };
 using Stage = std::variant<RmsNormStage, LayerNormStage, LinearStage, RotateStage, AppendStage, AttendStage,
-                           ActivateStage, SigmoidMulStage, RouteStage, AddResidualStage>;
+                           ActivateStage, SigmoidMulStage, RouteStage, ExpertsStage, AddResidualStage>;
 
 class Layer {
  public:

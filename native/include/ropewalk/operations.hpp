@@ -38,12 +38,12 @@ class PackedGptq {
 
  private:
   void build_rows(const Source& source);
-  void build_tables(const Source& source);
+  void build_tables(CpuRuntime& runtime, const Source& source);
 
   GptqWeights weights_{};
   std::vector<int32_t> group_starts_;
   std::vector<int32_t> source_row_;  // empty: identity without padding
-  AlignedBytes codes_, scales_, zeros_, bias_;
+  ArenaBytes codes_, scales_, zeros_, bias_;
 };
 
 struct DenseWeights {
@@ -102,9 +102,19 @@ struct RowChange {
   const LowRankWeights* weights;
 };
 
-// out [T][out_stride] = x [T][x_stride] through every part, plus the changes.
-void linear(CpuRuntime& runtime, const LinearPlan& plan, Compute compute, const float* x, int64_t x_stride,
-            int64_t num_rows, float* out, int64_t out_stride, const std::vector<RowChange>& changes);
+// out [T][out_stride] = x [T][x_stride] through every part of the plan, plus the changes.
+struct LinearJob {
+  const LinearPlan* plan;
+  const float* x;
+  int64_t x_stride;
+  int64_t num_rows;
+  float* out;
+  int64_t out_stride;
+  const std::vector<RowChange>* changes;  // or null
+};
+void linear(CpuRuntime& runtime, Compute compute, const LinearJob& job);
+// Several at once, which share nothing: all threads are busy even where each has a few rows.
+void linears(CpuRuntime& runtime, Compute compute, const std::vector<LinearJob>& jobs);
 // out += the change alone.
 void add_low_rank(CpuRuntime& runtime, const LowRankWeights& change, const float* x, int64_t x_stride,
                   int64_t num_rows, float* out, int64_t out_stride);
@@ -119,6 +129,40 @@ void embed(CpuRuntime& runtime, const EmbedArgs& args, int64_t num_rows);
 // Of several sequences at once.
 void append(CpuRuntime& runtime, const std::vector<AppendArgs>& sequences);
 void attend(CpuRuntime& runtime, const std::vector<AttendArgs>& sequences);
+// Limits of this machine, as many threads at once as the runtime has; whoever calls takes the time.
+// The sum of num_floats floats, a multiple of 64.
+float probe_read(CpuRuntime& runtime, const float* floats, int64_t num_floats);
+// Operations that the threads do together in `steps` rounds each.
+int64_t probe_products(CpuRuntime& runtime, ProbeKind kind, int64_t steps);
 void move_rows(CpuRuntime& runtime, const MoveArgs& args, int64_t num_instances);
+
+// One expert: gate_up maps C to 2 * I, down I to C.
+struct Expert {
+  const LinearPlan* gate_up;
+  const LinearPlan* down;
+};
+
+// The experts of one layer, all of the same sizes. May be used from any thread.
+class ExpertSource {
+ public:
+  virtual ~ExpertSource() = default;
+  // Those of the given numbers, ascending, as long as somebody holds them. Throws if one cannot be had.
+  virtual std::vector<std::shared_ptr<const Expert>> take(const std::vector<int64_t>& numbers) const = 0;
+  int64_t num_experts, size, inner;  // E, C, I
+};
+
+// out [T][C] = sum over the experts e of a row, ascending, of share_e * (f(x Gate_e) * (x Up_e)) Down_e.
+struct ExpertsArgs {
+  const ExpertSource* experts;
+  Activation activation;
+  const float* x;       // [T][C], rows x_stride apart
+  int64_t x_stride;
+  const float* routes;  // [T][2][top_k] as RouteArgs gives them, rows routes_stride apart
+  int64_t routes_stride;
+  int64_t top_k;
+  float* out;           // [T][C] contiguous
+};
+// Throws std::invalid_argument where a route leads to an expert that there is not.
+void experts(CpuRuntime& runtime, Compute compute, const ExpertsArgs& args, int64_t num_rows);
 
 }  // namespace ropewalk

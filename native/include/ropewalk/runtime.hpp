@@ -7,6 +7,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ropewalk/kernels.hpp"
@@ -39,6 +40,40 @@ class AlignedBytes {
   std::unique_ptr<void, Release> memory_;
   void* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// A place in an arena; the block that it lies in stays as long as a place in it is used.
+class ArenaBytes {
+ public:
+  ArenaBytes() = default;
+  ArenaBytes(std::shared_ptr<AlignedBytes> block, int64_t offset, int64_t size)
+      : block_(std::move(block)), data_(block_->as<uint8_t>() + offset), size_(size) {}
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  std::shared_ptr<AlignedBytes> block_;
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Weights one after the other in huge pages, in the order in which they are asked for, which is that of a token's way
+// through the model. Apart from each other, half of those of a 1.1B model lay in small pages: too small, or the rest
+// behind their last huge page.
+class Arena {
+ public:
+  // Starts on a cache line; not initialised.  Throws std::bad_alloc.
+  ArenaBytes take(int64_t size);
+
+ private:
+  static constexpr int64_t kBlockBytes = int64_t{32} << 20;
+
+  std::mutex mutex_;
+  std::weak_ptr<AlignedBytes> block_;
+  int64_t used_ = 0;
 };
 
 // Large results that are no longer needed, kept for the next ones: a prefill frees tens of megabytes with every
@@ -79,7 +114,7 @@ class ThreadPool {
   struct Shared;
   void stop();
   void work(int thread);
-  uint64_t take_chunks(int thread);
+  void take_chunks(int thread);
 
   std::unique_ptr<Shared> shared_;
   std::vector<std::thread> workers_;
@@ -98,14 +133,20 @@ class CpuRuntime {
   // What the stages of a layer hand to each other, and the parts of attention.
   float* buffers(int64_t floats);
   float* attend_parts(int64_t floats);
+  // The rows that experts read and write.
+  float* expert_rows(int64_t floats);
+  // Of packed weights, which may outlive the runtime.
+  Arena& weights() { return weights_; }
   // Results may outlive the runtime.
   const std::shared_ptr<SpareMemory>& spare() const { return spare_; }
   int64_t scratch_bytes() {
     const std::lock_guard lock(mutex_);
-    return attend_scratch_.size() + activations_.size() + buffers_.size() + attend_parts_.size() + spare_->num_bytes();
+    return attend_scratch_.size() + activations_.size() + buffers_.size() + attend_parts_.size() +
+           expert_rows_.size() + spare_->num_bytes();
   }
-  // Held by whoever computes, for the length of one call: Python threads may share a runtime.
-  std::mutex& mutex() { return mutex_; }
+  // Held by whoever computes, for the length of one call: Python threads may share a runtime. Recursive: a layer that
+  // waits for an expert packs it.  Nobody waits for it who holds the GIL.
+  std::recursive_mutex& mutex() { return mutex_; }
 
  private:
   const KernelTable& table_;
@@ -114,8 +155,10 @@ class CpuRuntime {
   AlignedBytes activations_;
   AlignedBytes buffers_;
   AlignedBytes attend_parts_;
+  AlignedBytes expert_rows_;
+  Arena weights_;
   std::shared_ptr<SpareMemory> spare_ = std::make_shared<SpareMemory>();
-  std::mutex mutex_;
+  std::recursive_mutex mutex_;
 };
 
 }  // namespace ropewalk

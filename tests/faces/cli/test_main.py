@@ -358,3 +358,23 @@ def test_the_help_lists_every_named_chat_format(command: str, capsys) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     formats = shown.partition("--chat-template NAME one of ")[2].partition("; default")[0]
     assert [name.split(" (")[0] for name in formats.split(", ")] == list(NAMED_FORMATS)
+
+
+def test_info_says_of_a_folder_that_is_not_loaded_what_it_is_and_what_runs_it(tmp_path: Path, capsys) -> None:
+    (tmp_path / "m.Q4_K_M.gguf").touch()
+    assert main(["info", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "what       a llama.cpp model (GGUF)\nruns with  llama.cpp" in shown.out
+    assert "ropewalk: error:" in shown.err
+    assert main(["info", str(tmp_path), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["loads"] is False and "GGUF" in found["what"] and str(tmp_path) in found["reason"]
+
+
+def test_list_shows_the_models_below_folders(folder: Path, tmp_path: Path, capsys) -> None:
+    assert main(["list", str(folder.parent)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["MODEL", "FAMILY", "WEIGHTS", "SIZE", "CONTEXT", "LOADS"]
+    assert any(row.startswith(folder.name) and row.endswith("yes") for row in rows)
+    assert main(["list", str(tmp_path / "none")]) == 2
+    assert "is not a folder: name one that holds models" in capsys.readouterr().err

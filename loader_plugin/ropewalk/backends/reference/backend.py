@@ -12,13 +12,14 @@ import torch
 
 from ropewalk.backends.protocol import LowRankPart, RowChange, RowSpan
 from ropewalk.backends.reference import layers, linear, pages
+from ropewalk.backends.reference.experts import ReferenceExperts, pack_experts
 from ropewalk.backends.reference.layers import ReferenceLayer, ReferenceStep
 from ropewalk.backends.reference.linear import ReferenceLinear, ReferenceLowRank
 from ropewalk.backends.reference.pages import ReferencePage, ReferencePool
 from ropewalk.backends.shared import SinglePlace, check_move
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 
 
 class ReferenceBackend(SinglePlace):
@@ -42,6 +43,10 @@ class ReferenceBackend(SinglePlace):
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> ReferenceLinear:
         """Move the parts to the device; nothing is rearranged."""
         return linear.pack(parts, self.device)
+
+    def pack_experts(self, experts: Sequence[Expert]) -> ReferenceExperts:
+        """Move the experts to the device; nothing is rearranged."""
+        return pack_experts(experts, self.device)
 
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> ReferenceLowRank:
         """Move the matrices to the device."""

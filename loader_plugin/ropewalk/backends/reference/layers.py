@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ropewalk.backends.protocol import RowChange, RowSpan
+from ropewalk.backends.reference.activations import activate
 from ropewalk.backends.reference.attention import attend, rotate_
 from ropewalk.backends.reference.linear import ReferenceLinear, low_rank_product, product
 from ropewalk.backends.reference.pages import append_, as_seen, gathered, pieces
@@ -15,7 +16,6 @@ from ropewalk.backends.shared import Seen, check_step
 from ropewalk.families.program import (
     RESIDUAL,
     Activate,
-    Activation,
     AddResidual,
     Append,
     Attend,
@@ -206,21 +206,10 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return normed if bias is None else normed + bias
 
 
-def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """x: [...] float32 -> f(x)."""
-    match activation:
-        case Activation.SILU:
-            return torch.nn.functional.silu(x)
-        case Activation.GELU:
-            return torch.nn.functional.gelu(x)
-        case Activation.GELU_TANH:
-            return torch.nn.functional.gelu(x, approximate="tanh")
-
-
 def route(logits: torch.Tensor, top_k: int, normalised: bool) -> torch.Tensor:
     """logits: [T, E] -> the experts of each row, ascending, and their shares: [T, 2, top_k] float32."""
     shares = logits.softmax(-1)  # [T, E]
-    order = shares.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     chosen = order.sort(dim=-1).values  # [T, top_k]
     kept = shares.gather(1, chosen)  # [T, top_k]
     if normalised:

@@ -18,6 +18,7 @@ from ropewalk.faces.cli.options import (
     add_template_argument,
     load,
     load_adapters,
+    model_argument,
     model_folder,
     note,
     progress_bar,
@@ -62,9 +63,9 @@ def add_cache_command(commands: Any) -> None:
     show.add_argument("file", type=Path, metavar="FILE", help="a saved cache")
     show.add_argument(
         "--model",
-        type=Path,
+        type=model_argument,
         metavar="MODEL",
-        help="the model's folder, to show the first words",
+        help="the model, to show the first words",
     )
     show.add_argument("--json", action="store_true", help="as JSON")
     show.set_defaults(run=run_show)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
-from ropewalk.faces.cli.options import note
+from ropewalk.faces.cli.options import MODEL_HELP, model_argument, note
 
 DATA = Path("~/.ropewalk")
 INSTALL = 'the page needs Gradio, which is not installed: pip install "ropewalk[demo]"'
@@ -17,7 +17,9 @@ INSTALL = 'the page needs Gradio, which is not installed: pip install "ropewalk[
 def add_demo_command(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
     parser = commands.add_parser("demo", help="the demo page in the browser", description=run_demo.__doc__)
-    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded one)")
+    parser.add_argument(
+        "model", nargs="?", type=model_argument, metavar="MODEL", help=f"{MODEL_HELP} (default: the embedded one)"
+    )
     parser.add_argument("--models", type=Path, metavar="DIR", help="folders below DIR may be opened from the page")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, metavar="N", help="port (default: the first free one from 7860)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ropewalk.base.errors import RequestError
@@ -28,6 +27,7 @@ from ropewalk.faces.cli.options import (
     options_for_adapters,
     progress_bar,
 )
+from ropewalk.files.local import local_folder
 
 if TYPE_CHECKING:
     from ropewalk.measure.settings import Setting
@@ -130,7 +130,7 @@ def versus(args: argparse.Namespace, text: str) -> Setting:
         other.adapter = []
     words = [word for name, _, value in pairs if name != "model" for word in (f"--{name}", value)]
     _parser(text).parse_args(words, other)
-    folder = next((Path(value) for name, _, value in pairs if name == "model"), None)
+    folder = next((local_folder(value) for name, _, value in pairs if name == "model"), None)
     if folder is not None:
         other.model = folder
     return Setting(text, model_folder(other), options_for_adapters(other), adapter_uses(other))

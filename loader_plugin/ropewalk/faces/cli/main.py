@@ -7,7 +7,6 @@ after Ctrl-C, 141 when the reader of stdout has gone.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -17,12 +16,15 @@ from pathlib import Path
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.cli.bench import add_bench_command
 from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, load_kept, prompt_after
 from ropewalk.faces.cli.demo import add_demo_command
 from ropewalk.faces.cli.divergence import add_divergence_command
 from ropewalk.faces.cli.gpu import add_gpu_command
 from ropewalk.faces.cli.lab import add_lab_commands
+from ropewalk.faces.cli.list import add_list_commands
 from ropewalk.faces.cli.options import (
+    MODEL_HELP,
     add_adapter_arguments,
     add_load_arguments,
     add_model_arguments,
@@ -31,10 +33,10 @@ from ropewalk.faces.cli.options import (
     add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
+    fetch_named,
     load,
     load_adapters,
-    load_options,
-    model_folder,
+    model_argument,
     note,
     order_options,
     progress_bar,
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # a character that the terminal lacks becomes a mark, not an error
     try:
         args = _parser().parse_args(arguments)
+        fetch_named(args)
         code = args.run(args)
         sys.stdout.flush()
         return code
@@ -112,16 +115,6 @@ def run_chat(args: argparse.Namespace) -> int:
     return chat_loop(args)
 
 
-def run_info(args: argparse.Namespace) -> int:
-    """Show what would be loaded."""
-    from ropewalk.model.info import model_info
-
-    info = model_info(model_folder(args), options=load_options(args))
-    _show(json.dumps(info.to_json(), indent=2) if args.json else info.describe())
-    _show("\n")
-    return 0
-
-
 def run_export_layers(args: argparse.Namespace) -> int:
     """Write a model with its layers reordered or repeated as a normal checkpoint folder."""
     from ropewalk.model.export.layers import export_layers
@@ -170,14 +163,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_serve_command(commands)
 
-    info = commands.add_parser("info", help="what would be loaded", description=run_info.__doc__)
-    add_model_arguments(info)
-    info.add_argument("--json", action="store_true", help="as JSON")
-    info.set_defaults(run=run_info)
-
+    add_list_commands(commands)
     add_perplexity_command(commands)
     export = commands.add_parser("export-layers", help="write out a layer order", description=run_export_layers.__doc__)
-    export.add_argument("model", type=Path, metavar="MODEL", help="model folder")
+    export.add_argument("model", type=model_argument, metavar="MODEL", help=MODEL_HELP)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
     add_order_arguments(export)
     export.set_defaults(run=run_export_layers)
@@ -188,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     add_demo_command(commands)
     add_cache_command(commands)
     add_gpu_command(commands)
+    add_bench_command(commands)
     return parser
 
 

@@ -34,17 +34,18 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where results go, and what to go on from."""
+def add_result_arguments(parser: argparse.ArgumentParser, record: bool = True) -> None:
+    """Where results go, and (record) what to go on from."""
     group = parser.add_argument_group("results")
     group.add_argument("--csv", type=Path, metavar="FILE", help="write the table there as CSV (-: standard output)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw it there: .svg, .png or .pdf")
-    group.add_argument(
-        "--record",
-        type=Path,
-        metavar="FILE",
-        help="keep what is measured there as JSON, and go on from it if it exists",
-    )
+    if record:
+        group.add_argument(
+            "--record",
+            type=Path,
+            metavar="FILE",
+            help="keep what is measured there as JSON, and go on from it if it exists",
+        )
 
 
 def measured_text(args: argparse.Namespace) -> str:

@@ -25,12 +25,16 @@ from ropewalk.base.choices import (
 from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import parse_bytes
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
+from ropewalk.files.local import local_folder
+from ropewalk.files.names import ModelName, parse_name
 from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
     from ropewalk.model.variants import AdapterUse
 
+MODEL_OPTIONS = ("model", "second_folder", "draft_model")
+MODEL_HELP = "model folder, or OWNER/MODEL[:REVISION], which is downloaded once"
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("max_new_tokens", int, "end after N tokens"),
@@ -53,10 +57,23 @@ SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
 )
 
 
+def model_argument(text: str) -> Path | ModelName:
+    """A model on the command line: a folder, or a name that `fetch_named` turns into one."""
+    return parse_name(text) or Path(text)
+
+
+def fetch_named(args: argparse.Namespace) -> None:
+    """Download the models that are given by name; from then on they are folders like the others."""
+    for name in MODEL_OPTIONS:
+        value = getattr(args, name, None)
+        if isinstance(value, ModelName):
+            setattr(args, name, local_folder(str(value)))
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and the options that decide the context: for every command."""
     parser.add_argument(
-        "model", nargs="?", type=Path, metavar="MODEL", help="model folder (default: the embedded model)"
+        "model", nargs="?", type=model_argument, metavar="MODEL", help=f"{MODEL_HELP} (default: the embedded model)"
     )
     group = parser.add_argument_group("context")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="longest context (default: as the model declares)")
@@ -88,9 +105,9 @@ def add_order_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rewind-n-layers", type=int, metavar="N", help="how many layers to go back each time")
     group.add_argument(
         "--second-model",
-        type=Path,
+        type=model_argument,
         dest="second_folder",
-        metavar="FOLDER",
+        metavar="MODEL",
         help='a model of the same shapes, whose layers an order names as "b:10-29"',
     )
 
@@ -112,6 +129,12 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu-split", metavar="GIB,GIB,...", help="GiB of weights for each card, such as 10,20 (default: one card)"
     )
+    group.add_argument(
+        "--expert-memory",
+        type=size_argument,
+        metavar="SIZE",
+        help="memory for the experts of a mixture, such as 8GiB; others are read when needed (default: all that fit)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="threads of the CPU backend (default: all cores)")
     group.add_argument("--isa", help="instruction set of the CPU backend (default: the best there is)")
 
@@ -126,7 +149,10 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         f"{SPECULATION.default}, or draft with --draft-model)",
     )
     group.add_argument(
-        "--draft-model", type=Path, metavar="FOLDER", help="a smaller model with the same tokenizer, which guesses"
+        "--draft-model",
+        type=model_argument,
+        metavar="MODEL",
+        help="a smaller model with the same tokenizer, which guesses",
     )
 
 
@@ -140,7 +166,7 @@ def speculation_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.draft_model is not None and kind not in (None, "draft"):
         raise RequestError(f"--draft-model has no effect with --speculation {kind}: leave one of them out")
     if kind == "draft" and args.draft_model is None:
-        raise RequestError("--speculation draft needs --draft-model FOLDER")
+        raise RequestError("--speculation draft needs --draft-model MODEL")
     return {"speculation": None if kind == "none" else kind, "draft_model": args.draft_model}
 
 

@@ -11,6 +11,7 @@ from ropewalk import __version__
 from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.measuring import add_text_arguments, lengths, measured_text, names, open_model
 from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, note, progress_bar
+from ropewalk.files.names import shown_name
 
 MAX_TOKENS = 32768
 
@@ -69,7 +70,7 @@ def run_report(args: argparse.Namespace) -> int:
         raise RequestError(f"--out {args.out} cannot be made: {error.strerror or error}") from error
     found = measure_report(base, tokenizer, token_ids, plan, args.out, progress_bar)
     source = Source(
-        model=base.setting.folder.resolve().name,
+        model=shown_name(base.setting.folder),
         text=str(args.text or args.file or "held_out.txt").rpartition("/")[2],
         num_tokens=len(token_ids),
         command=_command(args, plan),

@@ -24,6 +24,7 @@ from ropewalk.faces.cli.options import (
     shift_option,
     speculation_options,
 )
+from ropewalk.files.names import shown_name
 
 if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
@@ -112,7 +113,7 @@ def run_serve(args: argparse.Namespace) -> int:
         from ropewalk.faces.server.launch import serve
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"serving needs the package {error.name}: pip install 'ropewalk[server]'") from error
-    name = args.name or model_folder(args).resolve().name
+    name = args.name or shown_name(model_folder(args))
     keys, defaults = _api_keys(args), sampling_params(args)
     options = AppOptions(
         name,

@@ -13,6 +13,7 @@ from ropewalk.files.folder import Checkpoint
 
 # The values of quant_method in config.json for what GPTQ loaders read, or are expected to read.
 METHODS = ("gptq", "gptq_v2", "gptq_marlin", "marlin", "awq", "auto-round", "intel/auto-round")
+PACKED = ("compressed-tensors", "pack-quantized")  # method and format: GPTQ's codes under another name
 DECLARATIONS = ("quantize_config.json", "quant_config.json")
 # The packages with which a loader of the web UI reads such folders. With none of them it fails on every one.
 READERS = {
@@ -23,7 +24,7 @@ READERS = {
 
 
 def is_gptq_like(folder: Path) -> bool:
-    """True for a folder quantised by GPTQ or a relative of it (AWQ), whether this package reads it or not.
+    """True for a folder quantised by GPTQ or a relative of it (AWQ, W4A16), whether this package reads it or not.
 
     False for what other loaders are for: dense weights, GGUF, EXL2, bitsandbytes.
     """
@@ -47,6 +48,8 @@ def is_gptq_like(folder: Path) -> bool:
 def _is_gptq_method(declared: dict[str, Any]) -> bool:
     """True for a quantization_config with one of METHODS; the oldest declare no method, only bits."""
     method = declared.get("quant_method", declared.get("method"))
+    if str(method).lower() == PACKED[0]:
+        return declared.get("format") == PACKED[1]
     return str(method).lower() in METHODS if method is not None else "bits" in declared
 
 

@@ -26,13 +26,15 @@ from ropewalk.base.memory import format_bytes
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order
 from ropewalk.config.model import load_model_config
 from ropewalk.config.quantisation import load_quant_config
+from ropewalk.containers.choice import CODES_OF
 from ropewalk.files.folder import Checkpoint
+from ropewalk.files.local import local_folder
 from ropewalk.model.export.config import SourceModel, exported_files, moved_linears
 from ropewalk.model.plan import load_second_config
 from ropewalk.weights.check import check_tensors
 
 MAX_SHARD_BYTES = 2 * 2**30  # held in memory while it is written
-FOLDED_PARTS = ("weight", "bias", "scales", "zeros")  # the others are codes, zero points and groups
+FOLDED_PARTS = ("weight", "bias", "scales", "zeros", "weight_scale")  # the others are codes, zero points and groups
 # Files for the text side of a model, and those that must stay with it. Cards and weights of other formats are left out.
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -85,7 +87,8 @@ def export_layers(
         ConfigError, CheckpointError: as `load_model`; `out` is not empty or cannot be written.
         UnsupportedError: a weight that GPTQ scales cannot take exactly, or facts that one checkpoint cannot hold.
     """
-    folder, out = _path("the model folder", folder), _path("the folder to write", out)
+    folder, out = local_folder(_path("the model folder", folder)), Path(_path("the folder to write", out))
+    second_folder = None if second_folder is None else local_folder(second_folder)
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes must be a positive integer, got {max_shard_bytes!r}")
     config = load_model_config(folder)
@@ -107,10 +110,10 @@ def export_layers(
     return ExportedModel(out, str(order), len(order), sum(copy.num_bytes for copy in copies), names)
 
 
-def _path(what: str, value: Any) -> Path:
+def _path(what: str, value: Any) -> str | Path:
     if not isinstance(value, (str, Path)) or "\0" in str(value):
         raise ConfigError(f"{what} must be a path, got {shown(value)}")
-    return Path(value)
+    return value
 
 
 def _opened(source: SourceModel) -> Checkpoint:
@@ -235,7 +238,7 @@ def _tensor(copy: _Copy) -> torch.Tensor:
     product = tensor.double().add_(copy.offset).mul_(copy.weight).sub_(copy.offset)
     folded = product.to(tensor.dtype)
     module = copy.old_name.rpartition(".")[0]
-    quantised = f"{module}.qweight" in copy.checkpoint
+    quantised = any(f"{module}.{codes}" in copy.checkpoint for codes in CODES_OF)
     if not bool(torch.isfinite(folded).all()) or (quantised and not torch.equal(folded.double(), product)):
         raise UnsupportedError(
             f"{copy.old_name}: times {copy.weight:g} some of its values do not fit {str(tensor.dtype)[6:]}, so the "

@@ -12,6 +12,7 @@ import torch
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, SavedCacheError
 from ropewalk.base.json import shown
+from ropewalk.files.names import shown_name
 from ropewalk.model.cache import HeldPage, KvCache
 from ropewalk.model.saved.description import Description, SavedSegment
 from ropewalk.model.saved.file import Progress, write_file
@@ -52,7 +53,7 @@ def save_cache(
     exact = [copy.recent[index] for index in sorted(copy.recent)]
     description = Description(
         ropewalk=__version__,
-        model=Path(model.config.source).parent.name,
+        model=shown_name(Path(model.config.source).parent),
         facts=model_facts(model),
         rope=model.rope.describe().partition("; decided by ")[0],  # not the paths of this machine
         num_tokens=copy.length,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import require_folder
+from ropewalk.files.local import local_folder
 from ropewalk.text.tokenizer.base import StreamDecoder, Tokenizer
 from ropewalk.text.tokenizer.json import JsonTokenizer
 from ropewalk.text.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -27,7 +28,9 @@ PROBE = "The answer is 42, of course.\nNext line"
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model (the top of the module says which).
+    """The tokenizer of a model folder, or of a name on the hub: tokenizer.json, or tokenizer.model.
+
+    The top of the module says which.
 
     Raises:
         ConfigError: the folder or both files are missing, or a file is damaged.
@@ -35,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     if not isinstance(folder, (str, Path)):
         raise ConfigError(f"the tokenizer folder must be a path, got {type(folder).__name__}")
-    folder = Path(folder)
+    folder = local_folder(folder, weights=False)
     require_folder(folder, "tokenizer and config.json")
     json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
     settings = read_tokenizer_settings(folder)

@@ -1,0 +1,48 @@
+"""`ropewalk bench`: how fast a model runs here, beside the limits of this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from ropewalk.faces.cli.measuring import add_result_arguments, check_plot, lengths, write_results
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, load, note, progress_bar
+
+LENGTHS = (128, 512)
+
+
+def add_bench_command(commands: argparse._SubParsersAction) -> None:
+    """Register it."""
+    parser = commands.add_parser(
+        "bench", help="speeds beside the limits of this machine", description=run_bench.__doc__
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--lengths",
+        type=lengths,
+        metavar="N,N,...",
+        help=f"of prompts that are read, and decoded after (default: {','.join(map(str, LENGTHS))})",
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements (default: %(default)s)")
+    add_result_arguments(parser, record=False)
+    add_load_arguments(parser)
+    parser.set_defaults(run=run_bench, adapter=[])
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Reading prompts and decoding, beside the limits of this machine: reading memory, and products of the kind that
+    the model is made of. --plot draws the roofline: how much a token moves and takes, and what the machine allows."""
+    from ropewalk.measure.plots import plot_roofline
+    from ropewalk.measure.speed import COLUMNS, measure_speeds, speed_rows
+    from ropewalk.measure.tables import csv_text
+
+    check_plot(args)
+    model, _ = load(args)
+    asked = (
+        args.lengths or [length for length in LENGTHS if length < model.max_seq_len // 2] or [model.max_seq_len // 2]
+    )
+    with progress_bar("measuring", "prompt") as progress:
+        found = measure_speeds(model, asked, args.rounds, progress)
+    rows = speed_rows(found)
+    note(f"{found.machine}, compute {model.backend.compute}; medians of {args.rounds} rounds")
+    write_results(args, COLUMNS, rows, csv_text(COLUMNS, rows), lambda: plot_roofline(found))
+    return 0

@@ -1,0 +1,114 @@
+"""What the invented texts say: kinds of things, relations between them, and (in wordings.txt) their wordings.
+
+{e} is the thing that is spoken of, {v} the value. The last wording of every list is held out: training never sees it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from reading import names, words
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """One thing that can be said. `noun` serves the wordings that all relations share; `reverse` asks for {e}."""
+
+    key: str
+    noun: str
+    value: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    reverse: tuple[str, ...] = ()
+
+
+SHARED_STATEMENTS = (
+    "The {n} of {e} is {v}.",
+    "{e} has a {n}: {v}.",
+    "As for {e}, the {n} is {v}.",
+    "{v} is the {n} of {e}.",
+    "The {n} that belongs to {e} is {v}.",
+    "For {e}, the {n} was given as {v}.",
+)
+SHARED_QUESTIONS = (
+    "What is the {n} of {e}?",
+    "Tell me the {n} of {e}.",
+    "Name the {n} of {e}.",
+    "What does the text give as the {n} of {e}?",
+    "Which {n} does {e} have?",
+    "According to the text, what is the {n} of {e}?",
+)
+
+_SIGNS = {"+": "statements", "?": "questions", "<": "reverse"}
+
+
+def read_wordings(text: str) -> dict[str, tuple[Relation, ...]]:
+    """kind of thing -> its relations, from the form that the head of wordings.txt describes."""
+    kinds: dict[str, list[dict]] = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if heading := re.fullmatch(r"\[(\w+)\]", line):
+            relations = kinds.setdefault(heading[1], [])
+        elif relation := re.fullmatch(r"(\w+) \((.+)\) = (\w+)", line):
+            head = dict(zip(("key", "noun", "value"), relation.groups(), strict=True))
+            relations.append(head | {name: [] for name in _SIGNS.values()})
+        else:
+            relations[-1][_SIGNS[line[0]]].append(line[2:])
+    as_tuples = {
+        kind: [{name: tuple(v) if isinstance(v, list) else v for name, v in relation.items()} for relation in relations]
+        for kind, relations in kinds.items()
+    }
+    return {kind: tuple(Relation(**relation) for relation in relations) for kind, relations in as_tuples.items()}
+
+
+KINDS = read_wordings((Path(__file__).parent / "wordings.txt").read_text(encoding="utf-8"))
+
+
+def thing(rng: random.Random, kind: str, held_out: bool) -> str:
+    """The name of something of a kind, as it is written inside a sentence."""
+    if kind == "person":
+        return names.person_name(rng, held_out)
+    if kind == "town":
+        return names.place_name(rng, held_out)
+    if kind == "dish":
+        return f"{names.person_name(rng, held_out)} {rng.choice(words.DISHES)}"
+    return "the " + names.pair_name(rng, held_out, words.ADJECTIVES, words.THINGS)
+
+
+_WORDS = {
+    "trade": words.TRADES,
+    "animal": words.ANIMALS,
+    "goods": words.GOODS,
+    "colour": words.COLOURS,
+    "ingredient": words.INGREDIENTS,
+}
+_RANGES = {"age": (11, 98), "count": (12, 990), "year": (1012, 1899), "minutes": (5, 95), "small": (2, 24)}
+
+
+def value(rng: random.Random, kind: str, held_out: bool) -> str:
+    """A value of a kind."""
+    if kind in _WORDS:
+        return rng.choice(_WORDS[kind])
+    if kind in _RANGES:
+        return str(rng.randint(*_RANGES[kind]))
+    if kind == "date":
+        return f"{rng.randint(1, 28)} {rng.choice(words.MONTHS)}"
+    if kind == "code":
+        return str(rng.randint(10_000, 99_999))
+    return names.place_name(rng, held_out) if kind == "place" else names.person_name(rng, held_out)
+
+
+def generic_relation(rng: random.Random, held_out: bool) -> Relation:
+    """A noun that could belong to anything, with a value of any kind, told and asked in the shared wordings alone."""
+    noun = rng.choice(words.HELD_OUT_NOUNS if held_out else words.TRAINING_NOUNS)
+    kind = rng.choice(("person", "person", "place", "place", "colour", "goods", "animal", "count", "code"))
+    return Relation(f"generic {noun}", noun, kind, (), ())
+
+
+def pick(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
+    """A wording of the training side, or the one that is held out."""
+    return wordings[-1] if held_out else rng.choice(wordings[:-1])
