@@ -44,6 +44,8 @@ PADDED = {
     128: Tiles(Tile(64, 8), Tile(16, 4), 64),
     256: Tiles(Tile(32, 8), Tile(16, 8), 32),
 }
+# Beside caps of scores, few rows of large heads want the registers of four warps.
+CAPPED = Tiles(Tile(32, 8), Tile(16, 4), 32)
 # The older part of the keys, in codes, takes the most of them.
 OLDER_PART = Tiles(Tile(32, 4), Tile(16, 4), 32)
 # On 9.x and 10.x products of 64 rows have instructions of their own, which need not round like those of 16 rows: there
@@ -66,7 +68,9 @@ def tiles(layout: PageLayout, fp16: bool, major: int, is_part: bool = False, is_
     if not fp16:
         return FLOAT32
     is_coded = layout.cache_format.is_coded
-    if size == 256 and (head_dim < 256 or is_coded or is_capped):
+    if size == 256 and is_capped:
+        return CAPPED
+    if size == 256 and (head_dim < 256 or is_coded):
         return PADDED[size]
     if major in WARPGROUPS:
         return TILES_OF_WARPGROUPS[size]

@@ -23,7 +23,7 @@ from ropewalk.backends.gpu.quantised import ASSEMBLY, QuantisedSegment, pack_seg
 from ropewalk.base.errors import ShapeError, UnsupportedError
 from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
 
-MOST_ROWS = 64  # of a tile: wider ones leave no registers for the places of its rows
+MOST_ROWS = (32, 64)  # of a tile, the fewer with groups of 32: more leave no registers for the places of its rows
 EXPERTS_AT_ONCE = 8  # of a token, about: so many times more programs a product of few rows has
 
 
@@ -63,7 +63,7 @@ class ExpertStack:
         weights, num_pairs = self.weights, pairs.count
         blocks, padded = weights.words.shape[1:3]
         exact = x.values.dtype == torch.float32
-        rows = 1 if pairs.are_few else min(max(1, num_pairs // pairs.num_experts), MOST_ROWS)
+        rows = 1 if pairs.are_few else min(max(1, num_pairs // pairs.num_experts), MOST_ROWS[weights.group > 32])
         tile = tiles.linear_tile(rows, padded, weights.bits, weights.group, exact, tiles.generation(y.device))
         split = weights.splits > 1 and pairs.are_few
         out = torch.empty(weights.splits, num_pairs, weights.num_columns, device=y.device) if split else y

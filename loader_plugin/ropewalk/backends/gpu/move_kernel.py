@@ -87,19 +87,22 @@ def move_rows(
     table = tl.load(rotations_ptr + tl.program_id(0))
     offset = tl.program_id(0).to(tl.int64) * (HKV * (K_BYTES + V_BYTES))
     dim = tl.arange(0, DP)[None, :]
+    is_value = tl.program_id(2) == 1
+    is_copied = is_value | (table < 0)
+    copied_offset = offset + tl.where(is_value, HKV * K_BYTES + head * V_BYTES, head * K_BYTES)
     for first in range(0, num_rows, ROWS):
         row = (first + tl.arange(0, ROWS))[:, None]
         here = row < num_rows
         place, target_place = (source_start + row) % PAGE, (target_start + row) % PAGE
-        if tl.program_id(2) == 1:
-            value_offset = offset + HKV * K_BYTES + head * V_BYTES
-            source = _heads(source_ptr, source_start + row, here, value_offset, PAGE)
-            target = _heads(target_ptr, target_start + row, here, value_offset, PAGE)
-            _copied(source, target, place, target_place, here, D, DP, PAGE, V_BITS)
-        elif table < 0:
-            source = _heads(source_ptr, source_start + row, here, offset + head * K_BYTES, PAGE)
-            target = _heads(target_ptr, target_start + row, here, offset + head * K_BYTES, PAGE)
-            _copied(source, target, place, target_place, here, D, DP, PAGE, K_BITS)
+        if is_copied:
+            source = _heads(source_ptr, source_start + row, here, copied_offset, PAGE)
+            target = _heads(target_ptr, target_start + row, here, copied_offset, PAGE)
+            if K_BITS == V_BITS:  # noqa: SIM114 - this is known when it is compiled, the next is not
+                _copied(source, target, place, target_place, here, D, DP, PAGE, V_BITS)
+            elif is_value:
+                _copied(source, target, place, target_place, here, D, DP, PAGE, V_BITS)
+            else:
+                _copied(source, target, place, target_place, here, D, DP, PAGE, K_BITS)
         else:
             source = _heads(source_ptr, source_start + row, here, offset + head * K_BYTES, PAGE)
             target = _heads(target_ptr, target_start + row, here, offset + head * K_BYTES, PAGE)
