@@ -160,9 +160,10 @@ void run_activate(CpuRuntime& runtime, const py::array& x, const std::string& ac
   args.x_stride = (gated ? 2 : 1) * args.size;
   args.gated = gated;
   args.activation = activation_named(activation);
-  args.x = contiguous<float>(x, "x", {out.shape(0), args.x_stride});
+  const char* name = gated ? "gate_up" : "x";
+  args.x = contiguous<float>(x, name, {out.shape(0), args.x_stride});
   args.out = writable_contiguous<float>(out, "out", shape_of(out));
-  check_apart(out, "out", x, "x");
+  check_apart(out, "out", x, name);
   const int64_t num_rows = out.shape(0);
   const Computing computing(runtime);
   activate(runtime, args, num_rows);
