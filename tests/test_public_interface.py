@@ -40,6 +40,9 @@ OPTIONS = {
     "rope_theta": None,
     "rope_growth": "rotate",
     "cache_type": "fp16",
+    "cache_memory": None,
+    "head_bits": "auto",
+    "expert_memory": None,
 }
 
 

@@ -48,12 +48,12 @@ def make_folders(root: Path) -> Path:
 
 
 def make_unreadable(models: Path) -> None:
-    """Models that our loader does not read ("gemma2" in GPTQ, "awq" of version gemv), without a tokenizer ("mute"), or
+    """Models that our loader does not read ("falcon" in GPTQ, "awq" of version gemv), without a tokenizer ("mute"), or
     with one that transformers cannot load ("garbled")."""
     config = json.loads((models / "demo" / "config.json").read_text())
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     for name, changes in {
-        "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "quantization_config": gptq},
+        "falcon": {"model_type": "falcon", "architectures": ["FalconForCausalLM"], "quantization_config": gptq},
         "awq": {"quantization_config": {**gptq, "quant_method": "awq", "version": "gemv", "zero_point": True}},
     }.items():
         shutil.copytree(models / "demo", models / name, ignore=shutil.ignore_patterns("quantize_config.json"))

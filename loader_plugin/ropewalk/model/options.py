@@ -66,7 +66,6 @@ class LoadOptions:
     max_seq_len: int | None = None
     max_input_len: int = MAX_INPUT_LEN
     compute: str = COMPUTE.default
-    head_bits: str | int = HEAD_BITS.default
     backend: str = BACKEND.default
     threads: int | None = None
     isa: str | None = None
@@ -77,6 +76,7 @@ class LoadOptions:
     rope_growth: str = ROPE_GROWTH.default
     cache_type: str = CACHE_TYPE.default
     cache_memory: int | None = None
+    head_bits: str | int = HEAD_BITS.default
     expert_memory: int | None = None
     device: str | torch.device | None = None
     gpu_layers: int | None = None

@@ -33,11 +33,11 @@ def write_folder(folder: Path, changes: dict[str, Any], weights: bool = False) -
         {"quantization_config": GPTQ},
         {"quantization_config": {"bits": 4, "group_size": 32}},
         {"quantization_config": {**GPTQ, "quant_method": "AWQ"}},
-        {"quantization_config": GPTQ, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+        {"quantization_config": GPTQ, "model_type": "falcon", "architectures": ["FalconForCausalLM"]},
         {"gptq_bits": 4, "gptq_groupsize": 128},
         {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
     ],
-    ids=["gptq", "no method", "awq", "gemma2", "kobold", "compressed-tensors"],
+    ids=["gptq", "no method", "awq", "falcon", "kobold", "compressed-tensors"],
 )
 def test_what_config_json_declares_is_recognised(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert is_gptq_like(write_folder(tmp_path, changes))
@@ -73,7 +73,7 @@ def test_a_folder_that_can_be_loaded_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, UnsupportedError, "gemma2"),
+        ({"model_type": "falcon", "architectures": ["FalconForCausalLM"]}, UnsupportedError, "falcon"),
         ({"quantization_config": {**GPTQ, "quant_method": "awq", "version": "gemv"}}, UnsupportedError, "AWQ"),
         ({"hidden_size": 320}, RopewalkError, "config.json"),
     ],

@@ -16,7 +16,7 @@ from ropewalk.faces.webui.hooks import model_defaults
 from ropewalk.faces.webui.tokenizer_check import check_tokenizer
 from webui_support import press_load, reply, running_webui, select, start
 
-UNSUPPORTED = ("gemma2", "awq")
+UNSUPPORTED = ("falcon", "awq")
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -37,7 +37,7 @@ def test_an_unsupported_quantised_folder_is_refused_in_words_and_the_model_befor
     assert reply(loaded) == before
 
 
-@pytest.mark.parametrize(("name", "advice"), [("gemma2", "does not read it either"), ("demo", "choose ropewalk")])
+@pytest.mark.parametrize(("name", "advice"), [("falcon", "does not read it either"), ("demo", "choose ropewalk")])
 def test_a_loader_that_lacks_its_package_is_not_tried_on_a_quantised_folder(
     loaded: SimpleNamespace, name: str, advice: str
 ) -> None:
@@ -55,9 +55,9 @@ def test_an_unsupported_folder_is_left_to_a_loader_that_has_its_package(
 ) -> None:
     monkeypatch.setattr(model_defaults, "reads_gptq", lambda loader: loader == "Transformers")
     metadata = webui.models_settings.get_model_metadata
-    assert metadata("gemma2")["loader"] == "Transformers"
+    assert metadata("falcon")["loader"] == "Transformers"
     assert metadata("demo")["loader"] == "ropewalk"
-    assert "ropewalk cannot load this model" in select(webui, "gemma2")
+    assert "ropewalk cannot load this model" in select(webui, "falcon")
 
 
 def test_folders_for_other_loaders_get_no_remark(webui: SimpleNamespace) -> None:
