@@ -158,10 +158,16 @@ def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
 
 
 class Linear:
-    """Linears that read the same input, with their outputs side by side: q, k and v, or gate and up."""
+    """Linears that read the same input, with their outputs side by side: q, k and v, or gate and up.
 
-    def __init__(self, runtime: Runtime, parts: Sequence[_core.PackedGptq | _core.DenseLinear]) -> None:
+    compute: the only way in which this one is computed, whatever a call asks for; None: as asked for.
+    """
+
+    def __init__(
+        self, runtime: Runtime, parts: Sequence[_core.PackedGptq | _core.DenseLinear], compute: str | None = None
+    ) -> None:
         self._runtime = runtime
+        self._compute = compute
         self.core = _core.LinearGroup(list(parts))
         self.in_features: int = self.core.in_features
         self.out_features: int = self.core.out_features
@@ -177,7 +183,7 @@ class Linear:
         """
         out = new_result(self._runtime, x, (checked_shape(x, "x", 2)[0], self.out_features))
         core = None if change is None else change.core
-        self.core.run(self._runtime.core, compute, as_numpy(x), as_numpy(out), core)
+        self.core.run(self._runtime.core, self._compute or compute, as_numpy(x), as_numpy(out), core)
         return out
 
 

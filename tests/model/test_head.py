@@ -11,9 +11,11 @@ import torch
 from gptq_writer import write_checkpoint
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.model.backends import make_backend
 from ropewalk.model.head import RUN_INPUTS, held_head, rounded_bits
 from ropewalk.model.info import model_info
 from ropewalk.model.loader import load_model
+from ropewalk.model.options import LoadOptions
 from variants import Variant, variants
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -111,6 +113,16 @@ def test_logits_are_close_to_those_of_the_stored_head_and_exact_keeps_it(folder:
     assert torch.equal(logits(folder, variant), stored) == (variant.compute == "exact")
     error = [float((logits(folder, variant, head_bits=bits) - stored).norm() / stored.norm()) for bits in (8, 4)]
     assert 0 < error[0] < 0.01 < error[1] < 0.15
+
+
+@pytest.mark.parametrize("variant", variants(compute="int8"), ids=str)
+def test_its_activations_are_not_rounded(variant: Variant) -> None:
+    backend = make_backend(LoadOptions(backend=variant.backend, compute="int8", isa=variant.isa))
+    stored = head(64, 160)
+    x = torch.randn(3, 160, generator=torch.Generator().manual_seed(1))
+    held = held_head(stored, 8, "int8")
+    exact = x.double() @ held.dequantise().double() + held.bias
+    torch.testing.assert_close(backend.linear(x, backend.pack([held])).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_memory_is_planned_as_it_is_used(folder: Path) -> None:

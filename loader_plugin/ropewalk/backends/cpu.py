@@ -80,7 +80,8 @@ class CpuBackend(SinglePlace):
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
-        return native.Linear(self.runtime, [self._pack_part(part) for part in parts])
+        rounds = all(part.rounds_inputs for part in parts if isinstance(part, GptqLinear))
+        return native.Linear(self.runtime, [self._pack_part(part) for part in parts], None if rounds else "exact")
 
     def pack_experts(self, experts: Sequence[Expert]) -> CpuExperts:
         """Repack one expert after the other: all of them, or as many as there is room for."""

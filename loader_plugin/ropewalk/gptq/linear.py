@@ -40,6 +40,7 @@ class GptqLinear:
     group_starts: torch.Tensor  # [G+1] int64
     order: torch.Tensor | None  # [K] int32: sorted row i is original row order[i]; None: already sorted
     bias: torch.Tensor | None  # [N] float32; None also if the stored one is all zero
+    rounds_inputs: bool = True  # in "int8"; False: activations stay float32, as for a head that was stored in floats
 
     def group_index(self) -> torch.Tensor:
         """[K] int64: the group of each original row."""

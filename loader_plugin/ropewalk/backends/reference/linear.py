@@ -72,7 +72,7 @@ def low_rank_product(x: torch.Tensor, change: ReferenceLowRank) -> torch.Tensor:
 def _part_product(x: torch.Tensor, part: GptqLinear | DenseLinear, compute: str) -> torch.Tensor:
     if isinstance(part, DenseLinear):
         y = _dense_product(x, part.weight)
-    elif compute == "int8":
+    elif compute == "int8" and part.rounds_inputs:
         y = _int8_product(x, part)
     else:
         y = x @ part.dequantise()
