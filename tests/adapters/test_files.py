@@ -284,5 +284,5 @@ def test_replacing_one_of_two_tied_tables_is_refused(tmp_path: Path, tied_change
     exact = write_checkpoint(tmp_path, {"tie_word_embeddings": True}, dense=True)
     adapter = write_adapter(tmp_path / "adapter", tmp_path, exact, **tied_change)
     model = Variant("reference", "exact").load(tmp_path)
-    with pytest.raises(UnsupportedError, match="ties lm_head to the embeddings"):
+    with pytest.raises(UnsupportedError, match="ties the head to the embeddings"):
         model.load_adapter(adapter, "tried")
