@@ -43,7 +43,7 @@ def split(monkeypatch: pytest.MonkeyPatch, folder: Path):
     """Loads a model over as many reference backends as counts are given."""
 
     def load(*counts: int, **options: Any) -> Model:
-        def make(chosen: LoadOptions, placement: Any = None) -> SplitBackend:
+        def make(chosen: LoadOptions, placement: Any = None, experts: Any = None) -> SplitBackend:
             plan = plan_loading(folder, chosen)
             indices = [use.layer for use in plan.order.uses]
             return SplitBackend([Place(ReferenceBackend("exact"), count) for count in counts], indices)

@@ -142,7 +142,7 @@ def test_another_model_type_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "architecture"),
-    [(None, "MixtralForCausalLM"), ("llama", "LlamaForSequenceClassification"), ("llama", "MistralForCausalLM")],
+    [(None, "FalconForCausalLM"), ("llama", "LlamaForSequenceClassification"), ("llama", "MistralForCausalLM")],
 )
 def test_another_architecture_is_refused_by_name(model_type: str | None, architecture: str) -> None:
     raw = {**config(), "model_type": model_type, "architectures": [architecture]}

@@ -21,7 +21,7 @@ from ropewalk.model.loader import load_model
 from ropewalk.model.options import LoadOptions
 
 IDS = np.random.default_rng(5).integers(0, 64, 200).tolist()
-OPTIONS = LoadOptions(backend="reference", compute="exact", cache_type="fp32", max_seq_len=64)
+OPTIONS = LoadOptions(backend="reference", compute="exact", cache_type="fp32", max_seq_len=64, head_bits="16")
 LENGTH = 64
 
 

@@ -115,7 +115,7 @@ def test_what_was_read_of_a_layer_is_gone_before_the_next_is_read(
     def watched_read(config, quant, checkpoint, index):
         assert [qweight() for qweight in read] == [None] * index
         weights = read_layer(config, quant, checkpoint, index)
-        read.append(weakref.ref(weights.down.qweight))
+        read.append(weakref.ref(weights.linears["down"].qweight))
         return weights
 
     monkeypatch.setattr(loader, "read_layer", watched_read)
