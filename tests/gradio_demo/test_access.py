@@ -9,6 +9,7 @@ import pytest
 
 from ropewalk.base.errors import RequestError
 from ropewalk.files.embedded import demo_model_path
+from ropewalk.gradio_demo.shared import access as access_module
 from ropewalk.gradio_demo.shared.access import EMBEDDED, MAX_UPLOAD_BYTES, Access
 
 
@@ -147,9 +148,7 @@ def test_a_name_on_the_hub_is_downloaded_when_it_is_loaded_and_then_known_to_all
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(
-        "ropewalk.gradio_demo.shared.access.local_folder", lambda name: asked.append(name) or tree / "secret"
-    )
+    monkeypatch.setattr(access_module, "local_folder", lambda name: asked.append(name) or tree / "secret")
     page = access(tree)
     with pytest.raises(RequestError, match="TheBloke/x is no folder that may be read here; Load downloads it"):
         page.open("TheBloke/x")

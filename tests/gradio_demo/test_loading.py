@@ -14,6 +14,7 @@ from ropewalk.gradio_demo.documents.behaviour import Document
 from ropewalk.gradio_demo.model_bar.settings import AS_CHECKPOINT, FieldError
 from ropewalk.gradio_demo.model_bar.workbench import FOLDER
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.shared import access
 from ropewalk.gradio_demo.shared.access import EMBEDDED
 
 
@@ -117,7 +118,7 @@ def test_adapters_are_loaded_when_they_are_first_wanted_and_change_the_reply(tmp
 
 def test_a_name_on_the_hub_is_loaded_as_its_checkpoint_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of_the_embedded_model(tmp_path / "fetched")
-    monkeypatch.setattr("ropewalk.gradio_demo.shared.access.local_folder", lambda name: folder)
+    monkeypatch.setattr(access, "local_folder", lambda name: folder)
     workbench = empty_session(tmp_path).workbench
     assert workbench.suggest("someone/model").rope_method == AS_CHECKPOINT
     assert workbench.plan("someone/model", asdict(workbench.suggest("someone/model"))) is None
