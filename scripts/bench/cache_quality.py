@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer", type=Path, metavar="PATH", help="the program of llama_cpp/at_depth.cpp")
     args = parser.parse_args()
+    if not 2 <= args.length <= args.tokens:
+        parser.error(f"--length must be from 2 to --tokens, {args.tokens}, got {args.length}")
     torch.set_num_threads(args.threads)
     print_head("perplexity by cache format")
     for folder in args.folders or [demo_model_path()]:

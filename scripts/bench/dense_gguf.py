@@ -1,4 +1,4 @@
-"""Write a Llama checkpoint, GPTQ or not, as a GGUF file in float32: the same weights for llama.cpp.
+"""Write a Llama checkpoint, quantised or not, as a GGUF file in float32: the same weights for llama.cpp.
 
     pip install gguf
     python scripts/bench/dense_gguf.py FOLDER FILE
@@ -12,25 +12,27 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from gguf import GGUFWriter
 
 from random_gguf import write_facts
-from ropewalk.config.model import ModelConfig, load_model_config
+from ropewalk.config.model import load_model_config
 from ropewalk.config.quantisation import load_quant_config
 from ropewalk.files.folder import Checkpoint
-from ropewalk.gptq.linear import read_gptq_linear
-from ropewalk.weights.check import settings_of
+from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.rope.methods import NoScaling
+from ropewalk.rope.rope import resolve_rope
+from ropewalk.weights.read import LayerWeights, check_tensors, read_embeddings, read_head, read_layer
 
-LINEARS = {  # their names, and those in a GGUF file
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+LINEARS = {  # their names in the family's table, and those in a GGUF file
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
+NORMS = {"attn_norm": "attn_norm", "mlp_norm": "ffn_norm"}
 
 
 def main() -> None:
@@ -45,63 +47,50 @@ def main() -> None:
 def write_dense_gguf(folder: Path, file: Path) -> None:
     """All tensors in float32, queries and keys in the order of GGUF's rotation: pairs (2i, 2i + 1)."""
     config = load_model_config(folder)
-    if config.family != "llama":
-        raise SystemExit(f"{folder}: a checkpoint of {config.family}, and only llama's tensors are known here")
+    rope = resolve_rope(config.raw, source=config.source)
+    if config.family != "llama" or not isinstance(rope.method, NoScaling):
+        raise SystemExit(
+            f"{config.source}: {config.family}, {rope.method.name}: only a llama without scaling is written"
+        )
+    quant = load_quant_config(folder, config.raw)
     writer = GGUFWriter(file, "llama")
-    write_facts(writer, dict(config.raw) | {"rope_theta": theta_of(config)})
-    with Checkpoint(folder) as checkpoint:
-        writer.add_tensor("token_embd.weight", floats(checkpoint, "model.embed_tokens.weight"))
-        writer.add_tensor("output_norm.weight", floats(checkpoint, "model.norm.weight"))
-        if "lm_head.weight" in checkpoint:
-            writer.add_tensor("output.weight", floats(checkpoint, "lm_head.weight"))
+    write_facts(writer, dict(config.raw) | {"rope_theta": rope.theta})
+    with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+        check_tensors(config, quant, checkpoint)
+        embeddings = read_embeddings(config, checkpoint)
+        final_norm, head = read_head(config, quant, checkpoint, embeddings)
+        writer.add_tensor("token_embd.weight", embeddings.float().numpy())
+        writer.add_tensor("output_norm.weight", final_norm["norm"].numpy())
+        if not config.tie_word_embeddings:
+            writer.add_tensor("output.weight", floats(head))
         for index in range(config.num_layers):
-            write_layer(writer, config, checkpoint, folder, index)
+            write_layer(writer, f"blk.{index}.", read_layer(config, quant, checkpoint, index), config.head_dim)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def write_layer(writer: GGUFWriter, config: ModelConfig, checkpoint: Checkpoint, folder: Path, index: int) -> None:
+def write_layer(writer: GGUFWriter, prefix: str, weights: LayerWeights, head_dim: int) -> None:
     """Norms and linears of one layer."""
-    ours, theirs = f"model.layers.{index}.", f"blk.{index}."
-    writer.add_tensor(f"{theirs}attn_norm.weight", floats(checkpoint, f"{ours}input_layernorm.weight"))
-    writer.add_tensor(f"{theirs}ffn_norm.weight", floats(checkpoint, f"{ours}post_attention_layernorm.weight"))
-    for module, name in LINEARS.items():
-        weight = linear(checkpoint, config, folder, ours + module)
-        if name in ("attn_q", "attn_k"):
-            weight = in_pairs(weight, config.head_dim)
-        writer.add_tensor(f"{theirs}{name}.weight", np.ascontiguousarray(weight))
+    for name, theirs in NORMS.items():
+        writer.add_tensor(f"{prefix}{theirs}.weight", weights.norms[name].numpy())
+    for name, theirs in LINEARS.items():
+        weight = floats(weights.linears[name])
+        if name in ("q", "k"):
+            weight = in_pairs(weight, head_dim)
+        writer.add_tensor(f"{prefix}{theirs}.weight", np.ascontiguousarray(weight))
 
 
-def linear(checkpoint: Checkpoint, config: ModelConfig, folder: Path, name: str) -> np.ndarray:
+def floats(linear: GptqLinear | DenseLinear) -> np.ndarray:
     """[N, K] float32, dequantised."""
-    if f"{name}.qweight" not in checkpoint:
-        return floats(checkpoint, f"{name}.weight")
-    outputs = checkpoint.info(f"{name}.qweight").shape[1]
-    inputs = config.intermediate_size if name.endswith("down_proj") else config.hidden_size
-    inputs = config.num_heads * config.head_dim if name.endswith("o_proj") else inputs
-    settings = settings_of(load_quant_config(folder, config.raw), checkpoint, name, inputs)
-    return read_gptq_linear(checkpoint, name, inputs, outputs, settings).dequantise().T.numpy()
+    return linear.weight.float().numpy() if isinstance(linear, DenseLinear) else linear.dequantise().T.numpy()
 
 
 def in_pairs(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows (i, i + D/2) of each head as neighbours."""
     halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])  # [H, 2, D/2, K]
     return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def theta_of(config: ModelConfig) -> float:
-    """The base of the rotation; a scaling has no place in this file."""
-    spelled = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
-    if spelled.get("rope_type", spelled.get("type", "default")) != "default":
-        raise SystemExit(f"{config.source}: has a RoPE scaling")
-    return float(spelled.get("rope_theta", config.raw.get("rope_theta", 10000.0)))
-
-
-def floats(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """A tensor in float32."""
-    return checkpoint.tensor(name).to(torch.float32).numpy()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures import container_fixture_folders, measured
+from fixture_logits import EXACT_ERROR, check_bits, check_exact, check_int8, expected
+from fixtures import container_fixture_folders
 from ropewalk.model.loader import load_model
-from ropewalk.model.step import Span
 from variants import Variant, variants
 
-EXACT_ERROR = 2e-3  # of the fixtures' README
-MOST_KL = 3  # times that of a simulated quantisation of the activations, likewise
 FP16_ERROR = 2e-2
 ONE_OF_EACH = ("awq-gemm-g128", "ct-w4a16-g32-actgroup", "ct-w8a16-channel")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,45 +22,21 @@ each = pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="no fixtures of other containers on this machine")
 
 
-def expected(folder: Path) -> dict[str, np.ndarray]:
-    with np.load(folder / "expected.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-def logits_at(folder: Path, variant: Variant, cache_type: str, want: dict[str, np.ndarray]) -> torch.Tensor:
-    model = variant.load(folder, cache_type=cache_type, max_input_len=20)
-    logits = model.forward(want["input_ids"].tolist(), model.new_cache(), logits="all")
-    return logits[torch.from_numpy(want["logits_positions"])]  # [P, V]
-
-
 @each
 @pytest.mark.parametrize("variant", variants(compute="exact"), ids=str)
 def test_exact_logits_are_those_of_transformers(folder: Path, variant: Variant) -> None:
-    want = expected(folder)
-    got = logits_at(folder, variant, "fp32", want)
-    assert np.abs(got.numpy() - want["logits"]).max() <= EXACT_ERROR
+    check_exact(folder, variant)
 
 
 @each
 @pytest.mark.parametrize("variant", variants(compute="int8"), ids=str)
 def test_int8_logits_diverge_no_more_than_simulated(folder: Path, variant: Variant) -> None:
-    want = expected(folder)
-    got = logits_at(folder, variant, "fp16", want)
-    p, q = (torch.log_softmax(torch.as_tensor(rows).double(), -1) for rows in (want["logits"], got))
-    simulated = measured(folder, "simulated_error", "q8_block32_activations", "kl_mean")
-    assert float((p.exp() * (p - q)).sum(-1).mean()) <= MOST_KL * simulated
+    check_int8(folder, variant)
 
 
 @each
 def test_chunks_and_batches_change_no_bit(folder: Path) -> None:
-    ids = expected(folder)["input_ids"].tolist()
-    whole = load_model(folder, threads=1, backend="cpu")
-    chunked = load_model(folder, threads=2, backend="cpu", max_input_len=7)
-    want = whole.forward(ids, whole.new_cache(), logits="all")
-    assert torch.equal(chunked.forward(ids, chunked.new_cache(), logits="all"), want)
-    spans = [Span(ids[:length], whole.new_cache(), logits="all") for length in (len(ids), 5, 1)]
-    for span, logits in zip(spans, whole.step(spans), strict=True):
-        assert torch.equal(logits, want[: len(span.token_ids)])
+    check_bits(folder)
 
 
 @pytest.mark.parametrize("compute", ["fp16", "exact"])

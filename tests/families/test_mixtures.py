@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from container_writer import compressed_config, random_linear
+from gptq_writer import Kind
 from ropewalk.base.errors import CheckpointError, ConfigError, UnsupportedError
 from ropewalk.model.loader import load_model
 from their_folder import save_model
@@ -60,6 +63,24 @@ def test_a_model_that_holds_few_experts_gives_the_bits_of_one_that_holds_all(fol
     assert torch.equal(torch.cat(parts), want)
     held = sum(packed.num_bytes for layer in model.weights.layers for packed in layer.experts.values())
     assert held <= expert_bytes(folder) * 6 // 5
+
+
+def test_experts_packed_as_compressed_tensors_have_a_bound_too(folder: Path, tmp_path: Path) -> None:
+    kind, rng = Kind(), np.random.default_rng(1)
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".mlp.experts." in name]:
+            module, (out_features, in_features) = name.removesuffix(".weight"), tensors.pop(name).shape
+            tensors |= random_linear(module, in_features, out_features, "compressed-tensors", kind, rng)[0]
+
+    declared = compressed_config(kind, actorder=None)
+    declared["ignore"] += ["re:.*self_attn.*", "re:.*mlp.gate$"]
+    made = changed(folder, tmp_path / "made", quantise, quantization_config=declared)
+    want = all_logits(made)
+    room = 6 * 3 * (64 * 32 // 2 + 32 * 64 // 8) * 6 // 5  # codes of 4 bits, a little for scales; one layer of two
+    model = load_model(made, backend="cpu", expert_memory=room)
+    assert torch.equal(model.forward(IDS, model.new_cache(), logits="all"), want)
+    assert 0 < sum(packed.num_bytes for layer in model.weights.layers for packed in layer.experts.values()) <= room
 
 
 def test_room_for_less_than_one_layer_is_refused(folder: Path) -> None:

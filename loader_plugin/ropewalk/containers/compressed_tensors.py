@@ -23,11 +23,9 @@ from ropewalk.files.folder import Checkpoint
 from ropewalk.gptq.bits import block_codes, unpack_rows
 from ropewalk.gptq.linear import (
     GptqLinear,
-    is_unset,
     read_bias,
+    read_groups,
     require_finite,
-    sequential_groups,
-    sorted_groups,
 )
 from ropewalk.gptq.shapes import FLOATS, infer_bits, infer_group_size
 
@@ -98,7 +96,7 @@ def read(checkpoint: Checkpoint, name: str, in_features: int, out_features: int,
     scale = checkpoint.tensor(f"{name}.weight_scale")  # [N, G]
     require_finite(scale, f"{name}.weight_scale")
     scales = (scale.float() if scale.dtype == torch.bfloat16 else scale).T.contiguous()  # [G, N]
-    starts, order = _groups(checkpoint, name, len(scales), settings, in_features)
+    starts, order = read_groups(checkpoint, f"{name}.weight_g_idx", in_features, len(scales), settings)
     return GptqLinear(
         name=name,
         bits=settings.bits,
@@ -131,17 +129,6 @@ def _zeros(checkpoint: Checkpoint, name: str, out_features: int, groups: int, bi
             f"{-middle} to {middle - 1} are accepted): the file is damaged"
         )
     return points.to(torch.uint8).T.contiguous()
-
-
-def _groups(
-    checkpoint: Checkpoint, name: str, groups: int, settings: QuantSettings, in_features: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    tensor = f"{name}.weight_g_idx"
-    if tensor in checkpoint:
-        g_idx = checkpoint.tensor(tensor)
-        if not is_unset(g_idx, groups):
-            return sorted_groups(g_idx, groups, tensor)
-    return sequential_groups(in_features, settings.group_size), None
 
 
 COMPRESSED_TENSORS = Container("compressed-tensors", CODES, PARTS, infer, problems, read)

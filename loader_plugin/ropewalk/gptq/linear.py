@@ -96,7 +96,7 @@ def read_gptq_linear(
     if problems:
         raise CheckpointError("; ".join(problems))
     scales, zeros = _read_scales_and_zeros(checkpoint, name, settings)
-    starts, order = _read_groups(checkpoint, name, in_features, scales.shape[0], settings)
+    starts, order = read_groups(checkpoint, f"{name}.g_idx", in_features, scales.shape[0], settings)
     return GptqLinear(
         name=name,
         bits=settings.bits,
@@ -151,10 +151,10 @@ def _read_scales_and_zeros(
     return scales, read_packed_zeros(qzeros, settings, f"{name}.qzeros", checkpoint.warn_once)
 
 
-def _read_groups(
-    checkpoint: Checkpoint, name: str, in_features: int, num_groups: int, settings: QuantSettings
+def read_groups(
+    checkpoint: Checkpoint, tensor: str, in_features: int, num_groups: int, settings: QuantSettings
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    tensor = f"{name}.g_idx"
+    """As `sorted_groups`, of the groups that a tensor names; in runs where it is not there, or says nothing."""
     if tensor in checkpoint:
         g_idx = checkpoint.tensor(tensor)
         if not is_unset(g_idx, num_groups):

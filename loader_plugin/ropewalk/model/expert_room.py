@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from ropewalk.backends.protocol import ExpertRoom
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.memory import available_bytes, format_bytes
+from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
 from ropewalk.model.options import LoadOptions
 from ropewalk.model.plan import LoadPlan
@@ -67,11 +68,12 @@ def _expert_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> Iterator[tuple[int,
 
 
 def _packed_bytes(checkpoint: Checkpoint, plan: LoadPlan, name: str) -> int:
-    """Of one linear: codes of up to 4 bits take 4 bits, others 8."""
-    parts = {
-        part: checkpoint.info(f"{name}.{part}").num_bytes if f"{name}.{part}" in checkpoint else 0
-        for part in ("qweight", "scales", "qzeros", "weight")
-    }
+    """Of one linear: codes of up to 4 bits take 4 bits, others 8; the rest takes what it takes in the files."""
+    container = container_of(plan.quant)
+    names = (f"{name}.{part}" for part in container.parts)
+    stored = sum(checkpoint.info(tensor).num_bytes for tensor in names if tensor in checkpoint)
     settings = None if plan.quant is None else plan.quant.for_module(name)
-    bits = 4 if settings is None else settings.bits
-    return parts["qweight"] * (4 if bits <= 4 else 8) // bits + parts["scales"] + parts["qzeros"] + parts["weight"]
+    if settings is None or not container.holds(checkpoint, name):
+        return stored
+    codes = checkpoint.info(f"{name}.{container.codes}").num_bytes
+    return stored - codes + codes * (4 if settings.bits <= 4 else 8) // settings.bits

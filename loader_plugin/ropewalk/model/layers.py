@@ -14,7 +14,7 @@ import torch
 from ropewalk.backends.protocol import Backend, CompiledLayer, OnePlace, PackedExperts, PackedLinear
 from ropewalk.config.model import ModelConfig
 from ropewalk.families import FAMILIES
-from ropewalk.families.program import Append, Program, Rotate
+from ropewalk.families.program import Program
 from ropewalk.families.recorder import LayerShape, record
 from ropewalk.weights.read import LayerWeights
 
@@ -116,10 +116,3 @@ def layer_shape(config: ModelConfig, index: int) -> LayerShape:
 def layer_program(family: str, shape: LayerShape) -> Program:
     """The recorded layer function of a family: one program for all layers of one shape."""
     return record(FAMILIES[family].kinds[shape.kind].layer, shape)
-
-
-def key_table(program: Program) -> int | None:
-    """The table of a step that a layer rotates its keys by; None if it does not rotate them."""
-    (kept,) = (operation.k for operation in program.operations if isinstance(operation, Append))
-    rotations = (operation for operation in program.operations if isinstance(operation, Rotate))
-    return next((rotation.table for rotation in rotations if rotation.x == kept), None)

@@ -107,7 +107,7 @@ load_model.__signature__ = with_options(load_model)  # for help() and editors: e
 def _room_for_experts(folder: Path, plan: LoadPlan, options: LoadOptions) -> ExpertRoom | None:
     if plan.config.mixture is None:
         return None
-    with _open_weights(folder, plan.config, plan.quant) as checkpoint:
+    with _opened(folder, plan.quant) as checkpoint:  # what is wrong with the tensors is told when they are read
         return choose_expert_room(checkpoint, plan, options)
 
 
@@ -146,10 +146,17 @@ def _load_second_layers(
 
 @contextmanager
 def _open_weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> Iterator[Checkpoint]:
-    """The checkpoint, its tensors checked; an OSError or MemoryError while it is in use becomes a CheckpointError."""
+    """The checkpoint as `_opened` gives it, its tensors checked."""
+    with _opened(folder, quant) as checkpoint:
+        check_tensors(config, quant, checkpoint)
+        yield checkpoint
+
+
+@contextmanager
+def _opened(folder: Path, quant: QuantConfig | None) -> Iterator[Checkpoint]:
+    """The checkpoint; an OSError or MemoryError while it is in use becomes a CheckpointError."""
     try:
         with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
-            check_tensors(config, quant, checkpoint)
             yield checkpoint
     except MemoryError as error:
         detail = f": {error}" if str(error) else ""  # of a card: which, and how much of it is free

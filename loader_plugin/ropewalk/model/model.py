@@ -26,7 +26,7 @@ from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_or
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig
 from ropewalk.model.cache import KvCache, Origin
-from ropewalk.model.layers import CopiedLayer, PackedLayer, key_table, layer_program, layer_shape
+from ropewalk.model.layers import CopiedLayer, PackedLayer
 from ropewalk.model.live_rope import LiveRope
 from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memory, context_pages
 from ropewalk.model.saved.file import SavedFile
@@ -132,9 +132,8 @@ class Model(LiveRope):
     @property
     def rotations(self) -> tuple[int | None, ...]:
         """Which table the keys of each layer instance are rotated by: see `Backend.move_rows_`."""
-        count = self.config.num_layers
-        shapes = (layer_shape(self.config, instance.weights_index % count) for instance in self.instances)
-        return tuple(key_table(layer_program(self.config.family, shape)) for shape in shapes)
+        rotations = self.config.rotations
+        return tuple(rotations[instance.weights_index % len(rotations)] for instance in self.instances)
 
     @property
     def cache_type(self) -> str:

@@ -18,16 +18,9 @@ template <class V>
 typename V::F32 tanh_f32(typename V::F32 x) {
   const auto one = V::broadcast(1.0f);
   const auto y = V::max(V::broadcast(-40.0f), V::min(V::broadcast(40.0f), V::add(x, x)));
-  const auto n = V::round(V::mul(y, V::broadcast(1.44269504088896341f)));
-  auto r = V::fnma(n, V::broadcast(0.693359375f), y);  // ln 2 in two parts, as in exp_f32
-  r = V::fnma(n, V::broadcast(-2.12194440054690583e-4f), r);
-  auto p = V::broadcast(1.0f / 5040.0f);
-  p = V::fma(p, r, V::broadcast(1.0f / 720.0f));
-  p = V::fma(p, r, V::broadcast(1.0f / 120.0f));
-  p = V::fma(p, r, V::broadcast(1.0f / 24.0f));
-  p = V::fma(p, r, V::broadcast(1.0f / 6.0f));
-  p = V::fma(p, r, V::broadcast(0.5f));
-  const auto small = V::fma(V::mul(p, r), r, r);  // e^r - 1
+  typename V::F32 n, r;
+  split_by_ln2<V>(y, n, r);
+  const auto small = V::fma(V::mul(exp_rest<V>(r), r), r, r);  // e^r - 1
   const auto power = V::mul_pow2(one, n);
   const auto e = V::fma(power, small, V::sub(power, one));
   return V::add(V::div(e, V::add(e, V::broadcast(2.0f))), V::sub(x, x));

@@ -7,21 +7,33 @@
 
 namespace ropewalk {
 
-// exp(x) = 2^n * e^r, n = round(x / ln 2), |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7 (relative error
-// below 2e-7 after rounding).  Arguments below -87 give 0 up to rounding (2^-126), above 88 the largest power.
+// n = round(x / ln 2) and r = x - n ln 2, |r| <= ln 2 / 2.
 template <class V>
-typename V::F32 exp_f32(typename V::F32 x) {
-  x = V::max(V::broadcast(-87.0f), V::min(V::broadcast(88.0f), x));
-  const auto n = V::round(V::mul(x, V::broadcast(1.44269504088896341f)));
-  auto r = V::fnma(n, V::broadcast(0.693359375f), x);          // ln 2 in two parts: the product with n is exact
+void split_by_ln2(typename V::F32 x, typename V::F32& n, typename V::F32& r) {
+  n = V::round(V::mul(x, V::broadcast(1.44269504088896341f)));
+  r = V::fnma(n, V::broadcast(0.693359375f), x);  // ln 2 in two parts: the product with n is exact
   r = V::fnma(n, V::broadcast(-2.12194440054690583e-4f), r);
+}
+
+// (e^r - 1 - r) / r^2 by the Taylor polynomial of e^r of degree 7.
+template <class V>
+typename V::F32 exp_rest(typename V::F32 r) {
   auto p = V::broadcast(1.0f / 5040.0f);
   p = V::fma(p, r, V::broadcast(1.0f / 720.0f));
   p = V::fma(p, r, V::broadcast(1.0f / 120.0f));
   p = V::fma(p, r, V::broadcast(1.0f / 24.0f));
   p = V::fma(p, r, V::broadcast(1.0f / 6.0f));
-  p = V::fma(p, r, V::broadcast(0.5f));
-  p = V::fma(p, r, V::broadcast(1.0f));
+  return V::fma(p, r, V::broadcast(0.5f));
+}
+
+// exp(x) = 2^n * e^r, e^r by its Taylor polynomial of degree 7 (relative error below 2e-7 after rounding).  Arguments
+// below -87 give 0 up to rounding (2^-126), above 88 the largest power.
+template <class V>
+typename V::F32 exp_f32(typename V::F32 x) {
+  x = V::max(V::broadcast(-87.0f), V::min(V::broadcast(88.0f), x));
+  typename V::F32 n, r;
+  split_by_ln2<V>(x, n, r);
+  auto p = V::fma(exp_rest<V>(r), r, V::broadcast(1.0f));
   p = V::fma(p, r, V::broadcast(1.0f));
   return V::mul_pow2(p, n);
 }

@@ -67,6 +67,7 @@ class Peer {
   }
 
   void fill(int length) {
+    if (length < 0) fail("cannot hold " + std::to_string(length) + " positions");
     llama_memory_clear(memory_, true);
     length_ = 0;
     if (length == 0) return;
@@ -85,6 +86,7 @@ class Peer {
   }
 
   double run(int rows, int step) {
+    if (rows < 1 || step < 1) fail("run takes numbers from 1 on");
     const int before = length_;
     const auto started = std::chrono::steady_clock::now();
     for (int done = 0; done < rows; done += step) {
@@ -98,6 +100,7 @@ class Peer {
   }
 
   double score(const std::vector<llama_token>& ids, int step) {
+    if (ids.empty() || step < 1) fail("score takes a file of token ids, and a number from 1 on");
     fill(0);
     const int vocab = llama_vocab_n_tokens(llama_model_get_vocab(model_));
     const int num = static_cast<int>(ids.size());
