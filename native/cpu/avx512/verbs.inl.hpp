@@ -111,32 +111,39 @@ struct Avx512Verbs {
   struct Dot {
     using Sum = __m512i;
     static Sum zero() { return _mm512_setzero_si512(); }
-    static Codes line(const uint8_t* block, int index) { return _mm512_loadu_si512(block + index * 64); }
-    static Codes low_bits(Codes codes, int mask) {
-      return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask)));
+    // Of a line of 8 / kWidth quads, the one at `place`: its kWidth bits of every byte moved to bit `to`, others beside.
+    template <int kWidth>
+    static Codes moved(const uint8_t* line, int place, int to) {
+      const Codes all = _mm512_loadu_si512(line);
+      const int right = place * kWidth - to;
+      if (right == 0) return all;
+      return right > 0 ? _mm512_srli_epi16(all, static_cast<unsigned>(right))
+                       : _mm512_slli_epi16(all, static_cast<unsigned>(-right));
     }
-    // Of 6 bits the upper two stand in a plane of their own: bits 2f and 2f + 1 of a byte, f = quad % 2 * 2 + half.
-    static Codes upper_bits(const uint8_t* block, int quad, int half) {
-      const Codes plane = line(block, 4 + quad / 2);
-      switch (quad % 2 * 2 + half) {
-        case 0: return low_bits(_mm512_slli_epi16(plane, 4), 0x30);
-        case 1: return low_bits(_mm512_slli_epi16(plane, 2), 0x30);
-        case 2: return low_bits(plane, 0x30);
-        default: return low_bits(_mm512_srli_epi16(plane, 2), 0x30);
-      }
+    static __m512i mask(int bits) { return _mm512_set1_epi8(static_cast<char>(bits)); }
+    // The lowest kWidth bits of the codes of a quad, from the plane that the block begins with.
+    template <int kWidth>
+    static Codes low_plane(const uint8_t* block, int quad) {
+      constexpr int kQuads = 8 / kWidth;
+      const Codes all = moved<kWidth>(block + quad / kQuads * 64, quad % kQuads, 0);
+      return _mm512_and_si512(all, mask((1 << kWidth) - 1));
     }
-    static Codes first_half(const uint8_t* block, int quad) {
-      if constexpr (kBits == 8) return line(block, quad);
-      const Codes codes = low_bits(line(block, quad), 0x0f);
-      if constexpr (kBits == 6) return _mm512_or_si512(codes, upper_bits(block, quad, 0));
-      return codes;
+    // The kWidth bits above the lowest kBelow, from the plane that follows that of the latter.
+    template <int kBelow, int kWidth>
+    static Codes with_upper_plane(Codes low, const uint8_t* block, int quad) {
+      constexpr int kQuads = 8 / kWidth;
+      const Codes all = moved<kWidth>(block + (kBelow + quad / kQuads) * 64, quad % kQuads, kBelow);
+      constexpr int kLowOrBoth = 0xf8;  // low | (all & mask)
+      return _mm512_ternarylogic_epi32(low, all, mask(((1 << kWidth) - 1) << kBelow), kLowOrBoth);
     }
-    static Codes second_half(const uint8_t* block, int quad) {
-      if constexpr (kBits == 8) return line(block, quad + 4);
-      const Codes codes = low_bits(_mm512_srli_epi16(line(block, quad), 4), 0x0f);
-      if constexpr (kBits == 6) return _mm512_or_si512(codes, upper_bits(block, quad, 1));
-      return codes;
+    static Codes quad_of(const uint8_t* block, int quad) {
+      if constexpr (kBits == 8) return _mm512_loadu_si512(block + (quad / 2 + quad % 2 * 4) * 64);
+      if constexpr (kBits == 2 || kBits == 4) return low_plane<kBits>(block, quad);
+      if constexpr (kBits == 3) return with_upper_plane<2, 1>(low_plane<2>(block, quad), block, quad);
+      if constexpr (kBits == 6) return with_upper_plane<4, 2>(low_plane<4>(block, quad), block, quad);
     }
+    static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
+    static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
     static Sum add(Sum sum, Codes codes, Quad values) { return _mm512_dpbusd_epi32(sum, codes, values); }
     static F32 to_f32(Sum sum) { return _mm512_cvtepi32_ps(sum); }
   };

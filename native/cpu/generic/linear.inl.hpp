@@ -155,11 +155,9 @@ void gptq_int8_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end,
 template <class V>
 void gptq_int8(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                int64_t tile_end) noexcept {
-  if (a.weights->code_bits == 4) {
-    gptq_int8_bits<V, 4>(a, row_begin, row_end, tile_begin, tile_end);
-  } else {
-    gptq_int8_bits<V, 8>(a, row_begin, row_end, tile_begin, tile_end);
-  }
+  for_code_bits(a.weights->code_bits, [&]<int kBits>() {
+    gptq_int8_bits<V, kBits>(a, row_begin, row_end, tile_begin, tile_end);
+  });
 }
 
 // code - zero as f32 (exact) for the 32 rows of one block: weights[k][16].
@@ -302,11 +300,10 @@ void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int
   for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
     const int64_t panel_end = row_end - row < kPanelRows ? row_end : row + kPanelRows;
     for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-      const auto run = [&]<int kBits>() {
+      for_code_bits(a.weights->code_bits, [&]<int kBits>() {
         if (panel_end - row == 1) return gptq_exact_row<V, kBits, kTiles>(a, row, tile);
         gptq_exact_tiles<V, kBits, kTiles>(a, row, panel_end, tile);
-      };
-      a.weights->code_bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
+      });
     });
   }
 }

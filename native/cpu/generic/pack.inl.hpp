@@ -5,6 +5,7 @@
 // place in the order.
 #pragma once
 
+#include "load.inl.hpp"
 #include "ropewalk/kernels.hpp"
 
 namespace ropewalk {
@@ -64,20 +65,37 @@ void interleave_quad(const CodeRow* rows, uint32_t mask, uint32_t* lanes) {
   }
 }
 
-// One block of one tile from its 32 rows.
-template <class V>
-void pack_block(const CodeRow* rows, uint32_t mask, int32_t code_bits, uint8_t* out) {
-  alignas(64) uint32_t low[kLanes], high[kLanes];
-  for (int64_t quad = 0; quad < 4; ++quad) {
-    interleave_quad<V>(rows + quad * 4, mask, low);
-    interleave_quad<V>(rows + (quad + 4) * 4, mask, high);
-    if (code_bits == 4) {
-      for (int64_t c = 0; c < kLanes; ++c) low[c] |= high[c] << 4;
-      __builtin_memcpy(out + quad * 64, low, 64);
-    } else {
-      __builtin_memcpy(out + quad * 64, low, 64);
-      __builtin_memcpy(out + (quad + 4) * 64, high, 64);
+// kWidth bits of all codes of a block, from bit kPosition of each: kWidth lines, 8 / kWidth quads to a line.
+template <class V, int kPosition, int kWidth>
+void pack_plane(const uint32_t (&quads)[8][kLanes], uint8_t* out) {
+  constexpr int kQuads = 8 / kWidth;
+  constexpr uint32_t kMask = 0x01010101u * ((1u << kWidth) - 1u);
+  for (int line = 0; line < kWidth; ++line) {
+    alignas(64) uint32_t lanes[kLanes] = {};
+    for (int i = 0; i < kQuads; ++i) {
+      const uint32_t* quad = quads[line * kQuads + i];
+      for (int64_t c = 0; c < kLanes; ++c) lanes[c] |= (quad[c] >> kPosition & kMask) << i * kWidth;
     }
+    __builtin_memcpy(out + line * 64, lanes, 64);
+  }
+}
+
+// One block of one tile from its 32 rows.
+template <class V, int kBits>
+void pack_block(const CodeRow* rows, uint32_t mask, uint8_t* out) {
+  alignas(64) uint32_t quads[8][kLanes];  // in the order of a product: rows 4q.., then 16 + 4q..
+  for (int64_t quad = 0; quad < 4; ++quad) {
+    interleave_quad<V>(rows + quad * 4, mask, quads[2 * quad]);
+    interleave_quad<V>(rows + (quad + 4) * 4, mask, quads[2 * quad + 1]);
+  }
+  if constexpr (kBits == 2) pack_plane<V, 0, 2>(quads, out);
+  if constexpr (kBits == 3) {
+    pack_plane<V, 0, 2>(quads, out);
+    pack_plane<V, 2, 1>(quads, out + 2 * 64);
+  }
+  if constexpr (kBits == 4) pack_plane<V, 0, 4>(quads, out);
+  if constexpr (kBits == 8) {
+    for (int64_t i = 0; i < 8; ++i) __builtin_memcpy(out + (i / 2 + i % 2 * 4) * 64, quads[i], 64);
   }
 }
 
@@ -140,7 +158,7 @@ void pack(const PackArgs& a, int64_t panel_begin, int64_t panel_end, uint32_t* s
                             : CodeRow{source.words + bit / 32 * kPackColumns + j * kLanes,
                                       static_cast<uint32_t>(bit % 32)};
         }
-        pack_block<V>(rows, mask, a.code_bits, out + b * block_bytes);
+        for_code_bits(a.code_bits, [&]<int kBits>() { pack_block<V, kBits>(rows, mask, out + b * block_bytes); });
       }
     }
   }

@@ -155,20 +155,25 @@ struct Verbs {
       int32_t lane[16];
     };
     static Sum zero() { return Sum{}; }
-    static uint8_t code(const uint8_t* block, int quad, int half, int i) {
-      if (kBits == 8) return block[(quad + 4 * half) * 64 + i];
-      const int low = block[quad * 64 + i] >> 4 * half & 0x0f;
-      // Of 6 bits the upper two stand in a plane of their own.
-      const int upper = kBits == 6 ? block[(4 + quad / 2) * 64 + i] >> 2 * (quad % 2 * 2 + half) & 3 : 0;
-      return static_cast<uint8_t>(low | upper << 4);
+    // Byte i of a quad from a plane of kWidth bits of every code: 8 / kWidth quads to a line.
+    template <int kWidth>
+    static int plane(const uint8_t* lines, int quad, int i) {
+      constexpr int kQuads = 8 / kWidth;
+      return lines[quad / kQuads * 64 + i] >> quad % kQuads * kWidth & ((1 << kWidth) - 1);
     }
-    static Codes half_of(const uint8_t* block, int quad, int half) {
+    static int code(const uint8_t* block, int quad, int i) {
+      if constexpr (kBits == 8) return block[(quad / 2 + quad % 2 * 4) * 64 + i];
+      if constexpr (kBits == 2 || kBits == 4) return plane<kBits>(block, quad, i);
+      if constexpr (kBits == 3) return plane<2>(block, quad, i) | plane<1>(block + 2 * 64, quad, i) << 2;
+      if constexpr (kBits == 6) return plane<4>(block, quad, i) | plane<2>(block + 4 * 64, quad, i) << 4;
+    }
+    static Codes quad_of(const uint8_t* block, int quad) {
       Codes codes;
-      for (int i = 0; i < 64; ++i) codes.byte[i] = code(block, quad, half, i);
+      for (int i = 0; i < 64; ++i) codes.byte[i] = static_cast<uint8_t>(code(block, quad, i));
       return codes;
     }
-    static Codes first_half(const uint8_t* block, int quad) { return half_of(block, quad, 0); }
-    static Codes second_half(const uint8_t* block, int quad) { return half_of(block, quad, 1); }
+    static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
+    static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
     static Sum add(Sum sum, const Codes& codes, Quad values) {
       for (int i = 0; i < 16; ++i) {
         for (int j = 0; j < 4; ++j) sum.lane[i] += static_cast<int32_t>(codes.byte[i * 4 + j]) * values[j];
