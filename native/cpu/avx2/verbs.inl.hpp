@@ -170,30 +170,30 @@ struct Avx2Verbs {
   // The codes of one block of 32 rows; the products with them differ (Dot of each table).
   template <int kBits>
   struct BlockCodes {
-    static __m256i mask(int bits) { return _mm256_set1_epi8(static_cast<char>(bits)); }
-    // Of half a line of 8 / kWidth quads, the one at `place`: its kWidth bits of every byte at bit `to`, others zero.
+    // kWidth bits of every byte of half a line, from bit `from`, at bit `to`.
     template <int kWidth>
-    static __m256i field(const uint8_t* half_line, int place, int to) {
+    static __m256i field(const uint8_t* half_line, int from, int to = 0) {
       const __m256i all = load_line(half_line);
-      const int right = place * kWidth - to;
-      const __m256i moved = right == 0  ? all
-                            : right > 0 ? _mm256_srli_epi16(all, right)
-                                        : _mm256_slli_epi16(all, -right);
-      return _mm256_and_si256(moved, mask(((1 << kWidth) - 1) << to));
+      const __m256i moved = from == to  ? all
+                            : from > to ? _mm256_srli_epi16(all, from - to)
+                                        : _mm256_slli_epi16(all, to - from);
+      return _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(((1 << kWidth) - 1) << to)));
     }
-    // kWidth bits of the codes of a quad from a plane of theirs, to stand above kBelow others; byte: 0 or 32.
-    template <int kBelow, int kWidth>
-    static __m256i plane(const uint8_t* block, int quad, int byte) {
-      constexpr int kQuads = 8 / kWidth;
-      return field<kWidth>(block + (kBelow + quad / kQuads) * 64 + byte, quad % kQuads, kBelow);
+    // Of quad i in the order of a product: rows 4q.., 16 + 4q.., then the next q.  block: of the first or second half of
+    // its lines.
+    static __m256i half_of(const uint8_t* block, int i) {
+      if constexpr (kBits == 2) return field<2>(block + i / 4 * 64, i % 4 * 2);
+      if constexpr (kBits == 3) {
+        if (i < 6) return field<3>(block + i / 2 * 64, i % 2 * 3);
+        return _mm256_or_si256(field<2>(block + (i - 6) * 64, 6), field<1>(block + 2 * 64, i, 2));
+      }
+      if constexpr (kBits == 4) return field<4>(block + i / 2 * 64, i % 2 * 4);
+      if constexpr (kBits == 6) {
+        return _mm256_or_si256(field<4>(block + i / 2 * 64, i % 2 * 4), field<2>(block + (4 + i / 4) * 64, i % 4 * 2, 4));
+      }
+      if constexpr (kBits == 8) return load_line(block + (i / 2 + i % 2 * 4) * 64);
     }
-    static __m256i codes(const uint8_t* block, int quad, int byte) {
-      if constexpr (kBits == 8) return load_line(block + (quad / 2 + quad % 2 * 4) * 64 + byte);
-      if constexpr (kBits == 2 || kBits == 4) return plane<0, kBits>(block, quad, byte);
-      if constexpr (kBits == 3) return _mm256_or_si256(plane<0, 2>(block, quad, byte), plane<2, 1>(block, quad, byte));
-      if constexpr (kBits == 6) return _mm256_or_si256(plane<0, 4>(block, quad, byte), plane<4, 2>(block, quad, byte));
-    }
-    static Codes quad_of(const uint8_t* block, int quad) { return {codes(block, quad, 0), codes(block, quad, 32)}; }
+    static Codes quad_of(const uint8_t* block, int i) { return {half_of(block, i), half_of(block + 32, i)}; }
     static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
     static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
   };

@@ -111,36 +111,33 @@ struct Avx512Verbs {
   struct Dot {
     using Sum = __m512i;
     static Sum zero() { return _mm512_setzero_si512(); }
-    // Of a line of 8 / kWidth quads, the one at `place`: its kWidth bits of every byte moved to bit `to`, others beside.
+    // kWidth bits of every byte of a line, from bit `from`, at bit `to`; what stands there besides is `below`.
     template <int kWidth>
-    static Codes moved(const uint8_t* line, int place, int to) {
-      const Codes all = _mm512_loadu_si512(line);
-      const int right = place * kWidth - to;
-      if (right == 0) return all;
-      return right > 0 ? _mm512_srli_epi16(all, static_cast<unsigned>(right))
-                       : _mm512_slli_epi16(all, static_cast<unsigned>(-right));
+    static Codes field(const uint8_t* line, int from, int to = 0, Codes below = _mm512_setzero_si512()) {
+      Codes all = _mm512_loadu_si512(line);
+      // GCC would read the line anew for each of its four quads: then loads bind, and a row from L2 takes a tenth longer.
+      // (With 4 bits six rows would take as much longer without a read for each.)
+      if constexpr (kBits == 2) asm("" : "+v"(all));
+      const Codes moved = from == to  ? all
+                          : from > to ? _mm512_srli_epi16(all, static_cast<unsigned>(from - to))
+                                      : _mm512_slli_epi16(all, static_cast<unsigned>(to - from));
+      const Codes mask = _mm512_set1_epi8(static_cast<char>(((1 << kWidth) - 1) << to));
+      if (to == 0) return _mm512_and_si512(moved, mask);
+      constexpr int kBelowOrBoth = 0xf8;  // below | (moved & mask)
+      return _mm512_ternarylogic_epi32(below, moved, mask, kBelowOrBoth);
     }
-    static __m512i mask(int bits) { return _mm512_set1_epi8(static_cast<char>(bits)); }
-    // The lowest kWidth bits of the codes of a quad, from the plane that the block begins with.
-    template <int kWidth>
-    static Codes low_plane(const uint8_t* block, int quad) {
-      constexpr int kQuads = 8 / kWidth;
-      const Codes all = moved<kWidth>(block + quad / kQuads * 64, quad % kQuads, 0);
-      return _mm512_and_si512(all, mask((1 << kWidth) - 1));
-    }
-    // The kWidth bits above the lowest kBelow, from the plane that follows that of the latter.
-    template <int kBelow, int kWidth>
-    static Codes with_upper_plane(Codes low, const uint8_t* block, int quad) {
-      constexpr int kQuads = 8 / kWidth;
-      const Codes all = moved<kWidth>(block + (kBelow + quad / kQuads) * 64, quad % kQuads, kBelow);
-      constexpr int kLowOrBoth = 0xf8;  // low | (all & mask)
-      return _mm512_ternarylogic_epi32(low, all, mask(((1 << kWidth) - 1) << kBelow), kLowOrBoth);
-    }
-    static Codes quad_of(const uint8_t* block, int quad) {
-      if constexpr (kBits == 8) return _mm512_loadu_si512(block + (quad / 2 + quad % 2 * 4) * 64);
-      if constexpr (kBits == 2 || kBits == 4) return low_plane<kBits>(block, quad);
-      if constexpr (kBits == 3) return with_upper_plane<2, 1>(low_plane<2>(block, quad), block, quad);
-      if constexpr (kBits == 6) return with_upper_plane<4, 2>(low_plane<4>(block, quad), block, quad);
+    // Quads in the order of a product: rows 4q.., 16 + 4q.., then the next q.
+    static Codes quad_of(const uint8_t* block, int i) {
+      if constexpr (kBits == 2) return field<2>(block + i / 4 * 64, i % 4 * 2);
+      if constexpr (kBits == 3) {
+        if (i < 6) return field<3>(block + i / 2 * 64, i % 2 * 3);
+        return field<1>(block + 2 * 64, i, 2, field<2>(block + (i - 6) * 64, 6));
+      }
+      if constexpr (kBits == 4) return field<4>(block + i / 2 * 64, i % 2 * 4);
+      if constexpr (kBits == 6) {
+        return field<2>(block + (4 + i / 4) * 64, i % 4 * 2, 4, field<4>(block + i / 2 * 64, i % 2 * 4));
+      }
+      if constexpr (kBits == 8) return _mm512_loadu_si512(block + (i / 2 + i % 2 * 4) * 64);
     }
     static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
     static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }

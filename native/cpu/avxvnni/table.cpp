@@ -1,5 +1,5 @@
-// AVX2 with AVX-VNNI (Alder Lake and its successors, which have no AVX-512): products of bytes and of words that sum into
-// 32 bits.  The sums are integers, so the results are the bits of "avx2".
+// AVX2 with AVX-VNNI (Alder Lake and its successors, which have no AVX-512): products of bytes and of words that sum
+// into 32 bits.  The sums are integers, so the results are the bits of "avx2".
 #include "../avx2/verbs.inl.hpp"
 #include "ropewalk/tables.hpp"
 

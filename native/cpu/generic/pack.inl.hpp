@@ -65,38 +65,38 @@ void interleave_quad(const CodeRow* rows, uint32_t mask, uint32_t* lanes) {
   }
 }
 
-// kWidth bits of all codes of a block, from bit kPosition of each: kWidth lines, 8 / kWidth quads to a line.
-template <class V, int kPosition, int kWidth>
-void pack_plane(const uint32_t (&quads)[8][kLanes], uint8_t* out) {
-  constexpr int kQuads = 8 / kWidth;
-  constexpr uint32_t kMask = 0x01010101u * ((1u << kWidth) - 1u);
-  for (int line = 0; line < kWidth; ++line) {
-    alignas(64) uint32_t lanes[kLanes] = {};
-    for (int i = 0; i < kQuads; ++i) {
-      const uint32_t* quad = quads[line * kQuads + i];
-      for (int64_t c = 0; c < kLanes; ++c) lanes[c] |= (quad[c] >> kPosition & kMask) << i * kWidth;
-    }
-    __builtin_memcpy(out + line * 64, lanes, 64);
+// `width` bits of the codes of a quad, from bit `from`, to bit `to` of the bytes of a line that is zero there.
+template <class V>
+void put_field(const uint32_t (&quad)[kLanes], int width, int from, int to, uint8_t* line) {
+  const uint32_t mask = 0x01010101u * ((1u << width) - 1u);
+  for (int64_t c = 0; c < kLanes; ++c) {
+    uint32_t lane;
+    __builtin_memcpy(&lane, line + c * 4, 4);
+    lane |= (quad[c] >> from & mask) << to;
+    __builtin_memcpy(line + c * 4, &lane, 4);
   }
 }
 
 // One block of one tile from its 32 rows.
 template <class V, int kBits>
 void pack_block(const CodeRow* rows, uint32_t mask, uint8_t* out) {
-  alignas(64) uint32_t quads[8][kLanes];  // in the order of a product: rows 4q.., then 16 + 4q..
-  for (int64_t quad = 0; quad < 4; ++quad) {
-    interleave_quad<V>(rows + quad * 4, mask, quads[2 * quad]);
-    interleave_quad<V>(rows + (quad + 4) * 4, mask, quads[2 * quad + 1]);
+  alignas(64) uint32_t quads[8][kLanes];  // in the order of a product: rows 4q.., 16 + 4q.., then the next q
+  for (int64_t i = 0; i < 8; ++i) interleave_quad<V>(rows + (i / 2 + i % 2 * 4) * 4, mask, quads[i]);
+  alignas(64) uint8_t lines[kBits][64] = {};
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (kBits == 2) put_field<V>(quads[i], 2, 0, i % 4 * 2, lines[i / 4]);
+    if constexpr (kBits == 3) {
+      if (i < 6) {
+        put_field<V>(quads[i], 3, 0, i % 2 * 3, lines[i / 2]);
+      } else {
+        put_field<V>(quads[i], 2, 0, 6, lines[i - 6]);
+        put_field<V>(quads[i], 1, 2, i, lines[2]);
+      }
+    }
+    if constexpr (kBits == 4) put_field<V>(quads[i], 4, 0, i % 2 * 4, lines[i / 2]);
+    if constexpr (kBits == 8) put_field<V>(quads[i], 8, 0, 0, lines[i / 2 + i % 2 * 4]);
   }
-  if constexpr (kBits == 2) pack_plane<V, 0, 2>(quads, out);
-  if constexpr (kBits == 3) {
-    pack_plane<V, 0, 2>(quads, out);
-    pack_plane<V, 2, 1>(quads, out + 2 * 64);
-  }
-  if constexpr (kBits == 4) pack_plane<V, 0, 4>(quads, out);
-  if constexpr (kBits == 8) {
-    for (int64_t i = 0; i < 8; ++i) __builtin_memcpy(out + (i / 2 + i % 2 * 4) * 64, quads[i], 64);
-  }
+  __builtin_memcpy(out, lines, sizeof lines);
 }
 
 // The words of columns [column, column + kPackColumns), columns past N as zero: [word_rows][kPackColumns].

@@ -155,21 +155,27 @@ struct Verbs {
       int32_t lane[16];
     };
     static Sum zero() { return Sum{}; }
-    // Byte i of a quad from a plane of kWidth bits of every code: 8 / kWidth quads to a line.
+    // kWidth bits of a byte of a line.
     template <int kWidth>
-    static int plane(const uint8_t* lines, int quad, int i) {
-      constexpr int kQuads = 8 / kWidth;
-      return lines[quad / kQuads * 64 + i] >> quad % kQuads * kWidth & ((1 << kWidth) - 1);
+    static int field(const uint8_t* byte, int from) {
+      return *byte >> from & ((1 << kWidth) - 1);
     }
-    static int code(const uint8_t* block, int quad, int i) {
-      if constexpr (kBits == 8) return block[(quad / 2 + quad % 2 * 4) * 64 + i];
-      if constexpr (kBits == 2 || kBits == 4) return plane<kBits>(block, quad, i);
-      if constexpr (kBits == 3) return plane<2>(block, quad, i) | plane<1>(block + 2 * 64, quad, i) << 2;
-      if constexpr (kBits == 6) return plane<4>(block, quad, i) | plane<2>(block + 4 * 64, quad, i) << 4;
+    // Of a byte of quad i in the order of a product (rows 4q.., 16 + 4q.., then the next q); block: from that byte on.
+    static int code(const uint8_t* block, int i) {
+      if constexpr (kBits == 2) return field<2>(block + i / 4 * 64, i % 4 * 2);
+      if constexpr (kBits == 3) {
+        if (i < 6) return field<3>(block + i / 2 * 64, i % 2 * 3);
+        return field<2>(block + (i - 6) * 64, 6) | field<1>(block + 2 * 64, i) << 2;
+      }
+      if constexpr (kBits == 4) return field<4>(block + i / 2 * 64, i % 2 * 4);
+      if constexpr (kBits == 6) {
+        return field<4>(block + i / 2 * 64, i % 2 * 4) | field<2>(block + (4 + i / 4) * 64, i % 4 * 2) << 4;
+      }
+      if constexpr (kBits == 8) return block[(i / 2 + i % 2 * 4) * 64];
     }
     static Codes quad_of(const uint8_t* block, int quad) {
       Codes codes;
-      for (int i = 0; i < 64; ++i) codes.byte[i] = static_cast<uint8_t>(code(block, quad, i));
+      for (int byte = 0; byte < 64; ++byte) codes.byte[byte] = static_cast<uint8_t>(code(block + byte, quad));
       return codes;
     }
     static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
