@@ -97,15 +97,6 @@ void int8_block_step(const uint8_t* block, int64_t tile_bytes, const int8_t* x, 
   }
 }
 
-// Asks for a block of codes, so that it is near when its tile's turn comes. The products of several rows fill the
-// processor's window: it does not see far enough ahead to start these reads by itself, as it does for one row, and 4 rows
-// took twice as long as one. Past the last tile this asks for what follows in memory, which reads nothing and costs
-// nothing that counts.
-template <class V, int64_t kBlockBytes>
-void prefetch_block(const uint8_t* block) {
-  for (int64_t line = 0; line < kBlockBytes; line += 64) V::prefetch_far(block + line);
-}
-
 // y[n] = bias[n] + sum over groups g of scale[g, n] * (sum over blocks b of g of x_scale[b] * dot(codes, x8)
 //                                                      - zero[g, n] * group_sum[g])
 template <class V, int kBits, int kRows, int kTiles>
@@ -129,8 +120,11 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
       for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
     }
     for (int64_t b = w.group_starts[g]; b < w.group_starts[g + 1]; ++b) {
+      // The products of several rows fill the processor's window: it does not see far enough ahead to start reading
+      // the next tiles by itself, as it does for one row, and 4 rows took twice as long as one. Past the last tile this
+      // asks for what follows in memory, and reads nothing.
       if constexpr (kRows > 1) {
-        for (int j = 0; j < kTiles; ++j) prefetch_block<V, kBlockBytes>(next + j * tile_bytes + b * kBlockBytes);
+        for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
       }
       int8_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, x_stride,
                                                x_scales + b, w.num_blocks, total);
@@ -225,8 +219,8 @@ void gptq_exact_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
         for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
       }
       for (; b < run_end; ++b) {
-        if constexpr (kRows > 1) {
-          for (int j = 0; j < kTiles; ++j) prefetch_block<V, kBlockBytes>(next + j * tile_bytes + b * kBlockBytes);
+        if constexpr (kRows > 1) {  // as in gptq_int8_block
+          for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
         }
         exact_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, a.x_stride,
                                                   zero, total);
