@@ -1,4 +1,5 @@
-// Reading weights of any stored float type as f32, and packed codes of any width.
+// Reading weights of any stored float type as f32 and packed codes of any width, and asking for bytes ahead of their
+// use.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
@@ -31,6 +32,12 @@ void for_code_bits(int32_t code_bits, Visit visit) {
     case 4: return visit.template operator()<4>();
     default: return visit.template operator()<8>();
   }
+}
+
+// Into the second cache: more requests are under way at once than into the first (scripts/bench/attention.py).
+template <class V>
+void prefetch_bytes(const uint8_t* p, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 64) V::prefetch_far(p + i);
 }
 
 }  // namespace ropewalk
