@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ CACHE_LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 class ModelInfo:
     """Facts about a model folder. Sizes in bytes; `linears` counts them by storage, "4-bit, groups of 128" or "dense".
 
+    num_experts, experts_per_token: of each layer that is a mixture; 0: none is.
     act_order is what the files declare (desc_act); whether rows are out of order shows only in the weights.
     """
 
@@ -43,6 +44,8 @@ class ModelInfo:
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+    num_experts: int
+    experts_per_token: int
     sliding_window: int | None
     sliding_layers: int
     linears: Mapping[str, int]
@@ -68,6 +71,7 @@ class ModelInfo:
         window = "" if self.sliding_window is None else f", sliding window {self.sliding_window}"
         if 0 < self.sliding_layers < self.num_layers:
             window += f" in {self.sliding_layers} layers"
+        experts = f"; {self.experts_per_token} of {self.num_experts} experts a token" if self.num_experts else ""
         files = ", ".join(f"{name} ({format_bytes(size)})" for name, size in self.files.items())
         caches = "\n".join(
             f"  {length:>9,} positions  {format_bytes(size):>10}  with weights "
@@ -78,7 +82,7 @@ class ModelInfo:
             [
                 f"model      {self.folder}",
                 f"family     {self.family}: {self.num_layers} layers, hidden {self.hidden_size}, inner "
-                f"{self.intermediate_size}, vocabulary {self.vocab_size}",
+                f"{self.intermediate_size}, vocabulary {self.vocab_size}" + experts,
                 f"order      {self._order_line()}",
                 f"attention  {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for keys and values"
                 + window,
@@ -168,6 +172,8 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: Ca
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
+        num_experts=0 if config.mixture is None else config.mixture.num_experts,
+        experts_per_token=0 if config.mixture is None else config.mixture.top_k,
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
         linears=kinds,
@@ -190,15 +196,9 @@ def _linears(
     config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint
 ) -> tuple[dict[str, int], QuantSettings | None]:
     """The number of linears by the way they are stored, and the settings of the first quantised one."""
-    size = config.sizes
-    modules = [
-        (config.table.layer_prefix(index) + entry.name, size[entry.inputs])
-        for index in range(config.num_layers)
-        for entry in config.layer_table(index).linears
-    ]
     counts: Counter[str] = Counter()
     first = None
-    for name, in_features in [*modules, (config.table.names.head, size["hidden"])]:
+    for name, in_features in (*_layer_linears(config), (config.table.names.head, config.sizes["hidden"])):
         if container_of(quant).holds(checkpoint, name):
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
@@ -207,3 +207,15 @@ def _linears(
         elif f"{name}.weight" in checkpoint:
             counts[f"dense {checkpoint.info(f'{name}.weight').dtype}"] += 1
     return dict(counts), first
+
+
+def _layer_linears(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """(module, K) of every linear of the decoder layers, those of experts each."""
+    size = config.sizes
+    for index in range(config.num_layers):
+        table, prefix = config.layer_table(index), config.table.layer_prefix(index)
+        for entry in table.linears:
+            yield prefix + entry.name, size[entry.inputs]
+        for number in range(size["experts"] if table.experts else 0):
+            for entry in table.experts.linears:
+                yield prefix + entry.name.format(expert=number), size[entry.inputs]
