@@ -15,7 +15,7 @@ from ropewalk import native
 from ropewalk.backends.protocol import ExpertRoom
 from ropewalk.base.errors import ShapeError
 from ropewalk.gptq.linear import Expert
-from ropewalk.native import _core
+from ropewalk.native.core import _core
 
 Pack = Callable[..., native.Linear]  # as `CpuBackend.pack`
 
