@@ -38,7 +38,7 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
     "measure.plots": {"matplotlib"},
     "faces.cli.list": {"huggingface_hub"},
     "faces.cli.measuring": {"matplotlib"},
-    "faces.cli.options": {"tqdm"},
+    "faces.cli.terminal": {"tqdm"},
     "faces.hf": {"transformers"},
     "faces.server": {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
     "faces.webui.hooks.model_tab": {"gradio"},
@@ -47,15 +47,19 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
 # compiled core or Triton.
 IMPORT_WHEN_CALLED = {
     *(
+        "faces.cli.adapter_options",
         "faces.cli.bench",
         "faces.cli.cache",
         "faces.cli.demo",
         "faces.cli.gpu",
         "faces.cli.lab",
         "faces.cli.list",
+        "faces.cli.loading",
         "faces.cli.main",
         "faces.cli.options",
+        "faces.cli.sampling_options",
         "faces.cli.serve",
+        "faces.cli.terminal",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
     *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice", "model.backends"),

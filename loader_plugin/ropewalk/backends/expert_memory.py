@@ -17,7 +17,7 @@ from ropewalk import native
 from ropewalk.backends.protocol import ExpertRoom
 from ropewalk.base.errors import ShapeError
 from ropewalk.gptq.linear import Expert
-from ropewalk.native import _core
+from ropewalk.native.core import _core
 
 Pack = Callable[..., native.Linear]  # as `CpuBackend.pack`
 READERS = 4  # experts that are read while another is packed; each takes its memory once more meanwhile

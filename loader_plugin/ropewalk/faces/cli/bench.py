@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from ropewalk.faces.cli.loading import load
 from ropewalk.faces.cli.measuring import add_result_arguments, check_plot, lengths, write_results
-from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, load, note, progress_bar
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
+from ropewalk.faces.cli.terminal import note, progress_bar
 
 LENGTHS = (128, 512)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
-from ropewalk.faces.cli.options import add_model_arguments, load_options, model_folder, note
+from ropewalk.faces.cli.options import add_model_arguments, load_options, model_folder
+from ropewalk.faces.cli.terminal import note
 
 if TYPE_CHECKING:
     from ropewalk.model.listing import ListedModel
