@@ -1,5 +1,5 @@
 // ropewalk._core: the compiled core for Python.  Each binding unpacks, checks everything a kernel will rely on,
-// releases the GIL and calls; ropewalk/native.py is the public face and documents the operations.
+// releases the GIL and calls; ropewalk/native/ is the public face and documents the operations.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

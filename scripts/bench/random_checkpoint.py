@@ -2,8 +2,10 @@
 
     python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b [--bits 4] [--group-size 128] [--act-order]
 
-Codes are uniform random words and scales are sized so that activations keep a natural magnitude through the layers. The
-tokenizer has a token for each byte, and for every other id a word made up for it.
+Codes are random words and scales are sized so that activations keep a natural magnitude through the layers. Weights
+have no mean: with one of half a step, as all 16 codes around 8 have it, every row leaned the same way after a few
+layers, and the routers of a mixture sent all of them to the same experts. The tokenizer has a token for each byte, and
+for every other id a word made up for it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,20 @@ SHAPES = {
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
+    },
+    "tiny-moe": {  # the same, as a mixture
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
     },
     "7b": {
         "hidden_size": 4096,
@@ -210,26 +226,29 @@ def group_index(rows: int, group_size: int, act_order: bool, generator: torch.Ge
 def gptq_tensors(
     name: str, rows: int, columns: int, index: torch.Tensor, group_size: int, generator: torch.Generator, bits: int
 ) -> dict[str, torch.Tensor]:
-    """One symmetric linear, its codes uniform; the scales undo their standard deviation."""
+    """One symmetric linear; the scales undo the standard deviation of its codes (4.2 with 4 bits)."""
     groups = -(-rows // group_size)
-    word = torch.iinfo(torch.int32)
     spread = 0.5 + torch.rand((groups, columns), generator=generator)
-    deviation = ((4**bits - 1) / 12) ** 0.5
+    middle = 1 << bits - 1
+    deviation = (2 * sum(i * i for i in range(middle)) / (1 << bits)) ** 0.5
+    codes = torch.randint(0, 1 << bits, (rows // 32, 32, columns), dtype=torch.uint8, generator=generator)
     return {
-        f"{name}.qweight": torch.randint(
-            word.min, word.max, (rows * bits // 32, columns), dtype=torch.int32, generator=generator
-        ),
-        f"{name}.qzeros": middle_zeros(groups, columns, bits),
+        f"{name}.qweight": packed(codes.masked_fill_(codes == 0, middle), bits),  # so the mean is the middle
+        f"{name}.qzeros": packed(torch.full((columns // 32, 32, groups), middle - 1), bits).T.contiguous(),
         f"{name}.scales": (spread * rows**-0.5 / deviation).half(),
         f"{name}.g_idx": index.clone(),
     }
 
 
-def middle_zeros(groups: int, columns: int, bits: int) -> torch.Tensor:
-    """[groups, columns * bits / 32] int32: zero points in the middle, stored as one less; 32 make `bits` words."""
-    stream = sum(((1 << bits - 1) - 1) << i * bits for i in range(32)).to_bytes(4 * bits, "little")
-    words = torch.frombuffer(bytearray(stream), dtype=torch.int32)
-    return words.repeat(groups, columns // 32)
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[blocks, 32, N] codes -> [blocks * bits, N] int32, a stream of bits down each column."""
+    words = torch.zeros((codes.shape[0], bits, codes.shape[2]), dtype=torch.int64)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        words[:, word] |= codes[:, place].long() << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= codes[:, place].long() >> 32 - shift
+    return words.flatten(0, 1).to(torch.int32)  # the lower half of each
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "broken-other-family": _change_config(model_type="mamba"),
     "broken-other-shape": _change_config(hidden_size=320),
     "broken-no-tokenizer": lambda folder: (folder / "tokenizer.model").unlink(),
-    "broken-gemma2": lambda folder: _change_quantisation(
-        folder, "gptq", model_type="gemma2", architectures=["Gemma2ForCausalLM"]
+    "broken-falcon": lambda folder: _change_quantisation(
+        folder, "gptq", model_type="falcon", architectures=["FalconForCausalLM"]
     ),
     "broken-awq": lambda folder: _change_quantisation(folder, "awq"),
     "broken-rope": _change_config(rope_scaling={"type": "sideways", "factor": 2.0}, rope_parameters=None),
@@ -358,7 +358,7 @@ def broken_folders_are_refused(subject: Subject) -> str:
 
 def unsupported_folders_are_refused_without_being_asked_for(subject: Subject) -> str:
     base = subject.text()
-    for name, word in {"broken-gemma2": "gemma2", "broken-awq": "awq"}.items():
+    for name, word in {"broken-falcon": "falcon", "broken-awq": "accepted is gemm"}.items():
         reason = _refusal(subject, name)
         assert word in reason.replace(name, ""), reason
         assert subject.text() == base, f"after {name} another text"

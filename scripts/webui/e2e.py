@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import long_context
 from checks import CHECKS, LORAS, MODEL, PROMPT, Skip, Subject, add_models
 from server import NotRunning, Refused, WebuiCopy, WebuiServer, traces
 
@@ -110,7 +111,7 @@ def extension_scene(table: Table, copy: WebuiCopy) -> None:
         if subject is None:
             return
         subject.noted["context"] = context_name(copy)
-        for check in CHECKS:
+        for check in (*CHECKS, *long_context.CHECKS):
             table.check(scene, title(check), partial(check, subject))
         table.check(scene, "nothing failed to attach", lambda: _no_complaints(subject.server))
     table.check(scene, "ropewalk webui uninstall", lambda: _uninstalled(copy))

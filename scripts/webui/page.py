@@ -19,7 +19,9 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
+import page_long_context
 from checks import BROKEN, CONSOLE_LINE, LORAS, MODEL, PROMPT, Skip
+from page_long_context import CONTEXT_LABELS
 from server import DEMO_MODEL, PAGE_IS_UP, WebuiCopy, WebuiServer, traces
 
 CHROMIUM = "/usr/bin/chromium"
@@ -27,11 +29,10 @@ CHROMIUM_FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-CONTEXT_LABELS = ("ctx-size", "ctx_size", "max_seq_len")
 WAIT_MS = 120_000
 SAMPLE_TEXT = "held-out-sample"
 PERPLEXITY = (9.0, 12.0)  # 10.2 by `ropewalk perplexity --lengths 512`; the web UI counts a short last window in full
-UNSUPPORTED = ("broken-other-family", "broken-gemma2", "broken-awq")
+UNSUPPORTED = ("broken-other-family", "broken-falcon", "broken-awq")
 
 
 @dataclass(slots=True)
@@ -438,6 +439,7 @@ CHECKS: tuple[Callable[[Browser], str], ...] = (
     next_token_probabilities,
     perplexity_is_measured,
     training_is_refused,
+    *page_long_context.CHECKS,
     unload_frees_the_model,
     uninstalling_leaves_no_trace,
 )

@@ -14,6 +14,7 @@ from ropewalk.engine.engine import Engine
 from ropewalk.engine.shorten import limit_of_strides, shortened
 from ropewalk.generate.context_shift import ContextShift, checked_shift
 from ropewalk.generate.sampling import SamplingParams
+from ropewalk.model.shift import common
 from ropewalk.text.tokenizer.load import load_tokenizer
 from tokenizer_writer import write_sentencepiece
 from variants import Variant
@@ -125,18 +126,25 @@ def test_a_conversation_loses_its_oldest_turns_in_strides_and_keeps_the_system_p
 
 
 def test_a_chat_over_a_full_window_reads_nothing_again(folder: Path) -> None:
+    """Read is what follows the last reply, and of that what its text gives from where the tokenizer cuts it in another
+    way than the model wrote it; the last token that was written has not been read itself."""
     engine, params = engine_of(folder, context_shift=True, max_seq_len=512), SamplingParams(max_new_tokens=10)
     with pytest.raises(RequestError, match="more than the context"):
         engine.chat(conversation(60), params, context_shift=False)
-    shifts, messages = 0, [SYSTEM]
+    shifts, messages, last = 0, [SYSTEM], []
     for turn in range(20):
         messages.append({"role": "user", "content": f"Question {turn}, about the number {turn * 37}? " * 2})
+        prompt, _, dropped = engine.chat_prompt(messages, params.max_new_tokens)
         stream = engine.chat(messages, params, client="ann")
         reply = "".join(stream)
-        new = len(engine.chat_ids(messages[-1:])) + len(stream.steps) + 20  # the reply is read as its text
-        assert stream.stats.prompt_tokens - stream.stats.reused_tokens <= new or turn == 0
-        assert stream.dropped_messages > 0 or not stream.stats.shifted_tokens
+        if turn:
+            before, _, _ = engine.chat_prompt([SYSTEM, *messages[1 + dropped : -2]])  # as it stands in the new prompt
+            held = before + last[:-1]
+            assert stream.stats.prompt_tokens - stream.stats.reused_tokens == len(prompt) - common(prompt, held)
+            assert common(prompt, held) >= len(before)
+        assert stream.dropped_messages == dropped and (dropped > 0 or not stream.stats.shifted_tokens)
         shifts += stream.stats.shifted_tokens > 0
+        last = [step.token_id for step in stream.steps]
         messages.append({"role": "assistant", "content": reply})
     assert shifts >= 2
 

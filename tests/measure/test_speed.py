@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq_writer import write_checkpoint
-from ropewalk import native
+from ropewalk import _core, native
 from ropewalk.base.errors import RequestError, ShapeError, UnsupportedError
 from ropewalk.faces.cli.main import main
 from ropewalk.measure import speed
@@ -37,7 +37,7 @@ def test_limits_do_what_they_count(isa: str) -> None:
     runtime = native.Runtime(isa, 2)
     limits = runtime.limits(1 << 16)
     assert limits.read() == 4 << 16
-    assert native._core.probe_read(runtime.core, torch.arange(128, dtype=torch.float32).numpy()) == 127 * 64
+    assert _core.probe_read(runtime.core, torch.arange(128, dtype=torch.float32).numpy()) == 127 * 64
     # 12 vectors of 16 lanes to a step; of four products, or of one; in 64 parts for each of 2 threads
     assert limits.multiply("int8", 64) == 2 * 64 * 12 * 16 * 8 and limits.multiply("f32", 1) == 2 * 64 * 12 * 16 * 2
 
@@ -49,7 +49,7 @@ def test_limits_refuse_what_they_cannot_take() -> None:
     with pytest.raises(ShapeError, match="steps is out of range"):
         runtime.limits(64).multiply("f32", 0)
     with pytest.raises(ShapeError, match="a multiple of 64"):
-        native._core.probe_read(runtime.core, torch.zeros(65).numpy())
+        _core.probe_read(runtime.core, torch.zeros(65).numpy())
 
 
 def test_a_token_of_a_mixture_meets_the_experts_that_are_chosen_for_it(tmp_path: Path) -> None:
@@ -119,3 +119,9 @@ def test_the_command_prints_a_table_and_draws_the_roofline(
         assert part in plot.read_text()
     assert main(["bench", "--backend", "cpu", "--lengths", "999999"]) == 2
     assert "do not fit a context of" in capsys.readouterr().err
+
+
+def test_no_tokenizer_is_needed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["bench", str(folder), "--backend", "cpu", "--threads", "1", "--rounds", "1", "--lengths", "8"]
+    assert main(run) == 0
+    assert "decoding after 8" in capsys.readouterr().out

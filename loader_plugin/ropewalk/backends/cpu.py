@@ -31,7 +31,7 @@ from ropewalk.families.program import (
     View,
 )
 from ropewalk.gptq.linear import GptqLinear
-from ropewalk.native import _core  # from there: it says what to do where the core is missing
+from ropewalk.native.core import _core  # from there: it says what to do where the core is missing
 
 if TYPE_CHECKING:
     from ropewalk.backends.protocol import ExpertRoom, LayerChange, LowRankPart, Page, RowChange, RowSpan

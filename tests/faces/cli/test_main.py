@@ -21,7 +21,8 @@ from ropewalk.base.errors import CheckpointError
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.chat import Conversation
 from ropewalk.faces.cli.main import main
-from ropewalk.faces.cli.options import add_sampling_arguments, progress_bar, sampling_params
+from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
+from ropewalk.faces.cli.terminal import progress_bar
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.chat_formats import NAMED_FORMATS
 from ropewalk.text.tokenizer.load import load_tokenizer

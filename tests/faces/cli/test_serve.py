@@ -20,8 +20,8 @@ from fixtures import REPOSITORY
 from gptq_writer import write_checkpoint
 from peft_writer import write_adapter
 from ropewalk.engine.engine import Engine
+from ropewalk.faces.cli.adapter_options import adapter_names
 from ropewalk.faces.cli.main import main
-from ropewalk.faces.cli.options import _adapter_names
 from ropewalk.files.embedded import demo_model_path, embedded_scaling
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.model_bar.settings import suggested_settings
@@ -134,7 +134,7 @@ def test_a_signal_ends_it_after_the_reply_that_runs(folder: Path) -> None:
 
 
 def test_adapters_of_equal_names_are_told_apart_without_their_paths(folder: Path) -> None:
-    names = _adapter_names([Path("/data/a/storm"), Path("/data/b/storm"), Path("poet"), Path("/storm")])
+    names = adapter_names([Path("/data/a/storm"), Path("/data/b/storm"), Path("poet"), Path("/storm")])
     assert list(names.values()) == ["a/storm", "b/storm", "poet", "storm"]
 
 

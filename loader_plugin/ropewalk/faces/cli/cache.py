@@ -11,20 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.cli.adapter_options import add_adapter_arguments, load_adapters
+from ropewalk.faces.cli.loading import load
 from ropewalk.faces.cli.options import (
-    add_adapter_arguments,
     add_load_arguments,
     add_model_arguments,
     add_template_argument,
-    load,
-    load_adapters,
     model_argument,
     model_folder,
-    note,
-    progress_bar,
-    read_text,
     size_argument,
 )
+from ropewalk.faces.cli.terminal import note, progress_bar, read_text
 
 if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine

@@ -16,18 +16,14 @@ from ropewalk.base.choices import ROTATE
 from ropewalk.base.errors import ContextLengthError, RequestError, RopewalkError, SavedCacheError
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
+from ropewalk.faces.cli.adapter_options import load_adapters
 from ropewalk.faces.cli.cache import MESSAGES, conversation_opening, kept_messages, load_kept
-from ropewalk.faces.cli.options import (
-    load,
-    load_adapters,
-    note,
-    progress_bar,
-    sampling_params,
-    shift_option,
-    speculation_options,
-)
+from ropewalk.faces.cli.loading import load
+from ropewalk.faces.cli.options import shift_option, speculation_options
 from ropewalk.faces.cli.rescale import HELP as RESCALE_HELP
 from ropewalk.faces.cli.rescale import parse_rescale
+from ropewalk.faces.cli.sampling_options import sampling_params
+from ropewalk.faces.cli.terminal import note, progress_bar
 from ropewalk.generate.sampling import SamplingParams
 
 HELP = (

@@ -8,7 +8,8 @@ from pathlib import Path
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
-from ropewalk.faces.cli.options import MODEL_HELP, model_argument, note
+from ropewalk.faces.cli.options import MODEL_HELP, model_argument
+from ropewalk.faces.cli.terminal import note
 
 DATA = Path("~/.ropewalk")
 INSTALL = 'the page needs Gradio, which is not installed: pip install "ropewalk[demo]"'

@@ -7,6 +7,8 @@ import re
 from typing import TYPE_CHECKING, NoReturn
 
 from ropewalk.base.errors import RequestError
+from ropewalk.faces.cli.adapter_options import adapter_uses, add_adapter_arguments
+from ropewalk.faces.cli.loading import options_for_adapters
 from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
@@ -16,17 +18,8 @@ from ropewalk.faces.cli.measuring import (
     open_record,
     write_results,
 )
-from ropewalk.faces.cli.options import (
-    ORDER_OPTIONS,
-    adapter_uses,
-    add_adapter_arguments,
-    add_load_arguments,
-    add_model_arguments,
-    model_folder,
-    note,
-    options_for_adapters,
-    progress_bar,
-)
+from ropewalk.faces.cli.options import ORDER_OPTIONS, add_load_arguments, add_model_arguments, model_folder
+from ropewalk.faces.cli.terminal import note, progress_bar
 from ropewalk.files.local import local_folder
 
 if TYPE_CHECKING:

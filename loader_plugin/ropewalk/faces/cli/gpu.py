@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, load, note, progress_bar
+from ropewalk.faces.cli.loading import load
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
+from ropewalk.faces.cli.terminal import note, progress_bar
 
 
 def add_gpu_command(commands: argparse._SubParsersAction) -> None:

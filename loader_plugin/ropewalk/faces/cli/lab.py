@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ropewalk.adapters.config import find_adapter
 from ropewalk.base.errors import RequestError
+from ropewalk.faces.cli.adapter_options import add_adapter_arguments
 from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
@@ -23,15 +24,9 @@ from ropewalk.faces.cli.measuring import (
     percent,
     write_results,
 )
-from ropewalk.faces.cli.options import (
-    add_adapter_arguments,
-    add_load_arguments,
-    add_model_arguments,
-    model_folder,
-    note,
-    progress_bar,
-)
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, model_folder
 from ropewalk.faces.cli.perplexity import add_position_arguments, position_rows
+from ropewalk.faces.cli.terminal import note, progress_bar
 
 if TYPE_CHECKING:
     from ropewalk.measure.record import Record

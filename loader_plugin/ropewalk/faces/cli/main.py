@@ -16,6 +16,7 @@ from pathlib import Path
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
+from ropewalk.faces.cli.adapter_options import add_adapter_arguments, load_adapters
 from ropewalk.faces.cli.bench import add_bench_command
 from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, load_kept, prompt_after
 from ropewalk.faces.cli.demo import add_demo_command
@@ -23,30 +24,25 @@ from ropewalk.faces.cli.divergence import add_divergence_command
 from ropewalk.faces.cli.gpu import add_gpu_command
 from ropewalk.faces.cli.lab import add_lab_commands
 from ropewalk.faces.cli.list import add_list_commands
+from ropewalk.faces.cli.loading import load
 from ropewalk.faces.cli.options import (
     MODEL_HELP,
-    add_adapter_arguments,
     add_load_arguments,
     add_model_arguments,
     add_order_arguments,
-    add_sampling_arguments,
     add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
     fetch_named,
-    load,
-    load_adapters,
     model_argument,
-    note,
     order_options,
-    progress_bar,
-    read_text,
-    sampling_params,
     speculation_options,
 )
 from ropewalk.faces.cli.perplexity import add_perplexity_command
 from ropewalk.faces.cli.report import add_report_command
+from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
 from ropewalk.faces.cli.serve import add_serve_command
+from ropewalk.faces.cli.terminal import note, progress_bar, read_text
 from ropewalk.faces.cli.webui import add_webui_command
 
 DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.errors import RequestError
-from ropewalk.faces.cli.options import (
-    adapter_uses,
-    load,
-    model_folder,
-    note,
-    options_for_adapters,
-    read_text,
-)
+from ropewalk.faces.cli.adapter_options import adapter_uses
+from ropewalk.faces.cli.loading import load, options_for_adapters
+from ropewalk.faces.cli.options import model_folder
+from ropewalk.faces.cli.terminal import note, read_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.faces.cli.adapter_options import add_adapter_arguments
 from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
@@ -17,12 +18,8 @@ from ropewalk.faces.cli.measuring import (
     open_record,
     write_results,
 )
-from ropewalk.faces.cli.options import (
-    add_adapter_arguments,
-    add_load_arguments,
-    add_model_arguments,
-    progress_bar,
-)
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
+from ropewalk.faces.cli.terminal import progress_bar
 
 if TYPE_CHECKING:
     from ropewalk.measure.compare import PositionCurve

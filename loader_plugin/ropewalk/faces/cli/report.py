@@ -10,7 +10,8 @@ from pathlib import Path
 from ropewalk import __version__
 from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.measuring import add_text_arguments, lengths, measured_text, names, open_model
-from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, note, progress_bar
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
+from ropewalk.faces.cli.terminal import note, progress_bar
 from ropewalk.files.names import shown_name
 
 MAX_TOKENS = 32768

@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.faces.cli.adapter_options import load_adapters
 from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
+from ropewalk.faces.cli.loading import load
 from ropewalk.faces.cli.options import (
     add_load_arguments,
     add_model_arguments,
-    add_sampling_arguments,
     add_shift_argument,
     add_speculation_arguments,
     add_template_argument,
-    load,
-    load_adapters,
     model_folder,
-    note,
-    sampling_params,
     shift_option,
     speculation_options,
 )
+from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
+from ropewalk.faces.cli.terminal import note
 from ropewalk.files.names import shown_name
 
 if TYPE_CHECKING:

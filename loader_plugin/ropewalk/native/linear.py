@@ -1,0 +1,97 @@
+"""Linears: packed GPTQ codes and dense weights, several side by side that read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ropewalk.base.errors import ShapeError
+from ropewalk.native.arrays import Array, as_numpy, checked_shape, new_result, scale_bits
+from ropewalk.native.core import _core
+from ropewalk.native.low_rank import LowRank
+from ropewalk.native.runtime import Runtime
+
+
+def pack_gptq(
+    runtime: Runtime,
+    qweight: Array,
+    *,
+    bits: int,
+    in_features: int,
+    scales: Array,
+    zeros: Array,
+    group_starts: Array,
+    order: Array | None = None,
+    bias: Array | None = None,
+    planar: bool = False,
+) -> _core.PackedGptq:
+    """Repack one GPTQ linear into tiles; W[k, n] = scales[g, n] * (code[k, n] - zeros[g, n]).
+
+    qweight: [word rows, N] int32, the codes of 2 to 8 bits packed down K as stored in a checkpoint; planar: as bit
+    planes (`gptq_p`). scales: [G, N] float16 or float32. zeros: [G, N] uint8. group_starts: [G + 1] int64, the rows
+    of each group after sorting. order: [K] int32, the stored row of each sorted row; None when rows are already in
+    the order of their groups. bias: [N] float32.
+
+    Raises:
+        ShapeError: an array of another shape, dtype or layout, or indices out of range.
+    """
+    return _core.pack_gptq(
+        runtime.core,
+        as_numpy(qweight),
+        bits,
+        planar,
+        in_features,
+        scale_bits(as_numpy(scales)),
+        as_numpy(zeros),
+        as_numpy(group_starts),
+        None if order is None else as_numpy(order),
+        None if bias is None else as_numpy(bias),
+    )
+
+
+def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
+    """A dense weight, used in place (the array is kept alive, not copied).
+
+    weight: [N, K] float32, float16 or (torch) bfloat16, contiguous. bias: [N] float32.
+    """
+    checked_shape(weight, "weight", 2)
+    types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    name = str(weight.dtype).removeprefix("torch.")
+    if name not in types:
+        raise ShapeError(f"weight has dtype {name}; accepted: {', '.join(types)}")
+    if types[name] != "f32":
+        weight = weight.view(torch.int16) if isinstance(weight, torch.Tensor) else weight.view(np.int16)
+        weight = as_numpy(weight).view(np.uint16)
+    return _core.dense_linear(as_numpy(weight), types[name], None if bias is None else as_numpy(bias))
+
+
+class Linear:
+    """Linears that read the same input, with their outputs side by side: q, k and v, or gate and up.
+
+    compute: the only way in which this one is computed, whatever a call asks for; None: as asked for.
+    """
+
+    def __init__(
+        self, runtime: Runtime, parts: Sequence[_core.PackedGptq | _core.DenseLinear], compute: str | None = None
+    ) -> None:
+        self._runtime = runtime
+        self._compute = compute
+        self.core = _core.LinearGroup(list(parts))
+        self.in_features: int = self.core.in_features
+        self.out_features: int = self.core.out_features
+        self.num_bytes: int = sum(part.num_bytes for part in parts)
+
+    def __call__(self, x: Array, compute: str = "int8", change: LowRank | None = None) -> Array:
+        """y = x W + bias for every part, and what the change adds.
+
+        x: [T, K] float32, rows any distance apart. compute: "exact" multiplies float32 activations with exactly
+        dequantised weights; "int8" quantises the activations per block of 32 in the order of the groups (scale =
+        largest magnitude / 127, rounded to nearest even) and sums integers within a block. Dense parts always use
+        float32 activations. Returns [T, N] float32.
+        """
+        out = new_result(self._runtime, x, (checked_shape(x, "x", 2)[0], self.out_features))
+        core = None if change is None else change.core
+        self.core.run(self._runtime.core, self._compute or compute, as_numpy(x), as_numpy(out), core)
+        return out
