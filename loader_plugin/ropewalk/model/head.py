@@ -15,15 +15,13 @@ to their range. A tied embedding table stays beside the codes as it is stored: t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ropewalk.base.errors import UnsupportedError
 from ropewalk.gptq.linear import DenseLinear, GptqLinear, sequential_groups
 
 RUN_INPUTS = {8: 64, 4: 32}  # of one scale, by bits
-BLOCK_FLOATS = 1 << 22  # of rows that are rounded together: they stay in the second cache
+BLOCK_FLOATS = 1 << 20  # of rows that are rounded together: larger pieces of memory are new to the process each time
 
 
 def rounded_bits(head_bits: str | int, compute: str) -> int | None:
@@ -67,28 +65,21 @@ def held_head(head: GptqLinear | DenseLinear, head_bits: str | int, compute: str
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Some rows of the head, rounded. codes: [rows, C]; scales, zeros: [rows, G]."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-
-
 def _rounded(head: DenseLinear, bits: int) -> GptqLinear:
     num_outputs, num_inputs = head.weight.shape
     starts = sequential_groups(num_inputs, RUN_INPUTS[bits])
-    scales = torch.empty(len(starts) - 1, num_outputs)  # [G, V]
+    scales = torch.empty(num_outputs, len(starts) - 1)
     zeros = torch.empty(len(starts) - 1, num_outputs, dtype=torch.uint8)
     qweight = torch.empty(num_inputs * bits // 32, num_outputs, dtype=torch.int32)
-    dtype = _scale_dtype(head.weight, bits)
     step = max(1, BLOCK_FLOATS // num_inputs)
-    for first in range(0, num_outputs, step):
-        end = min(first + step, num_outputs)
-        rows = _rounded_rows(head.weight[first:end], bits, dtype)
-        scales[:, first:end], zeros[:, first:end] = rows.scales.T, rows.zeros.T
-        qweight[:, first:end] = _words(rows.codes, bits).T
+    blocks = [slice(first, min(first + step, num_outputs)) for first in range(0, num_outputs, step)]
+    for rows in blocks:
+        scales[rows] = _run_scales(_runs(head.weight[rows], bits), bits)
+    dtype = _scale_dtype(scales)
+    scales = scales.to(dtype)
+    for rows in blocks:
+        codes, zeros[:, rows] = _rounded_rows(head.weight[rows], scales[rows].float(), bits)
+        qweight[:, rows] = _words(codes, bits).T
     return GptqLinear(
         name=head.name,
         bits=bits,
@@ -96,7 +87,7 @@ def _rounded(head: DenseLinear, bits: int) -> GptqLinear:
         out_features=num_outputs,
         planar=False,
         qweight=qweight,
-        scales=scales.to(dtype),
+        scales=scales.T.contiguous(),
         zeros=zeros,
         group_starts=starts,
         order=None,
@@ -105,35 +96,31 @@ def _rounded(head: DenseLinear, bits: int) -> GptqLinear:
     )
 
 
-def _scale_dtype(weight: torch.Tensor, bits: int) -> torch.dtype:
+def _scale_dtype(scales: torch.Tensor) -> torch.dtype:
     """float16, unless a scale that is not zero leaves its normal numbers."""
     limits = torch.finfo(torch.float16)
-    step = max(1, BLOCK_FLOATS // weight.shape[1])
-    for rows in weight.split(step):
-        scales = _run_scales(_runs(rows, bits), bits)
-        if bool(((scales > limits.max) | ((scales < limits.tiny) & (scales > 0))).any()):
-            return torch.float32
-    return torch.float16
+    leaves = (scales > limits.max) | ((scales < limits.tiny) & (scales > 0))
+    return torch.float32 if bool(leaves.any()) else torch.float16
 
 
-def _rounded_rows(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> _Rows:
+def _rounded_rows(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of the head and the scales [rows, G] of their runs -> codes [rows, C], zeros [G, rows], both uint8."""
     runs = _runs(weight, bits)  # [rows, G, run]
-    scales = _run_scales(runs, bits).to(dtype).float()  # [rows, G]
     divisors = torch.where(scales > 0, scales, 1.0)
     if bits == 8:
         zeros = torch.full_like(scales, 128.0)
     else:
         zeros = (-runs.amin(2).clamp_max(0.0) / divisors).round_().clamp_(0, 15)
-    codes = (runs / divisors[:, :, None]).round_().add_(zeros[:, :, None])
+    codes = runs.div_(divisors[:, :, None]).round_().add_(zeros[:, :, None])
     codes = codes.clamp_(1 if bits == 8 else 0, (1 << bits) - 1).to(torch.uint8).flatten(1)  # [rows, G * run]
-    return _Rows(codes[:, : weight.shape[1]], scales, zeros.to(torch.uint8))
+    return codes[:, : weight.shape[1]], zeros.to(torch.uint8).T
 
 
 def _runs(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """[rows, C] -> [rows, G, run] float32, zeros past C."""
-    run = RUN_INPUTS[bits]
-    padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % run))
-    return padded.unflatten(1, (-1, run))
+    """[rows, C] -> [rows, G, run] float32, a copy, zeros past C."""
+    floats = weight.to(torch.float32, copy=True)
+    padded = torch.nn.functional.pad(floats, (0, -weight.shape[1] % RUN_INPUTS[bits]))
+    return padded.unflatten(1, (-1, RUN_INPUTS[bits]))
 
 
 def _run_scales(runs: torch.Tensor, bits: int) -> torch.Tensor:

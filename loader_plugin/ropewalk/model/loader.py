@@ -120,14 +120,15 @@ def _load_weights(
     report: Callable[[], None],
 ) -> ModelWeights:
     with _open_weights(folder, config, quant) as checkpoint:
-        layers = _pack_layers(checkpoint, config, quant, backend, report)
         embeddings = read_embeddings(config, checkpoint)
         final_norm, stored = read_head(config, quant, checkpoint, embeddings)
         head = held_head(stored, head_bits, backend.compute)
         tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
         packed_head = backend.pack([head])
         chosen_bits = head_bits if isinstance(stored, DenseLinear) else None
+        del stored, head  # before the layers are read: of the head, there are up to three copies meanwhile
         report()
+        layers = _pack_layers(checkpoint, config, quant, backend, report)
         fingerprint = checkpoint.fingerprint
     device = backend.device
     moved = {name: part.to(device) for name, part in final_norm.items()}
