@@ -3,7 +3,7 @@
     ropewalk demo --port 7860 --anyone-may-load &
     python scripts/demo_screenshots.py http://127.0.0.1:7860 docs/images
 
-Needs playwright and a Chromium (--chromium). Pictures are reduced to 128 colours, which keeps each below 150 KB.
+Needs playwright and a Chromium (--chromium). Pictures are reduced to 256 colours, which keeps each below 150 KB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
 SIZES = {"wide": (1280, 800), "narrow": (400, 860)}
-COLOURS = 128
+COLOURS = 256
 PATIENCE_MS = 180_000
 DOCUMENT = """The ropewalk at Chatham is a quarter of a mile long. Rope has been made there since 1618.
 Strands of hemp are laid out along the floor, and a carriage on rails twists them together as it rolls.

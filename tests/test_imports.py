@@ -29,6 +29,7 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
     "backends.gpu": {"triton"},
     "files": {"safetensors"},
     "files.hub": {"huggingface_hub"},
+    "files.remote_headers": {"huggingface_hub"},
     "model.export": {"safetensors"},
     "text.chat": {"jinja2"},
     "text.template_worker": {"jinja2"},

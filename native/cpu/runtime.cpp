@@ -80,17 +80,40 @@ AlignedBytes::AlignedBytes(int64_t size, bool zeroed) : size_(size) {
 void AlignedBytes::Release::operator()(void* p) const { std::free(p); }
 
 ArenaBytes Arena::take(int64_t size) {
-  const std::lock_guard lock(mutex_);
   const int64_t needed = round_up(size, 64);
-  std::shared_ptr<AlignedBytes> block = block_.lock();
-  if (block == nullptr || needed > block->size() - used_) {
-    block = std::make_shared<AlignedBytes>(std::max(needed, kBlockBytes));
-    block_ = block;
-    used_ = 0;
+  auto [block, offset] = places_->take(needed);
+  uint8_t* const data = block->as<uint8_t>() + offset;
+  const auto give = [places = places_, block = std::move(block), offset = offset, needed](uint8_t*) {
+    places->give({block, offset}, needed);
+  };
+  return {std::shared_ptr<uint8_t>(data, give), size};
+}
+
+std::pair<std::shared_ptr<AlignedBytes>, int64_t> Arena::Places::take(int64_t size) {
+  const std::lock_guard lock(mutex);
+  for (std::vector<Place>& places = free[size]; !places.empty();) {
+    const Place place = places.back();
+    places.pop_back();
+    if (auto held = place.block.lock()) return {std::move(held), place.offset};
   }
-  const int64_t offset = used_;
-  used_ += needed;
-  return {std::move(block), offset, size};
+  std::shared_ptr<AlignedBytes> newest = block.lock();
+  if (newest == nullptr || size > newest->size() - used) {
+    newest = std::make_shared<AlignedBytes>(std::max(size, kBlockBytes));
+    block = newest;
+    used = 0;
+  }
+  const int64_t offset = used;
+  used += size;
+  return {std::move(newest), offset};
+}
+
+void Arena::Places::give(Place place, int64_t size) noexcept {
+  const std::lock_guard lock(mutex);
+  try {
+    free[size].push_back(std::move(place));
+  } catch (const std::bad_alloc&) {
+    // It stays unused as long as its block is there.
+  }
 }
 
 // Not a block of more than twice the size: the next large result would miss it.

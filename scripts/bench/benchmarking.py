@@ -43,12 +43,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def model_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """The checkpoint to measure, with a tokenizer: the one named, or for --smoke a tiny one made for the occasion."""
+def model_folder(args: argparse.Namespace, shape: str = "tiny") -> Iterator[Path]:
+    """The checkpoint to measure, with a tokenizer: the one named, or for --smoke a tiny one made for the occasion.
+
+    shape: of the tiny one.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         if args.smoke:
-            folder = Path(scratch) / "tiny"
-            write_random_checkpoint(folder, "tiny", group_size=64)
+            folder = Path(scratch) / shape
+            write_random_checkpoint(folder, shape, group_size=64)
             yield folder
         elif args.folder is None:
             raise SystemExit("a model folder is needed (or --smoke)")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarking import add_engine_arguments, memory_reader, model_folder, paired, print_head, spread
-from filled_caches import FORMATS, filled, models_of
+from filled_caches import FORMATS, filled, models_of, varied_ids
 from ropewalk.backends.protocol import PAGE_TOKENS
 from ropewalk.model.cache import KvCache
 from ropewalk.model.model import Model
@@ -121,12 +121,13 @@ def peers(depth: int, args: argparse.Namespace) -> Iterator[dict[str, Peer]]:
         peer.close()
 
 
-def worker(model: Model, cache: KvCache, depth: int, num_rows: int, at_once: int):
+def worker(model: Model, cache: KvCache, depth: int, num_rows: int, at_once: int, logits: str = "last"):
     """Appends rows at a depth, so many at once, and forgets them."""
 
     def work() -> None:
         for first in range(0, num_rows, at_once):
-            model.forward([300 + first] * at_once, cache, "last", seq_len=model.max_seq_len)
+            ids = varied_ids(first, at_once, model.config.vocab_size)
+            model.forward(ids, cache, logits, seq_len=model.max_seq_len)
         cache.truncate(depth)
 
     return work

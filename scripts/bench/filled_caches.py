@@ -15,6 +15,7 @@ from ropewalk.model.model import Model
 from ropewalk.model.pages import ModelLimits
 
 FORMATS = ("fp16", "q8", "q6", "q4", "q4+256")
+FIRST_ID, STRIDE = 300, 7919  # of ids that differ, as llama_cpp/at_depth.cpp has them
 CACHE_MEMORY = 16 << 30  # for each format; taken as pages are written
 
 
@@ -39,3 +40,8 @@ def filled(model: Model, depth: int) -> KvCache:
     cache.hold_(pages, {index: HeldPage(copy(one.recent[0].page), one.recent[0].num_bytes) for index in exact})
     cache.record_(ids * (depth // PAGE_TOKENS), Origin(model.frequencies(model.max_seq_len)), model.max_seq_len)
     return cache
+
+
+def varied_ids(first: int, count: int, vocab_size: int) -> list[int]:
+    """The ids of places first, first + 1, ...: they differ, as those of a text do, and a peer can have the same."""
+    return [FIRST_ID + number * STRIDE % (vocab_size - FIRST_ID) for number in range(first, first + count)]

@@ -2,8 +2,10 @@
 
     python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b [--group-size 128] [--act-order]
 
-Codes are uniform random words and scales are sized so that activations keep a natural magnitude through the layers. The
-tokenizer has a token for each byte, and for every other id a word made up for it.
+Codes are random words and scales are sized so that activations keep a natural magnitude through the layers. Weights
+have no mean: with one of half a step, as all 16 codes around 8 have it, every row leaned the same way after a few
+layers, and the routers of a mixture sent all of them to the same experts. The tokenizer has a token for each byte, and
+for every other id a word made up for it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,20 @@ SHAPES = {
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
+    },
+    "tiny-moe": {  # the same, as a mixture
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
     },
     "7b": {
         "hidden_size": 4096,
@@ -203,18 +219,24 @@ def group_index(rows: int, group_size: int, act_order: bool, generator: torch.Ge
 def gptq_tensors(
     name: str, rows: int, columns: int, index: torch.Tensor, group_size: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """One symmetric 4-bit linear: uniform codes have a standard deviation of 4.6, which the scales undo."""
+    """One symmetric 4-bit linear: its codes have a standard deviation of 4.2, which the scales undo."""
     groups = -(-rows // group_size)
     word = torch.iinfo(torch.int32)
     spread = 0.5 + torch.rand((groups, columns), generator=generator)
     return {
-        f"{name}.qweight": torch.randint(
-            word.min, word.max, (rows // 8, columns), dtype=torch.int32, generator=generator
+        f"{name}.qweight": centred(
+            torch.randint(word.min, word.max, (rows // 8, columns), dtype=torch.int32, generator=generator)
         ),
         f"{name}.qzeros": torch.full((groups, columns // 8), 0x77777777, dtype=torch.int32),
-        f"{name}.scales": (spread * rows**-0.5 / 4.6).half(),
+        f"{name}.scales": (spread * rows**-0.5 / 4.2).half(),
         f"{name}.g_idx": index.clone(),
     }
+
+
+def centred(words: torch.Tensor) -> torch.Tensor:
+    """Words of eight codes of 4 bits each, every 0 among them made an 8: the mean of the others is 8 as well."""
+    some = words | words >> 1 | words >> 2 | words >> 3
+    return words | (~some & 0x11111111) << 3
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from pieces import BOS_ID
 from quantise import dequantised_state
-from training import BOS_ID, CONTEXT, model_config
+from training import CONTEXT, model_config
 
 LOGGER = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192)

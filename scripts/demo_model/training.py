@@ -7,7 +7,6 @@ as much per layer as the layer's weights.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -23,12 +22,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corpus import Document
+from pieces import BOS_ID, EOS_ID, train_pieces
 
 LOGGER = logging.getLogger(__name__)
 
 VOCAB_SIZE = 4096
 CONTEXT = 512
-UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "add_bos_token": True,
@@ -87,32 +86,9 @@ def model_config() -> LlamaConfig:
 
 
 def train_tokenizer(documents: list[Document]) -> bytes:
-    """A sentencepiece model proto with Llama's settings, learned from the lines of the library documents.
-
-    Runs of spaces are kept (indentation), digits are split, and whatever has no piece falls back to bytes.
-    """
+    """A sentencepiece model proto, learned from the lines of the library documents."""
     lines = (line for document in documents if not document.is_test for line in document.text.split("\n"))
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=proto,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        max_sentence_length=100_000,
-        unk_id=UNK_ID,
-        bos_id=BOS_ID,
-        eos_id=EOS_ID,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return proto.getvalue()
+    return train_pieces(lines, VOCAB_SIZE)
 
 
 def write_tokenizer(proto: bytes, folder: Path) -> None:

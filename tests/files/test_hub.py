@@ -110,6 +110,11 @@ def info(name: str = NAME) -> list[str]:
     return ["info", name, "--json"]
 
 
+def download(name: str = NAME) -> list[str]:
+    """A command that needs all of a model."""
+    return ["generate", name, "--prompt", "one", "--max-new-tokens", "1", "--threads", "1"]
+
+
 def files_in(cache: Path) -> set[str]:
     return {path.name for path in cache.rglob("snapshots/*/*")}
 
@@ -125,11 +130,14 @@ def test_a_name_generates_text_and_only_what_is_needed_is_downloaded(hub: StandI
 def test_revisions_are_told_apart_fetched_once_and_listed_by_their_names(
     hub: StandInHub, run: Run, tmp_path: Path
 ) -> None:
-    empty, branch, again, main, awq, listed = run(
-        ["list"], info(f"{NAME}:{BRANCH}"), info(f"{NAME}:{BRANCH}"), info(), info("someone/awq"), ["list", "--json"]
+    names = (NAME, f"{NAME}:{BRANCH}", "someone/awq")
+    empty, *downloads, branch, again, main, listed = run(
+        ["list"], *map(download, names), download(names[1]), info(names[1]), info(names[1]), info(), ["list", "--json"]
     )
     assert empty.code == 0 and "there are no models in" in empty.err
+    assert [done.code for done in downloads] == [0] * 4, downloads[-1].err
     found = json.loads(branch.out)
+    assert found["downloaded"] is True
     assert found["act_order"] is True and json.loads(main.out)["act_order"] is False
     shards = {f"model-0000{part}-of-00002.safetensors" for part in (1, 2)}
     assert set(found["files"]) == shards  # of two sets of weights the index chooses
@@ -142,6 +150,31 @@ def test_revisions_are_told_apart_fetched_once_and_listed_by_their_names(
     assert set(models) == {NAME, f"{NAME}:{BRANCH}", "someone/awq"}
     assert all(model["loads"] for model in models.values())
     assert models["someone/awq"]["weights"] == "AWQ 4-bit, groups of 32"
+
+
+def test_info_downloads_no_weights(hub: StandInHub, run: Run, folders: Path, tmp_path: Path) -> None:
+    shorter = "import ropewalk.files.remote_headers as remote; remote.FIRST_BYTES = 1000"
+    branch, _, plain, here, text, second = run(
+        info(f"{NAME}:{BRANCH}"),
+        ["python", shorter],
+        info(),
+        info(str(folders / "main")),
+        ["info", NAME],
+        ["info", NAME, "--second-model", f"{NAME}:{BRANCH}", "--layer-order", "a:0,b:1", "--json"],
+    )
+    found, there = json.loads(plain.out), json.loads(here.out)
+    assert (found["folder"], found["downloaded"]) == (NAME, False)
+    assert (there["folder"], there["downloaded"]) == (str(folders / "main"), True)
+    for fact in ("linears", "files", "weight_bytes", "format", "cache_bytes", "max_seq_len"):
+        assert found[fact] == there[fact]
+    assert "only their headers were downloaded" in text.out
+    assert len(json.loads(branch.out)["files"]) == 2
+    assert json.loads(second.out)["weight_bytes"] > found["weight_bytes"]
+    assert not any(name.endswith(".safetensors") for name in files_in(tmp_path / "hf"))
+    asked = [request for request in hub.asked_for(".safetensors") if "index.json" not in request]
+    spans = [request.partition("bytes=")[2] for request in asked]
+    assert all(int(span.partition("-")[2]) < 1 << 18 for span in spans), spans
+    assert any(span.startswith("1000-") for span in spans)
 
 
 def test_the_doors_of_the_library_take_names_and_a_folder_needs_no_hub(run: Run, folders: Path) -> None:
@@ -162,14 +195,14 @@ from ropewalk.faces.cli.divergence import versus
 def test_an_interrupted_download_goes_on_where_it_ended(hub: StandInHub, run: Run) -> None:
     hub.break_after = 20_000
     pieces = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 4096"  # written at a time
-    assert run(["python", pieces], info(), info())[-1].code == 0
+    assert run(["python", pieces], download(), download())[-1].code == 0
     first, *others = [request.partition("bytes=")[2] for request in hub.asked_for("model.safetensors")]
     assert first == "" and others
     assert all(10_000 < int(span.partition("-")[0]) <= 20_000 for span in others), others
 
 
 def test_without_the_hub_the_cache_serves_what_is_complete(hub: StandInHub, run: Run, tmp_path: Path) -> None:
-    assert run(info())[0].code == 0
+    assert run(download())[0].code == 0
     (unreachable, absent) = run(info(), info("someone/awq"), HF_ENDPOINT="http://127.0.0.1:9")
     assert unreachable.code == 0 and "cannot be asked" in unreachable.err
     assert "someone/awq is no folder here and not in the cache" in absent.error
@@ -206,7 +239,7 @@ def test_what_cannot_be_loaded_or_stored_is_refused_before_the_weights_come(
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
     (tmp_path / "gguf" / "config.json").unlink()
     full = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)"
-    fp8, gguf, _, no_room = run(["chat", "someone/fp8"], ["chat", "someone/gguf"], ["python", full], info())
+    fp8, gguf, _, no_room = run(["chat", "someone/fp8"], ["chat", "someone/gguf"], ["python", full], download())
     assert "8-bit floating-point (FP8) weights" in fp8.error
     assert "someone/gguf has no config.json" in gguf.error
     assert f"{NAME} needs " in no_room.error and "are free there: make room, or set HF_HOME" in no_room.error

@@ -16,6 +16,7 @@ from ropewalk.faces.cli.main import main
 from ropewalk.measure import speed
 from ropewalk.measure.speed import measure_speeds
 from ropewalk.model.loader import load_model
+from their_folder import save_model
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,22 @@ def test_limits_refuse_what_they_cannot_take() -> None:
         runtime.limits(64).multiply("f32", 0)
     with pytest.raises(ShapeError, match="a multiple of 64"):
         _core.probe_read(runtime.core, torch.zeros(65).numpy())
+
+
+def test_a_token_of_a_mixture_meets_the_experts_that_are_chosen_for_it(tmp_path: Path) -> None:
+    settings = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    theirs = save_model(tmp_path, "qwen3_moe", **settings)
+    numbers = {name: parameter.numel() for name, parameter in theirs.named_parameters() if parameter.ndim > 1}
+    experts = sum(count for name, count in numbers.items() if ".experts." in name)
+    met = sum(numbers.values()) - numbers["model.embed_tokens.weight"] - experts * 4 // 6
+    model = load_model(tmp_path, backend="cpu", threads=1, head_bits="16")
+    decoding, reading = measure_speeds(model, [8], 1).speeds
+    attention = 4 * 4 * 16 * 2  # a product with a key and one with a value, heads, head size, layers
+    assert decoding.operations == 2 * met + attention * 8
+    held = sum(packed.num_bytes for layer in model.weights.layers for packed in layer.experts.values())
+    weights = sum(layer.num_bytes for layer in model.weights.layers) + model.weights.head.num_bytes
+    assert decoding.num_bytes == pytest.approx(weights - held * 4 / 6 + model.cache_bytes(8))
+    assert reading.num_bytes == pytest.approx(weights / 8)
 
 
 def test_bytes_and_operations_are_those_of_the_model(folder: Path) -> None:

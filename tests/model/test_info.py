@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ def test_the_facts_are_those_of_the_files(tmp_path: Path) -> None:
     text = info.describe()
     for part in ("3-bit, groups of 64", "act-order", "asymmetric", "RoPE scaling", "4,096 positions"):
         assert part in text
+
+
+def test_the_linears_of_experts_count(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "random_checkpoint.py"
+    command = [sys.executable, script, tmp_path, "--shape", "tiny-moe", "--group-size", "64"]
+    subprocess.run(command, check=True, capture_output=True)
+    info = model_info(tmp_path)
+    assert (info.num_experts, info.experts_per_token) == (16, 4)
+    assert info.linears == {"4-bit, groups of 64": 2 * (4 + 16 * 3), "dense F16": 3}  # two routers and the head
+    assert "4 of 16 experts a token" in info.describe()
 
 
 def test_memory_of_the_cache_is_what_the_model_allocates(tmp_path: Path) -> None:

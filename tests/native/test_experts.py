@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +156,25 @@ def test_experts_that_are_not_held_are_read_when_they_are_needed():
     before = len(few.reads)
     assert same_bits(mixture(x[19:20]), held(x[19:20]))
     assert len(few.reads) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is resident")
+def test_experts_that_come_and_go_take_no_more_memory_than_they_may():
+    size, count = 512, 120
+    one = Expert(gptq(size, size, 2), gptq(size, size, 4), gptq(size, size, 6))
+    backend = CpuBackend("int8", threads=1, experts=ExpertRoom(20 << 20, 0.1))
+    experts = backend.pack_experts([one] * count)
+    before = resident_bytes()
+    for hot in range(10):  # each stays in use while a hundred others come and go
+        for cold in range(10, 110):
+            experts.bring_([*range(hot + 1), cold])
+    assert experts.num_bytes <= 20 << 20
+    assert resident_bytes() - before < 80 << 20  # two blocks, and what is read meanwhile; it was one for each hot one
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
 
 
 def test_an_expert_that_cannot_be_read_ends_the_step_with_its_error():

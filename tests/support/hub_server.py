@@ -113,15 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self._error("EntryNotFound", 404)
         data = path.read_bytes()
-        start = int((re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", "")) or [0, "0"])[1])
-        body = data[start:] if self.command == "GET" else b""
-        self.send_response(206 if start else 200)
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, end = (0, len(data)) if span is None else (int(span[1]), int(span[2] or len(data) - 1) + 1)
+        body = data[start:end] if self.command == "GET" else b""
+        self.send_response(206 if span else 200)
         self.send_header("ETag", f'"{etag_of(path)}"')
         self.send_header("X-Repo-Commit", commit_of(folder))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data[start:end])))
+        if span:
+            self.send_header("Content-Range", f"bytes {start}-{min(end, len(data)) - 1}/{len(data)}")
         self.end_headers()
         if self.hub.break_after is not None and len(body) > self.hub.break_after:
             self.wfile.write(body[: self.hub.break_after])

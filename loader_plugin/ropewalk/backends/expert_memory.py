@@ -8,8 +8,10 @@ use runs at the speed of memory, and what is cold at that of the disk.
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 from ropewalk import native
 from ropewalk.backends.protocol import ExpertRoom
@@ -18,6 +20,7 @@ from ropewalk.gptq.linear import Expert
 from ropewalk.native.core import _core
 
 Pack = Callable[..., native.Linear]  # as `CpuBackend.pack`
+READERS = 4  # experts that are read while another is packed; each takes its memory once more meanwhile
 
 
 class ExpertMemory:
@@ -30,6 +33,7 @@ class ExpertMemory:
         self.room = room
         self.used_bytes = 0
         self._held: OrderedDict[tuple[CpuExperts, int], None] = OrderedDict()  # what was not used for longest first
+        self._readers = None if room is None else ThreadPoolExecutor(READERS, "ropewalk-experts")
 
     def add_(self, layer: CpuExperts, number: int) -> None:
         """Count an expert that was packed."""
@@ -47,10 +51,28 @@ class ExpertMemory:
         for key in wanted & self._held.keys():
             self._held.move_to_end(key)
         layer.read_ahead(missing)
-        for number in missing:
+        for number, expert in self._read(layer, missing):
             self._make_room_(max(layer.sizes.values()), wanted)
-            layer.pack_(number)
+            layer.pack_(number, expert)
         self._make_room_(0, wanted)  # a step before this one may have needed more than there is room for
+
+    def _read(self, layer: CpuExperts, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        """These experts one by one; the next few are read in other threads meanwhile."""
+        assert self._readers is not None
+        rest = iter(numbers)
+        coming: deque[tuple[int, Future[Expert]]] = deque()
+        try:
+            for number in islice(rest, READERS):
+                coming.append((number, self._readers.submit(layer.read, number)))
+            while coming:
+                number, expert = coming.popleft()
+                found = expert.result()
+                for later in islice(rest, 1):
+                    coming.append((later, self._readers.submit(layer.read, later)))
+                yield number, found
+        finally:  # one could not be read or packed
+            for _, expert in coming:
+                expert.cancel()
 
     def _make_room_(self, num_bytes: int, wanted: Set[tuple[CpuExperts, int]]) -> None:
         """Drop what was not used for longest, but for what the step that runs wants."""
@@ -80,7 +102,7 @@ class CpuExperts:
         self._put_(0, gate_up, down)
         at_once = len(experts) if memory.room is None else int(len(experts) * memory.room.part)
         for number in range(1, at_once):
-            self.pack_(number)
+            self.pack_(number, self.read(number))
         if memory.room is None:
             self._experts = ()  # and with them the files
 
@@ -89,9 +111,12 @@ class CpuExperts:
         """Memory of those that are held."""
         return self._memory.bytes_of(self)
 
-    def pack_(self, number: int) -> None:
-        """Read an expert and put it in its place."""
-        expert = self._experts[number]
+    def read(self, number: int) -> Expert:
+        """An expert as it is stored. May be called in any thread."""
+        return self._experts[number]
+
+    def pack_(self, number: int, expert: Expert) -> None:
+        """Put an expert in its place."""
         self._put_(number, self._pack([expert.gate, expert.up]), self._pack([expert.down]))
 
     def read_ahead(self, numbers: Sequence[int]) -> None:

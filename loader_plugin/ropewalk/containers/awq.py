@@ -17,6 +17,7 @@ hold eight inputs of one output, is a transposition of blocks of 8 by 8 fields.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -134,4 +135,5 @@ def read(checkpoint: Checkpoint, name: str, in_features: int, out_features: int,
     )
 
 
-AWQ = Container("AWQ", "qweight", ("qweight", "qzeros", "scales", "g_idx", "weight", "bias"), infer, problems, read)
+PARTS = ("qweight", "qzeros", "scales", "g_idx", "weight", "bias")
+AWQ = Container("AWQ", MappingProxyType({FORMAT: "AWQ"}), "qweight", PARTS, infer, problems, read)

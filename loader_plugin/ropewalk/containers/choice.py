@@ -43,13 +43,10 @@ def _gptq_problems(
     return shape_problems(checkpoint, name, in_features, out_features, settings)
 
 
-GPTQ = Container("GPTQ", "qweight", GPTQ_PARTS, _gptq_infer, _gptq_problems, read_gptq_linear)
+GPTQ_FORMATS = MappingProxyType({"gptq": "GPTQ", "gptq_v2": "GPTQ v2", "gptq_p": "GPTQ planar"})
+GPTQ = Container("GPTQ", GPTQ_FORMATS, "qweight", GPTQ_PARTS, _gptq_infer, _gptq_problems, read_gptq_linear)
 CONTAINERS: Mapping[str, Container] = MappingProxyType(
-    {
-        **dict.fromkeys(("gptq", "gptq_v2", "gptq_p"), GPTQ),
-        awq.FORMAT: awq.AWQ,
-        compressed_tensors.PACKED: compressed_tensors.COMPRESSED_TENSORS,
-    }
+    {name: one for one in (GPTQ, awq.AWQ, compressed_tensors.COMPRESSED_TENSORS) for name in one.formats}
 )
 
 
@@ -72,3 +69,12 @@ def refuse_other_containers(names: Iterable[str], quant: QuantConfig | None, fol
                 f"{folder}: tensor {printable(name)} belongs to {CODES_OF[part]}, but {says}: take the configuration "
                 "and the weights from one download"
             )
+
+
+def format_title(name: str, bits: int | str) -> str:
+    """What a line about a model calls a format, such as "GPTQ v2" or "W4A16".
+
+    Raises:
+        KeyError: no container has that format.
+    """
+    return CONTAINERS[name].formats[name].format(bits=bits)

@@ -12,6 +12,7 @@ no zero point, have 2^(bits-1). A row of weight_packed is the bit stream of one 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -131,4 +132,6 @@ def _zeros(checkpoint: Checkpoint, name: str, out_features: int, groups: int, bi
     return points.to(torch.uint8).T.contiguous()
 
 
-COMPRESSED_TENSORS = Container("compressed-tensors", CODES, PARTS, infer, problems, read)
+COMPRESSED_TENSORS = Container(
+    "compressed-tensors", MappingProxyType({PACKED: "W{bits}A16"}), CODES, PARTS, infer, problems, read
+)

@@ -18,6 +18,7 @@ Expected = tuple[tuple[str, ...], tuple[int, ...]]
 class Container:
     """One way to store quantised linears.
 
+    formats: what configurations call it, and what a line about a model does, {bits} for the bits of a code.
     codes: the part of a module's name whose presence says that it is quantised ("qweight").
     parts: all parts that a quantised module may have.
     infer: (checkpoint, module, K, template) -> its settings by the shapes alone.
@@ -26,6 +27,7 @@ class Container:
     """
 
     title: str
+    formats: Mapping[str, str]
     codes: str
     parts: tuple[str, ...]
     infer: Callable[[Checkpoint, str, int, QuantSettings | None], QuantSettings]

@@ -64,7 +64,8 @@ class Checkpoint:
             CheckpointError: no such tensor, a dtype that is not read, or a file that has changed.
         """
         found = self._file(name).tensor(name)
-        self._samples[name] = tensor_sample(found)
+        if name not in self._samples:  # an expert that comes back has the values that it had
+            self._samples[name] = tensor_sample(found)
         return found
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -56,17 +56,12 @@ def fetch_model(name: ModelName, weights: bool = True) -> Path:
         UnsupportedError, ConfigError: the model is refused by its small files.
     """
     try:
-        with _explained(name):
-            listing = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
-    except _Unreachable as error:
-        return _cached(name, weights, str(error))
-    sizes = {file.rfilename: file.size or 0 for file in listing.siblings or ()}
-    sizes = {file: size for file, size in sizes.items() if "/" not in file and not file.startswith(".")}
-    small = [file for file, size in sizes.items() if _is_small(file) and size <= MAX_FILE_BYTES]
-    folder = _download(name, small)
+        folder, sizes = fetch_small(name)
+    except Unreachable as error:
+        return cached(name, weights, str(error))
     if not weights:
         return folder
-    chosen = _weight_files(name, folder, sorted(sizes))
+    chosen = choose_weights(name, folder, sizes)
     absent = sum(sizes[file] for file in chosen if not (folder / file).exists())
     if absent:
         _check_room(name, folder, absent)
@@ -74,12 +69,27 @@ def fetch_model(name: ModelName, weights: bool = True) -> Path:
     return _download(name, chosen)
 
 
+def fetch_small(name: ModelName) -> tuple[Path, dict[str, int]]:
+    """The folder of a model in the cache with its small files, and the sizes of all its files.
+
+    Raises:
+        Unreachable: the hub cannot be asked.
+        CheckpointError: as `fetch_model`.
+    """
+    with explained(name):
+        listing = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in listing.siblings or ()}
+    sizes = {file: size for file, size in sizes.items() if "/" not in file and not file.startswith(".")}
+    return _download(name, [file for file, size in sizes.items() if _is_small(file) and size <= MAX_FILE_BYTES]), sizes
+
+
 def _is_small(file: str) -> bool:
     return file.endswith(SMALL_ENDINGS) or file in SMALL_NAMES
 
 
-def _weight_files(name: ModelName, folder: Path, files: list[str]) -> list[str]:
+def choose_weights(name: ModelName, folder: Path, sizes: Iterable[str]) -> list[str]:
     """Which of the files hold the weights; refuses what can be refused by the small files, which are there."""
+    files = sorted(sizes)
     if "config.json" not in files:
         shown = ", ".join(files[:8]) or "nothing"
         what = "an adapter: name its base model, and give the adapter's folder with --adapter"
@@ -103,17 +113,17 @@ def _check_room(name: ModelName, folder: Path, num_bytes: int) -> None:
 
 def _download(name: ModelName, files: list[str]) -> Path:
     try:
-        with _explained(name):
+        with explained(name):
             patterns = [escape(file) for file in files]
             return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns))
-    except _Unreachable as error:
+    except Unreachable as error:
         raise CheckpointError(
             f"the download of {name} was interrupted: {error}. The same command goes on where it ended"
         ) from error
 
 
-def _cached(name: ModelName, weights: bool, why: str) -> Path:
-    """The folder in the cache, if it has all that is needed."""
+def cached(name: ModelName, weights: bool, why: str) -> Path:
+    """The folder in the cache, if it has all that is needed. why: the hub is not asked, as a clause."""
     found = try_to_load_from_cache(name.repo, "config.json", revision=name.revision or "main")
     if not isinstance(found, str):
         raise CheckpointError(f"{name} is no folder here and not in the cache ({constants.HF_HUB_CACHE}), and {why}")
@@ -129,13 +139,13 @@ def _cached(name: ModelName, weights: bool, why: str) -> Path:
     return folder
 
 
-class _Unreachable(Exception):
+class Unreachable(Exception):
     """The hub did not answer; the text says why, as a clause."""
 
 
 @contextmanager
-def _explained(name: ModelName) -> Iterator[None]:
-    """Turns the errors of huggingface_hub into sentences; those that a cache can help with into _Unreachable."""
+def explained(name: ModelName) -> Iterator[None]:
+    """Turns the errors of huggingface_hub into sentences; those that a cache can help with into Unreachable."""
     hub = constants.ENDPOINT
     try:
         yield
@@ -154,13 +164,13 @@ def _explained(name: ModelName) -> Iterator[None]:
     except HFValidationError as error:
         raise CheckpointError(f"{name} is neither a folder nor the name of a model: {brief(error)}") from error
     except OfflineModeIsEnabled as error:
-        raise _Unreachable("HF_HUB_OFFLINE says not to ask the hub") from error
+        raise Unreachable("HF_HUB_OFFLINE says not to ask the hub") from error
     except (LocalEntryNotFoundError, EntryNotFoundError, *NO_ANSWER) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(f"{name}: the disk of {constants.HF_HUB_CACHE} is full: {error}") from error
         if isinstance(error, PermissionError):
             raise CheckpointError(f"{constants.HF_HUB_CACHE} cannot be written: {error.strerror}") from error
-        raise _Unreachable(f"{hub} cannot be asked ({brief(error, 120) or type(error).__name__})") from error
+        raise Unreachable(f"{hub} cannot be asked ({brief(error, 120) or type(error).__name__})") from error
 
 
 def _revisions(name: ModelName) -> str:

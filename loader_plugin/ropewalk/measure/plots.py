@@ -204,13 +204,15 @@ def plot_roofline(found: Speeds) -> Figure:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain_numbers(axes.xaxis, (1,))
+    _plain_numbers(axes.yaxis, (1, 2, 5))
     axes.set_xlabel("operations to a byte of memory")
     axes.set_ylabel(f"{found.kind} operations, GOP/s")
-    for text, place, above in (
-        (f"memory, {limit.read_bytes / 1e9:.1f} GB/s", (left, left * limit.read_bytes / 1e9), 14),
-        (f"products, {limit.operations / 1e9:,.0f} GOP/s", (corner, limit.operations / 1e9), 4),
+    for text, place, beside in (
+        (f"memory, {limit.read_bytes / 1e9:.1f} GB/s", (left, left * limit.read_bytes / 1e9), (14, -2)),
+        (f"products, {limit.operations / 1e9:,.0f} GOP/s", (corner, limit.operations / 1e9), (2, 4)),
     ):
-        axes.annotate(text, place, xytext=(2, above), textcoords="offset points", color=INK, fontsize=8)
+        axes.annotate(text, place, xytext=beside, textcoords="offset points", color=INK, fontsize=8)
     axes.margins(y=0.12)
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -282,12 +284,13 @@ def _finish_perplexity(figure: Figure, axes: Axes, num_curves: int, trained: int
     figure.set_size_inches(SIZE[0], SIZE[1] + 0.2 * max(0, rows - 1))
 
 
-def _plain_numbers(axis: Axis) -> None:
-    """A logarithmic axis with numbers as they are spoken."""
+def _plain_numbers(axis: Axis, steps: Sequence[float] = (1, 1.5, 2, 3, 5, 7)) -> None:
+    """A logarithmic axis with numbers as they are spoken: these times powers of ten."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_major_locator(ticker.LogLocator(subs=steps))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _aslant(count: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ropewalk.base.errors import RequestError, UnsupportedError
+from ropewalk.model.layers import PackedLayer
 from ropewalk.model.model import Model
 
 READ_FLOATS = 1 << 26  # a quarter of a gigabyte, past every cache
@@ -111,7 +112,6 @@ class _Limits:
     """What this machine does a second at most, on the threads of the model."""
 
     def __init__(self, model: Model, kind: str) -> None:
-
         self._limits = model.backend.runtime.limits(READ_FLOATS)
         self._kind = kind
         self._steps = 1 << 12
@@ -147,18 +147,18 @@ def _timed(model: Model, length: int) -> tuple[float, float]:
 def _speed(model: Model, length: int, reads: bool, rates: Sequence[float], samples: Sequence[Sample]) -> Speed:
     layers = [model.weights.layers[instance.weights_index] for instance in model.instances]
     head = model.weights.head
-    weights = sum(linear.in_features * linear.out_features for layer in layers for linear in layer.linears.values())
     # Every query meets every key before it, half of them on average while a prompt is read; so do the values.
     keys = length / 2 if reads else length
-    attention = 4 * keys * model.config.num_heads * model.config.head_dim * len(layers)
-    weight_bytes = sum(layer.num_bytes for layer in layers)
+    operations = 2 * _met_weights(model, layers) + 4 * keys * model.config.num_heads * model.config.head_dim * len(
+        layers
+    )
     head_products = 2 * head.in_features * head.out_features
-    if reads:
-        num_bytes = (weight_bytes + head.num_bytes) / length
-        operations = 2 * weights + attention + head_products / length
+    if reads:  # some token of a prompt meets every expert
+        num_bytes = (sum(layer.num_bytes for layer in layers) + head.num_bytes) / length
+        operations += head_products / length
     else:
-        num_bytes = weight_bytes + head.num_bytes + model.cache_bytes(length)
-        operations = 2 * weights + attention + head_products
+        num_bytes = _met_bytes(model, layers) + head.num_bytes + model.cache_bytes(length)
+        operations += head_products
     return Speed(
         name=f"reading {length:,}" if reads else f"decoding after {length:,}",
         num_bytes=num_bytes,
@@ -169,6 +169,24 @@ def _speed(model: Model, length: int, reads: bool, rates: Sequence[float], sampl
             rate * operations / sample.operations for rate, sample in zip(rates, samples, strict=True)
         ),
     )
+
+
+def _met_weights(model: Model, layers: Sequence[PackedLayer]) -> int:
+    """How many weights a token is multiplied with: of experts, those that are chosen for it."""
+    plain = sum(linear.in_features * linear.out_features for layer in layers for linear in layer.linears.values())
+    mixture = model.config.mixture
+    if mixture is None:
+        return plain
+    num_mixtures = sum(bool(layer.experts) for layer in layers)
+    return plain + 3 * model.config.hidden_size * mixture.inner * mixture.top_k * num_mixtures
+
+
+def _met_bytes(model: Model, layers: Sequence[PackedLayer]) -> float:
+    """Their bytes, and those of the norms."""
+    mixture = model.config.mixture
+    part = 1 if mixture is None else mixture.top_k / mixture.num_experts
+    experts = sum(experts.num_bytes for layer in layers for experts in layer.experts.values())
+    return sum(layer.num_bytes for layer in layers) - (1 - part) * experts
 
 
 COLUMNS = ("", "tokens/s", "lowest", "highest", "GB/s", "of memory", "GOP/s", "of products")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, QuantSettings, load_quant_config
 from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
-from ropewalk.files.local import local_folder
+from ropewalk.files.local import Described, described_model
 from ropewalk.model.backend_choice import arithmetic
 from ropewalk.model.head import can_round, rounded_bits, rounded_bytes
-from ropewalk.model.options import LoadOptions, options_with, with_local_second
+from ropewalk.model.options import LoadOptions, options_with
 from ropewalk.model.pages import planned_bytes
 from ropewalk.model.plan import LoadPlan, plan_loading
 from ropewalk.weights.check import check_tensors, settings_of
@@ -29,10 +30,13 @@ CACHE_LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 class ModelInfo:
     """Facts about a model folder. Sizes in bytes; `linears` counts them by storage, "4-bit, groups of 128" or "dense".
 
+    folder: as it was given, or a name on the hub. downloaded: False if only the headers of its weights were.
+    num_experts, experts_per_token: of each layer that is a mixture; 0: none is.
     act_order is what the files declare (desc_act); whether rows are out of order shows only in the weights.
     """
 
     folder: str
+    downloaded: bool
     family: str
     num_layers: int
     layer_order: str
@@ -43,6 +47,8 @@ class ModelInfo:
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+    num_experts: int
+    experts_per_token: int
     sliding_window: int | None
     sliding_layers: int
     linears: Mapping[str, int]
@@ -68,6 +74,7 @@ class ModelInfo:
         window = "" if self.sliding_window is None else f", sliding window {self.sliding_window}"
         if 0 < self.sliding_layers < self.num_layers:
             window += f" in {self.sliding_layers} layers"
+        experts = f"; {self.experts_per_token} of {self.num_experts} experts a token" if self.num_experts else ""
         files = ", ".join(f"{name} ({format_bytes(size)})" for name, size in self.files.items())
         caches = "\n".join(
             f"  {length:>9,} positions  {format_bytes(size):>10}  with weights "
@@ -78,12 +85,12 @@ class ModelInfo:
             [
                 f"model      {self.folder}",
                 f"family     {self.family}: {self.num_layers} layers, hidden {self.hidden_size}, inner "
-                f"{self.intermediate_size}, vocabulary {self.vocab_size}",
+                f"{self.intermediate_size}, vocabulary {self.vocab_size}" + experts,
                 f"order      {self._order_line()}",
                 f"attention  {self.num_heads} heads of {self.head_dim}, {self.num_kv_heads} for keys and values"
                 + window,
                 f"weights    {self._weights_line()}",
-                f"files      {files}",
+                f"files      {files}{'' if self.downloaded else '; only their headers were downloaded'}",
                 f"context    {self.max_seq_len} positions",
                 f"rope       {self.rope}",
                 f"memory     weights {format_bytes(self.weight_bytes)}; {self.cache_type} cache of keys and values:",
@@ -111,7 +118,7 @@ class ModelInfo:
 def model_info(
     folder: str | Path, max_seq_len: int | None = None, *, options: LoadOptions | None = None, **keywords: Any
 ) -> ModelInfo:
-    """What `load_model` with these arguments would load.
+    """What `load_model` with these arguments would load. Of a name on the hub, no weight is downloaded.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedError, TypeError: as `load_model`, for everything that is found before
@@ -120,14 +127,20 @@ def model_info(
     if max_seq_len is not None:
         keywords["max_seq_len"] = max_seq_len
     options = options_with(options, keywords)
-    folder, options = local_folder(folder), with_local_second(options)
-    plan = plan_loading(folder, options)
-    quant = plan.quant
-    lent_bytes = 0 if plan.second is None else _layer_bytes(Path(options.second_folder), plan.second)
-    with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
-        check_tensors(plan.config, quant, checkpoint)
-        info = _info(folder, plan, checkpoint, options.cache_format)
-        info = replace(info, weight_bytes=info.weight_bytes + _head_change(plan.config, quant, checkpoint, options))
+    with ExitStack() as opened:
+        model = opened.enter_context(described_model(folder))
+        lent_bytes = 0
+        if options.second_folder is None:
+            plan = plan_loading(model.folder, options)
+        else:
+            second = opened.enter_context(described_model(options.second_folder))
+            plan = plan_loading(model.folder, replace(options, second_folder=second.folder))
+            lent_bytes = 0 if plan.second is None else _layer_bytes(second, plan.second)
+        quant = plan.quant
+        with Checkpoint(model.weights, quant.model_file_base_name if quant else None) as checkpoint:
+            check_tensors(plan.config, quant, checkpoint)
+            info = _info(model, plan, checkpoint, options.cache_format)
+            lent_bytes += _head_change(plan.config, quant, checkpoint, options)
     return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
 
 
@@ -142,22 +155,23 @@ def _head_change(config: ModelConfig, quant: QuantConfig | None, checkpoint: Che
     return rounded_bytes(config.vocab_size, config.hidden_size, bits) - stored
 
 
-def _layer_bytes(folder: Path, config: ModelConfig) -> int:
+def _layer_bytes(second: Described, config: ModelConfig) -> int:
     """Size of the decoder layers of the second model, its tensors checked."""
-    quant = load_quant_config(folder, config.raw)
-    with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+    quant = load_quant_config(second.folder, config.raw)
+    with Checkpoint(second.weights, quant.model_file_base_name if quant else None) as checkpoint:
         check_tensors(config, quant, checkpoint)
         prefixes = tuple(config.table.layer_prefix(index) for index in range(config.num_layers))
         return sum(checkpoint.info(name).num_bytes for name in checkpoint.names() if name.startswith(prefixes))
 
 
-def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: CacheFormat) -> ModelInfo:
+def _info(model: Described, plan: LoadPlan, checkpoint: Checkpoint, cache_format: CacheFormat) -> ModelInfo:
     config, quant, rope, order, context = plan.config, plan.quant, plan.rope, plan.order, plan.max_seq_len
     lengths = sorted({*(length for length in CACHE_LENGTHS if length < context), context})
     windows = [window for window in config.sliding_windows if window is not None]
     kinds, settings = _linears(config, quant, checkpoint)
     return ModelInfo(
-        folder=str(folder),
+        folder=model.title,
+        downloaded=model.is_here,
         family=config.family,
         num_layers=config.num_layers,
         layer_order=str(order),
@@ -168,6 +182,8 @@ def _info(folder: Path, plan: LoadPlan, checkpoint: Checkpoint, cache_format: Ca
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
+        num_experts=0 if config.mixture is None else config.mixture.num_experts,
+        experts_per_token=0 if config.mixture is None else config.mixture.top_k,
         sliding_window=windows[0] if windows else None,
         sliding_layers=len(windows),
         linears=kinds,
@@ -190,15 +206,9 @@ def _linears(
     config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint
 ) -> tuple[dict[str, int], QuantSettings | None]:
     """The number of linears by the way they are stored, and the settings of the first quantised one."""
-    size = config.sizes
-    modules = [
-        (config.table.layer_prefix(index) + entry.name, size[entry.inputs])
-        for index in range(config.num_layers)
-        for entry in config.layer_table(index).linears
-    ]
     counts: Counter[str] = Counter()
     first = None
-    for name, in_features in [*modules, (config.table.names.head, size["hidden"])]:
+    for name, in_features in (*_layer_linears(config), (config.table.names.head, config.sizes["hidden"])):
         if container_of(quant).holds(checkpoint, name):
             settings = settings_of(quant, checkpoint, name, in_features)
             groups = "one group" if settings.group_size == -1 else f"groups of {settings.group_size}"
@@ -207,3 +217,15 @@ def _linears(
         elif f"{name}.weight" in checkpoint:
             counts[f"dense {checkpoint.info(f'{name}.weight').dtype}"] += 1
     return dict(counts), first
+
+
+def _layer_linears(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """(module, K) of every linear of the decoder layers, those of experts each."""
+    size = config.sizes
+    for index in range(config.num_layers):
+        table, prefix = config.layer_table(index), config.table.layer_prefix(index)
+        for entry in table.linears:
+            yield prefix + entry.name, size[entry.inputs]
+        for number in range(size["experts"] if table.experts else 0):
+            for entry in table.experts.linears:
+                yield prefix + entry.name.format(expert=number), size[entry.inputs]

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import RopewalkError, brief
+from ropewalk.containers.choice import format_title
 from ropewalk.files.names import CACHED
 from ropewalk.model.identify import identify
 from ropewalk.model.info import ModelInfo, model_info
 
 MAX_DEPTH = 4  # publisher/model/revision, and one more
 WEIGHT_ENDINGS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ggml", ".onnx")
-CONTAINERS = {
-    "awq": "AWQ",
-    "pack-quantized": "W{bits}A16",
-    "gptq": "GPTQ",
-    "gptq_v2": "GPTQ v2",
-    "gptq_p": "GPTQ planar",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +80,7 @@ def _weights(info: ModelInfo) -> str:
     quantised = {kind: count for kind, count in info.linears.items() if not kind.startswith("dense")}
     kinds = quantised or info.linears
     kind = max(kinds, key=lambda kind: kinds[kind]) if kinds else "no linears"
-    container = CONTAINERS.get(info.format or "", "").format(bits=kind.partition("-")[0])
-    return f"{container} {kind}".strip()
+    return kind if info.format is None else f"{format_title(info.format, kind.partition('-')[0])} {kind}"
 
 
 def _model_folders(root: Path, depth: int) -> Iterator[Path]:

@@ -13,8 +13,10 @@ struct Verbs {
   };
   static constexpr int kInt8Rows = 3;
   static constexpr int kInt8Tiles = 1;
-  static constexpr int kExactRows = 2;
+  static constexpr int kExactRows = 4;
   static constexpr int kExactTiles = 2;
+  static constexpr int kLowRankRows = 2;
+  static constexpr int kLowRankTiles = 2;
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 2;
   static constexpr int kCodeRows = 2;

@@ -12,8 +12,10 @@ struct Avx512Verbs {
   using F32 = __m512;
   static constexpr int kInt8Rows = 6;
   static constexpr int kInt8Tiles = 2;
-  static constexpr int kExactRows = 4;
+  static constexpr int kExactRows = 8;
   static constexpr int kExactTiles = 4;
+  static constexpr int kLowRankRows = 4;
+  static constexpr int kLowRankTiles = 4;
   static constexpr int kDenseRows = 4;
   static constexpr int kAttendRows = 8;
   static constexpr int kCodeRows = 8;

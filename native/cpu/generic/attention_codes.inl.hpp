@@ -36,12 +36,6 @@ void quantise_query(const AttendTile& tile, int64_t row, const float* q, float z
   }
 }
 
-// Into the second cache: more requests are under way at once than into the first (scripts/bench/attention.py).
-template <class V>
-void prefetch_bytes(const uint8_t* p, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) V::prefetch_far(p + i);
-}
-
 // Codes and scales of 16 keys in one block of dims, or of 32 keys in 16 dims.
 template <int kBits>
 static constexpr int64_t kAheadBytes = kBlockRows * kLanes * kBits / 8 + kLanes * 2;

@@ -185,6 +185,20 @@ static inline void take_values(uint8_t* values, KvType type, int64_t head_dim, i
   }
 }
 
+// code - zero as f32 (exact) for the 32 rows of one block: values[k][16].
+template <class V, int kBits>
+void dequantise_block(const uint8_t* block, typename V::F32 zero, float* values) {
+  using Dot = typename V::template Dot<kBits>;
+  for (int quad = 0; quad < 4; ++quad) {
+    const auto first = Dot::first_half(block, quad);
+    const auto second = Dot::second_half(block, quad);
+    for (int j = 0; j < 4; ++j) {
+      V::store(values + (quad * 4 + j) * kLanes, V::sub(V::codes_to_f32(first, j), zero));
+      V::store(values + (16 + quad * 4 + j) * kLanes, V::sub(V::codes_to_f32(second, j), zero));
+    }
+  }
+}
+
 // Keys of a page as they were coded (rotated or not): [4][D][16] f32, with D dims.
 template <class V, int kBits>
 void decode_keys(const uint8_t* keys, int64_t head_dim, float* out) {

@@ -105,6 +105,7 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   const GptqWeights& w = *a.weights;
   const int64_t tile_bytes = w.num_blocks * kBlockBytes;
   const uint8_t* codes = w.codes + tile * tile_bytes;
+  const uint8_t* next = codes + kTiles * tile_bytes;
   const int64_t x_stride = w.num_blocks * kBlockRows;
   const int8_t* x = a.values + row * x_stride;
   const float* x_scales = a.block_scales + row * w.num_blocks;
@@ -119,8 +120,12 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
       for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
     }
     for (int64_t b = w.group_starts[g]; b < w.group_starts[g + 1]; ++b) {
-      // One row reads a tile in one go, which the processor foresees: asking for every fourth line took a tenth longer.
-      if constexpr (kRows > 1) V::prefetch(codes + (b + 8) * kBlockBytes);
+      // The products of several rows fill the processor's window: it does not see far enough ahead to start reading
+      // the next tiles by itself, as it does for one row, and 4 rows took twice as long as one. Past the last tile this
+      // asks for what follows in memory, and reads nothing.
+      if constexpr (kRows > 1) {
+        for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
+      }
       int8_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, x_stride,
                                                x_scales + b, w.num_blocks, total);
     }
@@ -162,92 +167,12 @@ void gptq_int8(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int6
   }
 }
 
-// code - zero as f32 (exact) for the 32 rows of one block: weights[k][16].
-template <class V, int kBits>
-void dequantise_block(const uint8_t* block, typename V::F32 zero, float* weights) {
-  using Dot = typename V::template Dot<kBits>;
-  for (int quad = 0; quad < 4; ++quad) {
-    const auto first = Dot::first_half(block, quad);
-    const auto second = Dot::second_half(block, quad);
-    for (int j = 0; j < 4; ++j) {
-      V::store(weights + (quad * 4 + j) * kLanes, V::sub(V::codes_to_f32(first, j), zero));
-      V::store(weights + (16 + quad * 4 + j) * kLanes, V::sub(V::codes_to_f32(second, j), zero));
-    }
-  }
-}
-
-// y[m][j] += scale[j] * sum over `count` rows k of x[m][k] * weights[j][k], for kRows rows and kTiles tiles.
-template <class V, int kRows, int kTiles>
-void exact_rows(const float* x, int64_t x_stride, const float* weights, int64_t tile_floats, int64_t count,
-                const typename V::F32 (&scale)[kTiles], float* y) {
-  typename V::F32 total[kRows][kTiles];
-  for (int m = 0; m < kRows; ++m) {
-    for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    typename V::F32 weight[kTiles];
-    for (int j = 0; j < kTiles; ++j) weight[j] = V::load(weights + j * tile_floats + k * kLanes);
-    for (int m = 0; m < kRows; ++m) {
-      const auto value = V::broadcast(x[m * x_stride + k]);
-      for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, weight[j], total[m][j]);
-    }
-  }
-  for (int m = 0; m < kRows; ++m) {
-    for (int j = 0; j < kTiles; ++j) {
-      float* target = y + (m * kTiles + j) * kLanes;
-      V::store(target, V::fma(scale[j], total[m][j], V::load(target)));
-    }
-  }
-}
-
 static constexpr int64_t kRunBlocks = 2;  // of a group, whose products are summed before they are scaled
 
-// Exactly dequantised weights, f32 products.  The sum runs over runs of up to two blocks of a group: a run is
-// dequantised once into L1 and used by all rows of the panel, at most kPanelRows.
-template <class V, int kBits, int kTiles>
-void gptq_exact_tiles(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile) {
-  constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
-  constexpr int64_t kTileFloats = kRunBlocks * kBlockRows * kLanes;
-  const GptqWeights& w = *a.weights;
-  const uint8_t* codes = w.codes + tile * w.num_blocks * kBlockBytes;
-  alignas(64) float weights[kTiles * kTileFloats];
-  alignas(64) float y[kPanelRows * kTiles * kLanes];
-  for (int64_t i = 0; i < row_end - row_begin; ++i) {
-    for (int j = 0; j < kTiles; ++j) V::store(y + (i * kTiles + j) * kLanes, load_bias<V>(w, tile + j));
-  }
-  for (int64_t g = 0; g < w.num_groups; ++g) {
-    typename V::F32 scale[kTiles], zero[kTiles];
-    for (int j = 0; j < kTiles; ++j) {
-      scale[j] = load_scales<V>(w, (tile + j) * w.num_groups + g);
-      zero[j] = load_zeros<V>(w, (tile + j) * w.num_groups + g);
-    }
-    const int64_t group_end = w.group_starts[g + 1];
-    for (int64_t b = w.group_starts[g]; b < group_end; b += kRunBlocks) {
-      const int64_t run = group_end - b < kRunBlocks ? group_end - b : kRunBlocks;
-      for (int j = 0; j < kTiles; ++j) {
-        for (int64_t i = 0; i < run; ++i) {
-          dequantise_block<V, kBits>(codes + (j * w.num_blocks + b + i) * kBlockBytes, zero[j],
-                                     weights + j * kTileFloats + i * kBlockRows * kLanes);
-        }
-      }
-      const float* x = a.gathered + b * kBlockRows;
-      for_even_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
-        exact_rows<V, kRows, kTiles>(x + row * a.x_stride, a.x_stride, weights, kTileFloats, run * kBlockRows, scale,
-                                     y + (row - row_begin) * kTiles * kLanes);
-      });
-    }
-  }
-  for (int64_t i = 0; i < row_end - row_begin; ++i) {
-    for (int j = 0; j < kTiles; ++j) {
-      store_tile<V>(a, row_begin + i, tile + j, V::load(y + (i * kTiles + j) * kLanes));
-    }
-  }
-}
-
-// One block of 32 input features for one row: total[j] += x[k] * (code[k] - zero[j]), k in order.
-template <class V, int kBits, int kTiles>
-void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, const typename V::F32 (&zero)[kTiles],
-                      typename V::F32 (&total)[kTiles]) {
+// One block of 32 input features: total[m][j] += x[m][k] * (code[k] - zero[j]), k in order.
+template <class V, int kBits, int kRows, int kTiles>
+void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, int64_t x_stride,
+                      const typename V::F32 (&zero)[kTiles], typename V::F32 (&total)[kRows][kTiles]) {
   using Dot = typename V::template Dot<kBits>;
   for (int quad = 0; quad < 8; ++quad) {
     typename V::Codes codes[kTiles];
@@ -256,25 +181,30 @@ void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, 
       codes[j] = quad < 4 ? Dot::first_half(from, quad) : Dot::second_half(from, quad - 4);
     }
     for (int i = 0; i < 4; ++i) {
-      const auto value = V::broadcast(x[quad * 4 + i]);
-      for (int j = 0; j < kTiles; ++j) {
-        total[j] = V::fma(value, V::sub(V::codes_to_f32(codes[j], i), zero[j]), total[j]);
+      typename V::F32 weight[kTiles];
+      for (int j = 0; j < kTiles; ++j) weight[j] = V::sub(V::codes_to_f32(codes[j], i), zero[j]);
+      for (int m = 0; m < kRows; ++m) {
+        const auto value = V::broadcast(x[m * x_stride + quad * 4 + i]);
+        for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, weight[j], total[m][j]);
       }
     }
   }
 }
 
-// gptq_exact_tiles for one row, with the same bits: there is nobody to share dequantised weights with, so they stay in
-// registers.
-template <class V, int kBits, int kTiles>
-void gptq_exact_row(const GptqLinearArgs& a, int64_t row, int64_t tile) {
+// Exactly dequantised weights, f32 products. The sum runs over runs of up to two blocks of a group. Weights never leave
+// the registers, though each block of rows dequantises them anew: keeping them in L1 for many rows was slower.
+template <class V, int kBits, int kRows, int kTiles>
+void gptq_exact_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
   const GptqWeights& w = *a.weights;
   const int64_t tile_bytes = w.num_blocks * kBlockBytes;
   const uint8_t* codes = w.codes + tile * tile_bytes;
+  const uint8_t* next = codes + kTiles * tile_bytes;
   const float* x = a.gathered + row * a.x_stride;
-  typename V::F32 y[kTiles];
-  for (int j = 0; j < kTiles; ++j) y[j] = load_bias<V>(w, tile + j);
+  typename V::F32 y[kRows][kTiles];
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) y[m][j] = load_bias<V>(w, tile + j);
+  }
   for (int64_t g = 0; g < w.num_groups; ++g) {
     typename V::F32 scale[kTiles], zero[kTiles];
     for (int j = 0; j < kTiles; ++j) {
@@ -284,30 +214,50 @@ void gptq_exact_row(const GptqLinearArgs& a, int64_t row, int64_t tile) {
     const int64_t group_end = w.group_starts[g + 1];
     for (int64_t b = w.group_starts[g]; b < group_end;) {
       const int64_t run_end = group_end - b < kRunBlocks ? group_end : b + kRunBlocks;
-      typename V::F32 total[kTiles];
-      for (int j = 0; j < kTiles; ++j) total[j] = V::zero();
-      for (; b < run_end; ++b) {
-        exact_block_step<V, kBits, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, zero, total);
+      typename V::F32 total[kRows][kTiles];
+      for (int m = 0; m < kRows; ++m) {
+        for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
       }
-      for (int j = 0; j < kTiles; ++j) y[j] = V::fma(scale[j], total[j], y[j]);
+      for (; b < run_end; ++b) {
+        if constexpr (kRows > 1) {  // as in gptq_int8_block
+          for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
+        }
+        exact_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, a.x_stride,
+                                                  zero, total);
+      }
+      for (int m = 0; m < kRows; ++m) {
+        for (int j = 0; j < kTiles; ++j) y[m][j] = V::fma(scale[j], total[m][j], y[m][j]);
+      }
     }
   }
-  for (int j = 0; j < kTiles; ++j) store_tile<V>(a, row, tile + j, y[j]);
+  for (int m = 0; m < kRows; ++m) {
+    for (int j = 0; j < kTiles; ++j) store_tile<V>(a, row + m, tile + j, y[m][j]);
+  }
 }
 
-// Rows in panels of kPanelRows, however many are asked for: so many fit on the stack of gptq_exact_tiles.
+template <class V, int kBits>
+void gptq_exact_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
+                     int64_t tile_end) {
+  if (row_end - row_begin == 1) {  // one chain of sums would be waited for
+    for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
+      gptq_exact_block<V, kBits, 1, kTiles>(a, row_begin, tile);
+    });
+    return;
+  }
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    for_even_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+      gptq_exact_block<V, kBits, kRows, 1>(a, row, tile);
+    });
+  }
+}
+
 template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                 int64_t tile_end) noexcept {
-  for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
-    const int64_t panel_end = row_end - row < kPanelRows ? row_end : row + kPanelRows;
-    for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-      const auto run = [&]<int kBits>() {
-        if (panel_end - row == 1) return gptq_exact_row<V, kBits, kTiles>(a, row, tile);
-        gptq_exact_tiles<V, kBits, kTiles>(a, row, panel_end, tile);
-      };
-      a.weights->code_bits == 4 ? run.template operator()<4>() : run.template operator()<8>();
-    });
+  if (a.weights->code_bits == 4) {
+    gptq_exact_bits<V, 4>(a, row_begin, row_end, tile_begin, tile_end);
+  } else {
+    gptq_exact_bits<V, 8>(a, row_begin, row_end, tile_begin, tile_end);
   }
 }
 

@@ -1,4 +1,4 @@
-// Reading weights of any stored float type as f32.
+// Reading weights of any stored float type as f32, and asking for bytes ahead of their use.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
@@ -20,6 +20,12 @@ typename V::F32 load_weight(const void* weight, int64_t index, int64_t count) {
     }
     return kType == FloatType::f16 ? V::load_f16(p) : V::load_bf16(p);
   }
+}
+
+// Into the second cache: more requests are under way at once than into the first (scripts/bench/attention.py).
+template <class V>
+void prefetch_bytes(const uint8_t* p, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 64) V::prefetch_far(p + i);
 }
 
 }  // namespace ropewalk

@@ -108,8 +108,8 @@ void low_rank_block(const LowRankArgs& a, int64_t row, int64_t tile) {
 
 template <class V, LowRankType kType>
 void low_rank_typed(const LowRankArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end) {
-  for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-    for_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+  for_blocks<V::kLowRankTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
+    for_blocks<V::kLowRankRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
       low_rank_block<V, kType, kRows, kTiles>(a, row, tile);
     });
   });

@@ -49,6 +49,8 @@ struct Verbs {
   static constexpr int kInt8Tiles = 1;
   static constexpr int kExactRows = 1;
   static constexpr int kExactTiles = 1;
+  static constexpr int kLowRankRows = 1;
+  static constexpr int kLowRankTiles = 1;
   static constexpr int kDenseRows = 1;
   static constexpr int kAttendRows = 1;
   static constexpr int kCodeRows = 1;

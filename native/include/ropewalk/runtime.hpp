@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -42,27 +43,27 @@ class AlignedBytes {
   int64_t size_ = 0;
 };
 
-// A place in an arena; the block that it lies in stays as long as a place in it is used.
+// A place in an arena, which goes back there when it is no longer needed.
 class ArenaBytes {
  public:
   ArenaBytes() = default;
-  ArenaBytes(std::shared_ptr<AlignedBytes> block, int64_t offset, int64_t size)
-      : block_(std::move(block)), data_(block_->as<uint8_t>() + offset), size_(size) {}
+  ArenaBytes(std::shared_ptr<uint8_t> data, int64_t size) : data_(std::move(data)), size_(size) {}
   template <class T>
   T* as() const {
-    return reinterpret_cast<T*>(data_);
+    return reinterpret_cast<T*>(data_.get());
   }
   int64_t size() const { return size_; }
 
  private:
-  std::shared_ptr<AlignedBytes> block_;
-  uint8_t* data_ = nullptr;
+  std::shared_ptr<uint8_t> data_;
   int64_t size_ = 0;
 };
 
 // Weights one after the other in huge pages, in the order in which they are asked for, which is that of a token's way
 // through the model. Apart from each other, half of those of a 1.1B model lay in small pages: too small, or the rest
-// behind their last huge page.
+// behind their last huge page. A place that is no longer needed serves the next weights of its size, as an expert's do
+// that makes room for another; otherwise one expert in use would keep the places of a dozen dropped ones. A block stays
+// as long as a place in it is used.
 class Arena {
  public:
   // Starts on a cache line; not initialised.  Throws std::bad_alloc.
@@ -71,9 +72,23 @@ class Arena {
  private:
   static constexpr int64_t kBlockBytes = int64_t{32} << 20;
 
-  std::mutex mutex_;
-  std::weak_ptr<AlignedBytes> block_;
-  int64_t used_ = 0;
+  struct Place {
+    std::weak_ptr<AlignedBytes> block;
+    int64_t offset;
+  };
+
+  // Outlives the arena where weights do.
+  struct Places {
+    std::mutex mutex;
+    std::weak_ptr<AlignedBytes> block;  // the newest
+    int64_t used = 0;                   // of that
+    std::map<int64_t, std::vector<Place>> free;  // by size
+
+    std::pair<std::shared_ptr<AlignedBytes>, int64_t> take(int64_t size);
+    void give(Place place, int64_t size) noexcept;
+  };
+
+  std::shared_ptr<Places> places_ = std::make_shared<Places>();
 };
 
 // Large results that are no longer needed, kept for the next ones: a prefill frees tens of megabytes with every

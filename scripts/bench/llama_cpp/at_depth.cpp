@@ -1,9 +1,10 @@
-// llama.cpp as a peer of depth.py: holds one context and does what the lines of its standard input say.
+// llama.cpp as a peer of depth.py and experts.py: holds one context and does what the lines of its standard input say.
 //
 //   at_depth MODEL.gguf THREADS TYPE_K TYPE_V CONTEXT
 //
 //   fill N         the cache holds N positions: copies of the keys and values of one short prompt, shifted into place
-//   run ROWS STEP  ROWS tokens, STEP at a time, which are forgotten again; answers with the seconds
+//   run ROWS STEP  ROWS tokens, STEP at a time, which are forgotten again; answers with the seconds. They differ, as
+//                  varied_ids of filled_caches.py has them: alike, all would choose the same experts of a mixture
 //   score FILE K   the int32 token ids of a file as one text, read STEP = K at a time; answers with the sum of the
 //                  negative log-likelihoods of all tokens after the first
 //
@@ -31,6 +32,7 @@ namespace {
 
 constexpr int kPiece = 512;  // positions that are computed; the others are copies of them
 constexpr llama_token kToken = 300;
+constexpr int64_t kStride = 7919;  // from one token of a run to the next, modulo the vocabulary
 
 [[noreturn]] void fail(const std::string& what) {
   std::fprintf(stderr, "at_depth: %s\n", what.c_str());
@@ -90,7 +92,7 @@ class Peer {
     const int before = length_;
     const auto started = std::chrono::steady_clock::now();
     for (int done = 0; done < rows; done += step) {
-      append(std::vector<llama_token>(std::min(step, rows - done), kToken), false);
+      append(varied(done, std::min(step, rows - done)), false);
       llama_get_logits_ith(context_, -1);
     }
     const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - started;
@@ -117,6 +119,16 @@ class Peer {
   }
 
  private:
+  std::vector<llama_token> varied(int first, int count) const {
+    const int64_t vocab = llama_vocab_n_tokens(llama_model_get_vocab(model_));
+    if (vocab <= kToken) fail("the vocabulary is too small");
+    std::vector<llama_token> ids(static_cast<size_t>(count));
+    for (int i = 0; i < count; ++i) {
+      ids[static_cast<size_t>(i)] = static_cast<llama_token>(kToken + (first + i) * kStride % (vocab - kToken));
+    }
+    return ids;
+  }
+
   static double log_probability(const float* logits, int vocab, llama_token token) {
     const double largest = *std::max_element(logits, logits + vocab);
     const double total = std::accumulate(logits, logits + vocab, 0.0,

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from reading.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE
+from pieces import BOS_ID, EOS_ID
+from reading.vocabulary import VOCAB_SIZE
 
 ROPE_THETA = 10000.0
 RMS_EPS = 1e-5

@@ -6,7 +6,6 @@ no dummy space before a text: a word is the same piece at every place but the st
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Iterator, Sequence
 
@@ -14,41 +13,24 @@ import numpy as np
 import sentencepiece
 
 from corpus import Document
+from pieces import BOS_ID, EOS_ID, train_pieces
 from reading import exercises, names
 from reading.exercises import ASSISTANT, BEGIN, DELIMITERS, END, SYSTEM, USER, Piece
 
 VOCAB_SIZE = 2048
-UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 NUM_EXERCISES = 12_000
 SYLLABLE_COUNT = 10_000
 
 
 def train_tokenizer(documents: Sequence[Document], num_exercises: int = NUM_EXERCISES) -> bytes:
     """A sentencepiece model proto, from exercises, syllables of names, and the library documents (one line in four)."""
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_lines(documents, num_exercises),
-        model_writer=proto,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+    return train_pieces(
+        _lines(documents, num_exercises),
+        VOCAB_SIZE,
         add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,
         control_symbols=[SYSTEM, USER, ASSISTANT],
         user_defined_symbols=list(DELIMITERS),
-        max_sentence_length=100_000,
-        unk_id=UNK_ID,
-        bos_id=BOS_ID,
-        eos_id=EOS_ID,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
     )
-    return proto.getvalue()
 
 
 def _lines(documents: Sequence[Document], num_exercises: int) -> Iterator[str]:

@@ -62,6 +62,9 @@ def test_the_context_lab_measures_to_its_plot(page: Page) -> None:
     body = page.locator(".gradio-container").first.evaluate("node => getComputedStyle(node).color")
     assert letters.evaluate("node => getComputedStyle(node).fill") == body  # readable in both themes
     says(page, "lab-perplexity-progress", "done")
+    page.set_viewport_size({"width": 400, "height": 860})  # the plot is wider, and scrolls in its frame
+    page.wait_for_function("document.documentElement.scrollWidth <= 400 && innerWidth == 400")
+    assert page.locator("#lab-perplexity-plot svg").evaluate("node => node.getBoundingClientRect().width") >= 480
 
 
 def test_the_context_lab_recommends_and_can_be_cancelled(page: Page) -> None:

@@ -24,7 +24,7 @@ def add_list_commands(commands: argparse._SubParsersAction) -> None:
     info = commands.add_parser("info", help="what a model is, and what would be loaded", description=run_info.__doc__)
     add_model_arguments(info)
     info.add_argument("--json", action="store_true", help="as JSON")
-    info.set_defaults(run=run_info)
+    info.set_defaults(run=run_info, by_name=True)
     listing = commands.add_parser("list", help="the models that are here", description=run_list.__doc__)
     listing.add_argument(
         "folders", nargs="*", type=Path, metavar="DIR", help="folders of models (default: the cache of the hub)"
@@ -34,7 +34,8 @@ def add_list_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Show what would be loaded; of a folder that cannot be loaded, what it is and what would run it."""
+    """Show what would be loaded; of a folder that cannot be loaded, what it is and what would run it. Of a model on the
+    hub, only the small files and the headers of the weights are downloaded."""
     from ropewalk.model.identify import identify
     from ropewalk.model.info import model_info
 
@@ -42,7 +43,7 @@ def run_info(args: argparse.Namespace) -> int:
     try:
         info = model_info(folder, options=load_options(args))
     except RopewalkError as error:
-        known = identify(folder)
+        known = identify(folder) if isinstance(folder, Path) else None
         if known is not None:
             about = {"folder": str(folder), "what": known.what, "runs_with": known.runs_with}
             facts = {**about, "loads": False, "reason": str(error)}

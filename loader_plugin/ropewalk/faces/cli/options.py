@@ -39,11 +39,14 @@ def model_argument(text: str) -> Path | ModelName:
 
 
 def fetch_named(args: argparse.Namespace) -> None:
-    """Download the models that are given by name; from then on they are folders like the others."""
+    """Download the models that are given by name; from then on they are folders like the others.
+
+    A command with `by_name` takes the names themselves, as texts: it asks for less than all of a model.
+    """
     for name in MODEL_OPTIONS:
         value = getattr(args, name, None)
         if isinstance(value, ModelName):
-            setattr(args, name, local_folder(str(value)))
+            setattr(args, name, str(value) if getattr(args, "by_name", False) else local_folder(str(value)))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
