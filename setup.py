@@ -19,6 +19,7 @@ KERNELS = [*COMMON, "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 ISA_FLAGS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avxvnni"] = [*ISA_FLAGS["avx2"], "-mavxvnni"]
     # GCC 12's own AVX-512 header warns about the registers that it leaves undefined on purpose.
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
@@ -45,7 +46,7 @@ HEADERS = [
             *("low_rank", "pack", "probe", "rows", "softmax", "table"),
         )
     ),
-    "native/cpu/avx512/verbs.inl.hpp",
+    *(f"native/cpu/{isa}/verbs.inl.hpp" for isa in ("avx2", "avx512")),
     *(f"native/bindings/{name}.hpp" for name in ("caches", "checks", "computing", "experts", "layers", "linears")),
 ]
 

@@ -10,7 +10,7 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
   weights_.out_features = source.out_features;
   weights_.num_tiles = ceil_div(source.out_features, kLanes);
   weights_.num_groups = source.num_groups;
-  weights_.code_bits = source.bits <= 4 ? 4 : 8;
+  weights_.code_bits = source.bits <= 4 ? source.bits : 8;
   weights_.scale_type = source.scale_type;
   build_rows(source);
   build_tables(runtime, source);

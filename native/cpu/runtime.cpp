@@ -29,6 +29,7 @@ std::vector<const KernelTable*> detect_tables() {
                       __builtin_cpu_supports("avx512vnni");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::kernel_table());
   if (avx512) tables.push_back(&avx512::kernel_table());
+  if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(&avxvnni::kernel_table());
   if (avx2) tables.push_back(&avx2::kernel_table());
 #endif
   tables.push_back(&scalar::kernel_table());

@@ -1,6 +1,6 @@
 """Write a GPTQ checkpoint of a real model's shape with random packed weights: arithmetic and memory, no language.
 
-    python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b [--group-size 128] [--act-order]
+    python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b [--bits 4] [--group-size 128] [--act-order]
 
 Codes are random words and scales are sized so that activations keep a natural magnitude through the layers. Weights
 have no mean: with one of half a step, as all 16 codes around 8 have it, every row leaned the same way after a few
@@ -81,6 +81,7 @@ SHAPES = {
     },
 }
 LAYERS_PER_SHARD = 4
+BITS = (2, 3, 4, 8)
 
 
 def main() -> None:
@@ -88,19 +89,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
+    parser.add_argument("--bits", type=int, choices=BITS, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
     args = parser.parse_args()
-    write_random_checkpoint(args.folder, args.shape, args.group_size, args.act_order, args.layers)
+    write_random_checkpoint(args.folder, args.shape, args.group_size, args.act_order, args.layers, args.bits)
 
 
 def write_random_checkpoint(
-    folder: Path, shape: str, group_size: int = 128, act_order: bool = False, num_layers: int | None = None
+    folder: Path,
+    shape: str,
+    group_size: int = 128,
+    act_order: bool = False,
+    num_layers: int | None = None,
+    bits: int = 4,
 ) -> None:
     """Write config.json, the shards and their index to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = model_config(shape, group_size, act_order, num_layers)
+    config = model_config(shape, group_size, act_order, num_layers, bits)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(0)
     num_layers = config["num_hidden_layers"]
@@ -109,7 +116,7 @@ def write_random_checkpoint(
     for shard, first in enumerate(tqdm(starts, desc="writing", unit="shard"), start=1):
         tensors = outer_tensors(config, generator) if first == 0 else {}
         for layer in range(first, min(first + LAYERS_PER_SHARD, num_layers)):
-            tensors |= layer_tensors(config, layer, group_size, act_order, generator)
+            tensors |= layer_tensors(config, layer, group_size, act_order, generator, bits)
         name = f"model-{shard:05d}-of-{len(starts):05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
@@ -133,7 +140,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def model_config(shape: str, group_size: int, act_order: bool, num_layers: int | None) -> dict:
+def model_config(shape: str, group_size: int, act_order: bool, num_layers: int | None, bits: int = 4) -> dict:
     """The config.json of a Llama of this shape, or of another family that the shape names."""
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -149,7 +156,7 @@ def model_config(shape: str, group_size: int, act_order: bool, num_layers: int |
         **SHAPES[shape],
         "quantization_config": {
             "quant_method": "gptq",
-            "bits": 4,
+            "bits": bits,
             "group_size": group_size,
             "desc_act": act_order,
             "sym": True,
@@ -170,7 +177,7 @@ def outer_tensors(config: dict, generator: torch.Generator) -> dict[str, torch.T
 
 
 def layer_tensors(
-    config: dict, layer: int, group_size: int, act_order: bool, generator: torch.Generator
+    config: dict, layer: int, group_size: int, act_order: bool, generator: torch.Generator, bits: int
 ) -> dict[str, torch.Tensor]:
     """One decoder layer."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
@@ -196,7 +203,7 @@ def layer_tensors(
             f"{prefix}self_attn.{norm}_norm.weight": torch.ones(head_dim, dtype=torch.float16) for norm in ("q", "k")
         }
     for name, (rows, columns) in linears.items():
-        tensors |= gptq_tensors(prefix + name, rows, columns, groups[rows], group_size, generator)
+        tensors |= gptq_tensors(prefix + name, rows, columns, groups[rows], group_size, generator, bits)
     return tensors
 
 
@@ -217,26 +224,31 @@ def group_index(rows: int, group_size: int, act_order: bool, generator: torch.Ge
 
 
 def gptq_tensors(
-    name: str, rows: int, columns: int, index: torch.Tensor, group_size: int, generator: torch.Generator
+    name: str, rows: int, columns: int, index: torch.Tensor, group_size: int, generator: torch.Generator, bits: int
 ) -> dict[str, torch.Tensor]:
-    """One symmetric 4-bit linear: its codes have a standard deviation of 4.2, which the scales undo."""
+    """One symmetric linear; the scales undo the standard deviation of its codes (4.2 with 4 bits)."""
     groups = -(-rows // group_size)
-    word = torch.iinfo(torch.int32)
     spread = 0.5 + torch.rand((groups, columns), generator=generator)
+    middle = 1 << bits - 1
+    deviation = (2 * sum(i * i for i in range(middle)) / (1 << bits)) ** 0.5
+    codes = torch.randint(0, 1 << bits, (rows // 32, 32, columns), dtype=torch.uint8, generator=generator)
     return {
-        f"{name}.qweight": centred(
-            torch.randint(word.min, word.max, (rows // 8, columns), dtype=torch.int32, generator=generator)
-        ),
-        f"{name}.qzeros": torch.full((groups, columns // 8), 0x77777777, dtype=torch.int32),
-        f"{name}.scales": (spread * rows**-0.5 / 4.2).half(),
+        f"{name}.qweight": packed(codes.masked_fill_(codes == 0, middle), bits),  # so the mean is the middle
+        f"{name}.qzeros": packed(torch.full((columns // 32, 32, groups), middle - 1), bits).T.contiguous(),
+        f"{name}.scales": (spread * rows**-0.5 / deviation).half(),
         f"{name}.g_idx": index.clone(),
     }
 
 
-def centred(words: torch.Tensor) -> torch.Tensor:
-    """Words of eight codes of 4 bits each, every 0 among them made an 8: the mean of the others is 8 as well."""
-    some = words | words >> 1 | words >> 2 | words >> 3
-    return words | (~some & 0x11111111) << 3
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[blocks, 32, N] codes -> [blocks * bits, N] int32, a stream of bits down each column."""
+    words = torch.zeros((codes.shape[0], bits, codes.shape[2]), dtype=torch.int64)
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        words[:, word] |= codes[:, place].long() << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= codes[:, place].long() >> 32 - shift
+    return words.flatten(0, 1).to(torch.int32)  # the lower half of each
 
 
 if __name__ == "__main__":

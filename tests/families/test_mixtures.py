@@ -65,8 +65,9 @@ def test_a_model_that_holds_few_experts_gives_the_bits_of_one_that_holds_all(fol
     assert held <= expert_bytes(folder) * 6 // 5
 
 
-def test_experts_packed_as_compressed_tensors_have_a_bound_too(folder: Path, tmp_path: Path) -> None:
-    kind, rng = Kind(), np.random.default_rng(1)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_experts_packed_as_compressed_tensors_have_a_bound_too(folder: Path, tmp_path: Path, bits: int) -> None:
+    kind, rng = Kind(bits=bits), np.random.default_rng(1)
 
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if ".mlp.experts." in name]:
@@ -77,7 +78,7 @@ def test_experts_packed_as_compressed_tensors_have_a_bound_too(folder: Path, tmp
     declared["ignore"] += ["re:.*self_attn.*", "re:.*mlp.gate$"]
     made = changed(folder, tmp_path / "made", quantise, quantization_config=declared)
     want = all_logits(made)
-    room = 6 * 3 * (64 * 32 // 2 + 32 * 64 // 8) * 6 // 5  # codes of 4 bits, a little for scales; one layer of two
+    room = 6 * 3 * (64 * 32 * bits // 8 + 32 * 64 // 8) * 6 // 5  # codes, a little for scales; one layer of two
     model = load_model(made, backend="cpu", expert_memory=room)
     assert torch.equal(model.forward(IDS, model.new_cache(), logits="all"), want)
     assert 0 < sum(packed.num_bytes for layer in model.weights.layers for packed in layer.experts.values()) <= room

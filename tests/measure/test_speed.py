@@ -119,3 +119,9 @@ def test_the_command_prints_a_table_and_draws_the_roofline(
         assert part in plot.read_text()
     assert main(["bench", "--backend", "cpu", "--lengths", "999999"]) == 2
     assert "do not fit a context of" in capsys.readouterr().err
+
+
+def test_no_tokenizer_is_needed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["bench", str(folder), "--backend", "cpu", "--threads", "1", "--rounds", "1", "--lengths", "8"]
+    assert main(run) == 0
+    assert "decoding after 8" in capsys.readouterr().out

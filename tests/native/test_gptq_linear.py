@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from accuracy import assert_as_accurate
+from gptq_writer import pack_rows
 from kernel_support import ISAS, every_isa, gptq_case, same_bits, spread_rows
 from ropewalk import native
+from ropewalk.backends.cpu import CpuBackend
 
 # in_features, out_features, group sizes, options
 CASES = {
@@ -24,10 +26,16 @@ CASES = {
     "act-order-g32": (256, 40, 32, {"act_order": True, "bias": True}),
     "2-bit": (64, 20, 16, {"bits": 2}),
     "3-bit": (96, 17, 32, {"bits": 3, "constant_zero": 4}),
+    "2-bit-act-order": (128, 40, 32, {"bits": 2, "act_order": True}),
+    "planar-3-bit": (130, 35, [60, 38, 32], {"bits": 3, "planar": True, "act_order": True, "bias": True}),
+    "5-bit": (96, 33, 32, {"bits": 5, "planar": True}),
     "planar-6-bit": (64, 31, 32, {"bits": 6, "planar": True, "act_order": True}),
     "8-bit-symmetric": (160, 50, 64, {"bits": 8, "constant_zero": 128}),
 }
 every_case = pytest.mark.parametrize("name", CASES)
+needs_avxvnni = pytest.mark.skipif(
+    "avxvnni" not in ISAS, reason="this processor has no AVX-VNNI (see scripts/press/check_avxvnni.sh)"
+)
 
 
 def make(name: str):
@@ -82,7 +90,7 @@ def test_int8_mode_follows_the_documented_formula(isa, name, num_rows):
 
 
 @every_isa
-@pytest.mark.parametrize("bits, top", [(4, 15), (8, 255)])
+@pytest.mark.parametrize("bits, top", [(2, 3), (3, 7), (4, 15), (8, 255)])
 def test_integer_sums_are_exact_at_their_extremes(isa, bits, top):
     """With a largest magnitude of 127 the scale of a block is 1, and the whole result is a small integer."""
     case = gptq_case(64, 32, 32, bits=bits, constant_zero=0, scale_dtype=np.float32)
@@ -163,6 +171,54 @@ def test_results_are_the_same_bits_for_any_rows_and_threads(isa, compute):
         assert same_bits(linear(x[subset], compute), whole[subset])
 
 
+@every_isa
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("name", ["2-bit", "3-bit", "2-bit-act-order", "planar-3-bit"])
+def test_codes_of_2_and_3_bits_give_the_bits_that_they_give_in_4(isa, compute, name):
+    case = make(name)
+    in_features = case.codes.shape[0]
+    rows = np.pad(case.codes, ((0, -in_features % 32), (0, 0)))
+    in_4 = pack_rows(rows, 4, False)[: -(-in_features // 8)]
+    runtime = native.Runtime(isa, 2)
+    wide = native.pack_gptq(runtime, **case.arguments | {"qweight": in_4, "bits": 4, "planar": False})
+    narrow = case.pack(runtime)
+    assert narrow.num_bytes < wide.num_bytes
+    for num_rows in (1, 2, 29):
+        x = activations(case, num_rows)
+        assert same_bits(native.Linear(runtime, [narrow])(x, compute), native.Linear(runtime, [wide])(x, compute))
+
+
+@needs_avxvnni
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@every_case
+def test_avxvnni_gives_the_bits_of_avx2(name, compute):
+    """Sums of integers are exact, and all else is the same code."""
+    case = make(name)
+    x = activations(case, 9)
+    first, second = (native.Runtime(isa, 1) for isa in ("avxvnni", "avx2"))
+    for rows in (x, x[:1]):
+        results = [native.Linear(runtime, [case.pack(runtime)])(rows, compute) for runtime in (first, second)]
+        assert same_bits(*results)
+
+
+@needs_avxvnni
+@pytest.mark.parametrize("dtype", ["f16", "q8", "q6", "q4"])
+def test_attention_of_avxvnni_gives_the_bits_of_avx2(dtype):
+    keys, values = (np.random.default_rng(seed).standard_normal((150, 2, 48)).astype(np.float32) for seed in (0, 1))
+    q = np.random.default_rng(2).standard_normal((3, 4, 48)).astype(np.float32)
+    results = []
+    for isa in ("avxvnni", "avx2"):
+        cache = native.KvCache(native.Runtime(isa, 1), 2, 48, 150, dtype)
+        cache.append_(keys, values, 0)
+        results.append(cache.attend(q, 147, compute="int8"))
+    assert same_bits(*results)
+
+
+@needs_avxvnni
+def test_backends_of_avxvnni_and_avx2_share_saved_caches():
+    assert CpuBackend("int8", "avxvnni", 1).arithmetic == CpuBackend("int8", "avx2", 1).arithmetic
+
+
 @pytest.mark.parametrize("pair", list(itertools.combinations(ISAS, 2)), ids="-".join)
 def test_weights_packed_on_one_instruction_set_serve_another(pair):
     case = gptq_case(64, 40, 32, act_order=True)
@@ -177,12 +233,13 @@ def test_parts_over_one_input_give_their_columns_side_by_side(isa, compute):
     runtime = native.Runtime(isa, 2)
     shared, same_order = (gptq_case(96, n, 32, act_order=True, seed=3) for n in (33, 33))
     sequential, padded = gptq_case(96, 16, 32), gptq_case(96, 5, [50, 46], bits=8, bias=True)
-    cases = [shared, sequential, same_order, padded]
+    narrow = [gptq_case(96, 21, 32, act_order=order, bits=bits) for bits, order in ((2, True), (3, False))]
+    cases = [shared, sequential, same_order, padded, *narrow]
     dense = native.dense_linear(np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32))
     parts = [case.pack(runtime) for case in cases] + [dense]
     x = activations(shared, 11)
     together = native.Linear(runtime, parts)
-    assert (together.in_features, together.out_features) == (96, 33 + 16 + 33 + 5 + 7)
+    assert (together.in_features, together.out_features) == (96, 33 + 16 + 33 + 5 + 2 * 21 + 7)
     assert together.num_bytes == sum(part.num_bytes for part in parts)
     apart = [native.Linear(runtime, [part])(x, compute) for part in parts]
     assert same_bits(together(x, compute), np.concatenate(apart, axis=1))

@@ -33,7 +33,7 @@ def test_every_code_comes_back_exactly(isa, bits, planar, out_features):
 
 
 @every_isa
-@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize(
     "in_features, group_sizes",
     [(1, [1]), (33, [33]), (50, [20, 0, 1, 29]), (64, [0, 64, 0]), (70, 32), (128, 128), (40, [8] * 5)],
@@ -80,11 +80,12 @@ def test_weights_agree_with_the_checkpoint_reader_yardstick(bits, planar):
     assert torch.equal(y, plain.dequantise())
 
 
-def test_size_in_bytes_is_that_of_tiles_scales_and_zero_points():
+@pytest.mark.parametrize("bits, width", [(2, 2), (3, 3), (4, 4), (5, 8), (6, 8), (7, 8), (8, 8)])
+def test_size_in_bytes_is_that_of_tiles_scales_and_zero_points(bits, width):
     runtime = native.Runtime()
-    codes, scales = 128 * 32 // 2, 4 * 32 * 2
+    codes, scales = 128 * 32 * width // 8, 4 * 32 * 2
     group_starts = 5 * 4
-    varied = gptq_case(128, 32, 32).pack(runtime)
+    varied = gptq_case(128, 32, 32, bits=bits, planar=True).pack(runtime)
     assert varied.num_bytes == codes + scales + 4 * 32 + group_starts
-    symmetric = gptq_case(128, 32, 32, constant_zero=8).pack(runtime)
+    symmetric = gptq_case(128, 32, 32, bits=bits, planar=True, constant_zero=2).pack(runtime)
     assert symmetric.num_bytes == codes + scales + group_starts

@@ -19,7 +19,7 @@ from ropewalk.base.errors import NativeError, ShapeError
 
 def test_scalar_is_always_there_and_last():
     assert ISAS[-1] == "scalar"
-    assert set(ISAS) <= {"avx512bf16", "avx512", "avx2", "scalar"}
+    assert set(ISAS) <= {"avx512bf16", "avx512", "avxvnni", "avx2", "scalar"}
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the wide instruction sets are those of x86")
@@ -27,6 +27,7 @@ def test_what_the_processor_reports_is_available():
     with open("/proc/cpuinfo") as file:
         flags = next((line.split(":")[1].split() for line in file if line.startswith("flags")), [])
     assert ("avx2" in ISAS) == ({"avx2", "fma", "f16c"} <= set(flags))
+    assert ("avxvnni" in ISAS) == ({"avx2", "fma", "f16c", "avx_vnni"} <= set(flags))
     needed = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
     assert ("avx512" in ISAS) == (needed <= set(flags))
     assert ("avx512bf16" in ISAS) == (needed | {"avx512_bf16"} <= set(flags))

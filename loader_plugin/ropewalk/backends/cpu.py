@@ -66,8 +66,9 @@ class CpuBackend(SinglePlace):
 
     @property
     def arithmetic(self) -> str:
-        """Two instruction sets need not agree to the last bit."""
-        return f"{self.name} {self.compute} {self.runtime.isa}"
+        """Two instruction sets need not agree to the last bit; avxvnni and avx2 do."""
+        isa = "avx2" if self.runtime.isa == "avxvnni" else self.runtime.isa
+        return f"{self.name} {self.compute} {isa}"
 
     def computing(self, compute: str) -> CpuBackend | None:
         """The same threads; tiles serve both ways of computing."""

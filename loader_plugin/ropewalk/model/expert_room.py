@@ -68,7 +68,7 @@ def _expert_bytes(checkpoint: Checkpoint, plan: LoadPlan) -> Iterator[tuple[int,
 
 
 def _packed_bytes(checkpoint: Checkpoint, plan: LoadPlan, name: str) -> int:
-    """Of one linear: codes of up to 4 bits take 4 bits, others 8; the rest takes what it takes in the files."""
+    """Of one linear: codes of 5 to 7 bits take 8, others what they take in the files, like all the rest."""
     container = container_of(plan.quant)
     names = (f"{name}.{part}" for part in container.parts)
     stored = sum(checkpoint.info(tensor).num_bytes for tensor in names if tensor in checkpoint)
@@ -76,4 +76,4 @@ def _packed_bytes(checkpoint: Checkpoint, plan: LoadPlan, name: str) -> int:
     if settings is None or not container.holds(checkpoint, name):
         return stored
     codes = checkpoint.info(f"{name}.{container.codes}").num_bytes
-    return stored - codes + codes * (4 if settings.bits <= 4 else 8) // settings.bits
+    return stored - codes + codes * (settings.bits if settings.bits <= 4 else 8) // settings.bits

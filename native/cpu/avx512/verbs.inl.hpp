@@ -113,32 +113,36 @@ struct Avx512Verbs {
   struct Dot {
     using Sum = __m512i;
     static Sum zero() { return _mm512_setzero_si512(); }
-    static Codes line(const uint8_t* block, int index) { return _mm512_loadu_si512(block + index * 64); }
-    static Codes low_bits(Codes codes, int mask) {
-      return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>(mask)));
+    // kWidth bits of every byte of a line, from bit `from`, at bit `to`; what stands there besides is `below`.
+    template <int kWidth>
+    static Codes field(const uint8_t* line, int from, int to = 0, Codes below = _mm512_setzero_si512()) {
+      Codes all = _mm512_loadu_si512(line);
+      // GCC would read the line anew for each of its four quads: then loads bind, and a row from L2 takes a tenth longer.
+      // (With 4 bits six rows would take as much longer without a read for each.)
+      if constexpr (kBits == 2) asm("" : "+v"(all));
+      const Codes moved = from == to  ? all
+                          : from > to ? _mm512_srli_epi16(all, static_cast<unsigned>(from - to))
+                                      : _mm512_slli_epi16(all, static_cast<unsigned>(to - from));
+      const Codes mask = _mm512_set1_epi8(static_cast<char>(((1 << kWidth) - 1) << to));
+      if (to == 0) return _mm512_and_si512(moved, mask);
+      constexpr int kBelowOrBoth = 0xf8;  // below | (moved & mask)
+      return _mm512_ternarylogic_epi32(below, moved, mask, kBelowOrBoth);
     }
-    // Of 6 bits the upper two stand in a plane of their own: bits 2f and 2f + 1 of a byte, f = quad % 2 * 2 + half.
-    static Codes upper_bits(const uint8_t* block, int quad, int half) {
-      const Codes plane = line(block, 4 + quad / 2);
-      switch (quad % 2 * 2 + half) {
-        case 0: return low_bits(_mm512_slli_epi16(plane, 4), 0x30);
-        case 1: return low_bits(_mm512_slli_epi16(plane, 2), 0x30);
-        case 2: return low_bits(plane, 0x30);
-        default: return low_bits(_mm512_srli_epi16(plane, 2), 0x30);
+    // Quads in the order of a product: rows 4q.., 16 + 4q.., then the next q.
+    static Codes quad_of(const uint8_t* block, int i) {
+      if constexpr (kBits == 2) return field<2>(block + i / 4 * 64, i % 4 * 2);
+      if constexpr (kBits == 3) {
+        if (i < 6) return field<3>(block + i / 2 * 64, i % 2 * 3);
+        return field<1>(block + 2 * 64, i, 2, field<2>(block + (i - 6) * 64, 6));
       }
+      if constexpr (kBits == 4) return field<4>(block + i / 2 * 64, i % 2 * 4);
+      if constexpr (kBits == 6) {
+        return field<2>(block + (4 + i / 4) * 64, i % 4 * 2, 4, field<4>(block + i / 2 * 64, i % 2 * 4));
+      }
+      if constexpr (kBits == 8) return _mm512_loadu_si512(block + (i / 2 + i % 2 * 4) * 64);
     }
-    static Codes first_half(const uint8_t* block, int quad) {
-      if constexpr (kBits == 8) return line(block, quad);
-      const Codes codes = low_bits(line(block, quad), 0x0f);
-      if constexpr (kBits == 6) return _mm512_or_si512(codes, upper_bits(block, quad, 0));
-      return codes;
-    }
-    static Codes second_half(const uint8_t* block, int quad) {
-      if constexpr (kBits == 8) return line(block, quad + 4);
-      const Codes codes = low_bits(_mm512_srli_epi16(line(block, quad), 4), 0x0f);
-      if constexpr (kBits == 6) return _mm512_or_si512(codes, upper_bits(block, quad, 1));
-      return codes;
-    }
+    static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
+    static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
     static Sum add(Sum sum, Codes codes, Quad values) { return _mm512_dpbusd_epi32(sum, codes, values); }
     static F32 to_f32(Sum sum) { return _mm512_cvtepi32_ps(sum); }
   };

@@ -160,11 +160,9 @@ void gptq_int8_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end,
 template <class V>
 void gptq_int8(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                int64_t tile_end) noexcept {
-  if (a.weights->code_bits == 4) {
-    gptq_int8_bits<V, 4>(a, row_begin, row_end, tile_begin, tile_end);
-  } else {
-    gptq_int8_bits<V, 8>(a, row_begin, row_end, tile_begin, tile_end);
-  }
+  for_code_bits(a.weights->code_bits, [&]<int kBits>() {
+    gptq_int8_bits<V, kBits>(a, row_begin, row_end, tile_begin, tile_end);
+  });
 }
 
 static constexpr int64_t kRunBlocks = 2;  // of a group, whose products are summed before they are scaled
@@ -254,11 +252,9 @@ void gptq_exact_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end
 template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                 int64_t tile_end) noexcept {
-  if (a.weights->code_bits == 4) {
-    gptq_exact_bits<V, 4>(a, row_begin, row_end, tile_begin, tile_end);
-  } else {
-    gptq_exact_bits<V, 8>(a, row_begin, row_end, tile_begin, tile_end);
-  }
+  for_code_bits(a.weights->code_bits, [&]<int kBits>() {
+    gptq_exact_bits<V, kBits>(a, row_begin, row_end, tile_begin, tile_end);
+  });
 }
 
 template <class V, FloatType kType, int kRows, int kOuts>

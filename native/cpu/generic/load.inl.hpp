@@ -1,4 +1,5 @@
-// Reading weights of any stored float type as f32, and asking for bytes ahead of their use.
+// Reading weights of any stored float type as f32 and packed codes of any width, and asking for bytes ahead of their
+// use.
 #pragma once
 
 #include "ropewalk/kernels.hpp"
@@ -19,6 +20,17 @@ typename V::F32 load_weight(const void* weight, int64_t index, int64_t count) {
       p = padded;
     }
     return kType == FloatType::f16 ? V::load_f16(p) : V::load_bf16(p);
+  }
+}
+
+// Calls visit.operator()<bits>() for the width of packed codes.
+template <class Visit>
+void for_code_bits(int32_t code_bits, Visit visit) {
+  switch (code_bits) {
+    case 2: return visit.template operator()<2>();
+    case 3: return visit.template operator()<3>();
+    case 4: return visit.template operator()<4>();
+    default: return visit.template operator()<8>();
   }
 }
 

@@ -157,20 +157,31 @@ struct Verbs {
       int32_t lane[16];
     };
     static Sum zero() { return Sum{}; }
-    static uint8_t code(const uint8_t* block, int quad, int half, int i) {
-      if (kBits == 8) return block[(quad + 4 * half) * 64 + i];
-      const int low = block[quad * 64 + i] >> 4 * half & 0x0f;
-      // Of 6 bits the upper two stand in a plane of their own.
-      const int upper = kBits == 6 ? block[(4 + quad / 2) * 64 + i] >> 2 * (quad % 2 * 2 + half) & 3 : 0;
-      return static_cast<uint8_t>(low | upper << 4);
+    // kWidth bits of a byte of a line.
+    template <int kWidth>
+    static int field(const uint8_t* byte, int from) {
+      return *byte >> from & ((1 << kWidth) - 1);
     }
-    static Codes half_of(const uint8_t* block, int quad, int half) {
+    // Of a byte of quad i in the order of a product (rows 4q.., 16 + 4q.., then the next q); block: from that byte on.
+    static int code(const uint8_t* block, int i) {
+      if constexpr (kBits == 2) return field<2>(block + i / 4 * 64, i % 4 * 2);
+      if constexpr (kBits == 3) {
+        if (i < 6) return field<3>(block + i / 2 * 64, i % 2 * 3);
+        return field<2>(block + (i - 6) * 64, 6) | field<1>(block + 2 * 64, i) << 2;
+      }
+      if constexpr (kBits == 4) return field<4>(block + i / 2 * 64, i % 2 * 4);
+      if constexpr (kBits == 6) {
+        return field<4>(block + i / 2 * 64, i % 2 * 4) | field<2>(block + (4 + i / 4) * 64, i % 4 * 2) << 4;
+      }
+      if constexpr (kBits == 8) return block[(i / 2 + i % 2 * 4) * 64];
+    }
+    static Codes quad_of(const uint8_t* block, int quad) {
       Codes codes;
-      for (int i = 0; i < 64; ++i) codes.byte[i] = code(block, quad, half, i);
+      for (int byte = 0; byte < 64; ++byte) codes.byte[byte] = static_cast<uint8_t>(code(block + byte, quad));
       return codes;
     }
-    static Codes first_half(const uint8_t* block, int quad) { return half_of(block, quad, 0); }
-    static Codes second_half(const uint8_t* block, int quad) { return half_of(block, quad, 1); }
+    static Codes first_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad); }
+    static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
     static Sum add(Sum sum, const Codes& codes, Quad values) {
       for (int i = 0; i < 16; ++i) {
         for (int j = 0; j < 4; ++j) sum.lane[i] += static_cast<int32_t>(codes.byte[i * 4 + j]) * values[j];

@@ -40,7 +40,7 @@ struct GptqWeights {
   int64_t num_blocks;         // blocks of 32 sorted rows; each group is padded to whole blocks
   int64_t num_groups;         // G
   int64_t num_tiles;          // ceil(N / 16)
-  int32_t code_bits;          // 4 or 8: width of a code in `codes`
+  int32_t code_bits;          // 2, 3, 4 or 8: width of a code in `codes`
   FloatType scale_type;       // f16 or f32
   const uint8_t* codes;       // [num_tiles][num_blocks][32 * 16 * code_bits / 8]
   const void* scales;         // [num_tiles][G][16]
@@ -58,7 +58,7 @@ struct PackArgs {
   int64_t in_features;
   int32_t bits;               // of the stored code: 2..8
   bool planar;                // gptq_p bit planes instead of one little-endian bit stream
-  int32_t code_bits;          // of the packed code: 4 or 8
+  int32_t code_bits;          // of the packed code: 2, 3, 4 or 8
   int64_t num_blocks;
   const int32_t* source_row;  // as in GptqWeights, never null here
   uint8_t* codes;

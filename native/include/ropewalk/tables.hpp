@@ -18,6 +18,9 @@ const KernelTable& kernel_table() noexcept;
 namespace ropewalk::avx2 {
 const KernelTable& kernel_table() noexcept;
 }
+namespace ropewalk::avxvnni {
+const KernelTable& kernel_table() noexcept;
+}
 namespace ropewalk::avx512bf16 {
 const KernelTable& kernel_table() noexcept;
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ropewalk.faces.cli.loading import load
+from ropewalk.faces.cli.loading import load_without_tokenizer
 from ropewalk.faces.cli.measuring import add_result_arguments, check_plot, lengths, write_results
 from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
 from ropewalk.faces.cli.terminal import note, progress_bar
@@ -38,7 +38,7 @@ def run_bench(args: argparse.Namespace) -> int:
     from ropewalk.measure.tables import csv_text
 
     check_plot(args)
-    model, _ = load(args)
+    model = load_without_tokenizer(args)
     asked = (
         args.lengths or [length for length in LENGTHS if length < model.max_seq_len // 2] or [model.max_seq_len // 2]
     )

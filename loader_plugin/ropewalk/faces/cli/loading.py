@@ -18,24 +18,29 @@ if TYPE_CHECKING:
 
 
 def load(args: argparse.Namespace, to_talk: bool = False, options: LoadOptions | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer), with a progress bar, and the RoPE decision on stderr.
+    """(model, tokenizer); see `load_without_tokenizer`."""
+    from ropewalk.text.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model_folder(args))  # first: a folder without one is told before its weights are read
+    return load_without_tokenizer(args, to_talk, options), tokenizer
+
+
+def load_without_tokenizer(args: argparse.Namespace, to_talk: bool = False, options: LoadOptions | None = None) -> Any:
+    """The model, with a progress bar, and the RoPE decision on stderr.
 
     to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise. options:
     those of `options_for_adapters`, where they are known already.
     """
     from ropewalk.model.loader import load_model
-    from ropewalk.text.tokenizer.load import load_tokenizer
 
-    folder = model_folder(args)
-    tokenizer = load_tokenizer(folder)
     if options is None:
         options = options_for_adapters(args, to_talk)
     with progress_bar("loading", "layer") as progress:
-        model = load_model(folder, options=options, progress=progress)
+        model = load_model(model_folder(args), options=options, progress=progress)
     note(model.rope.describe())
     if not model.layer_order.is_plain(model.config.num_layers):
         note(f"layer order: {model.layer_order} ({len(model.layer_order)} layer instances)")
-    return model, tokenizer
+    return model
 
 
 def options_for_adapters(args: argparse.Namespace, to_talk: bool = False) -> LoadOptions:
