@@ -46,9 +46,10 @@ RoPE scaling (factor length / {context} for linear and yarn, 2 for dynamic NTK):
 ## Adapters
 
 The folders in `adapters/` are LoRAs (rank 16, on q, k, v and o) that were trained on this model at 2,048 tokens, four
-times its context, each under the RoPE scaling that its adapter_config.json notes: `linear-4`, `ntk-by-parts-4`, `yarn-4`
-and, without scaling, `extrapolation`. `ropewalk perplexity --adapter linear-4 --lengths 512,2048` shows what one does. They fit these
-weights alone: weights made anew need LoRAs made anew, with `scripts/demo_model/superhot_experiment.py`.
+times its context, each under the RoPE scaling that its adapter_config.json notes: `linear-4`, `ntk-4`,
+`dynamic-ntk` (windows of 512, 1,024 and 2,048 in turn), `ntk-by-parts-4`, `yarn-4` and, without scaling, `extrapolation`.
+`ropewalk perplexity --adapter linear-4 --lengths 512,2048` shows what one does. They fit these weights alone: weights
+made anew need LoRAs made anew, with `scripts/demo_model/superhot_experiment.py`.
 
 ## A sample
 

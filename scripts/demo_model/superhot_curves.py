@@ -22,13 +22,11 @@ from ropewalk.measure.record import Record, text_facts
 from ropewalk.measure.settings import facts_of
 from ropewalk.model.model import Model
 from ropewalk.model.variants import AdapterUse, Variant, open_variant
-from superhot_training import BY_PARTS, CONTEXT, FACTOR, LINEAR, YARN
+from superhot_training import BY_PARTS, DYNAMIC, LINEAR, NTK, YARN
 
 LOGGER = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BIN = 256  # positions
-NTK = {"rope_type": "ntk", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
-DYNAMIC = {"rope_type": "dynamic", "factor": 1.0, "original_max_position_embeddings": CONTEXT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,9 @@ CURVES = (
     Curve("linear 4", LINEAR, None),
     Curve("linear 4 + LoRA", LINEAR, "linear-4"),
     Curve("NTK 4", NTK, None),
+    Curve("NTK 4 + LoRA", NTK, "ntk-4"),
     Curve("dynamic NTK", DYNAMIC, None),
+    Curve("dynamic NTK + LoRA", DYNAMIC, "dynamic-ntk"),
     Curve("NTK-by-parts 4", BY_PARTS, None),
     Curve("NTK-by-parts 4 + LoRA", BY_PARTS, "ntk-by-parts-4"),
     Curve("YaRN 4", YARN, None),
@@ -72,8 +72,8 @@ class Point:
     error: float
 
 
-def measure(folder: Path, record_path: Path) -> tuple[list[Point], list[Point]]:
-    """(perplexity by length, perplexity by position in the longest) of all curves of the model in `folder`.
+def measure(folder: Path, record_path: Path, curves: Sequence[Curve] = CURVES) -> tuple[list[Point], list[Point]]:
+    """(perplexity by length, perplexity by position in the longest) of curves of the model in `folder`.
 
     The text is held_out.txt, in windows that do not overlap, over the same tokens at every length.
     """
@@ -82,7 +82,7 @@ def measure(folder: Path, record_path: Path) -> tuple[list[Point], list[Point]]:
     model = ropewalk.load_model(folder, max_seq_len=max(LENGTHS))
     record = Record(record_path, "perplexity", text_facts(ids))
     by_length, by_place = [], []
-    for curve in CURVES:
+    for curve in curves:
         LOGGER.info("%s: %s", curve.label, curve.command)
         for length, windows in read_curve(model, folder, ids, curve, record).items():
             row = row_of(windows)
@@ -109,6 +109,14 @@ def read_curve(
     kept = record.part(curve.label, facts_of(made, uses))
     used = ids[: tokens_used(len(ids), lengths, max_tokens, max(lengths))]
     return {length: read(made, used, length, lambda count: None, None, chosen, kept) for length in lengths}
+
+
+def in_order(kept: Sequence[Point], measured: Sequence[Point]) -> list[Point]:
+    """The points of both in the order of the curves; those of a curve that was measured replace what was kept of it."""
+    anew = {point.curve for point in measured}
+    points = [*measured, *(point for point in kept if point.curve not in anew)]
+    labels = [curve.label for curve in CURVES]
+    return sorted(points, key=lambda point: labels.index(point.curve))
 
 
 def write_csv(points: Sequence[Point], path: Path, place: str = "length") -> None:

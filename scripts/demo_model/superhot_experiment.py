@@ -1,14 +1,15 @@
 """The SuperHOT experiment on the embedded model: does a LoRA trained under scaled positions read a longer context?
 
-LoRAs are trained at four times the trained length (superhot_training.py): under linear scaling, under NTK-by-parts,
-under YaRN, and without scaling. Then the perplexity of held_out.txt is measured by context length and by position,
-through the engine, with and without them, and under scalings without a LoRA. Stages, each of which reads what the
-earlier ones left:
+LoRAs are trained at four times the trained length (superhot_training.py): under linear scaling, NTK-aware scaling,
+dynamic NTK, NTK-by-parts and YaRN, and without scaling. Then the perplexity of held_out.txt is measured by context
+length and by position, through the engine, with and without them. Stages, each of which reads what the earlier ones
+left:
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
     python scripts/demo_model/make.py --stage corpus
     python scripts/demo_model/superhot_experiment.py                    # train, evaluate, report
     python scripts/demo_model/superhot_experiment.py --stage evaluate,report
+    python scripts/demo_model/superhot_experiment.py --only ntk-4       # one LoRA; the other curves stay as they are
 
 `train` continues from a checkpoint if there is one, `evaluate` after the last window. To make weights or LoRAs anew,
 first remove superhot/ and superhot_perplexity.json from the work folder. `train` needs peft and transformers (the
@@ -43,7 +44,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stage", default=",".join(STAGES), type=_stages, help="comma-separated, of: %(default)s")
     parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "demo_model", help="work folder")
     parser.add_argument("--model", type=Path, default=MODEL, help="the GPTQ model; LoRAs go to its folder adapters")
-    parser.add_argument("--only", metavar="NAME", help="train this LoRA alone, such as linear-4")
+    parser.add_argument("--only", metavar="NAME", help="train and evaluate this LoRA alone, such as linear-4")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the table and the plot go")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each LoRA")
     parser.add_argument("--minutes", type=float, default=60.0, help="a training ends earlier after this time")
@@ -80,10 +81,8 @@ def stage_train(options: argparse.Namespace) -> None:
     )
     work = options.work / "superhot"
     work.mkdir(parents=True, exist_ok=True)
-    chosen = [variant for variant in superhot.VARIANTS if options.only in (None, variant.name)]
-    if not chosen:
-        raise SystemExit(f"--only {options.only}: accepted are {', '.join(v.name for v in superhot.VARIANTS)}")
-    for variant in chosen:
+    _check_name(options.only)
+    for variant in (variant for variant in superhot.VARIANTS if options.only in (None, variant.name)):
         logging.info("LoRA %s", variant.name)
         model, numbers = superhot.train_adapter(options.model, variant, windows, held_out_ids, plan, work)
         superhot.save_adapter(model, variant, options.model / "adapters" / variant.name)
@@ -95,10 +94,14 @@ def stage_evaluate(options: argparse.Namespace) -> None:
     """context-extension.csv and context-positions.csv: perplexity by length and by position, through the engine."""
     import superhot_curves
 
+    _check_name(options.only)
     options.work.mkdir(parents=True, exist_ok=True)
-    by_length, by_place = superhot_curves.measure(options.model, options.work / "superhot_perplexity.json")
-    superhot_curves.write_csv(by_length, options.docs / "context-extension.csv")
-    superhot_curves.write_csv(by_place, options.docs / "context-positions.csv", "position")
+    curves = [curve for curve in superhot_curves.CURVES if options.only in (None, curve.adapter)]
+    by_length, by_place = superhot_curves.measure(options.model, options.work / "superhot_perplexity.json", curves)
+    for points, name, place in ((by_length, "extension", "length"), (by_place, "positions", "position")):
+        path = options.docs / f"context-{name}.csv"
+        kept = superhot_curves.read_csv(path) if options.only else []
+        superhot_curves.write_csv(superhot_curves.in_order(kept, points), path, place)
 
 
 def stage_report(options: argparse.Namespace) -> None:
@@ -111,6 +114,15 @@ def stage_report(options: argparse.Namespace) -> None:
     places = superhot_curves.read_csv(options.docs / "context-positions.csv")
     superhot_report.draw_positions(places, options.docs / "images" / "context-positions.png")
     superhot_report.write_table(points, options.docs / "context-extension.md")
+
+
+def _check_name(name: str | None) -> None:
+    """Raises SystemExit: --only names no LoRA."""
+    import superhot_training as superhot
+
+    names = [variant.name for variant in superhot.VARIANTS]
+    if name is not None and name not in names:
+        raise SystemExit(f"--only {name}: accepted are {', '.join(names)}")
 
 
 def _documents(work: Path) -> list[Document]:

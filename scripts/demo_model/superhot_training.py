@@ -8,7 +8,7 @@ with exactly dequantised weights, because that is what the LoRAs run on, and the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,29 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One LoRA: the name of its folder, and the RoPE scaling that it is trained under, as its note will say."""
+    """One LoRA: the name of its folder, and the RoPE scaling that it is trained under, as its note will say.
+
+    pieces: steps cut their windows into so many pieces, in turn; a piece is a context of its own.
+    """
 
     name: str
     rope_scaling: Mapping[str, Any]
+    pieces: tuple[int, ...] = (1,)
 
 
 LINEAR = {"rope_type": "linear", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
+NTK = {"rope_type": "ntk", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 BY_PARTS = {"rope_type": "ntk-by-parts", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
+DYNAMIC = {"rope_type": "dynamic", "factor": 1.0, "original_max_position_embeddings": CONTEXT}
 YARN = {"rope_type": "yarn", "factor": float(FACTOR), "original_max_position_embeddings": CONTEXT}
 VARIANTS = (
     Variant("linear-4", LINEAR),
     Variant("ntk-by-parts-4", BY_PARTS),
     Variant("extrapolation", {"rope_type": "default"}),
     Variant("yarn-4", YARN),
+    Variant("ntk-4", NTK),
+    # Windows of 2,048 have the frequencies of NTK 4: with them alone this would be the same LoRA once more.
+    Variant("dynamic-ntk", DYNAMIC, pieces=(4, 2, 1)),
 )
 
 
@@ -69,23 +78,37 @@ def long_windows(
     return np.stack(windows)[generator.permutation(len(windows))]
 
 
-def batches(windows: np.ndarray, batch: int, first_step: int) -> Iterator[torch.Tensor]:
-    """int64 [batch, length + 1] in the order of `windows`, from a step on; the text begins anew where it ends."""
-    step = first_step
+def batches(windows: np.ndarray, batch: int, first_step: int, pieces: Sequence[int] = (1,)) -> Iterator[torch.Tensor]:
+    """int64 [batch * P, length / P + 1] in the order of `windows`, from a step on; the text begins anew where it ends.
+
+    windows: [windows, length + 1]. pieces: P of each step in turn, divisors of the length; any P predicts the same
+    tokens.
+    """
+    whole, step = windows.shape[1] - 1, first_step
     while True:
         rows = np.arange(step * batch, (step + 1) * batch) % len(windows)
-        yield torch.from_numpy(windows[rows].astype(np.int64))
+        length = whole // pieces[step % len(pieces)]
+        places = np.arange(0, whole, length)[:, None] + np.arange(length + 1)  # [P, length + 1]
+        cut = windows[rows][:, places].reshape(-1, length + 1)  # [batch * P, length + 1]
+        yield torch.from_numpy(cut.astype(np.int64))
         step += 1
 
 
 def scaled_model(folder: Path, rope_scaling: Mapping[str, Any]) -> LlamaForCausalLM:
-    """The dequantised model of `folder` in transformers, with the RoPE frequencies that the engine would use."""
+    """The dequantised model of `folder` in transformers, with the RoPE frequencies that the engine would use.
+
+    They are those for a prompt as long as the window at hand: under dynamic NTK each length has its own.
+    """
     model = quantised_model(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    frequencies, scale = ropewalk.resolve_rope(config, rope_scaling=rope_scaling).inverse_frequencies(LENGTH)
-    rotary = model.model.rotary_emb
-    rotary.inv_freq = torch.tensor(frequencies, dtype=torch.float32)
-    rotary.attention_scaling = scale
+    rope = ropewalk.resolve_rope(config, rope_scaling=rope_scaling)
+
+    def follow(rotary: torch.nn.Module, _: tuple[Any, ...], options: dict[str, Any]) -> None:
+        frequencies, scale = rope.inverse_frequencies(options["position_ids"].shape[-1])
+        rotary.inv_freq = torch.tensor(frequencies, dtype=torch.float32)
+        rotary.attention_scaling = scale
+
+    model.model.rotary_emb.register_forward_pre_hook(follow, with_kwargs=True)
     return model
 
 
@@ -107,7 +130,7 @@ def train_adapter(
     numbers = run_steps(
         model,
         [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)],
-        lambda first_step: batches(windows, plan.batch, first_step),
+        lambda first_step: batches(windows, plan.batch, first_step, variant.pieces),
         plan,
         work / f"{variant.name}.pt",
         lambda: held_out_loss(model, held_out, plan.length),

@@ -20,6 +20,8 @@ NOTED = {
     "ntk-by-parts-4": "ntk-by-parts",
     "extrapolation": "default",
     "yarn-4": "yarn",
+    "ntk-4": "ntk",
+    "dynamic-ntk": "dynamic",
 }
 TRAINED, EXTENDED = 512, 2048
 SCORED_TOKENS = 4 * EXTENDED  # of held_out.txt

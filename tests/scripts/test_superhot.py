@@ -65,6 +65,30 @@ def test_training_goes_on_with_the_batch_that_follows(windows: np.ndarray) -> No
     assert torch.equal(torch.cat(batches)[len(windows)], epoch[0])
 
 
+def test_windows_that_are_cut_predict_the_same_tokens(windows: np.ndarray) -> None:
+    whole = islice(superhot.batches(windows, 2, 3), 3)
+    cut = islice(superhot.batches(windows, 2, 3, (5, 2, 1)), 3)
+    for uncut, batch, pieces in zip(whole, cut, (5, 2, 1), strict=True):  # step 3 begins the row again
+        assert batch.shape == (2 * pieces, LENGTH // pieces + 1)
+        assert torch.equal(batch[:, 1:].flatten(), uncut[:, 1:].flatten())
+        assert torch.equal(batch[:, 0], uncut[:, :-1].flatten()[:: LENGTH // pieces])
+
+
+def test_each_length_has_its_own_frequencies_under_dynamic_ntk() -> None:
+    variant = next(variant for variant in superhot.VARIANTS if variant.name == "dynamic-ntk")
+    model = superhot.scaled_model(FOLDER, variant.rope_scaling)
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    seen = {}
+    for length in (superhot.LENGTH // pieces for pieces in variant.pieces):
+        with torch.inference_mode():
+            model(torch.arange(100, 100 + length)[None])
+        seen[length] = model.model.rotary_emb.inv_freq.clone()
+    for length, scaling in ((512, {"rope_type": "default"}), (2048, superhot.NTK)):
+        expected, _ = ropewalk.resolve_rope(config, rope_scaling=scaling).inverse_frequencies(length)
+        assert torch.equal(seen[length], torch.tensor(expected, dtype=torch.float32))
+    assert seen[512][-1] > seen[1024][-1] > seen[2048][-1]
+
+
 def test_by_parts_is_what_a_config_with_an_original_length_means() -> None:
     raw = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
     airophin = {key: value for key, value in raw.items() if key != "rope_parameters"}
@@ -124,6 +148,12 @@ def test_the_table_has_a_row_per_curve_and_stands_between_the_marks(tmp_path: Pa
 def test_numbers_come_back_from_their_file(tmp_path: Path) -> None:
     superhot_curves.write_csv(POINTS, tmp_path / "numbers.csv")
     assert superhot_curves.read_csv(tmp_path / "numbers.csv") == POINTS
+
+
+def test_a_curve_measured_anew_takes_its_place_among_the_others() -> None:
+    anew = [superhot_curves.Point("NTK 4", 512, 9.0, 0.5), superhot_curves.Point("linear 4", 512, 44.0, 0.5)]
+    assert superhot_curves.in_order(POINTS, anew) == anew[::-1]
+    assert superhot_curves.in_order(POINTS, anew[:1]) == [*POINTS, anew[0]]
 
 
 def test_the_guide_shows_the_numbers_of_its_file() -> None:
