@@ -30,6 +30,7 @@ import ropewalk
 from benchmarking import add_engine_arguments, memory_reader, model_folder, paired, print_head, spread
 from depth import Peer, worker
 from ropewalk.backends.protocol import PAGE_TOKENS
+from ropewalk.measure.speed import met_bytes
 from ropewalk.model.model import Model
 
 GIB = 1 << 30
@@ -108,7 +109,8 @@ def works(model: Model, peer: Peer | None, args: argparse.Namespace) -> dict[str
 
 def report_decoding(model: Model, times: dict[str, list[float]], args: argparse.Namespace) -> None:
     """Tokens a second beside what the bytes that a token touches allow, and beside the peer."""
-    plain, chosen, head = touched_bytes(model)
+    chosen, plain = met_bytes(model, model.weights.layers)
+    head = model.weights.head.num_bytes
     mixture = model.config.mixture
     print(
         f"a token reads {mb(plain + chosen + head)}: {mb(chosen)} of {mixture.top_k} of {mixture.num_experts} experts "
@@ -141,15 +143,6 @@ def beside(times: dict[str, list[float]], work: str) -> str:
     """The peer's times over ours, within rounds."""
     pairs = zip(times[f"{OURS} {work}"], times[f"{PEER} {work}"], strict=True)
     return spread([other / ours for ours, other in pairs])
-
-
-def touched_bytes(model: Model) -> tuple[int, int, int]:
-    """What a token reads: of what is no expert in the layers, of the experts that it chooses, of the head."""
-    mixture = model.config.mixture
-    layers = model.weights.layers
-    experts = sum(held.num_bytes for layer in layers for held in layer.experts.values())
-    plain = sum(layer.num_bytes for layer in layers) - experts
-    return plain, experts * mixture.top_k // mixture.num_experts, model.weights.head.num_bytes
 
 
 def report_part(folder: Path, part: float, expert_memory: int, args: argparse.Namespace) -> None:

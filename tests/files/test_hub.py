@@ -177,6 +177,26 @@ def test_info_downloads_no_weights(hub: StandInHub, run: Run, folders: Path, tmp
     assert any(span.startswith("1000-") for span in spans)
 
 
+def test_a_hub_that_sends_whole_files_is_read_up_to_the_headers(hub: StandInHub, run: Run, folders: Path) -> None:
+    hub.ignores_ranges = True
+    large = folders / "main" / "large.safetensors"
+    large.write_bytes(bytes(48 << 20))
+    program = f"""
+from ropewalk.files import remote_headers as remote
+from ropewalk.files.names import parse_name
+assert remote._range(parse_name("{NAME}"), "large.safetensors", 0, 1000) == bytes(1000)
+"""
+    try:
+        (read,) = run(["python", program])
+    finally:
+        large.unlink()
+    assert read.code is None and hub.sent < 24 << 20  # what fits between the two
+    shorter = "import ropewalk.files.remote_headers as remote; remote.FIRST_BYTES = 1000"
+    whole, _, cut = run(info(), ["python", shorter], info())
+    assert json.loads(whole.out)["downloaded"] is False
+    assert cut.code == 2 and "model.safetensors cannot be read in parts" in cut.err
+
+
 def test_the_doors_of_the_library_take_names_and_a_folder_needs_no_hub(run: Run, folders: Path) -> None:
     program = f"""
 import sys, ropewalk

@@ -7,7 +7,10 @@ at names, shapes and sizes sees what a downloaded model would show. Weights in t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -59,12 +62,30 @@ def _write_header(name: ModelName, file: str, num_bytes: int, path: Path) -> Non
 
 
 def _range(name: ModelName, file: str, first: int, end: int) -> bytes:
-    """Bytes first..end of a file on the hub."""
+    """Bytes first..end of a file on the hub; nothing behind them is read, even where all of the file is sent."""
     url = hf_hub_url(name.repo, file, revision=name.revision)
     headers = {**build_hf_headers(), "Range": f"bytes={first}-{end - 1}"}
-    with explained(name):
-        answer = get_session().get(url, headers=headers, timeout=TIMEOUT_S)
+    content = b""
+    with explained(name), _streamed(url, headers) as answer:
         hf_raise_for_status(answer)
-    if answer.status_code != 206 and first:
-        raise CheckpointError(f"{url} cannot be read in parts: give a folder, or load the model to download it")
-    return answer.content[: end - first]
+        if answer.status_code != 206 and first:
+            raise CheckpointError(f"{url} cannot be read in parts: give a folder, or load the model to download it")
+        for piece in answer.iter_bytes() if hasattr(answer, "iter_bytes") else answer.iter_content(1 << 16):
+            content += piece
+            if len(content) >= end - first:
+                break
+    return content[: end - first]
+
+
+@contextmanager
+def _streamed(url: str, headers: dict[str, str]) -> Iterator[Any]:
+    """The answer before its content is read: of httpx since huggingface_hub 1, of requests before."""
+    session = get_session()
+    if not hasattr(session, "stream"):
+        with session.get(url, headers=headers, timeout=TIMEOUT_S, stream=True) as answer:
+            yield answer
+        return
+    with session.stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as answer:
+        if answer.status_code >= 400:
+            answer.read()  # what is wrong
+        yield answer

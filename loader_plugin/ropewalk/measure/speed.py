@@ -157,7 +157,7 @@ def _speed(model: Model, length: int, reads: bool, rates: Sequence[float], sampl
         num_bytes = (sum(layer.num_bytes for layer in layers) + head.num_bytes) / length
         operations += head_products / length
     else:
-        num_bytes = _met_bytes(model, layers) + head.num_bytes + model.cache_bytes(length)
+        num_bytes = sum(met_bytes(model, layers)) + head.num_bytes + model.cache_bytes(length)
         operations += head_products
     return Speed(
         name=f"reading {length:,}" if reads else f"decoding after {length:,}",
@@ -181,12 +181,12 @@ def _met_weights(model: Model, layers: Sequence[PackedLayer]) -> int:
     return plain + 3 * model.config.hidden_size * mixture.inner * mixture.top_k * num_mixtures
 
 
-def _met_bytes(model: Model, layers: Sequence[PackedLayer]) -> float:
-    """Their bytes, and those of the norms."""
+def met_bytes(model: Model, layers: Sequence[PackedLayer]) -> tuple[int, int]:
+    """Bytes of layers that a token reads: of the experts that are chosen for it, and of everything else."""
     mixture = model.config.mixture
-    part = 1 if mixture is None else mixture.top_k / mixture.num_experts
-    experts = sum(experts.num_bytes for layer in layers for experts in layer.experts.values())
-    return sum(layer.num_bytes for layer in layers) - (1 - part) * experts
+    experts = sum(held.num_bytes for layer in layers for held in layer.experts.values())
+    chosen = 0 if mixture is None else experts * mixture.top_k // mixture.num_experts
+    return chosen, sum(layer.num_bytes for layer in layers) - experts
 
 
 COLUMNS = ("", "tokens/s", "lowest", "highest", "GB/s", "of memory", "GOP/s", "of products")

@@ -129,19 +129,19 @@ def model_info(
     options = options_with(options, keywords)
     with ExitStack() as opened:
         model = opened.enter_context(described_model(folder))
-        lent_bytes = 0
+        more_bytes = 0  # than the folder's own files hold
         if options.second_folder is None:
             plan = plan_loading(model.folder, options)
         else:
             second = opened.enter_context(described_model(options.second_folder))
             plan = plan_loading(model.folder, replace(options, second_folder=second.folder))
-            lent_bytes = 0 if plan.second is None else _layer_bytes(second, plan.second)
+            more_bytes = 0 if plan.second is None else _layer_bytes(second, plan.second)
         quant = plan.quant
         with Checkpoint(model.weights, quant.model_file_base_name if quant else None) as checkpoint:
             check_tensors(plan.config, quant, checkpoint)
             info = _info(model, plan, checkpoint, options.cache_format)
-            lent_bytes += _head_change(plan.config, quant, checkpoint, options)
-    return replace(info, weight_bytes=info.weight_bytes + lent_bytes)
+            more_bytes += _head_change(plan.config, quant, checkpoint, options)
+    return replace(info, weight_bytes=info.weight_bytes + more_bytes)
 
 
 def _head_change(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, options: LoadOptions) -> int:
