@@ -143,7 +143,12 @@ class Model(LiveRope):
     @property
     def weight_bytes(self) -> int:
         """Memory of the weights as the backend holds them."""
-        return self.weights.num_bytes
+        return self.weights.num_bytes + self.backend.bytes_elsewhere
+
+    def close(self) -> None:
+        """End the processes that run layers for it, if there are any (`pipeline` of `load_model`); nothing can be
+        computed from then on. It happens by itself when the model goes, or the program ends."""
+        self.backend.close()
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -253,6 +253,7 @@ def _run_layers(model: Model, pieces: Sequence[Piece], steps: _Steps) -> torch.T
         model.backend.run_layer_(step, layer, instance.cache_index, instance.residual_weight, changes)
         steps.report(done + 1)
     model.backend.end_step_(step)
+    model.backend.await_step_(step)
     return x
 
 
