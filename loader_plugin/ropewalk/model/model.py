@@ -32,7 +32,7 @@ from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memo
 from ropewalk.model.saved.file import SavedFile
 from ropewalk.model.saved.read import fitting_segments, load_cache, usable_prefix
 from ropewalk.model.saved.write import save_cache
-from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
+from ropewalk.model.step import Cancelled, Progress, RunningStep, Span, check_spans, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
 from ropewalk.rope.rope import Rope, resolve_rope
@@ -443,3 +443,21 @@ class Model(LiveRope):
                 0; all caches are as they were.
         """
         return run_step(self, spans, progress, cancelled)
+
+    def begin_step(self, spans: Sequence[Span]) -> RunningStep:
+        """As `step`, up to where other processes compute: `finish_` of what it returns gives the results.
+
+        Up to `steps_under_way` steps may be begun before the first is finished, each for other caches. They are
+        finished in the order in which they were begun.
+
+        Raises:
+            RequestError, CacheFullError: as `step`.
+        """
+        running = RunningStep(self, check_spans(self, spans, named=True), None, None)
+        running.begin_(named=True)
+        return running
+
+    @property
+    def steps_under_way(self) -> int:
+        """How many steps keep all that computes busy: 1 but for a pipeline."""
+        return self.backend.steps_under_way

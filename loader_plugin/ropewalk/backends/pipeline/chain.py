@@ -27,7 +27,8 @@ class Chain:
         self.size = wire.size
         self._wire, self._on_end = wire, on_end
         self._watch: Watch
-        self._sending = threading.RLock()  # a send that fails closes the pipeline
+        self._sending = threading.Lock()
+        self._closing = threading.RLock()
         self._changes: deque[list] = deque()
         self._numbers = count(LOADED + 1)
         self._news = threading.Condition()
@@ -59,15 +60,15 @@ class Chain:
         Raises:
             RankError: the pipeline has failed, or was closed.
         """
-        with self._sending:
-            self._check_open()
-            changes = [self._changes.popleft() for _ in range(len(self._changes))]
-            try:
+        try:
+            with self._sending:
+                self._check_open()
+                changes = [self._changes.popleft() for _ in range(len(self._changes))]
                 if changes:
                     self._wire.send_(Changes(changes))
                 self._wire.send_(message)
-            except LostError as error:
-                raise self._watch.fail_(error.rank, str(error)) from error
+        except LostError as error:
+            raise self._watch.fail_(error.rank, str(error)) from error
 
     def answer(self, number: int) -> Message:
         """The answer with this number, once it is there. Waits for as long as all ranks are alive.
@@ -96,7 +97,11 @@ class Chain:
         self.close()
 
     def close(self) -> None:
-        """End the other ranks. A second call does nothing."""
+        """End the other ranks. A second call only waits until they have."""
+        with self._closing:
+            self._close()
+
+    def _close(self) -> None:
         with self._sending:
             if self._is_closed:
                 return

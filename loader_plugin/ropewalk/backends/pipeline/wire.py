@@ -11,6 +11,7 @@ operations have no such limit, and whether the others are there is the business 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,7 +31,8 @@ class LostError(Exception):
     """The connection to a rank is closed."""
 
     def __init__(self, rank: int, error: RuntimeError) -> None:
-        super().__init__(f"it has ended, or its connection is lost ({brief(error, 120)})")
+        said = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0]  # a place in gloo's source, and its advice
+        super().__init__(f"it has ended, or its connection is lost ({brief(said, 120)})")
         self.rank = rank
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from ropewalk.generate.scheduler.plan import Reader, Want, find_leaders, plan_ro
 from ropewalk.generate.scheduler.room import PagedModel, Room
 from ropewalk.generate.scheduler.sequence import CacheLike, RotatingModel, SequenceState, StepShare
 from ropewalk.generate.scheduler.timing import StepTimes
-from ropewalk.model.step import Span
+from ropewalk.model.step import RunningStep, Span
 
 Planned = list[tuple[Call, Span]]
 
@@ -30,6 +31,9 @@ class StepModel(PagedModel, RotatingModel, Protocol):
     max_seq_len: int
     max_input_len: int
 
+    @property
+    def steps_under_way(self) -> int: ...
+    def begin_step(self, spans: Sequence[Span]) -> RunningStep: ...
     @property
     def adapters(self) -> tuple[str, ...]: ...
 
@@ -48,6 +52,20 @@ class StepModel(PagedModel, RotatingModel, Protocol):
         seq_len: int | None = None,
         adapters: Request | None = None,
     ) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What a step computes, told before it does: then its calls are what they will no longer be."""
+
+    of_prompts: int
+    num_replies: int
+
+    @classmethod
+    def of(cls, planned: Planned) -> StepRows:
+        """Of the rows that are planned."""
+        of_prompts = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
+        return cls(of_prompts, sum(call.is_reply for call, _ in planned))
 
 
 class Steps:
@@ -86,6 +104,13 @@ class Steps:
                     planned[0][0].fail_(error)
                     return True
                 planned = [(call, span) for call, span in planned if call.sequence.is_admitted]
+        return False
+
+    def finish_all_(self) -> None:
+        """Until no step is under way: none is, where each ends before the next begins."""
+
+    def computes(self, sequence: SequenceState) -> bool:
+        """Whether a step under way writes to its pages."""
         return False
 
     def share_prompts_(self, calls: Sequence[Call]) -> None:
@@ -127,9 +152,7 @@ class Steps:
         """
         lengths = [call.sequence.cache.length for call, _ in planned]
         made = [call.sequence.cache.segments for call, _ in planned]
-        prompt_rows = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
-        num_replies = sum(call.is_reply for call, _ in planned)
-        started = time.perf_counter()
+        rows, started = StepRows.of(planned), time.perf_counter()
         try:
             results = self._step([span for _, span in planned], alone)
         except BaseException as error:
@@ -142,12 +165,17 @@ class Steps:
         if results is None:  # cancelled: the caches hold what is complete
             planned[0][0].stop_()
             return
-        seconds = time.perf_counter() - started
-        self.times.record(prompt_rows, seconds)
+        self._hand_results_(planned, results, rows, time.perf_counter() - started)
+
+    def _hand_results_(
+        self, planned: Planned, results: Sequence[torch.Tensor | None], rows: StepRows, seconds: float
+    ) -> None:
+        """What a step has computed, to the calls that took part in it."""
+        self.times.record(rows.of_prompts, seconds)
         self.num_steps += 1
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
-            call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
+            call.sequence.last_step = StepShare(seconds, max(rows.num_replies - 1, 0), rows.of_prompts)
             self._take_(call, logits)
 
     def _take_(self, call: Call, logits: torch.Tensor | None) -> None:

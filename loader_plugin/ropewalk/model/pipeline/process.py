@@ -33,6 +33,7 @@ TELLING_S = 3 * BEAT_S  # that a rank which reports a failure stays, since torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """A rank on the machine of rank 0, which has started it."""
     logging.basicConfig(format="ropewalk: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.addLevelName(logging.ERROR, "error")
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name in ("rank", "size", "port"):
         parser.add_argument(f"--{name}", type=int, required=True)
