@@ -61,7 +61,8 @@ def lose(model: Model, kind: signal.Signals, rank: int, do: Callable[[], object]
     return str(told.value)
 
 
-def test_a_rank_that_is_killed_is_an_error_on_all(capfd: pytest.CaptureFixture[str], pipeline: Model) -> None:
+def test_a_rank_that_is_killed_is_an_error_on_all(capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline = load_model(demo_model_path(), 256, pipeline=3)  # here, so that its ranks write to what is captured
     cache = pipeline.new_cache()
     text = lose(pipeline, signal.SIGKILL, 1, lambda: pipeline.forward([3], cache) if cache.length < 250 else None)
     assert "the pipeline has failed: rank 1 of 3 (layer instances" in text
