@@ -21,6 +21,8 @@ from ropewalk.generate.scheduler.sequence import SequenceState
 from ropewalk.generate.scheduler.steps import Planned, StepModel, StepRows, Steps
 from ropewalk.model.step import RunningStep
 
+ADMITTED_EVERY = 8  # steps until it is asked again whether sequences that wait for pages can have them
+
 
 def steps_for(model: StepModel, patience: float) -> Steps:
     """Steps one after the other, or overlapping ones where the model gains by them."""
@@ -45,6 +47,7 @@ class OverlappingSteps(Steps):
     def __init__(self, model: StepModel, patience: float) -> None:
         super().__init__(model, patience)
         self._under_way: deque[UnderWay] = deque()
+        self._since_admission = 0  # steps
 
     def take_(
         self, calls: Sequence[Call], sequences: Mapping[int, SequenceState], mine: Call, free_: Callable[[], bool]
@@ -56,8 +59,7 @@ class OverlappingSteps(Steps):
         ready = [call for call in calls if not call.is_under_way]
         if not self._under_way and len(calls) == 1:
             return super().take_(calls, sequences, mine, free_)
-        if any(not call.sequence.is_admitted or call.is_new for call in ready):
-            self.finish_all_()
+        ready = self._after_admission_(ready)
         begun = self._begin(ready, sequences) if ready else False
         others = sum(not call.is_under_way for call in calls)
         if self._under_way and (not begun or not others or len(self._under_way) >= self.model.steps_under_way):
@@ -66,6 +68,17 @@ class OverlappingSteps(Steps):
         if begun or self._under_way:
             return True
         return super().take_(ready, sequences, mine, free_)  # pages are missing, and no step is under way
+
+    def _after_admission_(self, ready: Sequence[Call]) -> Sequence[Call]:
+        """The calls that may take part: those that hold pages already, and from time to time all others, for which
+        everything under way is finished, since they may have to be given the pages of somebody else."""
+        outside = [call for call in ready if not call.sequence.is_admitted]
+        if outside and (any(call.is_new for call in outside) or self._since_admission >= ADMITTED_EVERY):
+            self.finish_all_()
+            self._since_admission = 0
+        elif outside and self._under_way:
+            return [call for call in ready if call.sequence.is_admitted]
+        return ready
 
     def finish_all_(self) -> None:
         """Until no step is under way."""
@@ -118,6 +131,7 @@ class OverlappingSteps(Steps):
     def _finish_(self) -> None:
         """The step that began first: its results go to their calls."""
         step = self._under_way.popleft()
+        self._since_admission += 1
         for call, _ in step.planned:
             call.is_under_way = False
         try:
