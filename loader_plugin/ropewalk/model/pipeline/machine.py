@@ -36,7 +36,7 @@ def torchrun_seat() -> Seat | None:
         ConfigError: some of the variables are there and others are missing or no numbers.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     try:
         seat = Seat(*(int(os.environ[name]) for name in names))
@@ -45,4 +45,4 @@ def torchrun_seat() -> Seat | None:
             f"torchrun sets {', '.join(names)} and MASTER_ADDR and MASTER_PORT for each process, and here "
             f"{error} is missing or no number: start the processes with torchrun, or unset RANK"
         ) from error
-    return seat if seat.size > 1 else None
+    return seat
