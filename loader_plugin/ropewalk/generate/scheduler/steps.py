@@ -19,6 +19,7 @@ from ropewalk.generate.scheduler.room import PagedModel, Room
 from ropewalk.generate.scheduler.sequence import CacheLike, RotatingModel, SequenceState, StepShare
 from ropewalk.generate.scheduler.timing import StepTimes
 from ropewalk.model.step import Span
+from ropewalk.model.work import TokenWork
 
 Planned = list[tuple[Call, Span]]
 
@@ -29,6 +30,7 @@ class StepModel(PagedModel, RotatingModel, Protocol):
     config: Any
     max_seq_len: int
     max_input_len: int
+    work: TokenWork
 
     @property
     def adapters(self) -> tuple[str, ...]: ...
@@ -112,7 +114,7 @@ class Steps:
         return ready
 
     def _planned(self, calls: Sequence[Call], num_replies: int) -> Planned:
-        wants = [_want(call) for call in calls]
+        wants = [_want(call, self.model.work if num_replies else None) for call in calls]
         num_prompts = sum(not want.is_reply for want in wants)
         rows = plan_rows(wants, self.times.budget(num_replies, num_prompts, self.model.max_input_len))
         for call in calls:
@@ -128,6 +130,7 @@ class Steps:
         lengths = [call.sequence.cache.length for call, _ in planned]
         made = [call.sequence.cache.segments for call, _ in planned]
         prompt_rows = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
+        prompt_work = sum(_work(self.model.work, span) for call, span in planned if not call.is_reply)
         num_replies = sum(call.is_reply for call, _ in planned)
         started = time.perf_counter()
         try:
@@ -143,7 +146,7 @@ class Steps:
             planned[0][0].stop_()
             return
         seconds = time.perf_counter() - started
-        self.times.record(prompt_rows, seconds)
+        self.times.record(prompt_work, seconds)
         self.num_steps += 1
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
@@ -196,9 +199,16 @@ def _watched(alone: Call) -> dict[str, Callable[..., Any]]:
     return watched
 
 
-def _want(call: Call) -> Want:
+def _want(call: Call, work: TokenWork | None) -> Want:
+    """work: None where rows count alike, because nobody waits meanwhile."""
     state = call.sequence
-    return Want(state.number, call.rows_left, call.is_reply, state.client, state.priority, call.passed)
+    row_work = 1.0 if work is None else work.beside_first(state.cache.length)
+    return Want(state.number, call.rows_left, call.is_reply, state.client, state.priority, call.passed, row_work)
+
+
+def _work(work: TokenWork, span: Span) -> float:
+    rows = len(span.token_ids)
+    return rows * work.beside_first(span.cache.length + rows / 2)
 
 
 def _reader(call: Call) -> Reader:
