@@ -102,7 +102,8 @@ class DryPenalty:
 def penalise_repeats(logits: torch.Tensor, penalties: dict[int, float]) -> torch.Tensor:
     """logits [V] minus the penalty of each token that has one."""
     ids = torch.tensor(list(penalties), dtype=torch.int64)
-    return logits.index_add(0, ids, -torch.tensor(list(penalties.values()), dtype=logits.dtype))
+    penalised = torch.from_numpy(logits.numpy().copy())  # not by threads of torch: see generate/sampling.py
+    return penalised.index_add_(0, ids, -torch.tensor(list(penalties.values()), dtype=logits.dtype))
 
 
 def common_endings(token_ids: Sequence[int]) -> np.ndarray:

@@ -310,7 +310,15 @@ def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> No
             normed = _normed(model, x[[row for *_, row in block]])  # [rows, C]
             logits = _scaled(model, head_changed(model.backend, normed, model.weights.head, head))  # [rows, V]
             for (out, low, _), row_logits in zip(block, logits, strict=True):
-                out[low] = row_logits
+                _copy_row_(out[low], row_logits)
+
+
+def _copy_row_(out: torch.Tensor, row: torch.Tensor) -> None:
+    """out = row, [V] both, without threads of torch: see `generate/sampling.py`."""
+    if out.device.type == "cpu":
+        out.numpy()[:] = row.numpy()
+    else:
+        out.copy_(row)
 
 
 def _normed(model: Model, x: torch.Tensor) -> torch.Tensor:
