@@ -17,7 +17,7 @@ from typing import Any
 
 from ropewalk.generate.scheduler.plan import PAGE_ROWS, Want, plan_rows
 from ropewalk.generate.scheduler.timing import StepTimes
-from workload import Conversation, Turn, Workload, conversations
+from workload import BLOCK_TOKENS, Conversation, Turn, Workload, conversations
 
 MOST_ALONE = 2048  # rows of a prompt that is alone in a step (`max_input_len`)
 
@@ -59,11 +59,12 @@ class StepCosts:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What there is. replicas: of each machine. cache_tokens: that a replica's pages hold. fronts: servers in front, each
-    of which knows only what it sent itself. front_s: of one of them for a token; it does nothing else meanwhile.
+    """What there is. replicas: of each machine. cache_tokens: that a replica's pages hold.
 
-    most_running: replies of a replica at once. slow: how many machines take `slow_factor` times as long. mtbf_s: a
-    machine fails after so long (None: never), is noticed after `notice_s`, and is back after `restart_s`.
+    fronts: servers in front, each of which knows what it sent itself. front_s: of one of them for a token, route_s:
+    for a request and a replica that it chooses from; it does nothing else meanwhile. most_running: replies of a replica
+    at once. slow: how many machines take `slow_factor` times as long. mtbf_s: a machine fails after so long (None:
+    never), which is noticed after `notice_s`; it is back after `restart_s`.
     """
 
     machines: int
@@ -82,7 +83,7 @@ class Cluster:
 
 @dataclass(slots=True)
 class Job:
-    """A turn at a replica. rows: of its prompt that are to be read; depth: tokens that are there; left: of the reply."""
+    """A turn at a replica. rows: of its prompt, to be read; depth: tokens that are there; left: of the reply."""
 
     turn: Turn
     number: int
@@ -139,8 +140,7 @@ class Replica:
             if block not in self._pages:
                 break
             known += 1
-        tokens = min(known * turn.prompt_tokens // max(len(turn.chain), 1), turn.prompt_tokens - 1)
-        return tokens // PAGE_ROWS * PAGE_ROWS
+        return min(known * BLOCK_TOKENS, turn.prompt_tokens - 1) // PAGE_ROWS * PAGE_ROWS
 
     def _keep_(self, turn: Turn) -> None:
         for block in reversed(turn.chain):
@@ -233,8 +233,7 @@ class Simulation:
                 self.replicas[replica.number] = replica
         self.routings = [make_routing() for _ in range(cluster.fronts)]
         self._front_free_s = [0.0] * cluster.fronts
-        tokens_a_block = max(1, workload.system_tokens // max(1, workload.system_tokens // 32))
-        self.most_blocks = cluster.cache_tokens // tokens_a_block
+        self.most_blocks = cluster.cache_tokens // BLOCK_TOKENS
 
     def run(self, until_s: float = float("inf")) -> Simulation:
         """Until all conversations are over, or for so long."""
