@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -14,8 +14,10 @@ from ray.serve.handle import DeploymentHandle
 from yarl import URL
 
 from ropewalk.base.errors import QueueFullError, RopewalkError
-from ropewalk.cluster.replica import Place, State
-from ropewalk.cluster.router import Route
+from ropewalk.cluster.prefixes import Chain
+from ropewalk.cluster.replica import State
+from ropewalk.cluster.router import Place, Route
+from ropewalk.cluster.tickets import new_secret
 
 STATE_S = 10.0  # a replica that does not say within this how it is, is left out
 IDLE_S = 15.0  # less than a replica keeps connections without a request: it must not be the one that closes them
@@ -36,38 +38,42 @@ class ReplicaAccess:
     """handle: to the deployment of `replica.Replica`. Use it in one event loop."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-        self._admissions = handle.options(stream=True)
+        # By Ray's gRPC instead of its object store: half the time, measured by scripts/bench/cluster.py.
+        self._handle = handle.options(_by_reference=False)
         self._ending: set[asyncio.Future[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
-    async def admitted(self, route: Route) -> AsyncIterator[Admission]:
-        """A place at a replica, for one exchange.
+    async def admitted(self, chain: Chain, avoid: tuple[str, ...]) -> AsyncIterator[Admission]:
+        """A place at a replica, for one exchange. chain, avoid: as for `Route`.
+
+        Ray's call goes on meanwhile: the request itself can leave as soon as the router here knows where to.
 
         Raises:
             QueueFullError: all replicas have as much to do as they may. ReplicaLost: the replica died.
         """
-        calls = self._admissions.admit.remote(route)
-        try:
-            place = await anext(calls)
-        except BackPressureError as error:
-            raise QueueFullError(
-                "all replicas are busy, and as many requests as may wait do; try again later"
-            ) from error
-        except (RayError, RayServeException, StopAsyncIteration) as error:
-            raise ReplicaLost("", error) from error
-        except asyncio.CancelledError:
-            calls.cancel()
-            raise
-        end = asyncio.ensure_future(_end_of(calls))
+        loop = asyncio.get_running_loop()
+        placed: asyncio.Future[Place] = loop.create_future()
+        ticket = new_secret()
+        route = Route(chain, avoid, lambda place: loop.call_soon_threadsafe(_set, placed, place))
+        call = self._handle.admit.remote(route, ticket)
+        end = asyncio.ensure_future(_end_of(call))
         self._ending.add(end)
-        end.add_done_callback(self._ending.discard)
+        end.add_done_callback(self._has_ended)
         try:
-            yield Admission(place, end, self._open_session())
+            await asyncio.wait((placed, end), return_when=asyncio.FIRST_COMPLETED)
+            if not placed.done():
+                end.result()
+                raise ReplicaLost("", "it was not said which one")
+            yield Admission(placed.result(), ticket, end, self._open_session())
         except BaseException:
-            calls.cancel()
+            call.cancel()
             raise
+
+    def _has_ended(self, end: asyncio.Future[None]) -> None:
+        self._ending.discard(end)
+        if not end.cancelled():
+            end.exception()  # whoever still waits has it; a call that was given up may fail unheard
 
     async def states(self, with_metrics: bool = False) -> list[State]:
         """How busy each replica is, in the order of their names; those that do not answer are left out."""
@@ -96,10 +102,11 @@ class ReplicaAccess:
 
 
 class Admission:
-    """A place at a replica. place: where. end: done when Ray's call is; fails if the replica dies."""
+    """A place at a replica. place, ticket: where, and in whose name. end: done when Ray's call is; fails if
+    the replica dies."""
 
-    def __init__(self, place: Place, end: asyncio.Future[None], session: aiohttp.ClientSession) -> None:
-        self.place = place
+    def __init__(self, place: Place, ticket: str, end: asyncio.Future[None], session: aiohttp.ClientSession) -> None:
+        self.place, self.ticket = place, ticket
         self._end, self._session = end, session
 
     @asynccontextmanager
@@ -134,6 +141,20 @@ class Admission:
                     await task
 
 
-async def _end_of(calls: AsyncIterator[Any]) -> None:
-    async for _ in calls:
-        pass
+async def _end_of(call: Awaitable[None]) -> None:
+    """Wait for the end of Ray's call.
+
+    Raises:
+        QueueFullError, ReplicaLost: as for `ReplicaAccess.admitted`.
+    """
+    try:
+        await call
+    except BackPressureError as error:
+        raise QueueFullError("all replicas are busy, and as many requests as may wait do; try again later") from error
+    except (RayError, RayServeException) as error:
+        raise ReplicaLost("", error) from error
+
+
+def _set(future: asyncio.Future[Place], place: Place) -> None:
+    if not future.done():
+        future.set_result(place)

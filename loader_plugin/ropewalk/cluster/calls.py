@@ -12,14 +12,14 @@ from typing import Any
 from starlette.requests import Request
 
 from ropewalk.cluster.prefixes import Chain, prefix_chain
-from ropewalk.cluster.tickets import CLIENT, TICKET
+from ropewalk.cluster.tickets import CLIENT, OURS, PASS, TICKET
 from ropewalk.faces.server.bodies import MAX_VALUES, count_values
 
 REPLY_PATHS = ("/v1/chat/completions", "/v1/completions")
 # Those that are about one connection, and those that the server in front writes or has read itself.
 _NOT_FORWARDED = {
     *(b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"expect", b"upgrade", b"te", b"trailer"),
-    *(b"authorization", TICKET, CLIENT),
+    *(b"authorization", *OURS),
 }
 
 
@@ -33,9 +33,9 @@ class Call:
     body: bytes
     chain: Chain = ()
 
-    def headers_with(self, ticket: str) -> list[tuple[str, str]]:
-        """For the replica that gave out this ticket."""
-        return [*self.headers, (TICKET.decode(), ticket)]
+    def headers_with(self, ticket: str, key: str) -> list[tuple[str, str]]:
+        """For a replica; see `tickets`."""
+        return [*self.headers, (TICKET.decode(), ticket), (PASS.decode(), key)]
 
 
 def call_of(request: Request, body: bytes, client: Hashable, adds_seed: bool) -> Call:

@@ -35,6 +35,13 @@ def parsed(command_line: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def without_cluster(command_line: Sequence[str]) -> list[str]:
+    """The options of a replica: those that are about the cluster may change without a replica being replaced."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    add_cluster_arguments(parser)
+    return parser.parse_known_args(list(command_line))[1]
+
+
 def command_line_of(arguments: Mapping[str, Any]) -> list[str]:
     """The same as arguments of an application of Ray Serve: {"model": FOLDER, "max_seq_len": "2048", ...}.
 

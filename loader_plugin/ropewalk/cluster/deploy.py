@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.cluster.access import ReplicaAccess
-from ropewalk.cluster.command import command_line_of, parsed
+from ropewalk.cluster.command import command_line_of, parsed, without_cluster
 from ropewalk.cluster.front import create_front
 from ropewalk.cluster.replica import Replica
 from ropewalk.cluster.shares import Machine, share_of
@@ -23,12 +23,9 @@ from ropewalk.faces.cli.cluster_options import ClusterOptions, cluster_options
 from ropewalk.faces.cli.serve import app_options
 
 REPLICAS = "Replicas"
-ROUTERS = {
-    "prefix": "ropewalk.cluster.router.PrefixRouter",
-    "load": "ray.serve._private.request_router.pow_2_router.PowerOfTwoChoicesRequestRouter",  # Ray's default, by name
-}
+ROUTER = "ropewalk.cluster.router.ReplicaRouter"
 MOST_UNPLACED = 1000  # requests that wait in front because every replica is full
-MOST_AT_FRONT = 10_000
+NO_LIMIT = 100_000  # requests at once, as far as Ray is concerned: the router and the engines have limits of their own
 HEALTH_EVERY_S, HEALTH_WITHIN_S = 10.0, 60.0
 TRIES = 1  # to load a model: what failed for its files or its memory will fail again
 
@@ -43,7 +40,7 @@ def fronted(arguments: Mapping[str, Any]) -> serve.Application:
         name = serve.get_replica_context().app_name
         return create_front(ReplicaAccess(serve.get_deployment_handle(REPLICAS, name)), options)
 
-    @serve.deployment(max_ongoing_requests=MOST_AT_FRONT, ray_actor_options={"num_cpus": 0})
+    @serve.deployment(max_ongoing_requests=NO_LIMIT, ray_actor_options={"num_cpus": 0})
     @serve.ingress(front)
     class Front:
         """The server in front. replicas: named so that they belong to the application."""
@@ -60,21 +57,22 @@ def replicas_of(command_line: list[str], args: argparse.Namespace, options: Clus
     Raises:
         ConfigError: as for `shares.share_of`; this process belongs to no cluster.
     """
+    routing = {"routing": options.routing, "most_requests": args.max_running + args.queue_limit}
     share = share_of(args, options.max_replicas, _machines())
     deployment = serve.deployment(
         Replica,
         name=REPLICAS,
         ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
-        max_ongoing_requests=args.max_running + args.queue_limit,
+        max_ongoing_requests=NO_LIMIT,
         max_queued_requests=MOST_UNPLACED,
         health_check_period_s=HEALTH_EVERY_S,
         health_check_timeout_s=HEALTH_WITHIN_S,
         graceful_shutdown_timeout_s=options.drain_s,
         max_constructor_retry_count=TRIES,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTERS[options.routing]),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs=routing),
         **_number(options),
     )
-    return deployment.bind(tuple(command_line), os.getcwd(), share.threads)
+    return deployment.bind(tuple(without_cluster(command_line)), os.getcwd(), share.threads)
 
 
 def _number(options: ClusterOptions) -> dict[str, Any]:

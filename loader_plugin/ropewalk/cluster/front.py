@@ -25,7 +25,6 @@ from ropewalk.cluster.calls import Call, call_of
 from ropewalk.cluster.front_metrics import FrontMetrics
 from ropewalk.cluster.joined_metrics import joined_metrics
 from ropewalk.cluster.resume import DONE, SHUTTING_DOWN, ReplicaEnds, ReplyStream, StreamsDiffer
-from ropewalk.cluster.router import Route
 from ropewalk.faces.server.answers import ClientGone, while_connected
 from ropewalk.faces.server.app import AppOptions, add_guards, client_of
 from ropewalk.faces.server.bodies import read_body
@@ -86,7 +85,7 @@ class Front:
         lost: list[str] = []
         while True:
             try:
-                async with self._replicas.admitted(Route(call.chain, tuple(lost))) as admission:
+                async with self._replicas.admitted(call.chain, tuple(lost)) as admission:
                     notes.details.append(f"replica {admission.place.replica}")
                     await admission.unless_lost(self._pass_on(admission, call, reply))
                     return
@@ -107,7 +106,7 @@ class Front:
 
     async def _pass_on(self, admission: Admission, call: Call, reply: _Reply) -> None:
         """The replica's answer: events as they come, anything else when it is complete."""
-        headers = call.headers_with(admission.place.ticket)
+        headers = call.headers_with(admission.ticket, admission.place.key)
         async with admission.exchange(call.method, call.path, headers, call.body) as answer:
             if answer.content_type != "text/event-stream":
                 await self._pass_on_whole(admission, answer, reply)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from ray import serve
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.cluster.command import parsed
-from ropewalk.cluster.router import Route
-from ropewalk.cluster.tickets import TicketCheck, Tickets
+from ropewalk.cluster.router import KEY, URL, Route
+from ropewalk.cluster.tickets import TicketCheck, Tickets, new_secret
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.serve import app_options, make_engine
 from ropewalk.faces.server.app import create_app
@@ -31,19 +31,12 @@ STALLED_S = 300.0  # without a step, although replies run: a step of a large mod
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a request is answered. replica: its name within the deployment. ticket: what opens its door, once."""
-
-    replica: str
-    url: str
-    ticket: str
-
-
-@dataclass(frozen=True, slots=True)
 class State:
-    """How busy a replica is, as /health of a single server says it; metrics: in Prometheus' format."""
+    """How busy a replica is, as /health of a single server says it. process: its id on its machine. metrics: in
+    Prometheus' format."""
 
     replica: str
+    process: int
     running: int
     max_running: int
     waiting: int
@@ -72,24 +65,27 @@ class Replica:
         app = create_app(self._engine, options)
         self._service = app.state.service
         self._tickets = Tickets()
-        self._url = await self._listen(TicketCheck(app, self._tickets))
+        self._key = new_secret()
+        self._url = await self._listen(TicketCheck(app, self._tickets, self._key))
         self._health = EngineHealth(self._engine)
 
-    async def admit(self, route: Route) -> AsyncIterator[Place]:
-        """Where the request is answered; ends when it has been. For as long, Ray counts it as ongoing here.
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Called by Ray once this is made; told to all routers."""
+        return {URL: self._url, KEY: self._key}
+
+    async def admit(self, route: Route, ticket: str) -> None:
+        """Returns when the request with this ticket has been answered: for as long, Ray counts it as ongoing here.
 
         route: for the router alone.
         """
-        with self._tickets.issue() as ticket:
-            yield Place(self._name, self._url, ticket.name)
-            await ticket.wait()
+        await self._tickets.wait(ticket)
 
     async def state(self, with_metrics: bool = False) -> State:
         """How busy it is."""
         queue = self._engine.queue
         limit = -1 if queue.limit is None else queue.limit
         metrics = self._service.metrics.text().decode() if with_metrics else ""
-        return State(self._name, queue.num_running, queue.num_turns, queue.num_waiting, limit, metrics)
+        return State(self._name, os.getpid(), queue.num_running, queue.num_turns, queue.num_waiting, limit, metrics)
 
     async def check_health(self) -> None:
         """Called by Ray; a replica that raises is replaced."""

@@ -4,55 +4,72 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ropewalk.cluster.prefixes import Chain
-from ropewalk.cluster.routing import MOST_AHEAD, MOST_REMEMBERED, PrefixRouting
+from ropewalk.cluster.routing import PrefixRouting, Routing, TwoChoices
+
+URL, KEY = "url", "key"  # in a replica's metadata: where its own server listens, and what lets in
+ROUTINGS: dict[str, Callable[[], Routing[ReplicaID]]] = {"prefix": PrefixRouting, "load": TwoChoices}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request is answered. replica: its name within the deployment. key: what lets in; see `tickets`."""
+
+    replica: str
+    url: str
+    key: str
 
 
 class Route:
     """How a request is to be routed. chain: what its prompt begins with. avoid: names of replicas that failed on it.
 
-    It means something to the router alone, which is in the process of the caller: on the way to a replica it is empty.
+    on_placed: called by the router's thread as soon as it has decided. All of this is for the router, which is in the
+    process of the caller: on the way to a replica, a route is empty.
     """
 
-    __slots__ = ("avoid", "chain")
+    __slots__ = ("avoid", "chain", "on_placed")
 
-    def __init__(self, chain: Chain = (), avoid: tuple[str, ...] = ()) -> None:
-        self.chain, self.avoid = chain, avoid
+    def __init__(
+        self, chain: Chain = (), avoid: tuple[str, ...] = (), on_placed: Callable[[Place], None] | None = None
+    ) -> None:
+        self.chain, self.avoid, self.on_placed = chain, avoid, on_placed
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Route, ()
 
 
-class PrefixRouter(RequestRouter):
-    """Sends each request where `PrefixRouting` says. Requests that carry no `Route` go to the least busy replica."""
+class ReplicaRouter(RequestRouter):
+    """Sends each request where a `Routing` says. One that carries no `Route` has no prefix, and avoids nobody."""
 
-    def initialize_state(self, most_ahead: int = MOST_AHEAD, most_remembered: int = MOST_REMEMBERED) -> None:
-        """Called by Ray, with the arguments that the deployment was given for its router."""
-        self._routing: PrefixRouting[ReplicaID] = PrefixRouting(most_ahead, most_remembered)
+    def initialize_state(self, routing: str, most_requests: int) -> None:
+        """Called by Ray, with the arguments that the deployment has for its router.
+
+        routing: "prefix" or "load". most_requests: that a replica may have; more wait here until one has less.
+        """
+        self._routing = ROUTINGS[routing]()
+        self._most_requests = most_requests
         self._placed: dict[str, ReplicaID] = {}  # requests that were placed and are not over: request -> replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The candidates in the order in which they should be tried."""
+        """The candidates in the order in which they should be tried; none if all have enough to do."""
         replicas = {replica.replica_id: replica for replica in candidate_replicas}
         route = _route_of(pending_request)
-        avoid = [replica_id for replica_id in replicas if replica_id.unique_id in route.avoid]
-        order = self._routing.order(route.chain, self._loads(list(replicas)), avoid)
+        loads = {replica: load for replica, load in self._loads(list(replicas)).items() if load < self._most_requests}
+        avoid = [replica for replica in loads if replica.unique_id in route.avoid]
+        order = self._routing.order(route.chain, loads, avoid)
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Ray asks again at once while all are full
             if order:
-                self._place_(pending_request, order[0])
-        return [[replicas[replica_id]] for replica_id in order]
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Called by Ray when a replica was given the request, which need not be the one that was tried first."""
-        self._placed[pending_request.metadata.internal_request_id] = replica_id
-        self._routing.sent_(replica_id, _route_of(pending_request).chain)
+                self._expect_(pending_request, order[0])
+        return [[replicas[replica]] for replica in order]
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Called by Ray when a request is over, however it ended."""
@@ -68,16 +85,26 @@ class PrefixRouter(RequestRouter):
         ours = Counter(self._placed.values())
         return {replica: max(ours[replica], self.replica_queue_len_cache.get(replica) or 0) for replica in replicas}
 
-    def _place_(self, request: PendingRequest, replica: ReplicaID) -> None:
-        """Count it at once: of requests that come together, each must see those before it."""
-        name = request.metadata.internal_request_id
+    def _expect_(self, request: PendingRequest, replica: ReplicaID) -> None:
+        """Count it there at once: of requests that come together, each must see those before it. Ray may still take
+        another one of the replicas."""
+        name, route = request.metadata.internal_request_id, _route_of(request)
+        is_new = name not in self._placed
         self._placed[name] = replica
 
-        def forget_if_given_up(future: asyncio.Future[Any]) -> None:
+        def settle(future: asyncio.Future[RunningReplica]) -> None:
             if future.cancelled():
                 self._placed.pop(name, None)
+                return
+            chosen = future.result()
+            self._placed[name] = chosen.replica_id
+            self._routing.sent_(chosen.replica_id, route.chain)
+            if route.on_placed is not None:
+                told = chosen.replica_metadata
+                route.on_placed(Place(chosen.replica_id.unique_id, told[URL], told[KEY]))
 
-        request.future.add_done_callback(forget_if_given_up)
+        if is_new:
+            request.future.add_done_callback(settle)
 
 
 def _route_of(request: PendingRequest | None) -> Route:

@@ -13,9 +13,10 @@ and the lowest cost wins, among those with at most `most_ahead` replies more tha
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ropewalk.cluster.prefixes import Chain
 
@@ -26,6 +27,14 @@ MOST_AHEAD = 4
 MOST_REMEMBERED = 65_536  # blocks of one replica: 8 MB of text, some 2 million tokens
 
 R = TypeVar("R", bound=Hashable)
+
+
+class Routing(Protocol[R]):
+    """Orders replicas for a request, and is told what became of it. R: how a replica is called."""
+
+    def order(self, chain: Chain, loads: Mapping[R, int], avoid: Iterable[R] = ()) -> list[R]: ...
+    def sent_(self, replica: R, chain: Chain) -> None: ...
+    def keep_only_(self, replicas: Iterable[R]) -> None: ...
 
 
 class KnownPrefixes:
@@ -55,7 +64,7 @@ class KnownPrefixes:
 
 
 class PrefixRouting(Generic[R]):
-    """Remembers which replica has read what, and orders replicas for a request. R: how a replica is called."""
+    """Remembers which replica has read what, and prefers those that have read most of a prompt."""
 
     def __init__(
         self,
@@ -86,11 +95,6 @@ class PrefixRouting(Generic[R]):
 
         return sorted(loads, key=rank)
 
-    def num_known(self, replica: R, chain: Chain) -> int:
-        """How many blocks of the prompt this replica is likely to have."""
-        known = self._known.get(replica)
-        return 0 if known is None else known.num_known(chain)
-
     def sent_(self, replica: R, chain: Chain) -> None:
         """The replica was given a request with this prompt."""
         self._known.setdefault(replica, KnownPrefixes(self._most_remembered)).remember_(chain)
@@ -99,3 +103,26 @@ class PrefixRouting(Generic[R]):
         """These are the replicas that there are: what the others knew is gone."""
         there = set(replicas)
         self._known = {replica: known for replica, known in self._known.items() if replica in there}
+
+
+class TwoChoices(Generic[R]):
+    """Looks at load alone: the less busy of two that are picked at random, which balances nearly as well as asking all.
+
+    (Mitzenmacher 2001, "The power of two choices in randomized load balancing"; Ray's own router does so too.)
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._random = random.Random(seed)
+
+    def order(self, chain: Chain, loads: Mapping[R, int], avoid: Iterable[R] = ()) -> list[R]:
+        """Two at random, the less busy first, before the others."""
+        avoided = set(avoid)
+        mixed = self._random.sample(list(loads), len(loads))
+        mixed.sort(key=avoided.__contains__)
+        return sorted(mixed[:2], key=lambda replica: (replica in avoided, loads[replica])) + mixed[2:]
+
+    def sent_(self, replica: R, chain: Chain) -> None:
+        """Nothing is remembered."""
+
+    def keep_only_(self, replicas: Iterable[R]) -> None:
+        """Nothing is remembered."""

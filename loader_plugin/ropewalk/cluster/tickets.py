@@ -1,13 +1,15 @@
-"""What a replica knows of the requests sent to it: each has a ticket, from Ray's call to the end of its answer.
+"""What joins the two ways on which a request reaches a replica: Ray's call, and the request itself over HTTP.
 
-Ray decides where a request goes and counts it there; its answer then comes straight from the replica, over HTTP, as
-Ray's own streams cost more than a token does (docs/cluster.md). The ticket joins the two: the call waits until the
-request with its ticket has been answered, and whoever has none is turned away, as only a call can get one.
+Ray decides where a request goes and counts it there; the request goes straight to the replica, as Ray's own streams
+cost more than a token does, and its calls as much as a short reply (docs/cluster.md). Both start at once, arrive in any
+order and bear the same ticket: the call ends when the request has been answered. The pass, which the replica has told
+Ray's routers alone, keeps out everybody else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,79 +17,72 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 TICKET = b"x-ropewalk-ticket"
+PASS = b"x-ropewalk-pass"
 CLIENT = b"x-ropewalk-client"
-ARRIVAL_S = 30.0  # between the call and its request: beyond this, whoever called is gone
+OURS = (TICKET, PASS, CLIENT)
+ARRIVAL_S = 30.0  # between the call and its request: beyond this, one of them was lost
+
+
+def new_secret() -> str:
+    """A name that nobody can guess."""
+    return secrets.token_urlsafe(16)
+
+
+class _Ticket:
+    """One request."""
+
+    def __init__(self) -> None:
+        self.arrived, self.answered = asyncio.Event(), asyncio.Event()
 
 
 class Tickets:
-    """The open tickets of a replica. Lives in one event loop."""
+    """Those of a replica. Lives in one event loop."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Ticket] = {}
+        self._known: dict[str, _Ticket] = {}
 
-    @contextmanager
-    def issue(self) -> Iterator[Ticket]:
-        """A ticket that is valid while in the `with` block."""
-        ticket = Ticket()
-        self._open[ticket.name] = ticket
+    def __len__(self) -> int:
+        return len(self._known)
+
+    async def wait(self, name: str) -> None:
+        """Until the request with this ticket has been answered, or has not come in time."""
+        ticket = self._known.setdefault(name, _Ticket())
         try:
-            yield ticket
+            await asyncio.wait_for(ticket.arrived.wait(), ARRIVAL_S)
+            await ticket.answered.wait()
+        except asyncio.TimeoutError:
+            return
         finally:
-            del self._open[ticket.name]
-
-    def find(self, name: str) -> Ticket | None:
-        """The open ticket of that name, unless it has been used."""
-        ticket = self._open.get(name)
-        return None if ticket is None or ticket.is_used else ticket
-
-
-class Ticket:
-    """Permission for one request."""
-
-    def __init__(self) -> None:
-        self.name = secrets.token_urlsafe(16)
-        self._arrived, self._answered = asyncio.Event(), asyncio.Event()
-
-    @property
-    def is_used(self) -> bool:
-        """Whether its request has come."""
-        return self._arrived.is_set()
+            self._known.pop(name, None)
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """While in the `with` block, its request is answered."""
-        self._arrived.set()
+    def used(self, name: str) -> Iterator[None]:
+        """While in the `with` block, the request with this ticket is answered."""
+        ticket = self._known.setdefault(name, _Ticket())
+        ticket.arrived.set()
         try:
             yield
         finally:
-            self._answered.set()
-
-    async def wait(self) -> None:
-        """Until its request has been answered, or has not come in time."""
-        try:
-            await asyncio.wait_for(self._arrived.wait(), ARRIVAL_S)
-        except asyncio.TimeoutError:
-            return
-        await self._answered.wait()
+            ticket.answered.set()  # and kept for a call that comes late
+            asyncio.get_running_loop().call_later(ARRIVAL_S, self._known.pop, name, None)
 
 
 class TicketCheck:
-    """Around the application of a replica: answers requests with a ticket alone, in the name of the client given."""
+    """Around the application of a replica: answers those who know its pass, in the name of the client that they say."""
 
-    def __init__(self, app: ASGIApp, tickets: Tickets) -> None:
-        self._app, self._tickets = app, tickets
+    def __init__(self, app: ASGIApp, tickets: Tickets, key: str) -> None:
+        self._app, self._tickets, self._key = app, tickets, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        ticket = self._tickets.find(headers.get(TICKET, b"").decode("latin-1"))
-        if ticket is None:
+        if not hmac.compare_digest(headers.get(PASS, b""), self._key):
             await send({"type": "http.response.start", "status": 403, "headers": []})
             await send({"type": "http.response.body", "body": b"this is a replica: ask its server\n"})
             return
         client = (headers.get(CLIENT, b"").decode("latin-1"), 0)
-        kept = [(name, value) for name, value in scope["headers"] if name not in (TICKET, CLIENT)]
-        with ticket.used():
+        kept = [(name, value) for name, value in scope["headers"] if name not in OURS]
+        with self._tickets.used(headers.get(TICKET, b"").decode("latin-1")):
             await self._app(scope | {"client": client, "headers": kept}, receive, send)
