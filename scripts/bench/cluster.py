@@ -32,6 +32,7 @@ from server_process import ServerProcess  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 CLIENTS = 32
+LONG = 600  # tokens of a long stream
 ROUTINGS = ("prefix", "load")
 TURN_WORDS = 60
 SYSTEM_WORDS = 220
@@ -73,6 +74,17 @@ async def stream(client: httpx.AsyncClient, url: str, messages: Sequence[dict[st
     return reply
 
 
+async def seconds_per_token(client: httpx.AsyncClient, url: str, messages: Sequence[dict[str, str]]) -> float:
+    """The pace of a long stream, from its first event to its last; the client does next to nothing with it."""
+    body = {"messages": list(messages), "temperature": 0, "stream": True, "max_tokens": LONG, "ignore_eos": True}
+    first_s = last_s = 0.0
+    async with client.stream("POST", url + CHAT, json=body) as answer:
+        async for _ in answer.aiter_raw():
+            last_s = time.perf_counter()
+            first_s = first_s or last_s
+    return (last_s - first_s) / LONG
+
+
 def words(rng: random.Random, count: int) -> str:
     """Text of no special meaning."""
     return " ".join(rng.choice(WORDS) for _ in range(count))
@@ -98,12 +110,12 @@ async def overhead(alone: ServerProcess, front: ServerProcess, rounds: int) -> N
                 if number >= 0:
                     times.append(time.perf_counter() - started)
         before, num_tokens = front.metrics()["ropewalk_front_process_cpu_seconds_total"], 0
-        for number in range(rounds):
+        for _ in range(rounds):
             messages = ask(words(rng, 5))
             for url, times in token_s.items():
-                reply = await stream(client, url, messages, max_tokens=400, ignore_eos=True, seed=number)
-                times.append((reply.token_s[-1] - reply.token_s[0]) / (len(reply.token_s) - 1))
-                num_tokens += len(reply.token_s) if url == front.url else 0
+                pace_s = await seconds_per_token(client, url, messages)
+                times.append(pace_s)
+                num_tokens += LONG if url == front.url else 0
         cpu_s = front.metrics()["ropewalk_front_process_cpu_seconds_total"] - before
     for what, times in (("request of one token", request_s), ("token of a long stream", token_s)):
         there, here = (statistics.median(times[url]) * 1e3 for url in (front.url, alone.url))

@@ -109,8 +109,10 @@ def test_a_conversation_stays_where_its_pages_are(cluster: RunningCluster) -> No
 
 
 def test_a_client_that_leaves_ends_its_reply(cluster: RunningCluster) -> None:
-    with httpx.stream("POST", cluster.url + TEXT, json=LONG | {"stream": True}, timeout=PATIENCE_S) as answer:
-        next(events(answer))
+    body = LONG | {"max_tokens": 1500, "stream": True}
+    with httpx.stream("POST", cluster.url + TEXT, json=body, timeout=PATIENCE_S) as answer:
+        chunks = events(answer)
+        next(chunks)
         assert sum(state.running for state in cluster.states()) == 1
     until(lambda: not any(state.running for state in cluster.states()), 5)
     metrics = cluster.metrics()

@@ -14,9 +14,9 @@ from ray.serve.handle import DeploymentHandle
 from yarl import URL
 
 from ropewalk.base.errors import QueueFullError, RopewalkError
+from ropewalk.cluster.places import Place, Route
 from ropewalk.cluster.prefixes import Chain
 from ropewalk.cluster.replica import State
-from ropewalk.cluster.router import Place, Route
 from ropewalk.cluster.tickets import new_secret
 
 STATE_S = 10.0  # a replica that does not say within this how it is, is left out

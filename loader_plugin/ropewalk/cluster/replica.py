@@ -17,7 +17,7 @@ from ray import serve
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.cluster.command import parsed
-from ropewalk.cluster.router import KEY, URL, Route
+from ropewalk.cluster.places import KEY, URL, Route
 from ropewalk.cluster.tickets import TicketCheck, Tickets, new_secret
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.serve import app_options, make_engine

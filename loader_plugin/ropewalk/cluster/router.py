@@ -1,47 +1,20 @@
-"""Ray Serve's interface for routers, over `routing.py`: every handle to the replicas has one of these."""
+"""Ray Serve's interface for routers, over `routing.py`: every handle to the replicas has one of these.
+
+Ray hands this file on by its contents, so that what is defined here exists twice in a process: nothing else may be.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from ropewalk.cluster.prefixes import Chain
+from ropewalk.cluster.places import KEY, URL, Place, Route
 from ropewalk.cluster.routing import PrefixRouting, Routing, TwoChoices
 
-URL, KEY = "url", "key"  # in a replica's metadata: where its own server listens, and what lets in
 ROUTINGS: dict[str, Callable[[], Routing[ReplicaID]]] = {"prefix": PrefixRouting, "load": TwoChoices}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a request is answered. replica: its name within the deployment. key: what lets in; see `tickets`."""
-
-    replica: str
-    url: str
-    key: str
-
-
-class Route:
-    """How a request is to be routed. chain: what its prompt begins with. avoid: names of replicas that failed on it.
-
-    on_placed: called by the router's thread as soon as it has decided. All of this is for the router, which is in the
-    process of the caller: on the way to a replica, a route is empty.
-    """
-
-    __slots__ = ("avoid", "chain", "on_placed")
-
-    def __init__(
-        self, chain: Chain = (), avoid: tuple[str, ...] = (), on_placed: Callable[[Place], None] | None = None
-    ) -> None:
-        self.chain, self.avoid, self.on_placed = chain, avoid, on_placed
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Route, ()
 
 
 class ReplicaRouter(RequestRouter):
