@@ -39,6 +39,7 @@ from ropewalk.faces.cli.options import (
     speculation_options,
 )
 from ropewalk.faces.cli.perplexity import add_perplexity_command
+from ropewalk.faces.cli.replicas import add_replicas
 from ropewalk.faces.cli.report import add_report_command
 from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
 from ropewalk.faces.cli.serve import add_serve_command
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # a character that the terminal lacks becomes a mark, not an error
     try:
         args = _parser().parse_args(arguments)
+        args.command_line = tuple(sys.argv[1:] if arguments is None else arguments)
         fetch_named(args)
         code = args.run(args)
         sys.stdout.flush()
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_arguments(chat, routes=True)
     chat.set_defaults(run=run_chat)
 
-    add_serve_command(commands)
+    add_replicas(add_serve_command(commands))
 
     add_list_commands(commands)
     add_perplexity_command(commands)
