@@ -122,6 +122,7 @@ def test_other_numbers_of_replicas_are_errors(line: list[str], capsys: pytest.Ca
 def test_an_address_without_a_cluster_is_an_error(
     address: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'ropewalk[cluster]'")
     assert main(["serve", "--ray", address, "--port", "0"]) == 2
     assert message in capsys.readouterr().err
 
