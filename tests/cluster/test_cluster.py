@@ -146,17 +146,26 @@ def test_a_replica_that_is_killed_costs_no_reply(cluster: RunningCluster, alone:
     assert cluster.metrics()["ropewalk_front_resumed_total"] == before + 1
 
 
-def test_an_update_replaces_what_was_lost_and_uses_a_machine_that_joins(cluster: RunningCluster) -> None:
-    """New options mean new replicas, one after the other; a stream that runs meanwhile is not cut off."""
+def test_an_update_replaces_all_and_uses_a_machine_that_joins(cluster: RunningCluster, alone: RunningServer) -> None:
+    """With other options, new replicas come one after the other; a stream that runs meanwhile is not cut off. The new
+    ones have another server in front, a deployment too, as `serve run ropewalk.cluster:app` has it."""
     body = LONG | {"temperature": 0, "stream": True}
     with httpx.stream("POST", cluster.url + TEXT, json=body, timeout=PATIENCE_S) as answer:
         chunks = events(answer)
         next(chunks)
         cluster.add_node()
-        updating = threading.Thread(target=cluster.deploy, args=(3, "--max-running", "4"))
+        updating = threading.Thread(target=cluster.deploy_with_front, args=(3, {"max_running": 4}))
         updating.start()
         assert sum(bool(chunk["choices"][0]["finish_reason"]) for chunk in chunks) == 1
     updating.join(PATIENCE_S)
-    done = {"status": "ok", "replicas": 3, "running": 0, "max_running": 3 * 4, "waiting": 0}
-    until(lambda: cluster.health() == done, PATIENCE_S)
-    assert len({name for name in cluster.metrics() if name.startswith("ropewalk_steps{")}) == 3
+    busy = {"running": 0, "max_running": 3 * 4, "waiting": 0}
+    for url in (cluster.url, cluster.deployed_url):
+        until(lambda url=url: cluster.health(url) == {"status": "ok", "replicas": 3, **busy})
+    path, body = REQUESTS["greedy"]
+    expected = ask(alone.url, path, body)["choices"][0]["text"]
+    assert httpx.post(cluster.deployed_url + path, json=body, timeout=PATIENCE_S).status_code == 401
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.stream(
+        "POST", cluster.deployed_url + path, json=body | {"stream": True}, headers=headers, timeout=PATIENCE_S
+    ) as answer:
+        assert "".join(chunk["choices"][0]["text"] for chunk in events(answer)) == expected

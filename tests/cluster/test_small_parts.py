@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.cluster.calls import with_seed
-from ropewalk.cluster.command import command_line_of, parsed, without_cluster
+from ropewalk.cluster.command import command_line_of, of_replica, parsed
 from ropewalk.cluster.joined_metrics import joined_metrics
 from ropewalk.cluster.shares import Machine, Share, share_of
 from ropewalk.cluster.tickets import Tickets
@@ -79,9 +79,10 @@ def test_arguments_of_an_application_are_those_of_the_command() -> None:
     assert args.context_shift is True and args.isa is None
 
 
-def test_replicas_are_not_told_how_many_they_are() -> None:
-    line = ["/models/a", "--replicas", "2", "--max-seq-len", "2048", "--ray=auto", "--routing", "load", "--adapter=x"]
-    assert without_cluster(line) == ["/models/a", "--max-seq-len", "2048", "--adapter=x"]
+def test_replicas_are_not_told_how_many_they_are_and_get_no_keys() -> None:
+    own = ["/models/a", "--max-seq-len", "2048", "--adapter=x", "--adapter", "y"]
+    others = ["--replicas", "2", "--ray=auto", "--routing", "load", "--api-key", "k", "--api-key=l", "--port", "0"]
+    assert of_replica([*own, *others]) == of_replica([*others, *own]) == own
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_other_numbers_of_replicas_are_errors(line: list[str], capsys: pytest.Ca
 def test_an_address_without_a_cluster_is_an_error(
     address: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'ropewalk[cluster]'")
     assert main(["serve", "--ray", address, "--port", "0"]) == 2
     assert message in capsys.readouterr().err
 

@@ -14,10 +14,12 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+import ropewalk.cluster
 from ropewalk.cluster.access import ReplicaAccess
 from ropewalk.cluster.command import parsed
+from ropewalk.cluster.deploy import REPLICAS
 from ropewalk.cluster.front import create_front
-from ropewalk.cluster.launch import FrontServer, start_replicas
+from ropewalk.cluster.launch import APPLICATION, FrontServer, start_replicas
 from ropewalk.cluster.replica import State
 from ropewalk.faces.cli.cluster_options import cluster_options
 from ropewalk.faces.cli.serve import app_options
@@ -31,20 +33,25 @@ class RunningCluster:
 
     def __init__(self, cluster: Cluster, num_replicas: int) -> None:
         self._cluster = cluster
-        self.deploy(num_replicas)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            proxy_port = free.getsockname()[1]
+        self.deployed_url = f"http://127.0.0.1:{proxy_port}"
+        serve.start(http_options={"host": "127.0.0.1", "port": proxy_port})
+        line = ["--threads=1", f"--replicas={num_replicas}"]
+        args = parsed(line)
+        handle = start_replicas(line, args, cluster_options(args))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._access = ReplicaAccess(self._handle)
-        self._server = FrontServer(create_front(self._access, app_options(self._args)))
+        self._access = ReplicaAccess(handle)
+        self._server = FrontServer(create_front(self._access, app_options(args)))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
         until(lambda: self._server.started)
 
-    def deploy(self, num_replicas: int, *options: str) -> None:
-        """So many replicas, from now on, with these options of `ropewalk serve`."""
-        line = ["--threads", "1", "--replicas", str(num_replicas), *options]
-        self._args = parsed(line)
-        self._handle = start_replicas(line, self._args, cluster_options(self._args))
+    def deploy_with_front(self, num_replicas: int, options: dict[str, Any]) -> None:
+        """Other replicas, with a server in front of them that is a deployment too: at `deployed_url`, key "secret"."""
+        common = {"threads": 1, "replicas": num_replicas, "api_key": "secret"}
+        serve.run(ropewalk.cluster.app(common | options), name=APPLICATION, route_prefix="/")
 
     def add_node(self) -> None:
         """One machine more."""
@@ -52,11 +59,11 @@ class RunningCluster:
 
     def states(self) -> list[State]:
         """How busy each replica is, by Ray's way to them."""
-        return asyncio.run(ReplicaAccess(serve.get_deployment_handle("Replicas", "ropewalk")).states())
+        return asyncio.run(ReplicaAccess(serve.get_deployment_handle(REPLICAS, APPLICATION)).states())
 
-    def health(self) -> dict[str, Any]:
-        """What the front says."""
-        return httpx.get(f"{self.url}/health", timeout=PATIENCE_S).json()
+    def health(self, url: str) -> dict[str, Any]:
+        """What a server in front says."""
+        return httpx.get(f"{url}/health", timeout=PATIENCE_S).json()
 
     def metrics(self) -> dict[str, float]:
         """All numbers, by name and labels."""

@@ -38,7 +38,7 @@ class ReplicaAccess:
     """handle: to the deployment of `replica.Replica`. Use it in one event loop."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        # By Ray's gRPC instead of its object store: half the time, measured by scripts/bench/cluster.py.
+        # By Ray's gRPC instead of its object store: 2.0 instead of 3.9 ms a call, on two busy cores.
         self._handle = handle.options(_by_reference=False)
         self._ending: set[asyncio.Future[None]] = set()
         self._session: aiohttp.ClientSession | None = None

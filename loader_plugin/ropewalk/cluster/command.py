@@ -12,6 +12,8 @@ from ropewalk.faces.cli.options import fetch_named, flag
 from ropewalk.faces.cli.serve import add_serve_command
 
 MODEL = "model"
+# What the server in front does alone; all else, such as the limit of a body, is checked by replicas too.
+OF_THE_FRONT = ("--host", "--port", "--api-key", "--api-key-file", "--cors-origin", "--allowed-host")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,10 +37,12 @@ def parsed(command_line: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def without_cluster(command_line: Sequence[str]) -> list[str]:
-    """The options of a replica: those that are about the cluster may change without a replica being replaced."""
+def of_replica(command_line: Sequence[str]) -> list[str]:
+    """The options that replicas need: keys are none of them, which Ray would keep with all it knows of a deployment."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     add_cluster_arguments(parser)
+    for name in OF_THE_FRONT:
+        parser.add_argument(name, action="append")
     return parser.parse_known_args(list(command_line))[1]
 
 

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ropewalk.base.errors import ConfigError
 from ropewalk.cluster.access import ReplicaAccess
-from ropewalk.cluster.command import command_line_of, parsed, without_cluster
+from ropewalk.cluster.command import command_line_of, of_replica, parsed
 from ropewalk.cluster.front import create_front
 from ropewalk.cluster.replica import Replica
 from ropewalk.cluster.shares import Machine, share_of
@@ -72,7 +72,7 @@ def replicas_of(command_line: list[str], args: argparse.Namespace, options: Clus
         request_router_config=RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs=routing),
         **_number(options),
     )
-    return deployment.bind(tuple(without_cluster(command_line)), os.getcwd(), share.threads)
+    return deployment.bind(tuple(of_replica(command_line)), os.getcwd(), share.threads)
 
 
 def _number(options: ClusterOptions) -> dict[str, Any]:

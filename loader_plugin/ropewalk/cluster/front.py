@@ -8,6 +8,7 @@ once it is complete, and a stream goes on where it stopped (`resume`).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from ropewalk.faces.server.paths import PathHider
 logger = logging.getLogger(__name__)
 
 MOST_LOST = 3  # replicas that one request may lose: one that kills every replica must not kill them all
+PAUSE_S = 0.2  # before the next: by then Ray has noticed, and if that was the only one, it is waited for
 _NOT_PASSED_ON = {"connection", "keep-alive", "transfer-encoding", "date", "server"}
 
 
@@ -98,6 +100,7 @@ class Front:
                     if reply.status is not None:
                         reply.stream.restart_()
                         self._metrics.resumed.inc()
+                    await asyncio.sleep(PAUSE_S)
                     continue
             except Exception as error:
                 failure = error

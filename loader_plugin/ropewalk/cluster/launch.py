@@ -58,6 +58,7 @@ def serve_on_cluster(args: argparse.Namespace, options: ClusterOptions) -> int:
             handle = start_replicas(args.command_line[1:], args, options)
             show_requests()
             is_open = not is_loopback(at) and not told.api_keys
+            listener.listen()  # whoever reads the URL below and comes at once has to wait a moment, and is not refused
             note(_banner(args, told, options, f"http://{url_host(at)}:{port}/v1", is_open))
             FrontServer(create_front(ReplicaAccess(handle), told)).run(sockets=[listener])
         finally:

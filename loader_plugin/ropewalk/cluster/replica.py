@@ -49,8 +49,9 @@ class Stalled(RopewalkError, RuntimeError):
 
 
 class Replica:
-    """command_line: that of `ropewalk serve`, read on the machine of the replica. folder: where it was written, which
-    relative paths start from. threads: of the CPU backend, unless the command line says."""
+    """command_line: that of `ropewalk serve`, read on the machine of the replica; without keys and host names, which
+    are checked in front. folder: where it was written, which relative paths start from. threads: of the CPU backend,
+    unless the command line says."""
 
     async def __init__(self, command_line: Sequence[str], folder: str, threads: int) -> None:  # type: ignore[misc]
         if Path(folder).is_dir():
@@ -59,10 +60,7 @@ class Replica:
         args.threads = args.threads or threads
         self._name = serve.get_replica_context().replica_id.unique_id
         self._engine = await asyncio.to_thread(make_engine, args)
-        # Keys, origins and host names are checked in front: what arrives here has passed.
-        args.api_key, args.api_key_file = [], None
-        options = replace(app_options(args), adapters=self._engine.model.adapters, cors_origins=(), allowed_hosts=None)
-        app = create_app(self._engine, options)
+        app = create_app(self._engine, replace(app_options(args), adapters=self._engine.model.adapters))
         self._service = app.state.service
         self._tickets = Tickets()
         self._key = new_secret()

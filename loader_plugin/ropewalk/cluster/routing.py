@@ -21,7 +21,7 @@ from typing import Generic, Protocol, TypeVar
 from ropewalk.cluster.prefixes import Chain
 
 # A reply that runs takes rows of every step, so that a prompt is read more slowly beside it: as if it had this many
-# blocks more. Chosen on the trace of scripts/bench/cluster.py, where 4 to 16 differ by less than the noise.
+# blocks more. A guess that balances well enough on the trace of scripts/bench/cluster.py; not tuned.
 BLOCKS_PER_REPLY = 8
 MOST_AHEAD = 4
 MOST_REMEMBERED = 65_536  # blocks of one replica: 8 MB of text, some 2 million tokens
