@@ -41,6 +41,7 @@ def serve(
         service = app.state.service
         show_requests()
         is_open = not is_loopback(at) and not options.api_keys
+        listener.listen()  # whoever reads the URL below and comes at once has to wait a moment, and is not refused
         say(_banner(options, engine, service.names.listed, f"http://{url_host(at)}:{port}/v1", is_open))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
         GracefulServer(config, service).run(sockets=[listener])
