@@ -32,8 +32,8 @@ class Workload:
 class Turn:
     """One request. prompt_tokens: all before the reply. chain: what its prompt begins with, in blocks.
 
-    started_s and first_s: when it was asked, and when its first token came. done: tokens of the reply that the client
-    has; restarts: how often its replica was lost.
+    asked_s, first_s, ended_s: when it was asked, and when its first and its last token came. restarts: how often its
+    replica was lost.
     """
 
     conversation: Conversation

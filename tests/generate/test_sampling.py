@@ -320,7 +320,7 @@ WITHOUT_THREADS = """
 import os, sys
 import torch
 from ropewalk.generate.sampling import Sampler, SamplingParams
-from ropewalk.model.step import _copy_row_
+from ropewalk.base.unthreaded import copy_
 
 def num_threads():
     return len(os.listdir("/proc/self/task"))
@@ -328,7 +328,7 @@ def num_threads():
 torch.set_num_threads(4)
 logits = torch.randn(200_000)
 before = num_threads()
-_copy_row_(torch.empty(2, 200_000)[1], logits)
+copy_(torch.empty(2, 200_000)[1], logits)
 for options in (
     {"temperature": 0.0},
     {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01},

@@ -77,7 +77,7 @@ class Checkpoint:
     def at_hand(self, modules: Iterable[str]) -> Iterator[None]:
         """Within it, this thread finds the tensors of these modules in memory, each once.
 
-        They are read here, those that lie side by side together: to open a file can take longer than to read from it.
+        They are read here, those that lie side by side together: one read instead of a dozen for an expert.
 
         Raises:
             CheckpointError: as `tensor`.

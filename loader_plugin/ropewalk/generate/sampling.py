@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ropewalk.base.errors import CheckpointError, RequestError
+from ropewalk.base.unthreaded import copied
 from ropewalk.generate.dry import Breakers, DryPenalty, NoBreakers, penalise_repeats
 
 NEVER = float("-inf")
@@ -196,16 +197,14 @@ def apply_bias(logits: torch.Tensor, bias: Mapping[int, float]) -> torch.Tensor:
     outside = [token_id for token_id in bias if token_id >= logits.numel()]
     if outside:
         raise RequestError(f"logit_bias: token id {outside[0]} is out of range: the model knows 0 to {len(logits) - 1}")
-    return _copied(logits).index_add_(
-        0, torch.tensor(list(bias)), torch.tensor(list(bias.values()), dtype=logits.dtype)
-    )
+    return copied(logits).index_add_(0, torch.tensor(list(bias)), torch.tensor(list(bias.values()), dtype=logits.dtype))
 
 
 def penalise_repetition(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> torch.Tensor:
     """logits [V]; each of `token_ids` once: divided by the penalty where positive, multiplied where negative."""
     ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
     values = logits[ids]
-    return _copied(logits).index_copy_(0, ids, torch.where(values < 0, values * penalty, values / penalty))
+    return copied(logits).index_copy_(0, ids, torch.where(values < 0, values * penalty, values / penalty))
 
 
 def penalise_counts(
@@ -214,7 +213,7 @@ def penalise_counts(
     """logits [V] minus count * frequency_penalty + presence_penalty for each token with a count."""
     amounts = [-(count * frequency_penalty + presence_penalty) for count in counts.values()]
     ids = torch.tensor(list(counts), dtype=torch.int64)
-    return _copied(logits).index_add_(0, ids, torch.tensor(amounts, dtype=logits.dtype))
+    return copied(logits).index_add_(0, ids, torch.tensor(amounts, dtype=logits.dtype))
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -264,16 +263,8 @@ def exclude_top_choices(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     return logits.index_fill(0, torch.from_numpy(np.delete(top, kept)), NEVER)
 
 
-# Steps over all logits are numpy's: from 32,768 numbers on torch's are shared among threads of its own, which then wait
-# for more in busy loops, and take from those that compute the next token a fifth of their time.
-
-
-def _copied(logits: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(logits.numpy().copy())
-
-
 def _without(logits: torch.Tensor, removed: np.ndarray) -> torch.Tensor:
-    """logits [V], -inf where `removed`."""
+    """logits [V], -inf where `removed`: like every step over all of them numpy's (see `base/unthreaded.py`)."""
     return torch.from_numpy(np.where(removed, np.float32(NEVER), logits.numpy()))
 
 

@@ -158,8 +158,9 @@ def read_groups(
     """As `sorted_groups`, of the groups that a tensor names; in runs where it is not there, or says nothing."""
     if tensor in checkpoint:
         g_idx = checkpoint.tensor(tensor)
-        in_runs = torch.equal(g_idx, _groups_in_runs(in_features, settings.group_size, g_idx.dtype))
-        if not in_runs and not is_unset(g_idx, num_groups):
+        runs = _groups_in_runs(in_features, settings.group_size, g_idx.dtype)
+        is_plain = int(runs[-1]) < num_groups and torch.equal(g_idx, runs)
+        if not is_plain and not is_unset(g_idx, num_groups):
             return sorted_groups(g_idx, num_groups, tensor)
     return sequential_groups(in_features, settings.group_size), None
 

@@ -24,6 +24,7 @@ from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, ModelChange
 from ropewalk.backends.protocol import BackendStep, Page, RowChange, RowSpan
 from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.base.unthreaded import copy_
 from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
 
@@ -310,15 +311,7 @@ def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> No
             normed = _normed(model, x[[row for *_, row in block]])  # [rows, C]
             logits = _scaled(model, head_changed(model.backend, normed, model.weights.head, head))  # [rows, V]
             for (out, low, _), row_logits in zip(block, logits, strict=True):
-                _copy_row_(out[low], row_logits)
-
-
-def _copy_row_(out: torch.Tensor, row: torch.Tensor) -> None:
-    """out = row, [V] both, without threads of torch: see `generate/sampling.py`."""
-    if out.device.type == "cpu":
-        out.numpy()[:] = row.numpy()
-    else:
-        out.copy_(row)
+                copy_(out[low], row_logits)
 
 
 def _normed(model: Model, x: torch.Tensor) -> torch.Tensor:
