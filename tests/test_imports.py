@@ -19,14 +19,16 @@ PACKAGE = Path(ropewalk.__file__).parent
 # The rooms, each after all that it may import.
 ROOMS = (
     *("base", "families", "config", "rope", "files", "gptq", "containers", "weights", "native", "backends", "adapters"),
-    *("model", "generate", "text", "engine", "measure", "faces"),
+    *("model", "generate", "text", "engine", "measure", "faces", "cluster"),
 )
 PUBLIC = {"errors", "hf", "native", "webui", "__main__"}  # paths that people import; they only point into a room
 PAGE = "gradio_demo"  # above all of these; tests/gradio_demo looks at its own order
+STARTED = {("faces.cli.demo", PAGE), ("faces.cli.replicas", "cluster")}  # what the command line starts from above it
 
 EVERYWHERE = {"numpy", "torch"}
 LIBRARIES = {  # a room, or a module where the others of its room need nothing
     "backends.gpu": {"triton"},
+    "cluster": {"aiohttp", "fastapi", "prometheus_client", "ray", "starlette", "uvicorn", "yarl"},
     "files": {"safetensors"},
     "files.hub": {"huggingface_hub"},
     "files.remote_headers": {"huggingface_hub"},
@@ -46,6 +48,7 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
 # Those that start fast by importing the rest when it is needed, and the choice of a backend, which needs one alone: the
 # compiled core or Triton.
 IMPORT_WHEN_CALLED = {
+    "cluster",
     *(
         "faces.cli.adapter_options",
         "faces.cli.bench",
@@ -57,6 +60,7 @@ IMPORT_WHEN_CALLED = {
         "faces.cli.loading",
         "faces.cli.main",
         "faces.cli.options",
+        "faces.cli.replicas",
         "faces.cli.sampling_options",
         "faces.cli.serve",
         "faces.cli.terminal",
@@ -144,7 +148,7 @@ def test_a_room_imports_only_from_the_rooms_before_it(room: str) -> None:
         for found in imports_of(module):
             if found.ours and found.name:
                 top = found.name.split(".")[0]
-                allowed = top in before or top == "_core" or (top == PAGE and module == "faces.cli.demo")
+                allowed = top in before or top == "_core" or (module, top) in STARTED
                 assert allowed, f"{module} imports {found.name}, which may import it"
 
 

@@ -30,8 +30,8 @@ import ropewalk
 from benchmarking import add_engine_arguments, memory_reader, model_folder, paired, print_head, spread
 from depth import Peer, worker
 from ropewalk.backends.protocol import PAGE_TOKENS
-from ropewalk.measure.speed import met_bytes
 from ropewalk.model.model import Model
+from ropewalk.model.work import met_bytes
 
 GIB = 1 << 30
 ALL = 1 << 50  # as memory for experts: whatever they need
@@ -109,7 +109,7 @@ def works(model: Model, peer: Peer | None, args: argparse.Namespace) -> dict[str
 
 def report_decoding(model: Model, times: dict[str, list[float]], args: argparse.Namespace) -> None:
     """Tokens a second beside what the bytes that a token touches allow, and beside the peer."""
-    chosen, plain = met_bytes(model, model.weights.layers)
+    chosen, plain = met_bytes(model.config, model.weights.layers)
     head = model.weights.head.num_bytes
     mixture = model.config.mixture
     print(

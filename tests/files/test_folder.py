@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -383,6 +385,59 @@ def test_a_file_that_was_deleted_is_named(tmp_path):
         other.read_ahead("nothing")
         (tmp_path / "folder" / "model.safetensors").unlink()
         other.read_ahead("w")  # a hint: it fails quietly
+
+
+# Several tensors at once
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["U8", "F16", "I32", "F64"]), st.integers(0, 40), st.integers(0, 3)), min_size=1
+    ),
+    st.integers(1, 64),
+)
+def test_tensors_that_are_read_at_once_are_those_that_are_read_alone(tmp_path_factory, parts, gap):
+    """parts: (dtype, elements, what lies before it that nobody asks for, in pieces of `gap` bytes)."""
+    sizes = {"U8": 1, "F16": 2, "I32": 4, "F64": 8}
+    header, end = {}, 0
+    for number, (dtype, count, between) in enumerate(parts):
+        for skipped in range(between):
+            header[f"other {number} {skipped}"] = entry("U8", (gap,), (end, end + gap))
+            end += gap
+        header[f"w{number}"] = entry(dtype, (count,), (end, end + count * sizes[dtype]))
+        end += count * sizes[dtype]
+    data = bytes(byte % 251 for byte in range(end))
+    path = write_raw(tmp_path_factory.mktemp("at-once") / "model.safetensors", header, data)
+    file = SafetensorsFile(path)
+    wanted = [f"w{number}" for number in range(len(parts))]
+    with mock.patch("ropewalk.files.safetensors.GAP_BYTES", 2 * gap):
+        found = file.tensors_at_once(wanted)
+    assert sorted(found) == sorted(wanted)
+    for name in wanted:
+        alone = file.tensor(name)
+        assert found[name].dtype == alone.dtype and found[name].shape == alone.shape
+        assert torch.equal(found[name].view(torch.uint8), alone.view(torch.uint8))
+
+
+def test_modules_at_hand_are_read_once_and_only_for_their_thread(tmp_path):
+    tensors = {"a.x": TENSOR, "a.y": TENSOR + 1, "b.x": TENSOR + 2, "c.x": TENSOR + 3}
+    path = write(tmp_path / "model.safetensors", **tensors)
+    with Checkpoint(tmp_path) as checkpoint, ThreadPoolExecutor(1) as other:
+        read = mock.Mock(wraps=SafetensorsFile._read)
+        with mock.patch.object(SafetensorsFile, "_read", lambda *args: read(*args)):
+            with checkpoint.at_hand(["a", "b", "nothing"]):
+                assert read.call_count == 1
+                assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in ("a.x", "a.y", "b.x"))
+                assert read.call_count == 1
+                assert torch.equal(checkpoint.tensor("a.x"), TENSOR)  # again: in memory of its own
+                assert torch.equal(other.submit(checkpoint.tensor, "b.x").result(), TENSOR + 2)
+                assert read.call_count == 3
+            checkpoint.tensor("b.x")
+            assert read.call_count == 4
+        write(path, **(tensors | {"a.x": TENSOR.double()}))
+        with pytest.raises(CheckpointError, match="has changed"), checkpoint.at_hand(["a"]):
+            pass
 
 
 @settings(max_examples=300, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from ropewalk.generate.scheduler.plan import (
     shared_length,
 )
 from ropewalk.generate.scheduler.timing import FIRST_ROWS, LEAST_ROWS, MOST_ROWS, StepTimes
+from ropewalk.model.work import KEY_COST, TokenWork
 
 wants = st.lists(
     st.builds(
@@ -98,6 +100,42 @@ def test_nobody_goes_without_rows_for_long(lengths: list[int], budget: int, is_o
         assert all(passed[number] <= MOST_PASSED for number in left)
 
 
+@settings(max_examples=300)
+@given(wants, st.lists(st.floats(1.0, 9.0), min_size=20, max_size=20), st.integers(1, 512), st.booleans())
+def test_rows_with_many_keys_before_them_are_fewer(
+    asked: list[Want], row_works: list[float], budget: int, is_due: bool
+) -> None:
+    passed = MOST_PASSED if is_due else 0
+    asked = [
+        replace(want, row_work=work, passed=passed, is_reply=False)
+        for want, work in zip(asked, row_works, strict=False)
+    ]
+    rows = plan_rows(asked, budget)
+    given = [(rows[want.number], want.row_work) for want in asked if want.number in rows]
+    spent = sum(count * work for count, work in given)
+    largest = max((work for _, work in given), default=0.0)
+    assert spent <= budget + largest and bool(asked) == bool(rows)
+
+
+def test_a_short_prompt_beside_a_deep_one_has_more_rows_than_that() -> None:
+    deep = Want(1, 4000, row_work=4.0)
+    assert plan_rows([deep], 60) == {1: 15}
+    assert plan_rows([deep, Want(2, 30)], 60) == {2: 30, 1: 8}
+    assert plan_rows([replace(deep, passed=MOST_PASSED), Want(2, 300)], 60) == {1: 8, 2: 28}
+    assert plan_rows([replace(deep, row_work=500.0)], 60) == {1: 1}
+
+
+def test_of_many_deep_prompts_each_has_its_turn() -> None:
+    left = dict.fromkeys(range(6), 50)
+    passed = dict.fromkeys(left, 0)
+    while left:
+        rows = plan_rows([Want(n, left[n], passed=passed[n], row_work=8.0) for n in left], 12)
+        assert 8 <= 8 * sum(rows.values()) <= 20
+        left = {number: count - rows.get(number, 0) for number, count in left.items() if count > rows.get(number, 0)}
+        passed = {number: 0 if number in rows else passed[number] + 1 for number in left}
+        assert all(count <= MOST_PASSED + 6 for count in passed.values())
+
+
 @given(st.dictionaries(st.integers(), st.integers(0, 100), max_size=8), st.integers(0, 500))
 def test_fair_parts_differ_only_where_less_is_wanted(wanted: dict[int, int], budget: int) -> None:
     parts = share_fairly(wanted, budget, sorted(wanted))
@@ -165,6 +203,18 @@ def test_beside_replies_a_step_takes_less_than_three_plain_ones() -> None:
     assert times.budget(num_replies=4, num_prompts=1, most_rows=2048) in range(50, 61)
     assert times.budget(num_replies=0, num_prompts=1, most_rows=2048) == 2048
     assert times.budget(num_replies=0, num_prompts=2, most_rows=2048) == MOST_ROWS
+
+
+def test_the_time_of_a_row_is_measured_by_its_work() -> None:
+    work = TokenWork(weights=2400, key=1, windows=(None, 16))
+    assert work.operations(100) == 2400 + 100 + 16
+    assert work.beside_first(0) == 1
+    assert work.beside_first(1000) == pytest.approx(1 + KEY_COST * 1016 / 2400)
+    times = StepTimes()
+    for _ in range(30):
+        times.record(0, 0.1)
+        times.record(30 * work.beside_first(2000), 0.1 + 30 * work.beside_first(2000) * 0.002)
+    assert times.budget(num_replies=4, num_prompts=1, most_rows=2048) in range(50, 61)
 
 
 def test_the_budget_has_bounds_whatever_is_measured() -> None:

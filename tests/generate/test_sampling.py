@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -312,3 +314,37 @@ def test_with_dry_and_xtc_the_same_seed_draws_the_same_tokens(options: dict) -> 
 def test_without_dry_and_xtc_a_seed_draws_what_it_always_has() -> None:
     sampler = Sampler(SamplingParams(seed=7, dry_base=2.0, dry_allowed_length=5, xtc_threshold=0.3), [1, 2, 1])
     assert [sampler.choose(random_logits(i)) for i in range(12)] == BEFORE_DRY_AND_XTC
+
+
+WITHOUT_THREADS = """
+import os, sys
+import torch
+from ropewalk.generate.sampling import Sampler, SamplingParams
+from ropewalk.base.unthreaded import copy_
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(4)
+logits = torch.randn(200_000)
+before = num_threads()
+copy_(torch.empty(2, 200_000)[1], logits)
+for options in (
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01},
+    {"top_k": 50, "repetition_penalty": 1.1, "frequency_penalty": 0.2, "logit_bias": {3: 1.0}},
+    {"dry_multiplier": 0.8},
+):
+    sampler = Sampler(SamplingParams(seed=1, **options), [5, 6, 7, 5, 6, 7, 5, 6])
+    for _ in range(3):
+        sampler.choose(logits)
+assert num_threads() == before, (num_threads(), before)
+logits.mul(2.0)
+assert num_threads() > before, "torch did not use threads here either"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_token_of_a_large_vocabulary_is_chosen_without_threads_of_torch() -> None:
+    """They would wait for more in busy loops, and take their time from those that compute the next token."""
+    subprocess.run([sys.executable, "-c", WITHOUT_THREADS], check=True, timeout=120)

@@ -17,6 +17,7 @@ import torch
 
 from ropewalk.base.errors import CacheFullError, RequestError
 from ropewalk.model.step import Span
+from ropewalk.model.work import TokenWork
 
 PAGE = 64  # tokens
 Position = tuple[int, object]  # (token id, how it was computed)
@@ -114,6 +115,7 @@ class FakeModel:
         self.max_seq_len = self.capacity = capacity
         self.max_input_len, self.num_pages, self.turns_at, self.script = max_input_len, num_pages, turns_at, script
         self.kept_back = kept_back
+        self.work = TokenWork(weights=2, key=0, windows=())
         self.adapters: tuple[str, ...] = ()
         self.rope_growth = "rotate"
         self.calls: list[list[int]] = []

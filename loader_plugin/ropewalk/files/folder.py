@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -40,6 +42,7 @@ class Checkpoint:
             self._modules.setdefault(name.rpartition(".")[0], []).append(name)
         self._warned: set[str] = set()
         self._samples: dict[str, bytes] = {}  # of the tensors that were read, for the fingerprint
+        self._local = threading.local()  # tensors at hand
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ropewalk-read-ahead")
         self.total_bytes = sum(file.num_bytes for file in self._opened.values())
 
@@ -64,10 +67,41 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, a dtype that is not read, or a file that has changed.
         """
-        found = self._file(name).tensor(name)
+        found = self._at_hand().pop(name, None)
+        found = self._file(name).tensor(name) if found is None else found
         if name not in self._samples:  # an expert that comes back has the values that it had
             self._samples[name] = tensor_sample(found)
         return found
+
+    @contextmanager
+    def at_hand(self, modules: Iterable[str]) -> Iterator[None]:
+        """Within it, this thread finds the tensors of these modules in memory, each once.
+
+        They are read here, those that lie side by side together: one read instead of a dozen for an expert.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        hand = self._at_hand()
+        for file, names in self._by_file(modules):
+            hand.update(file.tensors_at_once(names))
+        try:
+            yield
+        finally:
+            hand.clear()
+
+    def _at_hand(self) -> dict[str, torch.Tensor]:
+        if not hasattr(self._local, "tensors"):
+            self._local.tensors = {}
+        return self._local.tensors
+
+    def _by_file(self, modules: Iterable[str]) -> list[tuple[SafetensorsFile, list[str]]]:
+        """The tensors of these modules, by the files that hold them."""
+        found: dict[str, tuple[SafetensorsFile, list[str]]] = {}
+        for name in (name for module in modules for name in self._modules.get(module, [])):
+            file = self._file_of[name]
+            found.setdefault(file.path.name, (file, []))[1].append(name)
+        return list(found.values())
 
     @property
     def samples(self) -> Mapping[str, bytes]:
@@ -87,16 +121,12 @@ class Checkpoint:
 
         A hint, so that packing one layer overlaps with reading the next.
         """
-        names = [name for name in self._file_of if name.startswith(prefix)]
-        self._reader.submit(self._will_need, names)
+        self._reader.submit(self.will_need, [module for module in self._modules if module.startswith(prefix)])
 
-    def will_need(self, module: str) -> None:
-        """The same, at once, for the tensors of one module."""
-        self._will_need(self._modules.get(module, []))
-
-    def _will_need(self, names: list[str]) -> None:
-        for name in names:
-            self._file_of[name].will_need(name)
+    def will_need(self, modules: Iterable[str]) -> None:
+        """The same, at once, for the tensors of these modules."""
+        for file, names in self._by_file(modules):
+            file.will_need(names)
 
     def warn_once(self, kind: str, message: str) -> None:
         """Logs a warning, once per kind: a quirk of the writer shows in hundreds of modules."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,7 @@ DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 PIECE_BYTES = 16 << 20  # read at a time when a tensor is only compared
+GAP_BYTES = 64 << 10  # between tensors: reading them is cheaper than another read
 
 
 class SafetensorsFile:
@@ -65,15 +67,30 @@ class SafetensorsFile:
         Raises:
             CheckpointError: a dtype that is not read, or a file that has changed since its header was read.
         """
-        info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{self.path}: tensor {printable(name)} cannot be read: its dtype is {info.dtype}, accepted: "
-                f"{', '.join(DTYPES)}"
-            )
+        dtype, info = self._dtype(name), self.tensors[name]
         values = torch.empty(info.num_bytes, dtype=torch.uint8)
         self._read(values, info.offset)
-        return values.view(DTYPES[info.dtype]).view(info.shape)
+        return values.view(dtype).view(info.shape)
+
+    def tensors_at_once(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """These tensors; those that lie side by side are read together, and share their memory.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        found = {}
+        for run in self._runs(names):
+            dtypes = [self._dtype(name) for name in run]
+            first, end = self._span(run)
+            values = torch.empty(end - first, dtype=torch.uint8)
+            self._read(values, first)
+            for name, dtype in zip(run, dtypes, strict=True):
+                info = self.tensors[name]
+                start = info.offset - first
+                part = values[start : start + info.num_bytes]
+                part = part.clone() if start % dtype.itemsize else part  # else no view of it
+                found[name] = part.view(dtype).view(info.shape)
+        return found
 
     def read_(self, name: str, first: int, out: torch.Tensor) -> None:
         """Fill out: [n] uint8, on the CPU, with the bytes of a tensor from its byte `first` on.
@@ -104,13 +121,37 @@ class SafetensorsFile:
                 return False
         return True
 
-    def will_need(self, name: str) -> None:
-        """Ask the system to read the tensor into its cache. A hint: failures are ignored."""
-        info = self.tensors[name]
+    def will_need(self, names: Iterable[str]) -> None:
+        """Ask the system to read these tensors into its cache. A hint: failures are ignored."""
         if not hasattr(os, "posix_fadvise"):
             return
         with suppress(OSError), self.path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), info.offset, info.num_bytes, os.POSIX_FADV_WILLNEED)
+            for run in self._runs(names):
+                first, end = self._span(run)
+                os.posix_fadvise(file.fileno(), first, end - first, os.POSIX_FADV_WILLNEED)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.tensors[name].dtype
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: tensor {printable(name)} cannot be read: its dtype is {dtype}, accepted: "
+                f"{', '.join(DTYPES)}"
+            )
+        return DTYPES[dtype]
+
+    def _runs(self, names: Iterable[str]) -> list[list[str]]:
+        """The tensors in the order of the file, those that lie side by side together."""
+        runs: list[list[str]] = []
+        for name in sorted(names, key=lambda name: self.tensors[name].offset):
+            if not runs or self.tensors[name].offset - self._span(runs[-1])[1] > GAP_BYTES:
+                runs.append([])
+            runs[-1].append(name)
+        return runs
+
+    def _span(self, run: Sequence[str]) -> tuple[int, int]:
+        """Where the first of these begins and the last one ends; tensors of a file do not overlap."""
+        first, last = self.tensors[run[0]], self.tensors[run[-1]]
+        return first.offset, last.offset + last.num_bytes
 
     def _read(self, out: torch.Tensor, offset: int) -> None:
         """Fill out: [n] uint8 with the bytes from `offset` on."""

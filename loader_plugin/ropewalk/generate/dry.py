@@ -21,6 +21,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ropewalk.base.unthreaded import copied
+
 MAX_PENALTY = 1e30
 LOOK_BACK = 64  # tokens in which a breaker that ends now must have begun
 
@@ -102,7 +104,7 @@ class DryPenalty:
 def penalise_repeats(logits: torch.Tensor, penalties: dict[int, float]) -> torch.Tensor:
     """logits [V] minus the penalty of each token that has one."""
     ids = torch.tensor(list(penalties), dtype=torch.int64)
-    return logits.index_add(0, ids, -torch.tensor(list(penalties.values()), dtype=logits.dtype))
+    return copied(logits).index_add_(0, ids, -torch.tensor(list(penalties.values()), dtype=logits.dtype))
 
 
 def common_endings(token_ids: Sequence[int]) -> np.ndarray:

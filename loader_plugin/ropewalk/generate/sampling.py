@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ropewalk.base.errors import CheckpointError, RequestError
+from ropewalk.base.unthreaded import copied
 from ropewalk.generate.dry import Breakers, DryPenalty, NoBreakers, penalise_repeats
 
 NEVER = float("-inf")
@@ -148,18 +149,18 @@ class Sampler:
             scores = penalise_counts(scores, self._reply_counts, params.frequency_penalty, params.presence_penalty)
         if self._dry is not None:
             scores = penalise_repeats(scores, self._dry.penalties())
-        if float(scores.max()) == NEVER:
+        if scores.numpy().max() == NEVER:
             raise RequestError("logit_bias bans every token: leave at least one without -inf")
         return scores
 
     def _draw(self, scores: torch.Tensor) -> int:
         """One token by its probability among those that the filters keep."""
         params = self.params
-        scores = scores / params.temperature
+        scores = torch.from_numpy(scores.numpy() / np.float32(params.temperature))
         ids = None
         if 0 < params.top_k < scores.numel():
             scores = keep_top_k(scores, params.top_k)
-            ids = torch.nonzero(scores > NEVER).flatten()  # later filters look at the survivors only
+            ids = torch.from_numpy(np.flatnonzero(scores.numpy() > NEVER))  # later filters look at the survivors only
             scores = scores[ids]
         if params.top_p < 1.0:
             scores = keep_top_p(scores, params.top_p)
@@ -169,7 +170,7 @@ class Sampler:
             scores = keep_typical(scores, params.typical)
         if params.xtc_probability > 0.0 and self._random() < params.xtc_probability:
             scores = exclude_top_choices(scores, params.xtc_threshold)
-        weights = torch.softmax(scores, dim=-1).double().numpy()
+        weights = torch.softmax(scores, dim=-1).numpy().astype(np.float64)
         cumulative = np.cumsum(weights)
         point = self._random() * cumulative[-1]
         # First entry beyond the point: an entry of weight zero can not be hit.
@@ -196,14 +197,14 @@ def apply_bias(logits: torch.Tensor, bias: Mapping[int, float]) -> torch.Tensor:
     outside = [token_id for token_id in bias if token_id >= logits.numel()]
     if outside:
         raise RequestError(f"logit_bias: token id {outside[0]} is out of range: the model knows 0 to {len(logits) - 1}")
-    return logits.index_add(0, torch.tensor(list(bias)), torch.tensor(list(bias.values()), dtype=logits.dtype))
+    return copied(logits).index_add_(0, torch.tensor(list(bias)), torch.tensor(list(bias.values()), dtype=logits.dtype))
 
 
 def penalise_repetition(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> torch.Tensor:
     """logits [V]; each of `token_ids` once: divided by the penalty where positive, multiplied where negative."""
     ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
     values = logits[ids]
-    return logits.index_copy(0, ids, torch.where(values < 0, values * penalty, values / penalty))
+    return copied(logits).index_copy_(0, ids, torch.where(values < 0, values * penalty, values / penalty))
 
 
 def penalise_counts(
@@ -212,28 +213,30 @@ def penalise_counts(
     """logits [V] minus count * frequency_penalty + presence_penalty for each token with a count."""
     amounts = [-(count * frequency_penalty + presence_penalty) for count in counts.values()]
     ids = torch.tensor(list(counts), dtype=torch.int64)
-    return logits.index_add(0, ids, torch.tensor(amounts, dtype=logits.dtype))
+    return copied(logits).index_add_(0, ids, torch.tensor(amounts, dtype=logits.dtype))
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """logits [V], -inf below the k-th highest; equals of the k-th stay."""
-    return logits.masked_fill(logits < torch.topk(logits, min(k, logits.numel())).values[-1], NEVER)
+    return _without(logits, logits.numpy() < torch.topk(logits, min(k, logits.numel())).values[-1].numpy())
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """logits [V], -inf outside the smallest set of most likely tokens whose probability reaches p."""
     ascending, order = torch.sort(logits)
-    removed = torch.softmax(ascending, dim=-1).cumsum(dim=-1) <= 1.0 - p
-    removed[-1] = False
-    return logits.masked_fill(torch.empty_like(removed).scatter_(0, order, removed), NEVER)
+    below = torch.softmax(ascending, dim=-1).cumsum(dim=-1).numpy() <= np.float32(1.0 - p)
+    below[-1] = False
+    removed = np.empty_like(below)
+    removed[order.numpy()] = below
+    return _without(logits, removed)
 
 
 def keep_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
     """logits [V], -inf where the probability is below min_p times the highest."""
-    probabilities = torch.softmax(logits, dim=-1)
-    removed = probabilities < min_p * probabilities.max()
-    removed[torch.argmax(probabilities)] = False
-    return logits.masked_fill(removed, NEVER)
+    probabilities = torch.softmax(logits, dim=-1).numpy()
+    removed = probabilities < np.float32(min_p) * probabilities.max()
+    removed[np.argmax(probabilities)] = False
+    return _without(logits, removed)
 
 
 def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
@@ -243,7 +246,7 @@ def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
     distance = (-log_p - entropy).abs()
     nearest, order = torch.sort(distance)
     last = int((torch.softmax(logits[order], dim=-1).cumsum(dim=-1) < mass).sum().clamp(max=logits.numel() - 1))
-    return logits.masked_fill(distance > nearest[last], NEVER)
+    return _without(logits, (distance > nearest[last]).numpy())
 
 
 def exclude_top_choices(logits: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -258,6 +261,11 @@ def exclude_top_choices(logits: torch.Tensor, threshold: float) -> torch.Tensor:
         return logits
     kept = len(top) - 1 - int(np.argmin(probabilities[top][::-1]))
     return logits.index_fill(0, torch.from_numpy(np.delete(top, kept)), NEVER)
+
+
+def _without(logits: torch.Tensor, removed: np.ndarray) -> torch.Tensor:
+    """logits [V], -inf where `removed`: like every step over all of them numpy's (see `base/unthreaded.py`)."""
+    return torch.from_numpy(np.where(removed, np.float32(NEVER), logits.numpy()))
 
 
 def top_logprobs(logits: torch.Tensor, token_id: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
@@ -278,7 +286,8 @@ def _dry_penalty(params: SamplingParams, prompt_ids: Sequence[int], breakers: Br
 def _checked(logits: torch.Tensor) -> torch.Tensor:
     """On the CPU and finite. A NaN comes out as both extremes, which takes a tenth of looking at each number."""
     logits = logits.detach().to("cpu", torch.float32)
-    if not all(math.isfinite(extreme) for extreme in logits.aminmax()):
+    values = logits.numpy()
+    if not (math.isfinite(values.min()) and math.isfinite(values.max())):
         raise CheckpointError(
             "the model computed logits that are not finite: its weights are damaged, or the RoPE settings do not fit it"
         )

@@ -12,6 +12,7 @@ belongs to group k // group_size (docs/formats.md, "g_idx").
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -157,9 +158,18 @@ def read_groups(
     """As `sorted_groups`, of the groups that a tensor names; in runs where it is not there, or says nothing."""
     if tensor in checkpoint:
         g_idx = checkpoint.tensor(tensor)
-        if not is_unset(g_idx, num_groups):
+        runs = _groups_in_runs(in_features, settings.group_size, g_idx.dtype)
+        is_plain = int(runs[-1]) < num_groups and torch.equal(g_idx, runs)
+        if not is_plain and not is_unset(g_idx, num_groups):
             return sorted_groups(g_idx, num_groups, tensor)
     return sequential_groups(in_features, settings.group_size), None
+
+
+@lru_cache(maxsize=16)
+def _groups_in_runs(in_features: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """The g_idx of rows in order: [K], not to be changed. Most files have it, and then there is nothing to sort."""
+    size = in_features if group_size == -1 else group_size
+    return torch.arange(in_features).div(size, rounding_mode="floor").to(dtype)
 
 
 def sequential_groups(in_features: int, group_size: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ The first files (10 March 2023) have float `zeros` = zero point * scale instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -72,8 +73,9 @@ def _symmetric_zeros(qzeros: torch.Tensor, bits: int, plain: bool, name: str, wa
     return None
 
 
+@lru_cache(maxsize=32)
 def _constant_block(code: int, bits: int) -> torch.Tensor:
-    """The words (as int32) of a block of equal codes."""
+    """The words (as int32) of a block of equal codes; not to be changed."""
     stream = sum(code << (i * bits) for i in range(block_codes(bits)))
     words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(block_words(bits))]
     return torch.tensor([word - (1 << 32) if word >> 31 else word for word in words], dtype=torch.int32)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from ropewalk.base.errors import RequestError, UnsupportedError
-from ropewalk.model.layers import PackedLayer
 from ropewalk.model.model import Model
+from ropewalk.model.work import met_bytes
 
 READ_FLOATS = 1 << 26  # a quarter of a gigabyte, past every cache
 PROBE_S = 0.05  # of multiplying, for one sample
@@ -149,15 +149,13 @@ def _speed(model: Model, length: int, reads: bool, rates: Sequence[float], sampl
     head = model.weights.head
     # Every query meets every key before it, half of them on average while a prompt is read; so do the values.
     keys = length / 2 if reads else length
-    operations = 2 * _met_weights(model, layers) + 4 * keys * model.config.num_heads * model.config.head_dim * len(
-        layers
-    )
+    operations = model.work.operations(keys)
     head_products = 2 * head.in_features * head.out_features
     if reads:  # some token of a prompt meets every expert
         num_bytes = (sum(layer.num_bytes for layer in layers) + head.num_bytes) / length
         operations += head_products / length
     else:
-        num_bytes = sum(met_bytes(model, layers)) + head.num_bytes + model.cache_bytes(length)
+        num_bytes = sum(met_bytes(model.config, layers)) + head.num_bytes + model.cache_bytes(length)
         operations += head_products
     return Speed(
         name=f"reading {length:,}" if reads else f"decoding after {length:,}",
@@ -169,24 +167,6 @@ def _speed(model: Model, length: int, reads: bool, rates: Sequence[float], sampl
             rate * operations / sample.operations for rate, sample in zip(rates, samples, strict=True)
         ),
     )
-
-
-def _met_weights(model: Model, layers: Sequence[PackedLayer]) -> int:
-    """How many weights a token is multiplied with: of experts, those that are chosen for it."""
-    plain = sum(linear.in_features * linear.out_features for layer in layers for linear in layer.linears.values())
-    mixture = model.config.mixture
-    if mixture is None:
-        return plain
-    num_mixtures = sum(bool(layer.experts) for layer in layers)
-    return plain + 3 * model.config.hidden_size * mixture.inner * mixture.top_k * num_mixtures
-
-
-def met_bytes(model: Model, layers: Sequence[PackedLayer]) -> tuple[int, int]:
-    """Bytes of layers that a token reads: of the experts that are chosen for it, and of everything else."""
-    mixture = model.config.mixture
-    experts = sum(held.num_bytes for layer in layers for held in layer.experts.values())
-    chosen = 0 if mixture is None else experts * mixture.top_k // mixture.num_experts
-    return chosen, sum(layer.num_bytes for layer in layers) - experts
 
 
 COLUMNS = ("", "tokens/s", "lowest", "highest", "GB/s", "of memory", "GOP/s", "of products")

@@ -35,6 +35,7 @@ from ropewalk.model.saved.write import save_cache
 from ropewalk.model.step import Cancelled, Progress, RunningStep, Span, check_spans, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
+from ropewalk.model.work import token_work
 from ropewalk.rope.rope import Rope, resolve_rope
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Model(LiveRope):
     """A decoder ready to run. Made by `load_model`.
 
     One thread at a time may compute (`step`, `forward`); others may share, attach, truncate and drop caches meanwhile.
+    work: of a token, in the layers as they are run now.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Model(LiveRope):
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._check_places(self.instances)
+        self.work = token_work(config, self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
         context = context_pages(backend, config, len(self.instances), limits)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
@@ -121,6 +124,7 @@ class Model(LiveRope):
         self._check_places(instances)
         check_holds_one(context_pages(self.backend, self.config, len(instances), self.limits), self.cache_memory)
         self.instances = instances
+        self.work = token_work(self.config, instances)
         self.layer_order = order
         self._adapters.set_instances(self.instances)
         self.store.num_instances = len(self.instances)

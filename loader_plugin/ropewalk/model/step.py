@@ -25,6 +25,7 @@ from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, ModelChange
 from ropewalk.backends.protocol import BackendStep, Page, RowChange, RowSpan
 from ropewalk.base.errors import CacheFullError, RequestError
+from ropewalk.base.unthreaded import copy_
 from ropewalk.model.cache import KvCache, Origin
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
 
@@ -380,7 +381,7 @@ def _write_logits_(model: Model, x: torch.Tensor, pieces: Sequence[Piece]) -> No
             normed = _normed(model, x[[row for *_, row in block]])  # [rows, C]
             logits = _scaled(model, head_changed(model.backend, normed, model.weights.head, head))  # [rows, V]
             for (out, low, _), row_logits in zip(block, logits, strict=True):
-                out[low] = row_logits
+                copy_(out[low], row_logits)
 
 
 def _normed(model: Model, x: torch.Tensor) -> torch.Tensor:

@@ -96,13 +96,15 @@ class StoredExperts(Sequence[Expert]):
         """
         if not 0 <= number < len(self):
             raise IndexError(number)
-        return Expert(*(self._read(linear, number) for linear in self._linears))
+        with self._checkpoint.at_hand(self._names(number)):
+            return Expert(*(self._read(linear, number) for linear in self._linears))
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Asks the system to fetch these experts from the disk."""
-        for number in numbers:
-            for linear in self._linears:
-                self._checkpoint.will_need(self._name(linear, number))
+        self._checkpoint.will_need(name for number in numbers for name in self._names(number))
+
+    def _names(self, number: int) -> list[str]:
+        return [self._name(linear, number) for linear in self._linears]
 
     def _name(self, linear: LinearEntry, number: int) -> str:
         return self._prefix + linear.name.format(expert=number)

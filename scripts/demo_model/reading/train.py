@@ -30,7 +30,7 @@ from reading.probe import probe
 from reading.vocabulary import Encoder, train_tokenizer
 
 LOG_EVERY, PROBE_EVERY, SAVE_EVERY_S = 50, 500, 300
-MATRIX_LR, VECTOR_LR, WARMUP_TOKENS = 5e-3, 4e-3, 200_000
+MATRIX_LR, VECTOR_LR, WARMUP_TOKENS = 4e-3, 3e-3, 200_000
 AHEAD = 4
 CHOSEN_STEP = 256
 

@@ -87,6 +87,6 @@ NOUNS = word_list(
     tree trunk tutor uncle valley vessel victim wagon warden watch weapon well whistle window witness
     """
 )
-# The last quarter of the nouns is never seen in the training texts' generic relations.
+# One noun in five is never seen in the generic relations of training texts.
 TRAINING_NOUNS = tuple(noun for index, noun in enumerate(NOUNS) if index % 5 != 4)
 HELD_OUT_NOUNS = tuple(noun for index, noun in enumerate(NOUNS) if index % 5 == 4)

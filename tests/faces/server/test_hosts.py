@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from fake_model import FakeModel
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.app import AppOptions
 from ropewalk.faces.server.hosts import host_of, is_loopback
-from ropewalk.faces.server.launch import checked_hosts
+from ropewalk.faces.server.launch import checked_hosts, serve
 from ropewalk.text.tokenizer.load import load_tokenizer
 from server_runner import RunningServer
 from tokenizer_writer import write_sentencepiece
@@ -87,3 +88,16 @@ def test_names_and_ports_are_told_apart() -> None:
     assert {text: host_of(text) for text in names} == names
     assert all(map(is_loopback, ("::1", "127.1.2.3", "localhost", "LocalHost.")))
     assert not any(map(is_loopback, ("10.0.0.1", "localhos", "", "127.0.0.1.example")))
+
+
+def test_a_server_that_says_where_it_is_refuses_nobody_who_comes_at_once(engine: Engine) -> None:
+    class Seen(Exception):
+        pass
+
+    def come(banner: str) -> None:
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", banner)[1])
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+        raise Seen
+
+    with pytest.raises(Seen):
+        serve("127.0.0.1", 0, lambda: engine, AppOptions("tiny"), come)

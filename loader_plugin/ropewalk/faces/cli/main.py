@@ -39,6 +39,7 @@ from ropewalk.faces.cli.options import (
     speculation_options,
 )
 from ropewalk.faces.cli.perplexity import add_perplexity_command
+from ropewalk.faces.cli.replicas import add_replicas
 from ropewalk.faces.cli.report import add_report_command
 from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
 from ropewalk.faces.cli.serve import add_serve_command
@@ -60,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
 
         def parse() -> argparse.Namespace:
-            return _parser().parse_args(arguments)
+            args = _parser().parse_args(arguments)
+            args.command_line = tuple(sys.argv[1:] if arguments is None else arguments)
+            return args
 
         return run_under_torchrun(parse, _run) if is_under_torchrun() else _run(parse())
     except RopewalkError as error:
@@ -166,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_arguments(chat, routes=True)
     chat.set_defaults(run=run_chat)
 
-    add_serve_command(commands)
+    add_replicas(add_serve_command(commands))
 
     add_list_commands(commands)
     add_perplexity_command(commands)

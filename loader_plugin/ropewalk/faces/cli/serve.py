@@ -27,14 +27,15 @@ from ropewalk.files.names import shown_name
 
 if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
+    from ropewalk.faces.server.app import AppOptions
 
 PORT = 8080
 QUEUE_LIMIT = 64
 MOST_BODY_MIB = 1024
 
 
-def add_serve_command(commands: Any) -> None:
-    """Register the subcommand."""
+def add_serve_command(commands: Any) -> argparse.ArgumentParser:
+    """Register the subcommand; returns its parser."""
     from ropewalk.faces.server.limits import MAX_BODY_MIB
 
     serve = commands.add_parser("serve", help="an OpenAI-compatible server", description=run_serve.__doc__)
@@ -102,19 +103,26 @@ def add_serve_command(commands: Any) -> None:
     add_speculation_arguments(serve)
     add_load_arguments(serve)
     serve.set_defaults(run=run_serve)
+    return serve
 
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve a model to other programs, through an OpenAI-compatible interface. The sampling options apply to what a
     request leaves out."""
     try:
-        from ropewalk.faces.server.app import AppOptions
         from ropewalk.faces.server.launch import serve
     except ModuleNotFoundError as error:
         raise UnsupportedError(f"serving needs the package {error.name}: pip install 'ropewalk[server]'") from error
+    return serve(args.host, args.port, lambda: make_engine(args), app_options(args), note)
+
+
+def app_options(args: argparse.Namespace) -> AppOptions:
+    """What the application is told, but for what only the loaded model knows."""
+    from ropewalk.faces.server.app import AppOptions
+
     name = args.name or shown_name(model_folder(args))
     keys, defaults = _api_keys(args), sampling_params(args)
-    options = AppOptions(
+    return AppOptions(
         name,
         (),
         defaults,
@@ -124,10 +132,10 @@ def run_serve(args: argparse.Namespace) -> int:
         _bytes(args.max_body_size),
         _folders(args),
     )
-    return serve(args.host, args.port, lambda: _engine(args), options, note)
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def make_engine(args: argparse.Namespace) -> Engine:
+    """The model, loaded, with all that requests need."""
     from ropewalk.engine.engine import Engine
 
     if args.queue_limit < 0:

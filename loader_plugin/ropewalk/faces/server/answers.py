@@ -31,7 +31,7 @@ async def whole_answer(request: Request, job: Job, writer: ReplyWriter, metrics:
     """The reply as one JSON object, once it is complete."""
     with job:
         try:
-            await _while_connected(request.receive, _collect(job, writer, metrics, request.scope[NOTES]))
+            await while_connected(request.receive, _collect(job, writer, metrics, request.scope[NOTES]))
         except ClientGone:
             request.scope[NOTES].client_gone = True
             return Response(status_code=CLIENT_GONE)
@@ -57,7 +57,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._job:
             try:
-                await _while_connected(receive, self._send_all(scope[NOTES], send))
+                await while_connected(receive, self._send_all(scope[NOTES], send))
             except (ClientGone, OSError):
                 scope[NOTES].client_gone = True
 
@@ -105,7 +105,7 @@ async def watched(job: Job, metrics: Metrics, notes: Notes) -> AsyncIterator[Pie
         notes.details.insert(0, f"queue {waited:.2f} s")
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes away.
 
     Raises:

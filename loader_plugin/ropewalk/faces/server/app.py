@@ -16,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 
 from ropewalk import __version__
@@ -28,7 +29,7 @@ from ropewalk.faces.server.jobs import Jobs
 from ropewalk.faces.server.kept import add_kept_routes
 from ropewalk.faces.server.limits import MAX_BODY_MIB
 from ropewalk.faces.server.metrics import Metrics
-from ropewalk.faces.server.middleware import CLIENT_GONE, AccessLog, ApiKeys, BodyLimit
+from ropewalk.faces.server.middleware import CLIENT_GONE, AccessLog, ApiKeys, BodyLimit, RequestCounts
 from ropewalk.faces.server.model_names import ModelNames
 from ropewalk.faces.server.notes import NOTES
 from ropewalk.faces.server.paths import PathHider
@@ -73,7 +74,6 @@ class Service:
         self.hide = PathHider([engine.tokenizer.source.parent, *options.folders, Path.home(), Path.cwd()]).hide
         self._max_values = max(MAX_VALUES, 4 * engine.context_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "ropewalk-prepare")
-        self.has_keys = bool(options.api_keys)
         self.created = int(time.time())
         self.draining = False
 
@@ -101,7 +101,7 @@ class Service:
         if self.draining:
             raise _shutting_down()
         try:
-            job = self.jobs.start(work, _client(request))
+            job = self.jobs.start(work, client_of(request))
         except Exception as error:
             raise api_error(error, self.hide, self._retry_after_s()) from error
         writer = ReplyWriter(work, shape)
@@ -136,12 +136,19 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
     service = Service(engine, options)
     app = FastAPI(title="ropewalk", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.state.has_keys = bool(options.api_keys)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
     install_error_handlers(app, service.hide)
     _add_model_routes(app, service)
     _add_reply_routes(app, service)
     _add_state_routes(app, service)
     add_kept_routes(app, engine, service.hide)
+    add_guards(app, options, service.metrics)
+    return app
+
+
+def add_guards(app: Starlette, options: AppOptions, counts: RequestCounts) -> None:
+    """What a request passes before it reaches a route. counts: where it is counted."""
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(ApiKeys, keys=tuple(options.api_keys))
     if options.cors_origins:
@@ -150,8 +157,7 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
         )
     if options.allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=tuple(options.allowed_hosts))
-    app.add_middleware(AccessLog, metrics=service.metrics)
-    return app
+    app.add_middleware(AccessLog, counts=counts)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -164,9 +170,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _client(request: Request) -> Hashable:
+def client_of(request: Request) -> Hashable:
     """Who asks, for the queue that is fair between clients: the API key, if the server has any, else the address."""
-    key = request.headers.get("authorization") if request.app.state.service.has_keys else None
+    key = request.headers.get("authorization") if request.app.state.has_keys else None
     return key or (None if request.client is None else request.client.host)
 
 

@@ -33,16 +33,17 @@ def serve(
     Raises:
         ConfigError: the address is wrong or taken. Also the errors of `make_engine`.
     """
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         engine = make_engine()
         at, port = listener.getsockname()[:2]
         hosts = checked_hosts(options.allowed_hosts, host, at)
         options = replace(options, adapters=engine.model.adapters, allowed_hosts=hosts)
         app = create_app(engine, options)
         service = app.state.service
-        _show_requests()
+        show_requests()
         is_open = not is_loopback(at) and not options.api_keys
-        say(_banner(options, engine, service.names.listed, f"http://{_url_host(at)}:{port}/v1", is_open))
+        listener.listen()  # whoever reads the URL below and comes at once has to wait a moment, and is not refused
+        say(_banner(options, engine, service.names.listed, f"http://{url_host(at)}:{port}/v1", is_open))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
         server, lost = GracefulServer(config, service), threading.Event()
 
@@ -68,7 +69,7 @@ def checked_hosts(allowed: Sequence[str] | None, host: str, address: str) -> tup
     return (*(allowed or ()), host, address)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """The socket. It is opened before the model is loaded, so that a port in use is reported at once."""
     if not 0 <= port <= MAX_PORT:
         raise ConfigError(f"--port must be from 0 to {MAX_PORT}, got {port}")
@@ -82,11 +83,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url_host(host: str) -> str:
+def url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _show_requests() -> None:
+def show_requests() -> None:
     """One line per request on stderr, without a level in front."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))

@@ -9,12 +9,12 @@ import hmac
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ropewalk.faces.server.errors import ApiError, note_error
-from ropewalk.faces.server.metrics import Metrics
 from ropewalk.faces.server.notes import NOTES, Notes
 
 access_log = logging.getLogger("ropewalk.faces.server.access")
@@ -24,11 +24,20 @@ QUIET_PATHS = ("/health", "/metrics")
 CLIENT_GONE = 499  # nginx's status for a client that did not wait
 
 
+class RequestCounts(Protocol):
+    """Where requests are counted."""
+
+    @property
+    def requests(self) -> Counter: ...
+    @property
+    def disconnects(self) -> Counter: ...
+
+
 class AccessLog:
     """Counts each request and writes its line in the log. The routes fill the `Notes` in the scope."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, counts: RequestCounts) -> None:
+        self._app, self._counts = app, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,9 +61,9 @@ class AccessLog:
     def _note(self, scope: Scope, notes: Notes, status: int, seconds: float) -> None:
         route: Any = scope.get("route")
         endpoint = getattr(route, "path", "other")
-        self._metrics.requests.labels(endpoint, str(status)).inc()
+        self._counts.requests.labels(endpoint, str(status)).inc()
         if notes.client_gone:
-            self._metrics.disconnects.inc()
+            self._counts.disconnects.inc()
         quiet = scope["path"] in QUIET_PATHS and status < 400
         path = scope["path"].encode("ascii", "backslashreplace").decode()
         details = "; ".join(notes.details)

@@ -110,7 +110,7 @@ class OverlappingSteps(Steps):
         """False if there are no pages for it."""
         lengths = [call.sequence.cache.length for call, _ in planned]
         made = [call.sequence.cache.segments for call, _ in planned]
-        rows, started = StepRows.of(planned), time.perf_counter()
+        rows, started = StepRows.of(planned, self.model.work), time.perf_counter()
         try:
             running = self.model.begin_step([span for _, span in planned])
         except BaseException as error:

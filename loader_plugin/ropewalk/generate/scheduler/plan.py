@@ -1,10 +1,10 @@
 """Which rows go into the next step: a function of plain data, without threads and without a model.
 
     1. replies: all of their rows (the last token, and guesses after it)
-    2. prompts, up to a budget of rows: interactive ones first, batch ones get what is left
+    2. prompts, up to a budget of work: interactive ones first, batch ones get what is left
          shortest remainders first, so that a short question is answered soon;
-         but once one has gone MOST_PASSED steps without a row, the rows of a step are shared fairly between clients,
-         and those of a client between its prompts
+         but once one has gone MOST_PASSED steps without a row, the work of a step is shared fairly between clients,
+         and that of a client between its prompts
 
 A step that is shared fairly keeps a long prompt going while short ones arrive, and one client with many prompts from
 holding up another with one.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeVar
 
 from ropewalk.base.errors import RequestError
@@ -31,7 +32,7 @@ class Want:
     """Rows that a sequence could have computed in the next step.
 
     number: of the sequence; older ones have lower numbers. rows: at least 1. client: None is a client of its own.
-    passed: steps since it had rows.
+    passed: steps since it had rows. row_work: of one of its rows, at least 1; more with many keys before it.
     """
 
     number: int
@@ -40,6 +41,16 @@ class Want:
     client: Hashable = None
     priority: str = INTERACTIVE
     passed: int = 0
+    row_work: float = 1.0
+
+    @property
+    def work(self) -> int:
+        """Of all its rows."""
+        return ceil(self.rows * self.row_work)
+
+    def rows_for(self, work: int) -> int:
+        """Its rows for so much work, which may be a little too little for one."""
+        return min(self.rows, max(round(work / self.row_work), 1)) if work > 0 else 0
 
     @property
     def is_due(self) -> bool:
@@ -84,13 +95,13 @@ def importance(priority: str, number: int) -> tuple[int, int]:
 
 
 def plan_rows(wants: Iterable[Want], budget: int) -> dict[int, int]:
-    """How many rows each sequence gets, by its number; none are left out that get none. budget: rows of prompts."""
+    """How many rows each sequence gets, by its number; none are left out that get none. budget: work of prompts."""
     wants = list(wants)
     rows = {want.number: want.rows for want in wants if want.is_reply}
     for priority in PRIORITIES:
         prompts = [want for want in wants if not want.is_reply and want.priority == priority]
         given = _share_prompts(prompts, budget)
-        budget -= sum(given.values())
+        budget -= ceil(sum(given[want.number] * want.row_work for want in prompts if want.number in given))
         rows |= given
     return rows
 
@@ -98,7 +109,7 @@ def plan_rows(wants: Iterable[Want], budget: int) -> dict[int, int]:
 def _share_prompts(prompts: list[Want], budget: int) -> dict[int, int]:
     if not prompts or budget <= 0:
         return {}
-    prompts.sort(key=lambda want: (not want.is_due, want.rows, want.number))
+    prompts.sort(key=lambda want: (-want.passed if want.is_due else 0, want.rows, want.number))
     given = _fair_parts(prompts, budget) if prompts[0].is_due else _first_come(prompts, budget)
     return {number: rows for number, rows in given.items() if rows}
 
@@ -109,20 +120,20 @@ def _fair_parts(prompts: Sequence[Want], budget: int) -> dict[int, int]:
     for want in prompts:
         client = ("alone", want.number) if want.client is None else ("client", want.client)
         by_client.setdefault(client, []).append(want)
-    wanted = {client: sum(want.rows for want in theirs) for client, theirs in by_client.items()}
-    given: dict[int, int] = {}
+    wanted = {client: sum(want.work for want in theirs) for client, theirs in by_client.items()}
+    parts: dict[int, int] = {}
     for client, amount in share_fairly(wanted, budget, list(by_client)).items():
-        rows = {want.number: want.rows for want in by_client[client]}
-        given |= share_fairly(rows, amount, list(rows))
-    return given
+        wanted_each = {want.number: want.work for want in by_client[client]}
+        parts |= share_fairly(wanted_each, amount, list(wanted_each))
+    return _first_come(prompts, budget, parts)
 
 
-def _first_come(prompts: Sequence[Want], budget: int) -> dict[int, int]:
-    """In this order, each as many as it can take."""
+def _first_come(prompts: Sequence[Want], budget: int, parts: Mapping[int, int] | None = None) -> dict[int, int]:
+    """In this order, each as many rows as it can take, or as its part of the work is for."""
     given = {}
     for want in prompts:
-        given[want.number] = min(want.rows, budget)
-        budget -= given[want.number]
+        given[want.number] = want.rows_for(budget if parts is None else min(parts[want.number], budget))
+        budget -= ceil(given[want.number] * want.row_work)
     return given
 
 

@@ -20,6 +20,7 @@ from ropewalk.generate.scheduler.room import PagedModel, Room
 from ropewalk.generate.scheduler.sequence import CacheLike, RotatingModel, SequenceState, StepShare
 from ropewalk.generate.scheduler.timing import StepTimes
 from ropewalk.model.step import RunningStep, Span
+from ropewalk.model.work import TokenWork
 
 Planned = list[tuple[Call, Span]]
 
@@ -30,6 +31,7 @@ class StepModel(PagedModel, RotatingModel, Protocol):
     config: Any
     max_seq_len: int
     max_input_len: int
+    work: TokenWork
 
     @property
     def steps_under_way(self) -> int: ...
@@ -59,13 +61,15 @@ class StepRows:
     """What a step computes, told before it does: then its calls are what they will no longer be."""
 
     of_prompts: int
+    prompt_work: float
     num_replies: int
 
     @classmethod
-    def of(cls, planned: Planned) -> StepRows:
+    def of(cls, planned: Planned, work: TokenWork) -> StepRows:
         """Of the rows that are planned."""
-        of_prompts = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
-        return cls(of_prompts, sum(call.is_reply for call, _ in planned))
+        prompts = [span for call, span in planned if not call.is_reply]
+        of_prompts = sum(len(span.token_ids) for span in prompts)
+        return cls(of_prompts, sum(_work(work, span) for span in prompts), len(planned) - len(prompts))
 
 
 class Steps:
@@ -137,7 +141,7 @@ class Steps:
         return ready
 
     def _planned(self, calls: Sequence[Call], num_replies: int) -> Planned:
-        wants = [_want(call) for call in calls]
+        wants = [_want(call, self.model.work if num_replies else None) for call in calls]
         num_prompts = sum(not want.is_reply for want in wants)
         rows = plan_rows(wants, self.times.budget(num_replies, num_prompts, self.model.max_input_len))
         for call in calls:
@@ -152,7 +156,7 @@ class Steps:
         """
         lengths = [call.sequence.cache.length for call, _ in planned]
         made = [call.sequence.cache.segments for call, _ in planned]
-        rows, started = StepRows.of(planned), time.perf_counter()
+        rows, started = StepRows.of(planned, self.model.work), time.perf_counter()
         try:
             results = self._step([span for _, span in planned], alone)
         except BaseException as error:
@@ -171,7 +175,7 @@ class Steps:
         self, planned: Planned, results: Sequence[torch.Tensor | None], rows: StepRows, seconds: float
     ) -> None:
         """What a step has computed, to the calls that took part in it."""
-        self.times.record(rows.of_prompts, seconds)
+        self.times.record(rows.prompt_work, seconds)
         self.num_steps += 1
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
@@ -224,9 +228,16 @@ def _watched(alone: Call) -> dict[str, Callable[..., Any]]:
     return watched
 
 
-def _want(call: Call) -> Want:
+def _want(call: Call, work: TokenWork | None) -> Want:
+    """work: None where rows count alike, because nobody waits meanwhile."""
     state = call.sequence
-    return Want(state.number, call.rows_left, call.is_reply, state.client, state.priority, call.passed)
+    row_work = 1.0 if work is None else work.beside_first(state.cache.length)
+    return Want(state.number, call.rows_left, call.is_reply, state.client, state.priority, call.passed, row_work)
+
+
+def _work(work: TokenWork, span: Span) -> float:
+    rows = len(span.token_ids)
+    return rows * work.beside_first(span.cache.length + rows / 2)
 
 
 def _reader(call: Call) -> Reader:

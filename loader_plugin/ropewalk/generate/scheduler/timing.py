@@ -1,6 +1,9 @@
 """How long steps take, measured as they run; and what follows from it: rows of a step, how long to wait for replies.
 
-seconds of a step = plain (a step with replies alone) + prompt rows * seconds of a row
+seconds of a step = plain (a step with replies alone) + work of its prompt rows * seconds of a row
+
+The work of a row is 1 with no keys before it, and more with more of them (see `model/work.py`): a short question that
+arrives while a long document is read gets the rows that it can have, and the document no more than it should.
 """
 
 from __future__ import annotations
@@ -10,15 +13,17 @@ RISING_WEIGHT = 0.5  # of one for a row that is higher than the average: slow mo
 MOST_PLAIN_STEPS = 2.1  # a step with prompt rows takes about this many times a plain one; people notice beyond three
 LEAST_ROWS, MOST_ROWS = 4, 512  # of prompts beside replies: fewer waste the weights' traffic, more gain nothing by it
 FIRST_ROWS = 16  # until anything is measured
-LEAST_MEASURED_ROWS = 4  # fewer say little about the time of a row
+LEAST_MEASURED = 4  # less work says little about the time of a row
 PATIENCE = 0.25  # of the last step's time, to choose a token in
 DRAFT_PATIENCE = 1.0  # likewise, if a draft model guesses meanwhile
 LEAST_PATIENCE_S, MOST_PATIENCE_S = 0.002, 0.05  # a thread needs the former to wake; the latter, people would notice
 
 
 class StepTimes:
-    """Moving averages of the two times. last_s: of the last step. patience: how long replies may take between steps, in
-    such times."""
+    """Moving averages of the two times, row_s that of a row with no keys before it. last_s: of the last step.
+
+    patience: how long replies may take between steps, in such times.
+    """
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self._patience = patience
@@ -26,19 +31,19 @@ class StepTimes:
         self.row_s: float | None = None
         self.last_s = 0.0
 
-    def record(self, prompt_rows: int, seconds: float) -> None:
-        """A step is over; it had that many rows of prompts, besides those of replies."""
+    def record(self, prompt_work: float, seconds: float) -> None:
+        """A step is over; so much was the work of its rows of prompts, besides those of replies."""
         self.last_s = seconds
-        if not prompt_rows:
+        if not prompt_work:
             self.plain_s = _averaged(self.plain_s, seconds)
-        elif prompt_rows >= LEAST_MEASURED_ROWS:
-            row_s = max(seconds - (self.plain_s or 0.0), 0.0) / prompt_rows
+        elif prompt_work >= LEAST_MEASURED:
+            row_s = max(seconds - (self.plain_s or 0.0), 0.0) / prompt_work
             rises = self.row_s is not None and row_s > self.row_s
             self.row_s = _averaged(self.row_s, row_s, RISING_WEIGHT if rises else WEIGHT)
 
     def budget(self, num_replies: int, num_prompts: int, most_rows: int) -> int:
-        """Rows of prompts in the next step. num_replies: those that are running; most_rows: what the model takes at
-        once.
+        """Work of prompt rows in the next step. num_replies: those that are running; most_rows: what the model takes
+        at once.
 
         With replies running, so few that none of their tokens waits longer than three plain steps.
         """
