@@ -106,6 +106,12 @@ def test_torchrun_starts_the_same() -> None:
     assert texts[0].stdout and texts[0].stdout == texts[1].stdout
 
 
+def test_replicas_are_refused_where_torchrun_has_started_ranks() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ropewalk"]
+    done = subprocess.run([*launcher, "serve", "--replicas", "2"], capture_output=True, text=True, timeout=120)
+    assert done.returncode and "ropewalk: error: torchrun has started the ranks of one pipeline" in done.stderr
+
+
 def test_the_command_line_starts_ranks_and_refuses_what_cannot_be() -> None:
     line = [sys.executable, "-m", "ropewalk", *ANSWER, "--pipeline"]
     done = subprocess.run([*line, "2"], capture_output=True, text=True, timeout=120)

@@ -206,6 +206,18 @@ def parse_pipeline(value: Any) -> int | tuple[int, ...]:
     return counts
 
 
+def num_ranks(pipeline: int | str | None) -> int:
+    """How many processes run a model.
+
+    Raises:
+        ConfigError: as `parse_pipeline`.
+    """
+    if pipeline is None:
+        return 1
+    asked = parse_pipeline(pipeline)
+    return asked if isinstance(asked, int) else len(asked)
+
+
 def _is_positive(value: Any) -> bool:
     return _is_count(value) and value >= 1
 

@@ -36,6 +36,7 @@ from ropewalk.backends.protocol import (
 )
 from ropewalk.backends.shared import check_move
 from ropewalk.base.errors import ConfigError
+from ropewalk.base.unthreaded import copy_
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
@@ -261,7 +262,7 @@ class PipelineBackend:
         if step.number is not None:
             answer = self._chain.answer(step.number)
             assert isinstance(answer, Step)
-            step.x.copy_(answer.x)
+            copy_(step.x, answer.x)
 
     def _message(self, step: PipelineStep, number: int) -> Step:
         changes = []

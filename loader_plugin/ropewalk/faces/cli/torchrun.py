@@ -6,6 +6,8 @@ import argparse
 import os
 from collections.abc import Callable
 
+from ropewalk.base.errors import ConfigError
+
 
 def is_under_torchrun() -> bool:
     """Whether torchrun has started this process; said without importing torch."""
@@ -18,7 +20,8 @@ def run_under_torchrun(parse: Callable[[], argparse.Namespace], run: Callable[[a
     A command that loads a model loads it as a pipeline over all ranks, whether --pipeline is given or not.
 
     Raises:
-        ConfigError: the environment is not as torchrun makes it. RankError: the ranks do not find each other.
+        ConfigError: the environment is not as torchrun makes it; a command for a cluster.
+        RankError: the ranks do not find each other.
     """
     from ropewalk.model.pipeline.machine import torchrun_seat
     from ropewalk.model.pipeline.meeting import Meeting
@@ -31,6 +34,11 @@ def run_under_torchrun(parse: Callable[[], argparse.Namespace], run: Callable[[a
         return serve_layers(Meeting.under_torchrun(seat))
     try:
         args = parse()
+        if getattr(args, "replicas", None) or getattr(args, "ray", None):
+            raise ConfigError(
+                "torchrun has started the ranks of one pipeline, and --replicas and --ray ask for several models: "
+                "start the command without torchrun; with --pipeline each replica starts ranks of its own"
+            )
         if getattr(args, "pipeline", "") is None:
             args.pipeline = str(seat.size)
         return run(args)
