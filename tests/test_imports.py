@@ -64,6 +64,7 @@ IMPORT_WHEN_CALLED = {
         "faces.cli.sampling_options",
         "faces.cli.serve",
         "faces.cli.terminal",
+        "faces.cli.torchrun",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
     *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice", "model.backends"),

@@ -2,7 +2,8 @@
 
     python scripts/scale/check.py .cache/1.1b --replicas 2 4
 
-Measures the step times first, so that both see the machine as it is now. The model must know the vocabulary of its
+Measures the step times before and after each run of the real thing and simulates with the mean of both, since the speed
+of a machine that others use changes within minutes. The model must know the vocabulary of its
 tokenizer; one without a tokenizer gets the embedded model's.
 """
 
@@ -20,8 +21,8 @@ from benchmarking import print_head, with_tokenizer  # noqa: E402
 from cluster import SYSTEM_WORDS, TURN_WORDS, TraceResult, replay, replicas_of  # noqa: E402
 from results import Result, percentiles, result_of  # noqa: E402
 from ropewalk.cluster.routing import PrefixRouting  # noqa: E402
-from simulation import Cluster, Simulation  # noqa: E402
-from step_times import step_costs  # noqa: E402
+from simulation import Cluster, Simulation, StepCosts  # noqa: E402
+from step_times import mean_costs, step_costs  # noqa: E402
 from workload import Workload  # noqa: E402
 
 REPLY_TOKENS, NUM_SYSTEMS, THINK_S = 24, 4, 0.2  # those of scripts/bench/cluster.py
@@ -42,14 +43,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         has_tokenizer = any((args.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
         folder = args.folder if has_tokenizer else with_tokenizer(args.folder, Path(scratch))
-        costs = step_costs(folder, 1, sorted({1, *args.replicas}), args.request_s)
-        slower = ", ".join(f"{factor:.2f}" for factor in costs.slowdown)
-        print(f"a step with 1 to 8 replies: {costs.replies_s[0]:.4f} to {costs.replies_s[-1]:.4f} s; a row of a prompt")
-        print(f"{costs.row_s:.4f} s, alone {costs.alone_row_s:.4f}; twice as long after {costs.keys:,.0f} keys")
-        print(f"with 1, 2, ... replicas computing, all of it takes so many times as long: {slower}")
         for count in args.replicas:
+            before = step_costs(folder, 1, sorted({1, count}), args.request_s)
             real, workload = measured(folder, count, args)
+            costs = mean_costs([before, step_costs(folder, 1, sorted({1, count}), args.request_s)])
             simulated = result_of(Simulation(costs, Cluster(1, count), workload, PrefixRouting).run())
+            print_costs(costs)
             print_both(count, real, simulated)
 
 
@@ -88,9 +87,17 @@ def workload_of(trace: TraceResult, args: argparse.Namespace) -> Workload:
     )
 
 
+def print_costs(costs: StepCosts) -> None:
+    """What the simulation was given."""
+    slower = ", ".join(f"{factor:.2f}" for factor in costs.slowdown)
+    print(f"\na step with 1 to 8 replies: {costs.replies_s[0]:.4f} to {costs.replies_s[-1]:.4f} s; a row of a prompt")
+    print(f"{costs.row_s:.4f} s, alone {costs.alone_row_s:.4f}; twice as long after {costs.keys:,.0f} keys")
+    print(f"with 1, 2, ... replicas computing, all of it takes so many times as long: {slower}")
+
+
 def print_both(count: int, real: Result, simulated: Result) -> None:
     """A table of both, and how they compare."""
-    print(f"\n{count} replicas{'':20}measured   simulated   simulated / measured")
+    print(f"{count} replicas{'':20}measured   simulated   simulated / measured")
     for name, there, here in zip(ROWS, numbers(real), numbers(simulated), strict=True):
         print(f"  {name:<26}{there:10.2f}{here:12.2f}{here / there:14.2f}")
 

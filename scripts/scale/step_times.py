@@ -58,14 +58,25 @@ def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: f
             last = statistics.mean(b / a for a, b in zip(alone["replies"], found[count]["replies"], strict=True))
         slowdown.append(last)
     first, deep = alone["row"], alone["deep row"]
+    keys = DEPTH / max(deep / first - 1, 0.01)
     return StepCosts(
         replies_s=tuple(alone["replies"]),
         row_s=first,
-        alone_row_s=alone["row alone"],
-        keys=DEPTH / max(deep / first - 1, 0.01),
+        alone_row_s=alone["row alone"] / (1 + ROWS_ALONE / 2 / keys),
+        keys=keys,
         request_s=request_s,
         slowdown=(1.0, *slowdown[1:]),
     )
+
+
+def mean_costs(found: Sequence[StepCosts]) -> StepCosts:
+    """Of several measurements with the same numbers of replicas."""
+    means = {}
+    for name in StepCosts.__slots__:
+        values = [getattr(costs, name) for costs in found]
+        many = isinstance(values[0], tuple)
+        means[name] = tuple(map(statistics.mean, zip(*values, strict=True))) if many else statistics.mean(values)
+    return StepCosts(**means)
 
 
 def as_json(costs: StepCosts) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def work(folder: Path, threads: int, barrier: Any, results: Any) -> None:
         }
         alone = median_of(lambda: step(0, ROWS_ALONE, empty)) / ROWS_ALONE
         barrier.wait()
-    # Rows are given as those with no keys before them; of the deep ones, 2 * DEPTH have as many.
+    # Of the deep rows, 2 * DEPTH keys are there; half of what they cost more is that of DEPTH keys.
     half = (beside["deep row"] + beside["row"]) / 2
     results.put({"replies": replies, "row": beside["row"], "deep row": half, "row alone": alone})
 

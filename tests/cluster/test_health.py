@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,11 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.scheduler, self.queue = SimpleNamespace(num_steps=0), SimpleNamespace(num_running=0)
+        self.model = SimpleNamespace(backend=SimpleNamespace(when_failed=self._listen))
         self.num_asked = 0
+
+    def _listen(self, function: Callable[[], None]) -> None:
+        self.lose_rank = function
 
     def generate(self, prompt: list[int], params: object) -> None:
         self.num_asked += 1
@@ -43,3 +48,13 @@ def test_an_engine_without_work_writes_a_token_and_one_that_stalls_is_ill(monkey
     now += STALLED_S + 1
     with pytest.raises(Stalled, match="2 replies run, and no step for 301 s"):
         health.check()
+
+
+def test_an_engine_whose_pipeline_has_lost_a_rank_is_ill_at_once() -> None:
+    engine = FakeEngine()
+    health = EngineHealth(engine)
+    health.check()
+    engine.lose_rank()
+    with pytest.raises(Stalled, match="a rank of the replica's pipeline was lost"):
+        health.check()
+    assert engine.num_asked == 0

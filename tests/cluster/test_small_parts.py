@@ -55,6 +55,12 @@ def test_threads_that_are_asked_for_count_but_not_beyond_the_machine() -> None:
     assert share_of(options("--threads", "4"), 2, [Machine(2)]) == Share(4, 1.0, 0)
 
 
+def test_the_ranks_of_a_pipeline_share_the_cores_of_their_replica() -> None:
+    assert share_of(options("--pipeline", "2"), 2, [Machine(16)]) == Share(4, 8.0, 0)
+    assert share_of(options("--pipeline", "0,3,2", "--threads", "2"), 1, [Machine(16)]) == Share(2, 6.0, 0)
+    assert share_of(options("--pipeline", "4"), 2, [Machine(2)]) == Share(1, 1.0, 0)
+
+
 def test_cards_are_shared_too() -> None:
     machine = Machine(16, gpus=2)
     assert share_of(options(), 2, [machine]).gpus == 1

@@ -14,7 +14,7 @@ from results import Result, percentiles, result_of
 from ropewalk.cluster.routing import PrefixRouting, TwoChoices
 from ropewalk.files.embedded import demo_model_path
 from simulation import Cluster, Simulation, StepCosts
-from step_times import as_json, read_costs, step_costs
+from step_times import as_json, mean_costs, read_costs, step_costs
 from workload import Workload
 
 COSTS = StepCosts((0.05, 0.055, 0.06, 0.065), row_s=0.005, alone_row_s=0.004, keys=3000.0, slowdown=(1.0, 1.1))
@@ -45,6 +45,14 @@ def test_one_reply_alone_takes_what_its_steps_take() -> None:
     assert found.first_s[0] == pytest.approx(prompt_s)
     assert found.seconds == pytest.approx(prompt_s + (alone.reply_tokens - 1) * COSTS.replies_s[0])
     assert found.cached == 0
+
+
+def test_the_mean_of_two_measurements_lies_between_them() -> None:
+    slower = replace(COSTS, replies_s=tuple(2 * s for s in COSTS.replies_s), row_s=0.007, slowdown=(1.0, 1.3))
+    assert mean_costs([COSTS, COSTS]) == COSTS
+    found = mean_costs([COSTS, slower])
+    assert found.replies_s == pytest.approx([1.5 * s for s in COSTS.replies_s])
+    assert (found.row_s, found.slowdown[1]) == pytest.approx((0.006, 1.2))
 
 
 def test_the_same_seed_gives_the_same_result_and_another_one_another() -> None:

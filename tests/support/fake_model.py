@@ -197,6 +197,8 @@ class FakeModel:
                 cache.add_(added, max(len(token_ids), seq_len or 0), how)
             return cache.length
 
+    steps_under_way = 1
+
     def missing_bytes(self, spans: Sequence[Span]) -> int:
         wanted = sum(_pages_after(span) - len(span.cache.pages) for span in spans)
         if self.num_pages is None:

@@ -209,6 +209,9 @@ class CpuPagePool:
         """The memory of a page, in one part; the tensor keeps the page alive."""
         return [torch.from_numpy(page.array())]
 
+    def written_(self, page: _core.Page, parts: list[torch.Tensor]) -> None:
+        """They are the memory itself."""
+
 
 class CpuLayer:
     """A program as the core replays it."""

@@ -19,7 +19,7 @@ product of torch changes its order of summation with T).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,6 +87,14 @@ class ExpertRoom:
     part: float
 
 
+@dataclass(frozen=True, slots=True)
+class ReadElsewhere:
+    """Samples (files/fingerprint.py) of the tensors that other processes have read, of either model."""
+
+    first: Mapping[str, bytes]
+    second: Mapping[str, bytes]
+
+
 class Page(Protocol):
     """Keys and values of PAGE_TOKENS positions of all layer instances; the layout is the backend's own.
 
@@ -131,8 +139,12 @@ class PagePool(Protocol):
     def parts_of(self, page: Page) -> list[torch.Tensor]:
         """The memory of a page, [bytes] uint8 on its device: one part for each place that a model runs in.
 
-        To read them is to save the page; what is written to them restores one of the same layout and instances.
+        To read them is to save the page; what is written to them restores one of the same layout and instances, once
+        `written_` has been called.
         """
+
+    def written_(self, page: Page, parts: list[torch.Tensor]) -> None:
+        """What `parts_of` gave for this page has been written to: memory that lies elsewhere takes it over."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,6 +201,27 @@ class Backend(Protocol):
     @property
     def shares(self) -> tuple[tuple[torch.device, float], ...]:
         """The devices that hold the pages, and the part of each page that lies there."""
+
+    @property
+    def bytes_elsewhere(self) -> int:
+        """Memory of weights that other processes hold."""
+
+    def await_layers(self) -> ReadElsewhere:
+        """Once all layers that are read here have been: until other processes have read theirs.
+
+        Raises:
+            RopewalkError: what went wrong there. RankError: one of them is lost.
+        """
+
+    @property
+    def steps_under_way(self) -> int:
+        """How many steps it takes to keep all that computes busy: 1 where `end_step_` has the result."""
+
+    def when_failed(self, function: Callable[[], None]) -> None:
+        """Call this once, in some thread, if other processes that it needs are lost."""
+
+    def close(self) -> None:
+        """Let go of other processes, if it has any; nothing can be computed from then on."""
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -358,7 +391,17 @@ class Backend(Protocol):
         """
 
     def end_step_(self, step: BackendStep) -> None:
-        """After the last layer instance: what `run_layer_` may have put off is done, and x holds the result."""
+        """After the last layer instance: what `run_layer_` may have put off is done, or on its way elsewhere.
+
+        Other steps may begin from here on, for other sequences or for later rows of the same.
+        """
+
+    def await_step_(self, step: BackendStep) -> None:
+        """Until x holds the result of a step that has ended. Steps are awaited in the order in which they ended.
+
+        Raises:
+            RankError: it was computed by another process, which is lost.
+        """
 
 
 class OnePlace(Backend, Protocol):

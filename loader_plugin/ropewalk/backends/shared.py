@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ropewalk.backends.protocol import PAGE_TOKENS, CompiledLayer, OnePlace, Page, RowSpan
+from ropewalk.backends.protocol import PAGE_TOKENS, BackendStep, CompiledLayer, OnePlace, Page, ReadElsewhere, RowSpan
 from ropewalk.base.errors import ShapeError
 from ropewalk.families.program import Program
 
 
-class SinglePlace:
+class OneProcess:
+    """What `Backend` says of other processes, for a backend that has none."""
+
+    @property
+    def bytes_elsewhere(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def steps_under_way(self) -> int:
+        """Results are there when a step ends."""
+        return 1
+
+    def await_layers(self) -> ReadElsewhere:
+        """There are none."""
+        return ReadElsewhere({}, {})
+
+    def await_step_(self, step: BackendStep) -> None:
+        """The result is there."""
+
+    def when_failed(self, function: Callable[[], None]) -> None:
+        """Nothing can be lost."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SinglePlace(OneProcess):
     """What `Backend` says of places, for a backend that is one."""
 
     @property

@@ -29,7 +29,7 @@ from ropewalk.backends.protocol import (
     RowChange,
     RowSpan,
 )
-from ropewalk.backends.shared import check_move
+from ropewalk.backends.shared import OneProcess, check_move
 from ropewalk.base.errors import ConfigError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
@@ -51,7 +51,7 @@ class SplitLayer:
     compiled: Mapping[int, CompiledLayer]
 
 
-class SplitBackend:
+class SplitBackend(OneProcess):
     """The protocol of `backends/protocol.py` over several backends.
 
     places: at least one, in the order in which their instances run. weights_indices: which layer each instance runs;
@@ -280,6 +280,9 @@ class SplitPool:
         """The memory of the part in each place, on the device of that place."""
         pairs = zip(self._pools, page.parts, strict=True)
         return [memory for pool, part in pairs if part is not None for memory in pool.parts_of(part)]
+
+    def written_(self, page: SplitPage, parts: list[torch.Tensor]) -> None:
+        """They are the memory itself."""
 
     def _counts(self, num_instances: int) -> list[int]:
         """Instances in each place: an order may be shorter than the one that the places were chosen for, or longer."""

@@ -59,6 +59,10 @@ class NativeError(RopewalkError, RuntimeError):
     """The compiled core is missing, or the asked-for instruction set does not exist on this machine."""
 
 
+class RankError(RopewalkError, RuntimeError):
+    """A rank of a pipeline has ended, hangs or failed; says which, its layers, and what happened. No rank goes on."""
+
+
 def brief(error: object, most: int = 300) -> str:
     """What another library says of a mistake, for a message of ours: on one line, and no longer than people read.
 

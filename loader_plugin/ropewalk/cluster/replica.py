@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -113,12 +114,17 @@ class EngineHealth:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._lost_rank = threading.Event()
+        engine.model.backend.when_failed(self._lost_rank.set)
         self._steps, self._changed_s = -1, time.monotonic()
 
     def check(self) -> None:
         """Raises:
-        Stalled: replies run and no step was made for `STALLED_S`. Also what goes wrong as the token is written.
+        Stalled: replies run and no step was made for `STALLED_S`, or its pipeline has lost a rank. Also what goes
+            wrong as the token is written.
         """
+        if self._lost_rank.is_set():
+            raise Stalled("a rank of the replica's pipeline was lost")
         now, steps = time.monotonic(), self._engine.scheduler.num_steps
         if steps != self._steps:
             self._steps, self._changed_s = steps, now

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ropewalk.base.errors import ConfigError
+from ropewalk.model.options import num_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What each replica gets. threads: of its CPU backend. cpus, gpus: what Ray sets aside for it."""
+    """What each replica gets. threads: of its CPU backend, in each rank of a pipeline. cpus, gpus: what Ray sets aside
+    for it."""
 
     threads: int
     cpus: float
@@ -29,16 +31,17 @@ class Share:
 def share_of(args: argparse.Namespace, num_replicas: int, machines: Sequence[Machine]) -> Share:
     """The same for every replica: as many cores as leave room for all of them.
 
-    args: --threads, --backend, --gpu-layers and --gpu-split of `ropewalk serve`. With fewer cores than replicas,
-    several share one.
+    args: --threads, --backend, --gpu-layers, --gpu-split and --pipeline of `ropewalk serve`. With fewer cores than
+    replicas, several share one. The ranks of a pipeline are processes on the machine of their replica.
 
     Raises:
-        ConfigError: there are no cores, or not enough cards.
+        ConfigError: there are no cores, or not enough cards; a wrong --pipeline.
     """
     cpus = _most_cpus(num_replicas, [machine.cpus for machine in machines])
     gpus = _cards(args, num_replicas, sum(machine.gpus for machine in machines))
-    threads = args.threads or max(1, int(cpus))
-    return Share(threads, min(float(threads), cpus), gpus)
+    ranks = num_ranks(args.pipeline)
+    threads = args.threads or max(1, int(cpus) // ranks)
+    return Share(threads, min(float(threads * ranks), cpus), gpus)
 
 
 def _most_cpus(num_replicas: int, cpus: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 
 from ropewalk.base.errors import CheckpointError
-from ropewalk.files.fingerprint import joint_fingerprint, tensor_sample
+from ropewalk.files.fingerprint import tensor_sample
 from ropewalk.files.safetensors import SafetensorsFile, printable
 from ropewalk.files.safetensors_header import TensorInfo
 from ropewalk.files.weight_files import choose_files, listed
@@ -104,9 +104,9 @@ class Checkpoint:
         return list(found.values())
 
     @property
-    def fingerprint(self) -> str:
-        """Of the tensors that have been read so far (see files/fingerprint.py)."""
-        return joint_fingerprint(self._samples)
+    def samples(self) -> Mapping[str, bytes]:
+        """Of the tensors that have been read so far, for a fingerprint (see files/fingerprint.py)."""
+        return dict(self._samples)
 
     def holds(self, name: str, tensor: torch.Tensor) -> bool:
         """True if the tensor stored under that name equals this one, bit for bit.

@@ -99,6 +99,11 @@ def _check_options(options: LoadOptions, chosen: Chosen) -> None:
         value = getattr(options, option)
         if value is not None and name != "cpu" and not (name == "gpu" and mixed):
             raise ConfigError(f'{option}={value!r} is an option of backend="cpu"; leave it out for "{name}"')
+    if options.pipeline is not None and (mixed or options.gpu_split is not None):
+        raise ConfigError(
+            f"pipeline={options.pipeline!r}: the processes of a pipeline compute in one place each: leave out "
+            "gpu_layers and gpu_split"
+        )
     if options.expert_memory is not None and name != "cpu":
         raise ConfigError(
             f'expert_memory={options.expert_memory!r} is an option of backend="cpu"; leave it out for "{name}"{why}'

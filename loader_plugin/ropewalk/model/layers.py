@@ -48,6 +48,24 @@ class CopiedLayer:
         return sum(copy.num_bytes for copy in self.copies)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ElsewhereLayer:
+    """One decoder layer that other processes have read (see `backends/pipeline/`)."""
+
+    compiled: CompiledLayer
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory here."""
+        return 0
+
+
+def elsewhere(backend: Backend, config: ModelConfig, index: int, first: int = 0) -> ElsewhereLayer:
+    """Decoder layer `index`, none of whose places are here. first: as for `pack_for_places`."""
+    program = layer_program(config.family, layer_shape(config, index))
+    return ElsewhereLayer(backend.joined(first + index, (), program))
+
+
 def pack_for_places(
     backend: Backend, config: ModelConfig, index: int, weights: LayerWeights, first: int = 0
 ) -> PackedLayer | CopiedLayer:

@@ -15,20 +15,20 @@ benchmarks/2026-11-21-trees.txt).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ropewalk.backends.protocol import Backend, ExpertRoom
-from ropewalk.base.errors import CheckpointError, ConfigError
+from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import shown
 from ropewalk.base.memory import format_bytes, return_freed_memory
 from ropewalk.config.model import ModelConfig
 from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.containers.choice import container_of
+from ropewalk.files.fingerprint import joint_fingerprint
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.local import local_folder
 from ropewalk.gptq.linear import DenseLinear
@@ -36,13 +36,15 @@ from ropewalk.model.backend_choice import choose_backend
 from ropewalk.model.backends import make_backend
 from ropewalk.model.expert_room import choose_expert_room
 from ropewalk.model.head import held_head
-from ropewalk.model.layers import CopiedLayer, PackedLayer, pack_for_places
+from ropewalk.model.layers import CopiedLayer, ElsewhereLayer, PackedLayer, elsewhere, pack_for_places
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
+from ropewalk.model.opened import open_weights, opened
 from ropewalk.model.options import LoadOptions, options_with, with_local_second, with_options
 from ropewalk.model.pages import check_cache_memory, context_pages
+from ropewalk.model.pipeline.start import start_pipeline
 from ropewalk.model.placement import place_instances
 from ropewalk.model.plan import LoadPlan, plan_loading
-from ropewalk.weights.read import check_tensors, read_embeddings, read_head, read_layer
+from ropewalk.weights.read import read_embeddings, read_head, read_layer
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,30 @@ def load_model(
     chosen = choose_backend(options)
     plan = plan_loading(folder, options)
     placement = place_instances(folder, plan, options) if chosen.name == "gpu" else None
-    ops = make_backend(options, placement, _room_for_experts(folder, plan, options) if chosen.name == "cpu" else None)
+    room = _room_for_experts(folder, plan, options) if chosen.name == "cpu" else None
+    if options.pipeline is not None:
+        ops = start_pipeline(folder, plan, options, room)
+    else:
+        ops = make_backend(options, placement, room)
+    try:
+        return _load(folder, plan, options, ops, progress, chosen.why)
+    except BaseException:
+        ops.close()
+        raise
+
+
+load_model.__signature__ = with_options(load_model)  # for help() and editors: every option with its default
+
+
+def _load(
+    folder: Path,
+    plan: LoadPlan,
+    options: LoadOptions,
+    ops: Backend,
+    progress: Callable[[int, int], None] | None,
+    why: str,
+) -> Model:
+    """The model on its backend. why: that backend was chosen."""
     logger.info("%s", plan.rope.describe())
     limits = ModelLimits(
         plan.max_seq_len, options.max_input_len, options.cache_format, options.cache_memory, options.rope_growth
@@ -90,24 +115,24 @@ def load_model(
     second = plan.second
     report = _step_counter(progress, plan.config.num_layers + (second.num_layers if second else 0) + 1)
     first = plan.config.num_layers
-    lent, lent_print = (), None
+    lent, lent_samples = (), None
     if second is not None:
-        lent, lent_print = _load_second_layers(Path(options.second_folder), second, ops, report, first)
-    weights = _load_weights(folder, plan.config, plan.quant, ops, options.head_bits, report)
-    weights = replace(weights, layers=weights.layers + lent, second_fingerprint=lent_print)
+        lent, lent_samples = _load_second_layers(Path(options.second_folder), second, ops, report, first)
+    weights, samples = _load_weights(folder, plan.config, plan.quant, ops, options.head_bits, report)
+    theirs = ops.await_layers()
+    lent_print = None if lent_samples is None else joint_fingerprint({**lent_samples, **theirs.second})
+    fingerprint = joint_fingerprint({**samples, **theirs.first})
+    weights = replace(weights, layers=weights.layers + lent, fingerprint=fingerprint, second_fingerprint=lent_print)
     return_freed_memory()
     model = Model(plan.config, plan.quant, plan.rope, ops, weights, limits, plan.order)
-    logger.info("%s", _summary(model, chosen.why))
+    logger.info("%s", _summary(model, why))
     return model
-
-
-load_model.__signature__ = with_options(load_model)  # for help() and editors: every option with its default
 
 
 def _room_for_experts(folder: Path, plan: LoadPlan, options: LoadOptions) -> ExpertRoom | None:
     if plan.config.mixture is None:
         return None
-    with _opened(folder, plan.quant) as checkpoint:  # what is wrong with the tensors is told when they are read
+    with opened(folder, plan.quant) as checkpoint:  # what is wrong with the tensors is told when they are read
         return choose_expert_room(checkpoint, plan, options)
 
 
@@ -118,8 +143,9 @@ def _load_weights(
     backend: Backend,
     head_bits: str | int,
     report: Callable[[], None],
-) -> ModelWeights:
-    with _open_weights(folder, config, quant) as checkpoint:
+) -> tuple[ModelWeights, Mapping[str, bytes]]:
+    """The weights, but for the fingerprint, and samples of the tensors that were read."""
+    with open_weights(folder, config, quant) as checkpoint:
         embeddings = read_embeddings(config, checkpoint)
         final_norm, stored = read_head(config, quant, checkpoint, embeddings)
         head = held_head(stored, head_bits, backend.compute)
@@ -129,41 +155,20 @@ def _load_weights(
         del stored, head  # before the layers are read: of the head, there are up to three copies meanwhile
         report()
         layers = _pack_layers(checkpoint, config, quant, backend, report)
-        fingerprint = checkpoint.fingerprint
+        samples = checkpoint.samples
     device = backend.device
     moved = {name: part.to(device) for name, part in final_norm.items()}
-    return ModelWeights(embeddings.to(device), layers, moved, packed_head, tied, chosen_bits, fingerprint)
+    return ModelWeights(embeddings.to(device), layers, moved, packed_head, tied, chosen_bits, ""), samples
 
 
 def _load_second_layers(
     folder: Path, config: ModelConfig, backend: Backend, report: Callable[[], None], first: int
-) -> tuple[tuple[PackedLayer | CopiedLayer, ...], str]:
-    """The layers, and the fingerprint of their tensors."""
+) -> tuple[tuple[PackedLayer | CopiedLayer | ElsewhereLayer, ...], Mapping[str, bytes]]:
+    """The layers, and samples of their tensors."""
     quant = load_quant_config(folder, config.raw)
-    with _open_weights(folder, config, quant) as checkpoint:
+    with open_weights(folder, config, quant) as checkpoint:
         layers = _pack_layers(checkpoint, config, quant, backend, report, first)
-        return layers, checkpoint.fingerprint
-
-
-@contextmanager
-def _open_weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> Iterator[Checkpoint]:
-    """The checkpoint as `_opened` gives it, its tensors checked."""
-    with _opened(folder, quant) as checkpoint:
-        check_tensors(config, quant, checkpoint)
-        yield checkpoint
-
-
-@contextmanager
-def _opened(folder: Path, quant: QuantConfig | None) -> Iterator[Checkpoint]:
-    """The checkpoint; an OSError or MemoryError while it is in use becomes a CheckpointError."""
-    try:
-        with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
-            yield checkpoint
-    except MemoryError as error:
-        detail = f": {error}" if str(error) else ""  # of a card: which, and how much of it is free
-        raise CheckpointError(f"{folder}: not enough memory to load the weights{detail}") from error
-    except OSError as error:
-        raise CheckpointError(f"{folder}: reading the weights failed: {error}") from error
+        return layers, checkpoint.samples
 
 
 def _pack_layers(
@@ -173,11 +178,14 @@ def _pack_layers(
     backend: Backend,
     report: Callable[[], None],
     first: int = 0,
-) -> tuple[PackedLayer | CopiedLayer, ...]:
+) -> tuple[PackedLayer | CopiedLayer | ElsewhereLayer, ...]:
     layers = []
     for index in range(config.num_layers):
-        checkpoint.read_ahead(config.table.layer_prefix(index + 1))
-        layers.append(pack_for_places(backend, config, index, read_layer(config, quant, checkpoint, index), first))
+        if backend.places_of(first + index):
+            checkpoint.read_ahead(config.table.layer_prefix(index + 1))
+            layers.append(pack_for_places(backend, config, index, read_layer(config, quant, checkpoint, index), first))
+        else:
+            layers.append(elsewhere(backend, config, index, first))
         report()
     return tuple(layers)
 

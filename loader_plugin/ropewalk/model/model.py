@@ -32,7 +32,7 @@ from ropewalk.model.pages import ModelLimits, check_holds_one, choose_cache_memo
 from ropewalk.model.saved.file import SavedFile
 from ropewalk.model.saved.read import fitting_segments, load_cache, usable_prefix
 from ropewalk.model.saved.write import save_cache
-from ropewalk.model.step import Cancelled, Progress, Span, checked_seq_len, run_step
+from ropewalk.model.step import Cancelled, Progress, RunningStep, Span, check_spans, checked_seq_len, run_step
 from ropewalk.model.store import PageStore
 from ropewalk.model.token_ids import TokenIds, checked_token_ids
 from ropewalk.model.work import token_work
@@ -97,7 +97,7 @@ class Model(LiveRope):
         self.layer_order = layer_order or plain_order(config.num_layers)
         self.instances = instances_of(self.layer_order, config.num_layers)
         self._check_places(self.instances)
-        self.work = token_work(config, weights.layers, self.instances)
+        self.work = token_work(config, self.instances)
         self._adapters = AdapterSets(config, backend, self.instances)
         context = context_pages(backend, config, len(self.instances), limits)
         memory = choose_cache_memory(context, limits.cache_memory, backend)
@@ -124,7 +124,7 @@ class Model(LiveRope):
         self._check_places(instances)
         check_holds_one(context_pages(self.backend, self.config, len(instances), self.limits), self.cache_memory)
         self.instances = instances
-        self.work = token_work(self.config, self.weights.layers, instances)
+        self.work = token_work(self.config, instances)
         self.layer_order = order
         self._adapters.set_instances(self.instances)
         self.store.num_instances = len(self.instances)
@@ -147,7 +147,12 @@ class Model(LiveRope):
     @property
     def weight_bytes(self) -> int:
         """Memory of the weights as the backend holds them."""
-        return self.weights.num_bytes
+        return self.weights.num_bytes + self.backend.bytes_elsewhere
+
+    def close(self) -> None:
+        """End the processes that run layers for it, if there are any (`pipeline` of `load_model`); nothing can be
+        computed from then on. It happens by itself when the model goes, or the program ends."""
+        self.backend.close()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -442,3 +447,21 @@ class Model(LiveRope):
                 0; all caches are as they were.
         """
         return run_step(self, spans, progress, cancelled)
+
+    def begin_step(self, spans: Sequence[Span]) -> RunningStep:
+        """As `step`, up to where other processes compute: `finish_` of what it returns gives the results.
+
+        Up to `steps_under_way` steps may be begun before the first is finished, each for other caches. They are
+        finished in the order in which they were begun.
+
+        Raises:
+            RequestError, CacheFullError: as `step`.
+        """
+        running = RunningStep(self, check_spans(self, spans, named=True), None, None)
+        running.begin_(named=True)
+        return running
+
+    @property
+    def steps_under_way(self) -> int:
+        """How many steps keep all that computes busy: 1 but for a pipeline."""
+        return self.backend.steps_under_way

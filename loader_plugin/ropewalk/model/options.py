@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from ropewalk.config.layer_order import LayerOrder
 
+MOST_RANKS = 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -51,6 +53,9 @@ class LoadOptions:
         within a bound: at most 16 contexts or 4 GiB, whichever is more); at least one context.
     expert_memory: bytes for the experts of a mixture; those that were not used for longest are dropped, and read again
         when they are needed (default: all of them if they fit beside the other weights; on the CPU).
+    pipeline: spread the layer instances over processes, which pass rows on to each other (docs/pipeline.md): how many
+        there are to be, or how many instances each runs, such as "6,10,10"; they are started on this machine, unless
+        torchrun has started them.
     max_attention_size: accepted for compatibility with exllama, where it bounds the matrix of scores. Attention here is
         tiled and never forms that matrix, so it has no effect.
     layer_order: which layers to run, such as "0-15,8-23,16-31" or a list of numbers; see `config/layer_order.py`.
@@ -81,6 +86,7 @@ class LoadOptions:
     device: str | torch.device | None = None
     gpu_layers: int | None = None
     gpu_split: str | None = None
+    pipeline: int | str | None = None
     max_attention_size: int | None = None
     layer_order: str | Sequence[int] | LayerOrder | None = None
     recompute_n_layers: int | None = None
@@ -105,6 +111,8 @@ class LoadOptions:
             raise ConfigError(f"gpu_layers must be an integer from 0 on, got {self.gpu_layers!r}")
         if self.gpu_split is not None:
             parse_split(self.gpu_split)
+        if self.pipeline is not None:
+            parse_pipeline(self.pipeline)
         if self.second_folder is not None and not isinstance(self.second_folder, (str, Path)):
             raise ConfigError(f"second_folder must be a path, got {type(self.second_folder).__name__}")
 
@@ -177,6 +185,37 @@ def parse_split(text: Any) -> tuple[float, ...]:
     if not all(0 < share < math.inf for share in shares):
         raise ConfigError(f"gpu_split must be a positive number of GiB for each card, got {text!r:.80}")
     return shares
+
+
+def parse_pipeline(value: Any) -> int | tuple[int, ...]:
+    """4 or "4" -> 4 processes; "6,10,10" -> so many layer instances for each, of which the first may have none.
+
+    Raises:
+        ConfigError: anything else, or fewer than two processes.
+    """
+    accepted = 'a number of processes from 2 on, or layer instances for each, such as "6,10,10"'
+    parts = value.split(",") if isinstance(value, str) else [value]
+    try:
+        counts = tuple(int(part) for part in parts) if not isinstance(value, (bool, float)) else ()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"pipeline must be {accepted}, got {value!r:.80}") from error
+    if len(counts) == 1 and 2 <= counts[0] <= MOST_RANKS:
+        return counts[0]
+    if not 2 <= len(counts) <= MOST_RANKS or counts[0] < 0 or min(counts[1:]) < 1:
+        raise ConfigError(f"pipeline must be {accepted}, got {value!r:.80}")
+    return counts
+
+
+def num_ranks(pipeline: int | str | None) -> int:
+    """How many processes run a model.
+
+    Raises:
+        ConfigError: as `parse_pipeline`.
+    """
+    if pipeline is None:
+        return 1
+    asked = parse_pipeline(pipeline)
+    return asked if isinstance(asked, int) else len(asked)
 
 
 def _is_positive(value: Any) -> bool:

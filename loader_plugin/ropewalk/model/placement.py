@@ -51,7 +51,7 @@ def place_instances(folder: Path, plan: LoadPlan, options: LoadOptions) -> Place
     if options.gpu_split is None:
         cards = [Share(str(options.device or "cuda"), on_cards)]
     else:
-        sizes = _layer_bytes(folder, plan, options)
+        sizes = layer_bytes(folder, plan, options)
         room = [share * GIB for share in parse_split(options.gpu_split)]
         counts = fill(indices[:on_cards], sizes, room)
         cards = [Share(_card(options, number), count) for number, count in enumerate(counts) if count]
@@ -95,7 +95,7 @@ def _card(options: LoadOptions, number: int) -> str:
     return "cpu" if str(options.device) == "cpu" else f"cuda:{number}"
 
 
-def _layer_bytes(folder: Path, plan: LoadPlan, options: LoadOptions) -> list[int]:
+def layer_bytes(folder: Path, plan: LoadPlan, options: LoadOptions) -> list[int]:
     """Bytes of each layer as stored, those of the second model after the first's."""
     base_name = plan.quant.model_file_base_name if plan.quant else None
     sizes = _stored_bytes(folder, base_name, plan.config)

@@ -11,6 +11,7 @@ frequencies depend on the length take them for the length that a whole span reac
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,6 +32,9 @@ from ropewalk.model.token_ids import TokenIds, checked_token_ids
 if TYPE_CHECKING:
     from ropewalk.model.model import Model
 
+# Where there are several processes, a long step is cut into so many chunks for each, so that the last one need not wait
+# long for the first rows; but not into smaller ones, for which reading the weights would take longer than computing.
+CHUNKS_EACH, LEAST_ROWS = 2, 32
 LOGITS_ROWS = 256  # rows of the head computed at once: 131 MB for a vocabulary of 128,256
 LOGITS_MODES = ("last", "all", "none")
 
@@ -111,28 +115,93 @@ def run_checked(
     model: Model, checked: Sequence[Checked], progress: Progress | None, cancelled: Cancelled | None, named: bool
 ) -> list[torch.Tensor | None] | None:
     """As `run_step`, for spans that can be computed."""
-    rows = _side_by_side(checked)
-    total, done = sum(len(span.ids) for span in rows), 0
-    try:
-        _reserve_(model, checked, named)
-        model.follow_length_(checked)
-        for pieces in _chunks(rows, model.store.chunk_rows):
-            for piece in pieces:
-                model.store.slide_(piece.span.cache, piece.span.cache.length + piece.end - piece.first)
-            num_rows = pieces[-1].last_row
-            steps = _Steps(done, num_rows, total, len(model.instances), progress, cancelled)
-            x = _run_layers(model, pieces, steps)
-            if x is None:
-                return None
-            for piece in pieces:
-                span = piece.span
-                span.cache.record_(span.ids[piece.first : piece.end], span.origin, span.seq_len)
-            _write_logits_(model, x, pieces)
-            done += num_rows
-    finally:
-        for span in rows:
-            model.store.settle_(span.cache)
-    return [span.out for span in checked]
+    running = RunningStep(model, checked, progress, cancelled)
+    running.begin_(named)
+    return running.finish_()
+
+
+class RunningStep:
+    """A step on its way: other steps may begin between `begin_` and `finish_`, for other caches.
+
+    Where layers run in other processes, several chunks are under way at a time, in their order; a cache counts the
+    positions of a chunk as soon as that is on its way, since whatever comes after it finds it done.
+    """
+
+    def __init__(
+        self, model: Model, checked: Sequence[Checked], progress: Progress | None, cancelled: Cancelled | None
+    ) -> None:
+        self._model, self._checked = model, checked
+        self._progress, self._cancelled = progress, cancelled
+        self._rows = _side_by_side(checked)
+        self._total, self._done = sum(len(span.ids) for span in checked), 0
+        self._chunks = _chunks(self._rows, _rows_at_once(model, self._total))
+        self._under_way: deque[tuple[list[Piece], torch.Tensor, BackendStep]] = deque()
+        self._is_stopped = False
+
+    def begin_(self, named: bool) -> None:
+        """Take pages, and send the first chunks on their way. named: refusals name the span.
+
+        Raises:
+            CacheFullError: there are not so many pages. Nothing was written.
+        """
+        try:
+            _reserve_(self._model, self._checked, named)
+            self._model.follow_length_(self._checked)
+            self._send_()
+        except BaseException:
+            self._settle_()
+            raise
+
+    def finish_(self) -> list[torch.Tensor | None] | None:
+        """Compute the rest; the logits of each span, or None if it was cancelled.
+
+        Raises:
+            RankError: another process that computes is lost.
+        """
+        try:
+            while self._under_way:
+                pieces, x, step = self._under_way.popleft()
+                self._model.backend.await_step_(step)
+                _write_logits_(self._model, x, pieces)
+                self._send_()
+        finally:
+            self._settle_()
+        return None if self._is_stopped else [span.out for span in self._checked]
+
+    def _send_(self) -> None:
+        """Chunks, until as many are under way as keep all busy."""
+        while len(self._under_way) < self._model.backend.steps_under_way and not self._is_stopped:
+            pieces = next(self._chunks, None)
+            if pieces is None:
+                return
+            self._send_chunk_(pieces)
+
+    def _send_chunk_(self, pieces: list[Piece]) -> None:
+        model, num_rows = self._model, pieces[-1].last_row
+        for piece in pieces:
+            model.store.slide_(piece.span.cache, piece.span.cache.length + piece.end - piece.first)
+        steps = _Steps(self._done, num_rows, self._total, len(model.instances), self._progress, self._cancelled)
+        found = _run_layers(model, pieces, steps)
+        if found is None:
+            self._is_stopped = True
+            return
+        for piece in pieces:
+            span = piece.span
+            span.cache.record_(span.ids[piece.first : piece.end], span.origin, span.seq_len)
+        self._under_way.append((pieces, *found))
+        self._done += num_rows
+
+    def _settle_(self) -> None:
+        for span in self._rows:
+            self._model.store.settle_(span.cache)
+
+
+def _rows_at_once(model: Model, total: int) -> int:
+    """The rows of a chunk: fewer than could be, where several chunks keep several processes busy."""
+    processes = model.backend.steps_under_way
+    if processes == 1:
+        return model.store.chunk_rows
+    return min(model.store.chunk_rows, max(LEAST_ROWS, -(-total // (CHUNKS_EACH * processes))))
 
 
 def check_spans(model: Model, spans: Sequence[Span], named: bool) -> list[Checked]:
@@ -236,8 +305,9 @@ def _chunks(spans: Sequence[Checked], most_rows: int) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def _run_layers(model: Model, pieces: Sequence[Piece], steps: _Steps) -> torch.Tensor | None:
-    """The residual stream of a chunk after all layers, [T, C] float32; None once cancelled."""
+def _run_layers(model: Model, pieces: Sequence[Piece], steps: _Steps) -> tuple[torch.Tensor, BackendStep] | None:
+    """The residual stream of a chunk, [T, C] float32, which is after all layers once the step has been awaited; None
+    once cancelled."""
     groups = _groups(pieces)
     x = _embedded(model, groups)  # [T, C]
     step = _begin(model, x, pieces)
@@ -254,7 +324,7 @@ def _run_layers(model: Model, pieces: Sequence[Piece], steps: _Steps) -> torch.T
         model.backend.run_layer_(step, layer, instance.cache_index, instance.residual_weight, changes)
         steps.report(done + 1)
     model.backend.end_step_(step)
-    return x
+    return x, step
 
 
 def _groups(pieces: Sequence[Piece]) -> list[tuple[ModelChange, list[Piece]]]:

@@ -61,6 +61,10 @@ class PageStore:
         """The memory of a page, [bytes] uint8 in each place that holds a part of it: to save it, or to restore it."""
         return self._pool.parts_of(held.page)
 
+    def written_(self, held: HeldPage, parts: list[torch.Tensor]) -> None:
+        """What `parts_of` gave has been written to."""
+        self._pool.written_(held.page, parts)
+
     @property
     def num_bytes(self) -> int:
         """The limit of all pages together."""

@@ -37,17 +37,19 @@ class TokenWork:
         return self.key * sum(keys if window is None else min(keys, window) for window in self.windows)
 
 
-def token_work(
-    config: ModelConfig, layers: Sequence[PackedLayer | CopiedLayer], instances: Sequence[LayerInstance]
-) -> TokenWork:
-    """That of a model with these `ModelWeights.layers`, run in this order."""
-    run = [_once(layers[instance.weights_index]) for instance in instances]
-    weights = sum(linear.in_features * linear.out_features for layer in run for linear in layer.linears.values())
-    if config.mixture is not None:
-        chosen = 3 * config.hidden_size * config.mixture.inner * config.mixture.top_k
-        weights += chosen * sum(bool(layer.experts) for layer in run)
-    windows = tuple(config.sliding_windows[instance.weights_index % config.num_layers] for instance in instances)
+def token_work(config: ModelConfig, instances: Sequence[LayerInstance]) -> TokenWork:
+    """That of a model whose layers run in this order, wherever their weights are."""
+    run = [instance.weights_index % config.num_layers for instance in instances]
+    weights = sum(_linear_weights(config, index) for index in run)
+    windows = tuple(config.sliding_windows[index] for index in run)
     return TokenWork(2 * weights, 4 * config.num_heads * config.head_dim, windows)
+
+
+def _linear_weights(config: ModelConfig, index: int) -> int:
+    """How many weights of decoder layer `index` a token is multiplied with."""
+    kind, sizes, mixture = config.layer_table(index), config.sizes, config.mixture
+    chosen = 0 if kind.experts is None else 3 * config.hidden_size * mixture.inner * mixture.top_k
+    return chosen + sum(sizes[entry.inputs] * sizes[entry.outputs] for entry in kind.linears)
 
 
 def met_bytes(config: ModelConfig, layers: Sequence[PackedLayer | CopiedLayer]) -> tuple[int, int]:

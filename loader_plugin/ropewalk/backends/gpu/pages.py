@@ -93,6 +93,9 @@ class GpuPagePool:
         """The memory of a page, in one part."""
         return [page.memory.view(-1)]
 
+    def written_(self, page: GpuPage, parts: list[torch.Tensor]) -> None:
+        """They are the memory itself."""
+
     def give_back(self, num_bytes: int) -> None:
         """Count a page as free."""
         self._count.give_back_(num_bytes)

@@ -132,6 +132,9 @@ class ReferencePool:
         """The memory of a page, in one part."""
         return [page.memory]
 
+    def written_(self, page: ReferencePage, parts: list[torch.Tensor]) -> None:
+        """They are the memory itself."""
+
     def give_back(self, num_bytes: int) -> None:
         """Count a page as free."""
         self._count.give_back_(num_bytes)

@@ -44,6 +44,7 @@ from ropewalk.faces.cli.report import add_report_command
 from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
 from ropewalk.faces.cli.serve import add_serve_command
 from ropewalk.faces.cli.terminal import note, progress_bar, read_text
+from ropewalk.faces.cli.torchrun import is_under_torchrun, run_under_torchrun
 from ropewalk.faces.cli.webui import add_webui_command
 
 DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
@@ -58,12 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a character that the terminal lacks becomes a mark, not an error
     try:
-        args = _parser().parse_args(arguments)
-        args.command_line = tuple(sys.argv[1:] if arguments is None else arguments)
-        fetch_named(args)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+
+        def parse() -> argparse.Namespace:
+            args = _parser().parse_args(arguments)
+            args.command_line = tuple(sys.argv[1:] if arguments is None else arguments)
+            return args
+
+        return run_under_torchrun(parse, _run) if is_under_torchrun() else _run(parse())
     except RopewalkError as error:
         message = " ".join(str(error).split())
         note(f"ropewalk: error: {message}")
@@ -75,6 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python would try to write the rest of the buffer at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _run(args: argparse.Namespace) -> int:
+    """A command, from its options to its exit code."""
+    fetch_named(args)
+    code = args.run(args)
+    sys.stdout.flush()
+    return code
 
 
 def run_generate(args: argparse.Namespace) -> int:

@@ -109,12 +109,23 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-split", metavar="GIB,GIB,...", help="GiB of weights for each card, such as 10,20 (default: one card)"
     )
     group.add_argument(
+        "--pipeline",
+        metavar="N",
+        help="spread the layers over N processes of this machine, or so many of them each, such as 6,10,10; under "
+        "torchrun: over its processes",
+    )
+    group.add_argument(
         "--expert-memory",
         type=size_argument,
         metavar="SIZE",
         help="memory for the experts of a mixture, such as 8GiB; others are read when needed (default: all that fit)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="threads of the CPU backend (default: all cores)")
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the CPU backend, of each process of a pipeline (default: all cores)",
+    )
     group.add_argument("--isa", help="instruction set of the CPU backend (default: the best there is)")
 
 

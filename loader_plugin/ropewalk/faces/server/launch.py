@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import uvicorn
 
-from ropewalk.base.errors import ConfigError
+from ropewalk.base.errors import ConfigError, RankError
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.app import AppOptions, create_app
@@ -44,7 +45,16 @@ def serve(
         listener.listen()  # whoever reads the URL below and comes at once has to wait a moment, and is not refused
         say(_banner(options, engine, service.names.listed, f"http://{url_host(at)}:{port}/v1", is_open))
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
-        GracefulServer(config, service).run(sockets=[listener])
+        server, lost = GracefulServer(config, service), threading.Event()
+
+        def stop() -> None:
+            lost.set()
+            server.should_exit = True  # replies that run end with the error
+
+        engine.model.backend.when_failed(stop)
+        server.run(sockets=[listener])
+        if lost.is_set():
+            raise RankError("the server has ended, because a rank of its pipeline was lost: start it again")
     return 0
 
 

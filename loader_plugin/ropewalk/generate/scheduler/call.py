@@ -21,6 +21,7 @@ class Call:
 
     start, end: its positions in the sequence. attached: how many of its tokens came from other sequences. passed: steps
     since it had rows.
+    is_under_way: a step that has begun computes rows of it.
     is_done: nothing is left to compute; is_over: its owner may go on; is_left: its owner has gone, perhaps before that.
     has_news: its owner is to look.
     """
@@ -44,6 +45,7 @@ class Call:
         self.ready = threading.Condition(lock)
         self.is_new = True
         self.rotation: Hashable = None
+        self.is_under_way = False
         self.is_waiting = self.has_news = self.is_cancelled = self.is_done = self.is_over = self.is_left = False
         self.attached = self.passed = 0
         self.result: torch.Tensor | None = None

@@ -27,10 +27,11 @@ from ropewalk.base.errors import RequestError
 from ropewalk.base.memory import FreedMemory
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.scheduler.call import Call
+from ropewalk.generate.scheduler.overlap import steps_for
 from ropewalk.generate.scheduler.plan import INTERACTIVE, check_client, check_priority
 from ropewalk.generate.scheduler.sequence import Cancelled, Progress, SequenceState
 from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
-from ropewalk.generate.scheduler.steps import StepModel, Steps
+from ropewalk.generate.scheduler.steps import StepModel
 from ropewalk.generate.scheduler.timing import PATIENCE
 
 NOBODY_READY_S = 0.05  # until it is asked again whether somebody could go on
@@ -78,7 +79,7 @@ class Scheduler:
         self.max_input_len, self.source = model.max_input_len, str(model.config.source)
         # Reentrant, because a stream that is dropped may be closed by the garbage collector while its thread is here.
         self._lock = threading.RLock()
-        self._steps = Steps(model, patience)
+        self._steps = steps_for(model, patience)
         self._calls: list[Call] = []  # in the order of arrival
         self._sequences: dict[int, SequenceState] = {}  # those that are open, by number
         self._ended: deque[SequenceState] = deque()  # whose pages are still to be freed
@@ -318,7 +319,7 @@ class Scheduler:
         """After a step: whose call is done may go on, who has callbacks is to look. Returns the calls that are over."""
         over = []
         for call in calls:
-            if (call.is_done or call.is_cancelled) and not call.is_left:
+            if (call.is_done or call.is_cancelled and not call.is_under_way) and not call.is_left:
                 call.finish_()
                 over.append(call)
                 self._forget(call)
@@ -358,6 +359,8 @@ class Scheduler:
     def _tidy_up(self) -> None:
         """Only for the thread that leads: what is to be done between steps."""
         self._free_ended()
+        if self._errands:
+            self._steps.finish_all_()
         while self._errands:
             self._errands[0].run()
             self._errands.popleft()
@@ -392,6 +395,8 @@ class Scheduler:
     def _free_ended(self) -> bool:
         """Only for the thread that leads. True if there was anything to free."""
         any_ended = bool(self._ended)
+        if any(self._steps.computes(state) for state in self._ended):  # its thread was interrupted
+            self._steps.finish_all_()
         while self._ended:
             self._steps.room.retire_(self._ended.popleft())
         return any_ended

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from ropewalk.generate.scheduler.plan import Reader, Want, find_leaders, plan_ro
 from ropewalk.generate.scheduler.room import PagedModel, Room
 from ropewalk.generate.scheduler.sequence import CacheLike, RotatingModel, SequenceState, StepShare
 from ropewalk.generate.scheduler.timing import StepTimes
-from ropewalk.model.step import Span
+from ropewalk.model.step import RunningStep, Span
 from ropewalk.model.work import TokenWork
 
 Planned = list[tuple[Call, Span]]
@@ -32,6 +33,9 @@ class StepModel(PagedModel, RotatingModel, Protocol):
     max_input_len: int
     work: TokenWork
 
+    @property
+    def steps_under_way(self) -> int: ...
+    def begin_step(self, spans: Sequence[Span]) -> RunningStep: ...
     @property
     def adapters(self) -> tuple[str, ...]: ...
 
@@ -50,6 +54,22 @@ class StepModel(PagedModel, RotatingModel, Protocol):
         seq_len: int | None = None,
         adapters: Request | None = None,
     ) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What a step computes, told before it does: then its calls are what they will no longer be."""
+
+    of_prompts: int
+    prompt_work: float
+    num_replies: int
+
+    @classmethod
+    def of(cls, planned: Planned, work: TokenWork) -> StepRows:
+        """Of the rows that are planned."""
+        prompts = [span for call, span in planned if not call.is_reply]
+        of_prompts = sum(len(span.token_ids) for span in prompts)
+        return cls(of_prompts, sum(_work(work, span) for span in prompts), len(planned) - len(prompts))
 
 
 class Steps:
@@ -88,6 +108,13 @@ class Steps:
                     planned[0][0].fail_(error)
                     return True
                 planned = [(call, span) for call, span in planned if call.sequence.is_admitted]
+        return False
+
+    def finish_all_(self) -> None:
+        """Until no step is under way: none is, where each ends before the next begins."""
+
+    def computes(self, sequence: SequenceState) -> bool:
+        """Whether a step under way writes to its pages."""
         return False
 
     def share_prompts_(self, calls: Sequence[Call]) -> None:
@@ -129,10 +156,7 @@ class Steps:
         """
         lengths = [call.sequence.cache.length for call, _ in planned]
         made = [call.sequence.cache.segments for call, _ in planned]
-        prompt_rows = sum(len(span.token_ids) for call, span in planned if not call.is_reply)
-        prompt_work = sum(_work(self.model.work, span) for call, span in planned if not call.is_reply)
-        num_replies = sum(call.is_reply for call, _ in planned)
-        started = time.perf_counter()
+        rows, started = StepRows.of(planned, self.model.work), time.perf_counter()
         try:
             results = self._step([span for _, span in planned], alone)
         except BaseException as error:
@@ -145,12 +169,17 @@ class Steps:
         if results is None:  # cancelled: the caches hold what is complete
             planned[0][0].stop_()
             return
-        seconds = time.perf_counter() - started
-        self.times.record(prompt_work, seconds)
+        self._hand_results_(planned, results, rows, time.perf_counter() - started)
+
+    def _hand_results_(
+        self, planned: Planned, results: Sequence[torch.Tensor | None], rows: StepRows, seconds: float
+    ) -> None:
+        """What a step has computed, to the calls that took part in it."""
+        self.times.record(rows.prompt_work, seconds)
         self.num_steps += 1
         self.num_rows += sum(len(span.token_ids) for _, span in planned)
         for (call, _), logits in zip(planned, results, strict=True):
-            call.sequence.last_step = StepShare(seconds, max(num_replies - 1, 0), prompt_rows)
+            call.sequence.last_step = StepShare(seconds, max(rows.num_replies - 1, 0), rows.of_prompts)
             self._take_(call, logits)
 
     def _take_(self, call: Call, logits: torch.Tensor | None) -> None:

@@ -146,6 +146,7 @@ def _fill_(model: Model, cache: KvCache, file: SavedFile, report: Callable[[int]
             else:
                 file.read_part_(name, index, staged)
                 part.copy_(staged)
+            model.store.written_(held, parts)
             done += 1
             report(done)
 
