@@ -44,20 +44,21 @@ def main() -> None:
         has_tokenizer = any((args.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
         folder = args.folder if has_tokenizer else with_tokenizer(args.folder, Path(scratch))
         for count in args.replicas:
-            before = step_costs(folder, 1, sorted({1, count}), args.request_s)
-            real, workload = measured(folder, count, args)
-            costs = mean_costs([before, step_costs(folder, 1, sorted({1, count}), args.request_s)])
+            with replicas_of(count, [str(folder)]) as front:  # what Ray takes of the machine, it takes from both
+                before = step_costs(folder, 1, sorted({1, count}), args.request_s)
+                real, workload = measured(front.url, args)
+                after = step_costs(folder, 1, sorted({1, count}), args.request_s)
+            costs = mean_costs([before, after])
             simulated = result_of(Simulation(costs, Cluster(1, count), workload, PrefixRouting).run())
             print_costs(costs)
             print_both(count, real, simulated)
 
 
-def measured(folder: Path, count: int, args: argparse.Namespace) -> tuple[Result, Workload]:
+def measured(url: str, args: argparse.Namespace) -> tuple[Result, Workload]:
     """What real replicas do, and the workload in tokens."""
-    with replicas_of(count, [str(folder)]) as front:
-        started = time.perf_counter()
-        trace = asyncio.run(replay(front.url, args.conversations, args.turns, args.at_once))
-        seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    trace = asyncio.run(replay(url, args.conversations, args.turns, args.at_once))
+    seconds = time.perf_counter() - started
     if trace.errors:
         raise SystemExit(f"{trace.errors} conversations broke off")
     result = Result(
@@ -89,10 +90,10 @@ def workload_of(trace: TraceResult, args: argparse.Namespace) -> Workload:
 
 def print_costs(costs: StepCosts) -> None:
     """What the simulation was given."""
-    slower = ", ".join(f"{factor:.2f}" for factor in costs.slowdown)
+    slower, rows_slower = (", ".join(f"{each:.2f}" for each in row) for row in (costs.slowdown, costs.row_slowdown))
     print(f"\na step with 1 to 8 replies: {costs.replies_s[0]:.4f} to {costs.replies_s[-1]:.4f} s; a row of a prompt")
     print(f"{costs.row_s:.4f} s, alone {costs.alone_row_s:.4f}; twice as long after {costs.keys:,.0f} keys")
-    print(f"with 1, 2, ... replicas computing, all of it takes so many times as long: {slower}")
+    print(f"with 1, 2, ... replicas computing, replies take so many times as long: {slower}; rows {rows_slower}")
 
 
 def print_both(count: int, real: Result, simulated: Result) -> None:

@@ -28,7 +28,8 @@ class StepCosts:
 
     replies_s: of a step with 1, 2, ... replies. row_s: of a prompt's row beside replies. alone_row_s: of one in a step
     of prompts alone. keys: after which a row takes twice as long. request_s: of all that a request needs besides.
-    slowdown: how much longer all of it takes while 1, 2, ... replicas of a machine compute.
+    slowdown, row_slowdown: how much longer replies and rows take while 1, 2, ... replicas of a machine compute: they
+    share the memory, which replies wait for, and maybe cores, which rows keep busy.
     """
 
     replies_s: tuple[float, ...]
@@ -37,6 +38,7 @@ class StepCosts:
     keys: float
     request_s: float = 0.0
     slowdown: tuple[float, ...] = (1.0,)
+    row_slowdown: tuple[float, ...] = (1.0,)
 
     def plain_s(self, num_replies: int) -> float:
         """Of a step with replies alone; beyond those that were measured, as much more for each as at the end."""
@@ -52,9 +54,15 @@ class StepCosts:
         """Work of a row with so many keys before it, where one with none is 1."""
         return 1 + keys / self.keys
 
-    def factor(self, num_computing: int) -> float:
-        """How much slower a replica is while so many of its machine compute."""
-        return self.slowdown[min(num_computing, len(self.slowdown)) - 1]
+    def step_s(self, num_replies: int, work: float, num_computing: int) -> float:
+        """Of a step with so much work of prompt rows, while so many replicas of the machine compute."""
+        row_s = self.row_s if num_replies else self.alone_row_s
+        replies = self.plain_s(num_replies) * _at(self.slowdown, num_computing)
+        return replies + work * row_s * _at(self.row_slowdown, num_computing)
+
+
+def _at(factors: tuple[float, ...], num_computing: int) -> float:
+    return factors[min(num_computing, len(factors)) - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +177,10 @@ class Replica:
             job.passed = 0 if job.number in rows else job.passed + 1
             count = rows.get(job.number, 0)
             work += count * costs.row_work(job.depth + count / 2)
-        row_s = costs.row_s if replies else costs.alone_row_s
         begun = sum(job.depth == job.turn.cached_tokens for job in reading if job.number in rows)
-        seconds = costs.plain_s(len(replies)) + work * row_s + costs.request_s * begun
         machine = self.machine
         machine.computing += 1
-        taken_s = seconds * machine.factor * costs.factor(machine.computing)
+        taken_s = machine.factor * (costs.step_s(len(replies), work, machine.computing) + costs.request_s * begun)
         self.times.record(work, taken_s)
         self.busy_s += taken_s
         self.world.after(taken_s, lambda epoch=self.epoch: self._end_step(epoch, replies, rows))

@@ -3,8 +3,9 @@
     python scripts/bench/random_checkpoint.py .cache/1.1b --shape 1.1b
     python scripts/scale/step_times.py .cache/1.1b --threads 1 --replicas 1 2 4 > step_times.json
 
-Each replica is a process. All measure the same at the same time, so each number says what a replica gets while so many
-compute. `request_s`, what a request needs besides its steps, is measured by scripts/bench/cluster.py; give it here.
+Each replica is a process. First one measures, then so many at the same time, and again: so numbers say what a replica
+gets while so many compute, and a machine that gets slower meanwhile does so for all of them. `request_s`, what a
+request needs besides its steps, is measured by scripts/bench/cluster.py; give it here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,20 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import ropewalk  # noqa: E402
 from benchmarking import random_ids  # noqa: E402
 from filled_caches import filled  # noqa: E402
+from ropewalk.generate.generate import Generation  # noqa: E402
+from ropewalk.generate.sampling import SamplingParams  # noqa: E402
+from ropewalk.generate.scheduler.scheduler import Scheduler  # noqa: E402
+from ropewalk.model.cache import KvCache  # noqa: E402
+from ropewalk.model.model import Model  # noqa: E402
 from ropewalk.model.step import Span  # noqa: E402
 from simulation import StepCosts  # noqa: E402
 
 DEPTH = 512  # tokens before those that are measured
 MOST_REPLIES = 8
-ROWS_BESIDE, ROWS_ALONE = 16, 512
+ROWS_BESIDE, ROWS_ALONE = 16, 256
 BESIDE = 4  # replies beside which rows are measured
-REPEATS = 5
+ROUNDS, REPEATS = 3, 3
+TOKENS = 12  # of each reply
 
 
 def main() -> None:
@@ -50,13 +59,13 @@ def main() -> None:
 
 def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: float = 0.0) -> StepCosts:
     """Measured with 1 replica and with more at once."""
-    found = {count: measured(folder, threads, count) for count in replicas}
+    found = measured(folder, threads, replicas)
     alone = found[1]
-    slowdown, last = [], 1.0
+    slowdown, row_slowdown = [], []
     for count in range(1, max(replicas) + 1):
-        if count in found:
-            last = statistics.mean(b / a for a, b in zip(alone["replies"], found[count]["replies"], strict=True))
-        slowdown.append(last)
+        nearest = found[max(known for known in replicas if known <= count)]
+        slowdown.append(statistics.mean(b / a for a, b in zip(alone["replies"], nearest["replies"], strict=True)))
+        row_slowdown.append((nearest["row"] + nearest["row alone"]) / (alone["row"] + alone["row alone"]))
     first, deep = alone["row"], alone["deep row"]
     keys = DEPTH / max(deep / first - 1, 0.01)
     return StepCosts(
@@ -65,7 +74,8 @@ def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: f
         alone_row_s=alone["row alone"] / (1 + ROWS_ALONE / 2 / keys),
         keys=keys,
         request_s=request_s,
-        slowdown=(1.0, *slowdown[1:]),
+        slowdown=tuple(slowdown),
+        row_slowdown=tuple(row_slowdown),
     )
 
 
@@ -90,65 +100,102 @@ def read_costs(path: Path) -> StepCosts:
     return StepCosts(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-def measured(folder: Path, threads: int, count: int) -> dict[str, Any]:
-    """What each of so many replicas takes on average, all at once."""
+Times = dict[str, Any]  # "replies": of a step with 1, 2, ... of them; others of a row
+
+
+def measured(folder: Path, threads: int, counts: Sequence[int]) -> dict[int, Times]:
+    """What each replica takes while so many compute: the median of the rounds."""
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(count), context.Queue()
+    most = max(counts)
+    barrier, results = context.Barrier(most), context.Queue()
     workers = [
-        context.Process(target=work, args=(folder, threads, barrier, results), daemon=True) for _ in range(count)
+        context.Process(target=work, args=(number, counts, folder, threads, barrier, results), daemon=True)
+        for number in range(most)
     ]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=600) for _ in workers]
+    found: dict[int, list[Times]] = {count: [] for count in counts}
+    for _ in range(ROUNDS * sum(counts)):
+        count, times = results.get(timeout=600)
+        found[count].append(times)
     for worker in workers:
         worker.join()
-    means = {name: statistics.mean(each[name] for each in found) for name in found[0] if name != "replies"}
-    columns = zip(*(each["replies"] for each in found), strict=True)
-    return means | {"replies": [statistics.mean(column) for column in columns]}
+    return {count: median_times(times) for count, times in found.items()}
 
 
-def work(folder: Path, threads: int, barrier: Any, results: Any) -> None:
-    """One replica: measures when all are ready."""
+def median_times(times: Sequence[Times]) -> Times:
+    """Of each number on its own."""
+    medians = {name: statistics.median(each[name] for each in times) for name in times[0] if name != "replies"}
+    columns = zip(*(each["replies"] for each in times), strict=True)
+    return medians | {"replies": [statistics.median(column) for column in columns]}
+
+
+def work(number: int, counts: Sequence[int], folder: Path, threads: int, barrier: Any, results: Any) -> None:
+    """One replica: measures when it is one of those that are to."""
     torch.set_num_threads(1)
     model = ropewalk.load_model(folder, max_seq_len=4 * DEPTH, backend="cpu", threads=threads, cache_memory=4 << 30)
     with torch.inference_mode():
-        caches = [filled(model, DEPTH) for _ in range(MOST_REPLIES)]
-        empty, deep = model.new_cache(), filled(model, 2 * DEPTH)
-        ids = random_ids(ROWS_ALONE, 1, model.config.vocab_size)
-
-        def step(num_replies: int, rows: int = 0, cache: Any = None) -> float:
-            spans = [Span([7], each) for each in caches[:num_replies]]
-            spans += [Span(ids[:rows], cache, "none")] if rows else []
-            lengths = [span.cache.length for span in spans]
-            seconds = timed(lambda: model.step(spans))
-            for span, length in zip(spans, lengths, strict=True):
-                span.cache.truncate(length)
-            return seconds
-
-        step(MOST_REPLIES, ROWS_BESIDE, empty)
+        steps = Steps(model)
+        steps.times()  # to warm up
+        for _ in range(ROUNDS):
+            for count in counts:
+                barrier.wait()
+                if number < count:
+                    results.put((count, steps.times()))
         barrier.wait()
-        replies = [median_of(lambda n=n: step(n)) for n in range(1, MOST_REPLIES + 1)]
-        beside = {
-            name: (median_of(lambda c=cache: step(BESIDE, ROWS_BESIDE, c)) - replies[BESIDE - 1]) / ROWS_BESIDE
-            for name, cache in (("row", empty), ("deep row", deep))
-        }
-        alone = median_of(lambda: step(0, ROWS_ALONE, empty)) / ROWS_ALONE
-        barrier.wait()
-    # Of the deep rows, 2 * DEPTH keys are there; half of what they cost more is that of DEPTH keys.
-    half = (beside["deep row"] + beside["row"]) / 2
-    results.put({"replies": replies, "row": beside["row"], "deep row": half, "row alone": alone})
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+class Steps:
+    """Steps of one model, with replies after DEPTH tokens and rows of a prompt after none or 2 * DEPTH.
 
+    Replies run as they do in a server, each in a thread: what lies between two steps counts as well.
+    """
 
-def median_of(measure: Callable[[], float]) -> float:
-    """Of several measurements."""
-    return statistics.median(measure() for _ in range(REPEATS))
+    def __init__(self, model: Model) -> None:
+        self._model, self._scheduler = model, Scheduler(model)
+        self._prompt = random_ids(DEPTH + 1, 0, model.config.vocab_size)
+        self._caches = [filled(model, DEPTH) for _ in range(MOST_REPLIES)]
+        self._empty, self._deep = model.new_cache(), filled(model, 2 * DEPTH)
+        self._ids = random_ids(ROWS_ALONE, 1, model.config.vocab_size)
+
+    def times(self) -> Times:
+        """All of them, measured now."""
+        replies = [self._replies_s(count) for count in range(1, MOST_REPLIES + 1)]
+        plain_s = self._median_s(BESIDE)
+        row, deep = (
+            (self._median_s(BESIDE, ROWS_BESIDE, cache) - plain_s) / ROWS_BESIDE for cache in (self._empty, self._deep)
+        )
+        alone = self._median_s(0, ROWS_ALONE, self._empty) / ROWS_ALONE
+        # 2 * DEPTH keys are there for a deep row; half of what it costs more is that of DEPTH keys.
+        return {"replies": replies, "row": row, "deep row": (deep + row) / 2, "row alone": alone}
+
+    def _replies_s(self, count: int) -> float:
+        """Of a step with so many, until the next."""
+        with ThreadPoolExecutor(count) as pool:
+            stamps = list(pool.map(lambda _: self._reply(), range(count)))
+        started = max(each[0] for each in stamps)
+        together = [[stamp for stamp in each if stamp >= started] for each in stamps]
+        return statistics.median(b - a for each in together for a, b in pairwise(each))
+
+    def _reply(self) -> list[float]:
+        """When each of its tokens came."""
+        params = SamplingParams(temperature=0, max_new_tokens=TOKENS, ignore_eos=True)
+        with torch.inference_mode(), self._scheduler.open(self._prompt) as sequence:
+            return [time.perf_counter() for _ in Generation(sequence, params)]
+
+    def _median_s(self, num_replies: int, rows: int = 0, cache: KvCache | None = None) -> float:
+        return statistics.median(self._seconds(num_replies, rows, cache) for _ in range(REPEATS))
+
+    def _seconds(self, num_replies: int, rows: int, cache: KvCache | None) -> float:
+        spans = [Span([7], each) for each in self._caches[:num_replies]]
+        spans += [Span(self._ids[:rows], cache, "none")] if cache is not None else []
+        lengths = [span.cache.length for span in spans]
+        started = time.perf_counter()
+        self._model.step(spans)
+        seconds = time.perf_counter() - started
+        for span, length in zip(spans, lengths, strict=True):
+            span.cache.truncate(length)
+        return seconds
 
 
 if __name__ == "__main__":

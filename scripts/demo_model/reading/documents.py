@@ -103,7 +103,7 @@ def _statement(rng: random.Random, relation: Relation, value: str, held_out: boo
     """A wording; none begins with a value in small letters, which would stand there with a capital."""
     while True:
         shared = not relation.statements or rng.random() < 0.15
-        wording = relations.pick(rng, relations.SHARED_STATEMENTS if shared else relation.statements, held_out)
+        wording = relations.statement(rng, relations.SHARED_STATEMENTS if shared else relation.statements, held_out)
         if not (wording.startswith("{v}") and value.islower()):
             return wording
 

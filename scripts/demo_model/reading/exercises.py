@@ -38,7 +38,7 @@ def ask(rng: random.Random, fact: Fact, document: Document, held_out: HeldOut, q
     relation = fact.relation
     reversible = relation.reverse and (relation.key, fact.value) in documents.unique_values(document)
     if reversible and rng.random() < 0.2:
-        wording = relations.pick(rng, relation.reverse, held_out.wordings)
+        wording = relations.question(rng, relation.reverse, held_out.wordings)
         text, answer, kind = wording.format(v=fact.value), fact.entity, "reverse"
     else:
         text, answer, kind = _value_question(rng, fact, held_out), fact.value, "value"
@@ -54,7 +54,7 @@ def ask(rng: random.Random, fact: Fact, document: Document, held_out: HeldOut, q
 def _value_question(rng: random.Random, fact: Fact, held_out: HeldOut) -> str:
     own = fact.relation.questions
     shared = not own or rng.random() < 0.25
-    wording = relations.pick(rng, relations.SHARED_QUESTIONS if shared else own, held_out.wordings)
+    wording = relations.question(rng, relations.SHARED_QUESTIONS if shared else own, held_out.wordings)
     return wording.format(e=fact.entity, n=fact.relation.noun)
 
 

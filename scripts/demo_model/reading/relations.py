@@ -42,6 +42,29 @@ SHARED_QUESTIONS = (
     "According to the text, what is the {n} of {e}?",
 )
 
+# What may stand before a statement, or before a question, of any relation.
+STATEMENT_OPENINGS = (
+    "It is said that ",
+    "As everybody knows, ",
+    "I have heard that ",
+    "They say that ",
+    "It is written that ",
+    "People remember that ",
+    "To this day one hears that ",
+    "There is no doubt that ",
+)
+QUESTION_OPENINGS = (
+    "Can you tell me: ",
+    "Please tell me: ",
+    "I want to know: ",
+    "Another question: ",
+    "From the text: ",
+    "I have forgotten: ",
+    "Do you know: ",
+)
+OPENED = 0.12  # of all statements and questions
+_ORDERS = ("Cook", "Leave", "Take")  # statements that ask the reader to do something: "it is said that take" is wrong
+
 _SIGNS = {"+": "statements", "?": "questions", "<": "reverse"}
 
 
@@ -112,3 +135,17 @@ def generic_relation(rng: random.Random, held_out: bool) -> Relation:
 def pick(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
     """A wording of the training side, or the one that is held out."""
     return wordings[-1] if held_out else rng.choice(wordings[:-1])
+
+
+def statement(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
+    """A wording, now and then with an opening before it."""
+    wording = pick(rng, wordings, held_out)
+    if wording.startswith(_ORDERS) or rng.random() >= OPENED:
+        return wording
+    return pick(rng, STATEMENT_OPENINGS, held_out) + wording[:1].lower() + wording[1:]
+
+
+def question(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
+    """Likewise."""
+    wording = pick(rng, wordings, held_out)
+    return wording if rng.random() >= OPENED else pick(rng, QUESTION_OPENINGS, held_out) + wording
