@@ -45,9 +45,9 @@ def main() -> None:
         folder = args.folder if has_tokenizer else with_tokenizer(args.folder, Path(scratch))
         for count in args.replicas:
             with replicas_of(count, [str(folder)]) as front:  # what Ray takes of the machine, it takes from both
-                before = step_costs(folder, 1, sorted({1, count}), args.request_s)
+                before = step_costs(folder, 1, sorted({1, 2, count}), args.request_s)
                 real, workload = measured(front.url, args)
-                after = step_costs(folder, 1, sorted({1, count}), args.request_s)
+                after = step_costs(folder, 1, sorted({1, 2, count}), args.request_s)
             costs = mean_costs([before, after])
             simulated = result_of(Simulation(costs, Cluster(1, count), workload, PrefixRouting).run())
             print_costs(costs)

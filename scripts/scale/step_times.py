@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -58,14 +59,15 @@ def main() -> None:
 
 
 def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: float = 0.0) -> StepCosts:
-    """Measured with 1 replica and with more at once."""
+    """Measured with 1 replica and with more at once; what lies between is interpolated."""
     found = measured(folder, threads, replicas)
     alone = found[1]
-    slowdown, row_slowdown = [], []
-    for count in range(1, max(replicas) + 1):
-        nearest = found[max(known for known in replicas if known <= count)]
-        slowdown.append(statistics.mean(b / a for a, b in zip(alone["replies"], nearest["replies"], strict=True)))
-        row_slowdown.append((nearest["row"] + nearest["row alone"]) / (alone["row"] + alone["row alone"]))
+    slowdown = [
+        statistics.mean(b / a for a, b in zip(alone["replies"], found[count]["replies"], strict=True))
+        for count in replicas
+    ]
+    rows_s = [found[count]["row"] + found[count]["row alone"] for count in replicas]
+    every = range(1, max(replicas) + 1)
     first, deep = alone["row"], alone["deep row"]
     keys = DEPTH / max(deep / first - 1, 0.01)
     return StepCosts(
@@ -74,8 +76,8 @@ def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: f
         alone_row_s=alone["row alone"] / (1 + ROWS_ALONE / 2 / keys),
         keys=keys,
         request_s=request_s,
-        slowdown=tuple(slowdown),
-        row_slowdown=tuple(row_slowdown),
+        slowdown=tuple(np.interp(every, replicas, slowdown).tolist()),
+        row_slowdown=tuple(np.interp(every, replicas, [each / rows_s[0] for each in rows_s]).tolist()),
     )
 
 

@@ -31,8 +31,10 @@ def joined_cluster(address: str) -> Iterator[None]:
         return
     _check(address)
     if address == LOCAL:
-        # Read by Ray alone. What a person starts on the own machine tells nobody.
+        # Read by Ray alone. What a person starts on the own machine tells nobody; and replicas have the priority that a
+        # server alone has: Ray would have them give way to everything else.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         options = {"include_dashboard": False} if address == LOCAL else {}
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
