@@ -19,9 +19,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 from benchmarking import print_head  # noqa: E402
 from results import Result, result_of  # noqa: E402
 from ropewalk.cluster.routing import PrefixRouting, TwoChoices  # noqa: E402
+from ropewalk.generate.scheduler.plan import PAGE_ROWS  # noqa: E402
 from simulation import Cluster, Simulation, StepCosts  # noqa: E402
 from step_times import read_costs  # noqa: E402
-from workload import Workload  # noqa: E402
+from workload import BLOCK_TOKENS, Workload  # noqa: E402
 
 CONVERSATION = Workload(
     num_conversations=10**9,
@@ -54,7 +55,7 @@ def main() -> None:
         "--route-us", type=float, default=2.0, help="likewise, for a request and a replica to choose from"
     )
     parser.add_argument(
-        "--busy", type=float, default=0.7, help="part of what the machines can do that is asked of them"
+        "--busy", type=float, default=0.6, help="part of what the machines can do that is asked of them"
     )
     parser.add_argument("--seconds", type=float, default=300.0, help="simulated")
     args = parser.parse_args()
@@ -79,7 +80,9 @@ def main() -> None:
 
 def conversations_s(costs: StepCosts) -> float:
     """How many conversations a second one machine can serve with all places taken and prompts found in the cache."""
-    turn_rows = CONVERSATION.turn_tokens + CONVERSATION.system_tokens / CONVERSATION.num_turns
+    # Of the last page and block that a prompt shares with the one before it, half has to be read again.
+    again = (PAGE_ROWS + BLOCK_TOKENS) / 2
+    turn_rows = CONVERSATION.turn_tokens + again + CONVERSATION.system_tokens / CONVERSATION.num_turns
     depth = CONVERSATION.system_tokens + 3 * (CONVERSATION.turn_tokens + CONVERSATION.reply_tokens)
     replies = Cluster(1).most_running
     reply_s = CONVERSATION.reply_tokens * costs.plain_s(replies) / replies

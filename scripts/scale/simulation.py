@@ -150,8 +150,8 @@ class Replica:
             known += 1
         return min(known * BLOCK_TOKENS, turn.prompt_tokens - 1) // PAGE_ROWS * PAGE_ROWS
 
-    def _keep_(self, turn: Turn) -> None:
-        for block in reversed(turn.chain):
+    def _keep_(self, chain: tuple[int, ...]) -> None:
+        for block in reversed(chain):
             self._pages[block] = None
             self._pages.move_to_end(block)
         while len(self._pages) > self.world.most_blocks:
@@ -193,7 +193,7 @@ class Replica:
             count = rows.get(job.number, 0)
             job.rows, job.depth = job.rows - count, job.depth + count
             if count and not job.rows:
-                self._keep_(job.turn)
+                self._keep_(job.turn.chain)
                 self._token(job)
         for job in replies:
             job.depth += 1
@@ -203,6 +203,9 @@ class Replica:
 
     def _token(self, job: Job) -> None:
         job.left -= 1
+        if not job.left:  # its pages are for the next turn
+            talk = job.turn.conversation
+            self._keep_(talk.chain(self.world.workload, talk.tokens))
         self.world.token(job.turn, is_last=not job.left)
 
 

@@ -65,13 +65,14 @@ class Conversation:
         self.turns_left -= 1
         prompt = self.tokens + said
         self.tokens = prompt + reply
-        return Turn(self, prompt, reply, self._chain(workload, prompt))
+        return Turn(self, prompt, reply, self.chain(workload, prompt))
 
     def think_s(self, workload: Workload) -> float:
         """Until the next turn."""
         return self.rng.expovariate(1 / workload.think_s) if workload.think_s else 0.0
 
-    def _chain(self, workload: Workload, tokens: int) -> tuple[int, ...]:
+    def chain(self, workload: Workload, tokens: int) -> tuple[int, ...]:
+        """The blocks of its first so many tokens."""
         shared = workload.system_tokens // BLOCK_TOKENS
         blocks = range(tokens // BLOCK_TOKENS)
         return tuple((self.system if block < shared else -1 - self.number) * 1_000_003 + block for block in blocks)
