@@ -87,7 +87,11 @@ def test_a_reverse_question_has_one_answer() -> None:
 
 def test_training_never_sees_a_held_out_name_wording_or_type() -> None:
     held_out_wordings = [relations.SHARED_QUESTIONS[-1], relations.SHARED_STATEMENTS[-1]]
-    held_out_wordings += [relations.QUESTION_OPENINGS[-1], relations.STATEMENT_OPENINGS[-1]]
+    held_out_wordings += [
+        relations.QUESTION_OPENINGS[-1],
+        relations.STATEMENT_OPENINGS[-1],
+        relations.QUESTION_ENDS[-1],
+    ]
     for kind in relations.KINDS.values():
         for relation in kind:
             for wordings in (relation.statements, relation.questions, relation.reverse):

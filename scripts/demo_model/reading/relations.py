@@ -42,7 +42,8 @@ SHARED_QUESTIONS = (
     "According to the text, what is the {n} of {e}?",
 )
 
-# What may stand before a statement, or before a question, of any relation.
+# What may stand before a statement, or before and after a question, of any relation. What ends in a comma goes on in
+# small letters. There are many of them so that a reader learns to look past those that it has never seen.
 STATEMENT_OPENINGS = (
     "It is said that ",
     "As everybody knows, ",
@@ -51,6 +52,14 @@ STATEMENT_OPENINGS = (
     "It is written that ",
     "People remember that ",
     "To this day one hears that ",
+    "It must be said that ",
+    "The old people say that ",
+    "Nobody denies that ",
+    "In those days, ",
+    "By the way, ",
+    "What is more, ",
+    "So far as we know, ",
+    "Not far from there, ",
     "There is no doubt that ",
 )
 QUESTION_OPENINGS = (
@@ -60,9 +69,35 @@ QUESTION_OPENINGS = (
     "Another question: ",
     "From the text: ",
     "I have forgotten: ",
+    "Next: ",
+    "Tell me, ",
+    "In this text, ",
+    "Going by what is written, ",
+    "As far as you know, ",
+    "If you have read it, ",
+    "Judging by the document, ",
+    "Now then, ",
+    "From what you have read, ",
+    "In the story, ",
+    "So, ",
+    "Please, ",
+    "One more thing, ",
+    "Say, ",
     "Do you know: ",
 )
-OPENED = 0.12  # of all statements and questions
+QUESTION_ENDS = (
+    " Answer from the text.",
+    " Please be brief.",
+    " I need to know.",
+    " Look it up.",
+    " It is in there somewhere.",
+    " Only the answer.",
+    " Thank you.",
+    " One word is enough.",
+    " Tell me what it says.",
+)
+OPENED = 0.12  # of all statements
+QUESTIONS_OPENED, QUESTIONS_ENDED = 0.25, 0.08
 _ORDERS = ("Cook", "Leave", "Take")  # statements that ask the reader to do something: "it is said that take" is wrong
 
 _SIGNS = {"+": "statements", "?": "questions", "<": "reverse"}
@@ -146,6 +181,9 @@ def statement(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> 
 
 
 def question(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
-    """Likewise."""
-    wording = pick(rng, wordings, held_out)
-    return wording if rng.random() >= OPENED else pick(rng, QUESTION_OPENINGS, held_out) + wording
+    """Likewise, and now and then with something after it."""
+    text = pick(rng, wordings, held_out)
+    if rng.random() < QUESTIONS_OPENED:
+        opening = pick(rng, QUESTION_OPENINGS, held_out)
+        text = opening + (text[:1].lower() + text[1:] if opening.endswith(", ") else text)
+    return text if rng.random() >= QUESTIONS_ENDED else text + pick(rng, QUESTION_ENDS, held_out)
