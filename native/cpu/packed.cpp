@@ -17,6 +17,7 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
 
   codes_ = runtime.weights().take(weights_.num_tiles * weights_.num_blocks * kBlockRows * kLanes * weights_.code_bits / 8);
   weights_.codes = codes_.as<uint8_t>();
+  const bool in_order = source.order == nullptr && weights_.num_blocks * kBlockRows == source.in_features;
   const PackArgs args{
       .qweight = source.qweight,
       .out_features = source.out_features,
@@ -26,16 +27,19 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
       .code_bits = weights_.code_bits,
       .num_blocks = weights_.num_blocks,
       .source_row = source_row_.data(),
+      .in_order = in_order,
       .codes = codes_.as<uint8_t>(),
   };
   const int64_t scratch_words = pack_scratch_words(source.in_features);
   uint32_t* scratch = runtime.activations(scratch_words * 4 * runtime.pool().num_threads()).as<uint32_t>();
-  runtime.pool().run(ceil_div(source.out_features, kPackColumns), 1, [&](int64_t begin, int64_t end, int thread) {
+  // Several panels at a time: their tiles share huge pages, which the system zeroes as they are first written to.
+  const int64_t num_panels = ceil_div(source.out_features, kPackColumns);
+  const int64_t chunk = std::clamp<int64_t>(num_panels / (4 * runtime.pool().num_threads()), 1, 16);
+  runtime.pool().run(num_panels, chunk, [&](int64_t begin, int64_t end, int thread) {
     runtime.table().pack(args, begin, end, scratch + thread * scratch_words);
   });
 
-  const bool identity = source.order == nullptr && weights_.num_blocks * kBlockRows == source.in_features;
-  if (identity) {
+  if (in_order) {
     source_row_ = {};
   } else {
     weights_.source_row = source_row_.data();

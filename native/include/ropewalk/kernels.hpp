@@ -61,6 +61,7 @@ struct PackArgs {
   int32_t code_bits;          // of the packed code: 2, 3, 4 or 8
   int64_t num_blocks;
   const int32_t* source_row;  // as in GptqWeights, never null here
+  bool in_order;              // source_row is the identity: every row in its place, none of padding
   uint8_t* codes;
 };
 
