@@ -1,5 +1,6 @@
 // Packed weights, and which of them are computed together.
 #include <algorithm>
+#include <atomic>
 
 #include "ropewalk/operations.hpp"
 
@@ -72,12 +73,14 @@ void PackedGptq::build_tables(CpuRuntime& runtime, const Source& source) {
     return bytes;
   };
   const auto tile_table = [&](const auto* from, auto* to) {
-    for (int64_t tile = 0; tile < weights_.num_tiles; ++tile) {
-      const int64_t count = std::min(kLanes, out_features - tile * kLanes);
+    runtime.pool().run(weights_.num_tiles, 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t g = 0; g < num_groups; ++g) {
-        std::copy_n(from + g * out_features + tile * kLanes, count, to + (tile * num_groups + g) * kLanes);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t count = std::min(kLanes, out_features - tile * kLanes);
+          std::copy_n(from + g * out_features + tile * kLanes, count, to + (tile * num_groups + g) * kLanes);
+        }
       }
-    }
+    });
   };
   scales_ = zeroed(entries * scale_size);
   if (source.scale_type == FloatType::f16) {
@@ -111,6 +114,14 @@ int64_t PackedGptq::num_bytes() const {
 bool PackedGptq::shares_input(const PackedGptq& other) const {
   return weights_.in_features == other.weights_.in_features && source_row_ == other.source_row_ &&
          group_starts_ == other.group_starts_;
+}
+
+bool round_rows(CpuRuntime& runtime, const RoundArgs& args) {
+  std::atomic<bool> leaves{false};
+  runtime.pool().run(ceil_div(args.out_features, kLanes), 4, [&](int64_t begin, int64_t end, int) {
+    if (runtime.table().round_rows(args, begin, end)) leaves.store(true);
+  });
+  return leaves.load();
 }
 
 void LinearPlan::add(const PackedGptq& weights) {

@@ -31,6 +31,7 @@ from ropewalk.config.quantisation import QuantConfig, load_quant_config
 from ropewalk.containers.choice import container_of
 from ropewalk.files.folder import Checkpoint
 from ropewalk.files.local import local_folder
+from ropewalk.files.reader import FileReader
 from ropewalk.gptq.linear import DenseLinear
 from ropewalk.model.backend_choice import choose_backend
 from ropewalk.model.backends import make_backend
@@ -119,10 +120,10 @@ def _load_weights(
     head_bits: str | int,
     report: Callable[[], None],
 ) -> ModelWeights:
-    with _open_weights(folder, config, quant) as checkpoint:
+    with _open_weights(folder, config, quant, backend) as checkpoint:
         embeddings = read_embeddings(config, checkpoint)
         final_norm, stored = read_head(config, quant, checkpoint, embeddings)
-        head = held_head(stored, head_bits, backend.compute)
+        head = held_head(stored, head_bits, backend.compute, backend.round_rows)
         tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
         packed_head = backend.pack([head])
         chosen_bits = head_bits if isinstance(stored, DenseLinear) else None
@@ -140,24 +141,26 @@ def _load_second_layers(
 ) -> tuple[tuple[PackedLayer | CopiedLayer, ...], str]:
     """The layers, and the fingerprint of their tensors."""
     quant = load_quant_config(folder, config.raw)
-    with _open_weights(folder, config, quant) as checkpoint:
+    with _open_weights(folder, config, quant, backend) as checkpoint:
         layers = _pack_layers(checkpoint, config, quant, backend, report, first)
         return layers, checkpoint.fingerprint
 
 
 @contextmanager
-def _open_weights(folder: Path, config: ModelConfig, quant: QuantConfig | None) -> Iterator[Checkpoint]:
-    """The checkpoint as `_opened` gives it, its tensors checked."""
-    with _opened(folder, quant) as checkpoint:
+def _open_weights(
+    folder: Path, config: ModelConfig, quant: QuantConfig | None, backend: Backend
+) -> Iterator[Checkpoint]:
+    """The checkpoint as `_opened` gives it, its tensors checked, for this backend to pack."""
+    with _opened(folder, quant, backend.file_reader) as checkpoint:
         check_tensors(config, quant, checkpoint)
         yield checkpoint
 
 
 @contextmanager
-def _opened(folder: Path, quant: QuantConfig | None) -> Iterator[Checkpoint]:
+def _opened(folder: Path, quant: QuantConfig | None, reader: FileReader | None = None) -> Iterator[Checkpoint]:
     """The checkpoint; an OSError or MemoryError while it is in use becomes a CheckpointError."""
     try:
-        with Checkpoint(folder, quant.model_file_base_name if quant else None) as checkpoint:
+        with Checkpoint(folder, quant.model_file_base_name if quant else None, reader) as checkpoint:
             yield checkpoint
     except MemoryError as error:
         detail = f": {error}" if str(error) else ""  # of a card: which, and how much of it is free
