@@ -10,6 +10,8 @@ on as many threads, and what is held lies in huge pages. Ratios are taken round 
 
 --before DIR: an older version of the code, as `pip install --target DIR` leaves it, loads the model in the same rounds.
 --parts: where the time of one loading goes, by the functions that take it.
+--packing: besides, packing alone beside a copy of the same bytes, with rows in order and with an order that says so,
+which takes the way of other orders and widths.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarking import print_head, spread
+from benchmarking import paired, print_head, spread
 
 MIB = 1 << 20
 PIECE_BYTES = MIB  # read at a time: it stays in the second cache
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--before", type=Path, metavar="DIR", help="where an older version is installed")
     parser.add_argument("--parts", action="store_true", help="also where the time of one loading goes")
+    parser.add_argument("--packing", action="store_true", help="also packing beside a plain copy")
     parser.add_argument("--child", choices=("read", "hold", "load", "parts"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -52,6 +55,8 @@ def main() -> None:
     if args.parts:
         for name, seconds in run_child(args, "parts")["parts"].items():
             print(f"    {name:34} {seconds:9.3f}")
+    if args.packing:
+        report_packing(args.threads)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -77,6 +82,39 @@ def report(args: argparse.Namespace) -> None:
     for work in works[2:]:
         peak = max(result["peak"] for result in found[work])
         print(f"  {'peak memory of ' + names[work] + ', MiB':34} {peak / MIB:9.0f}", flush=True)
+
+
+def report_packing(threads: int, num_inputs: int = 4096, num_outputs: int = 11008) -> None:
+    """Packing a linear of 4 bits again and again, into memory that this process has already."""
+    import torch
+
+    from ropewalk import native
+
+    torch.set_num_threads(threads)
+    runtime = native.Runtime(threads=threads)
+    qweight = torch.randint(-(2**31), 2**31 - 1, (num_inputs // 8, num_outputs), dtype=torch.int32)
+    num_groups = num_inputs // 128
+    parts = {
+        "bits": 4,
+        "in_features": num_inputs,
+        "scales": torch.ones(num_groups, num_outputs).half(),
+        "zeros": torch.full((num_groups, num_outputs), 8, dtype=torch.uint8),
+        "group_starts": torch.arange(num_groups + 1) * 128,
+    }
+    order = torch.arange(num_inputs, dtype=torch.int32)
+    copy = torch.empty_like(qweight)
+    times = paired(
+        {
+            "a copy, ms": lambda: copy.copy_(qweight),
+            "packed in order, ms": lambda: native.pack_gptq(runtime, qweight, **parts),
+            "packed by an order, ms": lambda: native.pack_gptq(runtime, qweight, order=order, **parts),
+        },
+        rounds=15,
+    )
+    print(f"  packing {num_inputs} x {num_outputs}")
+    for name, seconds in times.items():
+        ratios = [one / other for one, other in zip(seconds, times["a copy, ms"], strict=True)]
+        print(f"    {name:24} {spread([1e3 * value for value in seconds])}   of a copy: {spread(ratios).strip()}")
 
 
 def weight_files(folder: Path) -> list[Path]:
