@@ -287,7 +287,7 @@ py::array empty_result(const CpuRuntime& runtime, int64_t num_rows, int64_t num_
 }
 
 py::array spare_bytes(const std::shared_ptr<SpareMemory>& spare, int64_t size) {
-  require(size >= 0, "size is negative");
+  require(size >= 0 && size <= int64_t{1} << 60, "size is out of range");
   return lent_array<uint8_t>(spare, {size}, size);
 }
 

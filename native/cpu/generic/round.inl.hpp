@@ -57,7 +57,7 @@ bool round_scales(bool half, float* scales) {
 }
 
 // The words of 16 rows from the bytes of a run of each.
-template <int kBits>
+template <class V, int kBits>
 void store_words(const uint8_t (*codes)[kRoundRun<kBits>], int64_t num_words, int64_t num_rows, int64_t stride,
                  uint32_t* out) {
   for (int64_t w = 0; w < num_words; ++w, out += stride) {
@@ -104,7 +104,7 @@ bool round_tile(const RoundArgs& a, int64_t row) {
       a.zeros[run * a.out_features + row + r] = static_cast<uint8_t>(kBits == 8 ? 128.0f : zero);
     }
     uint32_t* words = reinterpret_cast<uint32_t*>(a.words) + first * kBits / 32 * a.out_features + row;
-    store_words<kBits>(codes, count * kBits / 32, num_rows, a.out_features, words);
+    store_words<V, kBits>(codes, count * kBits / 32, num_rows, a.out_features, words);
   }
   return leaves;
 }
