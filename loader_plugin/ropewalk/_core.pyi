@@ -38,6 +38,16 @@ class AlignedBytes:
     def array(self) -> numpy.ndarray:
         """[size] uint8: this memory, kept alive by the array."""
 
+class SpareMemory:
+    """Memory that was given back, kept for whoever asks next: at most 128 MiB of it."""
+
+    def __init__(self) -> None: ...
+    def take(self, size: int) -> numpy.ndarray:
+        """[size] uint8, not initialised; its memory comes back here when the array is freed."""
+    @property
+    def num_bytes(self) -> int:
+        """Of what was given back."""
+
 class PackedGptq:
     """A GPTQ linear in tiles, made by `pack_gptq`."""
 
@@ -67,6 +77,21 @@ def pack_gptq(
     """qweight: [word rows, N] int32. scales: [G, N] uint16 (the bits of float16) or float32. zeros: [G, N] uint8.
 
     group_starts: [G + 1] int64. order: [K] int32 or None. bias: [N] float32 or None.
+    """
+
+def round_rows(
+    runtime: Runtime,
+    weight: numpy.ndarray,
+    type: str,
+    bits: int,
+    half_scales: bool,
+    words: numpy.ndarray,
+    scales: numpy.ndarray,
+    zeros: numpy.ndarray,
+) -> bool:
+    """weight: [N, K] as for `dense_linear`. Writes words: [K * bits / 32, N] int32, scales: [G, N] float32 and
+    zeros: [G, N] uint8; bits: 8, with a scale for 64 inputs, or 4, with one for 32. half_scales: round them to float16
+    before they divide. Returns whether a scale that is not zero leaves the normal numbers of float16.
     """
 
 def dense_linear(weight: numpy.ndarray, type: str, bias: object) -> DenseLinear:

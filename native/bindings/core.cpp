@@ -87,6 +87,35 @@ std::shared_ptr<PackedGptq> pack_gptq(CpuRuntime& runtime, const py::array& qwei
   return std::make_shared<PackedGptq>(runtime, source);
 }
 
+bool run_round_rows(CpuRuntime& runtime, const py::array& weight, const std::string& type, int bits, bool half_scales,
+                    py::array& words, py::array& scales, py::array& zeros) {
+  const auto dense = dense_linear(weight, type, py::none());
+  require(bits == 8 || bits == 4, "bits must be 8 or 4");
+  RoundArgs args{};
+  args.weight = dense->view.weight;
+  args.type = dense->view.type;
+  args.in_features = dense->view.in_features;
+  args.out_features = dense->view.out_features;
+  args.bits = bits;
+  args.half_scales = half_scales;
+  if (args.in_features * bits % 32 != 0) {
+    throw ShapeFailure("weight has rows of " + std::to_string(args.in_features) + "; expected a multiple of " +
+                       std::to_string(32 / bits));
+  }
+  const int64_t num_runs = ceil_div(args.in_features, bits == 8 ? kRoundRun<8> : kRoundRun<4>);
+  args.words = writable_contiguous<int32_t>(words, "words", {args.in_features * bits / 32, args.out_features});
+  args.scales = writable_contiguous<float>(scales, "scales", {num_runs, args.out_features});
+  args.zeros = writable_contiguous<uint8_t>(zeros, "zeros", {num_runs, args.out_features});
+  check_apart(words, "words", weight, "weight");
+  check_apart(scales, "scales", weight, "weight");
+  check_apart(zeros, "zeros", weight, "weight");
+  check_apart(scales, "scales", words, "words");
+  check_apart(zeros, "zeros", words, "words");
+  check_apart(zeros, "zeros", scales, "scales");
+  const Computing computing(runtime);
+  return round_rows(runtime, args);
+}
+
 void run_rms_norm(CpuRuntime& runtime, const py::array& x, const py::array& weight, float epsilon, py::array& out) {
   require(weight.ndim() == 1 && weight.shape(0) > 0, "weight must have one dimension and at least one element");
   const int64_t size = weight.shape(0);
@@ -240,16 +269,26 @@ struct Lent {
   ~Lent() { owner->give(std::move(memory)); }
 };
 
+template <class T>
+py::array lent_array(const std::shared_ptr<SpareMemory>& spare, const Shape& shape, int64_t num_bytes) {
+  std::unique_ptr<Lent> lent(new Lent{spare, spare->take(num_bytes)});
+  T* data = lent->memory.as<T>();
+  const py::capsule owner(lent.get(), [](void* p) { delete static_cast<Lent*>(p); });
+  lent.release();
+  return py::array(py::dtype::of<T>(), shape, data, owner);
+}
+
 py::array empty_result(const CpuRuntime& runtime, int64_t num_rows, int64_t num_columns) {
   if (num_rows < 0 || num_columns < 0 || num_rows > kMostFeatures || num_columns > kMostFeatures) {
     throw ShapeFailure("a result of " + describe(Shape{num_rows, num_columns}) + " is out of range");
   }
   const auto bytes = num_rows * num_columns * static_cast<int64_t>(sizeof(float));
-  std::unique_ptr<Lent> lent(new Lent{runtime.spare(), runtime.spare()->take(bytes)});
-  float* data = lent->memory.as<float>();
-  const py::capsule owner(lent.get(), [](void* p) { delete static_cast<Lent*>(p); });
-  lent.release();
-  return py::array(py::dtype::of<float>(), Shape{num_rows, num_columns}, data, owner);
+  return lent_array<float>(runtime.spare(), {num_rows, num_columns}, bytes);
+}
+
+py::array spare_bytes(const std::shared_ptr<SpareMemory>& spare, int64_t size) {
+  require(size >= 0 && size <= int64_t{1} << 60, "size is out of range");
+  return lent_array<uint8_t>(spare, {size}, size);
 }
 
 void translate(std::exception_ptr pending) {
@@ -294,6 +333,11 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&aligned_bytes), py::arg("size"))
       .def("array", &bytes_of);
 
+  py::class_<SpareMemory, std::shared_ptr<SpareMemory>>(m, "SpareMemory")
+      .def(py::init<>())
+      .def("take", &spare_bytes, py::arg("size"))
+      .def_property_readonly("num_bytes", &SpareMemory::num_bytes);
+
   py::class_<PackedGptq, std::shared_ptr<PackedGptq>>(m, "PackedGptq")
       .def_property_readonly("num_bytes", &PackedGptq::num_bytes);
   py::class_<DenseLinear, std::shared_ptr<DenseLinear>>(m, "DenseLinear")
@@ -302,6 +346,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("pack_gptq", &pack_gptq, py::arg("runtime"), py::arg("qweight"), py::arg("bits"), py::arg("planar"),
         py::arg("in_features"), py::arg("scales"), py::arg("zeros"), py::arg("group_starts"), py::arg("order"),
         py::arg("bias"));
+  m.def("round_rows", &run_round_rows, py::arg("runtime"), py::arg("weight"), py::arg("type"), py::arg("bits"),
+        py::arg("half_scales"), py::arg("words"), py::arg("scales"), py::arg("zeros"));
   m.def("dense_linear", &dense_linear, py::arg("weight"), py::arg("type"), py::arg("bias"));
 
   py::class_<LowRank>(m, "LowRank")

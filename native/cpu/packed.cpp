@@ -1,5 +1,6 @@
 // Packed weights, and which of them are computed together.
 #include <algorithm>
+#include <atomic>
 
 #include "ropewalk/operations.hpp"
 
@@ -17,6 +18,7 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
 
   codes_ = runtime.weights().take(weights_.num_tiles * weights_.num_blocks * kBlockRows * kLanes * weights_.code_bits / 8);
   weights_.codes = codes_.as<uint8_t>();
+  const bool in_order = source.order == nullptr && weights_.num_blocks * kBlockRows == source.in_features;
   const PackArgs args{
       .qweight = source.qweight,
       .out_features = source.out_features,
@@ -26,16 +28,19 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
       .code_bits = weights_.code_bits,
       .num_blocks = weights_.num_blocks,
       .source_row = source_row_.data(),
+      .in_order = in_order,
       .codes = codes_.as<uint8_t>(),
   };
   const int64_t scratch_words = pack_scratch_words(source.in_features);
   uint32_t* scratch = runtime.activations(scratch_words * 4 * runtime.pool().num_threads()).as<uint32_t>();
-  runtime.pool().run(ceil_div(source.out_features, kPackColumns), 1, [&](int64_t begin, int64_t end, int thread) {
+  // Several panels at a time: their tiles share huge pages, which the system zeroes as they are first written to.
+  const int64_t num_panels = ceil_div(source.out_features, kPackColumns);
+  const int64_t chunk = std::clamp<int64_t>(num_panels / (4 * runtime.pool().num_threads()), 1, 16);
+  runtime.pool().run(num_panels, chunk, [&](int64_t begin, int64_t end, int thread) {
     runtime.table().pack(args, begin, end, scratch + thread * scratch_words);
   });
 
-  const bool identity = source.order == nullptr && weights_.num_blocks * kBlockRows == source.in_features;
-  if (identity) {
+  if (in_order) {
     source_row_ = {};
   } else {
     weights_.source_row = source_row_.data();
@@ -68,12 +73,14 @@ void PackedGptq::build_tables(CpuRuntime& runtime, const Source& source) {
     return bytes;
   };
   const auto tile_table = [&](const auto* from, auto* to) {
-    for (int64_t tile = 0; tile < weights_.num_tiles; ++tile) {
-      const int64_t count = std::min(kLanes, out_features - tile * kLanes);
+    runtime.pool().run(weights_.num_tiles, 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t g = 0; g < num_groups; ++g) {
-        std::copy_n(from + g * out_features + tile * kLanes, count, to + (tile * num_groups + g) * kLanes);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t count = std::min(kLanes, out_features - tile * kLanes);
+          std::copy_n(from + g * out_features + tile * kLanes, count, to + (tile * num_groups + g) * kLanes);
+        }
       }
-    }
+    });
   };
   scales_ = zeroed(entries * scale_size);
   if (source.scale_type == FloatType::f16) {
@@ -107,6 +114,14 @@ int64_t PackedGptq::num_bytes() const {
 bool PackedGptq::shares_input(const PackedGptq& other) const {
   return weights_.in_features == other.weights_.in_features && source_row_ == other.source_row_ &&
          group_starts_ == other.group_starts_;
+}
+
+bool round_rows(CpuRuntime& runtime, const RoundArgs& args) {
+  std::atomic<bool> leaves{false};
+  runtime.pool().run(ceil_div(args.out_features, kLanes), 4, [&](int64_t begin, int64_t end, int) {
+    if (runtime.table().round_rows(args, begin, end)) leaves.store(true);
+  });
+  return leaves.load();
 }
 
 void LinearPlan::add(const PackedGptq& weights) {

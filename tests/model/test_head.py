@@ -71,7 +71,7 @@ def test_zeros_stay_zeros_and_scales_outside_of_float16_are_kept_in_float32() ->
 
 def test_rows_are_rounded_alike_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = held_head(head(), 8, "int8")
-    monkeypatch.setattr("ropewalk.model.head.BLOCK_FLOATS", 3 * 160)
+    monkeypatch.setattr("ropewalk.gptq.rounding.BLOCK_FLOATS", 3 * 160)
     parts = held_head(head(), 8, "int8")
     assert torch.equal(whole.qweight, parts.qweight) and torch.equal(whole.scales, parts.scales)
 

@@ -30,7 +30,9 @@ from ropewalk.families.program import (
     SigmoidMul,
     View,
 )
+from ropewalk.files.reader import FileReader
 from ropewalk.gptq.linear import GptqLinear
+from ropewalk.gptq.rounding import RoundedRows
 from ropewalk.native.core import _core  # from there: it says what to do where the core is missing
 
 if TYPE_CHECKING:
@@ -79,10 +81,23 @@ class CpuBackend(SinglePlace):
         other._arena, other._experts = self._arena, self._experts
         return other
 
+    @property
+    def file_reader(self) -> FileReader:
+        """As many threads as compute; memory of weights that were packed is used again."""
+        return FileReader(self.runtime.threads, native.SpareMemory().take)
+
+    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
+        """On all threads."""
+        return RoundedRows(*native.round_rows(self.runtime, weight, bits))
+
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> native.Linear:
         """Repack GPTQ parts into tiles; dense parts are used in place."""
-        rounds = all(part.rounds_inputs for part in parts if isinstance(part, GptqLinear))
-        return native.Linear(self.runtime, [self._pack_part(part) for part in parts], None if rounds else "exact")
+        packed, rounds = [], True
+        for part in parts:
+            packed.append(self._pack_part(part))
+            rounds = rounds and (not isinstance(part, GptqLinear) or part.rounds_inputs)
+            del part  # before the next is read into its memory
+        return native.Linear(self.runtime, packed, None if rounds else "exact")
 
     def pack_experts(self, experts: Sequence[Expert]) -> CpuExperts:
         """Repack one expert after the other: all of them, or as many as there is room for."""

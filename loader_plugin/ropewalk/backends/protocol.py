@@ -29,7 +29,9 @@ from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
 
 if TYPE_CHECKING:
+    from ropewalk.files.reader import FileReader
     from ropewalk.gptq.linear import DenseLinear, Expert, GptqLinear
+    from ropewalk.gptq.rounding import RoundedRows
 
 
 PAGE_TOKENS = 64  # positions of a page: one tile of keys of the attention kernels
@@ -227,6 +229,13 @@ class Backend(Protocol):
     def load_options(self) -> dict[str, Any]:
         """What `load_model` is given for another model to compute where the first layers of this one do."""
 
+    @property
+    def file_reader(self) -> FileReader:
+        """Threads and memory for reading weights that this backend is going to pack."""
+
+    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
+        """A matrix [N, K] of floats on the CPU as a GPTQ linear, by the rule of gptq/rounding.py, to the bit."""
+
     def places_of(self, weights_index: int) -> tuple[OnePlace, ...]:
         """The backends that run a layer, by its place in `ModelWeights.layers`: each packs it and compiles it."""
 
@@ -249,9 +258,9 @@ class Backend(Protocol):
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
         """Lay out linear layers that read the same input; their outputs are concatenated in the given order.
 
-        parts: at least one, all with the same number of input features K; quantised and dense ones may be mixed, and
-        each may have its own permutation or none. A packed layer keeps no reference to the given tensors except to
-        those it uses as they are (dense weights).
+        parts: at least one, all with the same number of input features K; may read a part each time that it is asked
+        for one. Quantised and dense ones may be mixed, and each may have its own permutation or none. A packed layer
+        keeps no reference to the given tensors except to those it uses as they are (dense weights).
 
         Raises:
             ShapeError: no parts, or parts that disagree about K.

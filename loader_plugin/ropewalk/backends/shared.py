@@ -12,6 +12,8 @@ import torch
 from ropewalk.backends.protocol import PAGE_TOKENS, BackendStep, CompiledLayer, OnePlace, Page, ReadElsewhere, RowSpan
 from ropewalk.base.errors import ShapeError
 from ropewalk.families.program import Program
+from ropewalk.files.reader import FileReader
+from ropewalk.gptq.rounding import RoundedRows, round_rows
 
 
 class OneProcess:
@@ -53,6 +55,15 @@ class SinglePlace(OneProcess):
     def load_options(self: OnePlace) -> dict[str, Any]:
         """The same backend on the same device."""
         return {"backend": self.name, "compute": self.compute, "device": self.device}
+
+    @property
+    def file_reader(self) -> FileReader:
+        """One thread, and new memory for everything."""
+        return FileReader()
+
+    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
+        """In torch."""
+        return round_rows(weight, bits)
 
     def places_of(self: OnePlace, weights_index: int) -> tuple[OnePlace, ...]:
         """Itself."""

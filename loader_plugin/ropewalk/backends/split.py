@@ -33,7 +33,9 @@ from ropewalk.backends.shared import OneProcess, check_move
 from ropewalk.base.errors import ConfigError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
+from ropewalk.files.reader import FileReader
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.gptq.rounding import RoundedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +104,15 @@ class SplitBackend(OneProcess):
     def computing(self, compute: str) -> None:
         """Weights on a card are laid out for one arithmetic."""
         return None
+
+    @property
+    def file_reader(self) -> FileReader:
+        """Of the last place, which has the head too."""
+        return self._home.file_reader
+
+    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
+        """In the last place."""
+        return self._home.round_rows(weight, bits)
 
     def places_of(self, weights_index: int) -> tuple[OnePlace, ...]:
         """The backends of the places that run this layer."""

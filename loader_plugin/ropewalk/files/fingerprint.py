@@ -20,15 +20,15 @@ BLOCK_BYTES = 256
 
 def tensor_sample(tensor: torch.Tensor) -> bytes:
     """A digest of dtype, shape and a sample of the bytes of a contiguous tensor on the CPU."""
-    values = tensor.flatten().view(torch.uint8)
+    values = memoryview(tensor.flatten().view(torch.uint8).numpy())
     digest = sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     if len(values) <= WHOLE_BYTES:
-        digest.update(values.numpy())
+        digest.update(values)
         return digest.digest()
     last = len(values) - BLOCK_BYTES
     for number in range(NUM_BLOCKS):
         first = last * number // (NUM_BLOCKS - 1)
-        digest.update(values[first : first + BLOCK_BYTES].numpy())
+        digest.update(values[first : first + BLOCK_BYTES])
     return digest.digest()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ropewalk.base.errors import CheckpointError
 from ropewalk.files.fingerprint import tensor_sample
+from ropewalk.files.reader import FileReader
 from ropewalk.files.safetensors import SafetensorsFile, printable
 from ropewalk.files.safetensors_header import TensorInfo
 from ropewalk.files.weight_files import choose_files, listed
@@ -24,10 +25,11 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """The tensors of a folder, by name. Use it as a context manager if you call `read_ahead`."""
 
-    def __init__(self, folder: Path, base_name: str | None = None) -> None:
+    def __init__(self, folder: Path, base_name: str | None = None, reader: FileReader | None = None) -> None:
         """Chooses the files and reads their headers; no tensor is read.
 
         base_name: `model_file_base_name` of the quantisation config (a name without extension), used if it exists.
+        reader: threads and memory for reading; default: one thread, and new memory for each tensor.
 
         Raises:
             CheckpointError: no file, an ambiguous choice, a missing shard, a damaged header.
@@ -35,7 +37,7 @@ class Checkpoint:
         """
         self.folder = Path(folder)
         self.files, shard_of = choose_files(self.folder, base_name)
-        self._opened = {path.name: SafetensorsFile(path) for path in self.files}
+        self._opened = {path.name: SafetensorsFile(path, reader=reader) for path in self.files}
         self._file_of = _locate(self._opened, shard_of)
         self._modules: dict[str, list[str]] = {}
         for name in self._file_of:

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 
 from ropewalk.base.errors import CheckpointError, brief
+from ropewalk.files.reader import FileReader
 from ropewalk.files.safetensors_header import read_header
 
 GIT_LFS_POINTER = b"version https://git-lfs"
@@ -33,10 +34,17 @@ GAP_BYTES = 64 << 10  # between tensors: reading them is cheaper than another re
 class SafetensorsFile:
     """The tensors of one file. Each read opens it anew; it must not have changed since its header was read.
 
-    remedy, again: what messages advise for a damaged file, and for one that changes while it is read.
+    remedy, again: what messages advise for a damaged file, and for one that changes while it is read. reader: threads
+    and memory for its tensors; default: one thread and new memory for each.
     """
 
-    def __init__(self, path: Path, remedy: str = "download it again", again: str = "load the model again") -> None:
+    def __init__(
+        self,
+        path: Path,
+        remedy: str = "download it again",
+        again: str = "load the model again",
+        reader: FileReader | None = None,
+    ) -> None:
         """Reads and checks the header of `path`.
 
         Raises:
@@ -44,6 +52,7 @@ class SafetensorsFile:
         """
         self.path = path
         self._again = again
+        self._reader = FileReader() if reader is None else reader
         try:
             _refuse_irregular(path)
             with path.open("rb") as file:
@@ -68,7 +77,7 @@ class SafetensorsFile:
             CheckpointError: a dtype that is not read, or a file that has changed since its header was read.
         """
         dtype, info = self._dtype(name), self.tensors[name]
-        values = torch.empty(info.num_bytes, dtype=torch.uint8)
+        values = self._reader.take(info.num_bytes)
         self._read(values, info.offset)
         return values.view(dtype).view(info.shape)
 
@@ -82,7 +91,7 @@ class SafetensorsFile:
         for run in self._runs(names):
             dtypes = [self._dtype(name) for name in run]
             first, end = self._span(run)
-            values = torch.empty(end - first, dtype=torch.uint8)
+            values = self._reader.take(end - first)
             self._read(values, first)
             for name, dtype in zip(run, dtypes, strict=True):
                 info = self.tensors[name]
@@ -155,7 +164,11 @@ class SafetensorsFile:
 
     def _read(self, out: torch.Tensor, offset: int) -> None:
         """Fill out: [n] uint8 with the bytes from `offset` on."""
-        rest = memoryview(out.numpy())
+        target = memoryview(out.numpy())
+        self._reader.read_pieces(len(target), lambda first, end: self._read_piece(target[first:end], offset + first))
+
+    def _read_piece(self, rest: memoryview, offset: int) -> None:
+        """The same, of a part of it, perhaps in another thread."""
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(offset)

@@ -16,7 +16,7 @@ from ropewalk.config.model import ModelConfig
 from ropewalk.families import FAMILIES
 from ropewalk.families.program import Program
 from ropewalk.families.recorder import LayerShape, record
-from ropewalk.weights.read import LayerWeights
+from ropewalk.weights.read import LayerWeights, Linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,12 +85,27 @@ def pack_layer(backend: OnePlace, config: ModelConfig, index: int, weights: Laye
     norms = {name: norm.to(backend.device) for name, norm in weights.norms.items()}
     groups = config.layer_table(index).groups
     linears = {
-        name: backend.pack([weights.linears[entry.field] for entry in entries]) for name, entries in groups.items()
+        name: backend.pack(_Parts(weights.linears, [entry.field for entry in entries]))
+        for name, entries in groups.items()
     }
     program = layer_program(config.family, layer_shape(config, index))
     experts = {name: backend.pack_experts(parts) for name, parts in weights.experts.items()}
     compiled = backend.compile_layer(program, {**norms, **linears, **experts}, config.norm_eps)
     return PackedLayer(norms, linears, experts, compiled)
+
+
+class _Parts(Sequence[Linear]):
+    """Linears that are packed together, each read when it is asked for."""
+
+    def __init__(self, linears: Mapping[str, Linear], fields: Sequence[str]) -> None:
+        self._linears = linears
+        self._fields = fields
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __getitem__(self, number: int) -> Linear:
+        return self._linears[self._fields[number]]
 
 
 def recompiled(

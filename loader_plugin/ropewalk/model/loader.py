@@ -1,15 +1,18 @@
 """From a model folder to a Model that is ready to run.
 
-    folder -> config, quantisation, RoPE -> list of tensors checked -> layer by layer: read, pack, drop what was read
+    folder -> config, quantisation, RoPE -> list of tensors checked -> linear by linear: read, pack, drop what was read
 
-Peak memory is therefore the packed weights plus one layer. Everything that can be refused is refused before the first
-weight is read.
+Peak memory is therefore the packed weights plus one linear (and, before the layers, the head as stored and rounded).
+Everything that can be refused is refused before the first weight is read.
 
 Files are read, never mapped. What a model keeps as it was stored (the embedding table, dense weights) is copied into
 memory, so truncating, rewriting or deleting a file does not affect a running server. If a file changes while it is
-being read, loading raises CheckpointError. The copy has a price: a 1.1B model in the page cache loads in 1.2 times the
-time that mapping took (0.9 to 2.7 in 15 pairs), with a peak 145 MiB higher (scripts/bench/trees.py,
-benchmarks/2026-11-21-trees.txt).
+being read, loading raises CheckpointError.
+
+Memory that is new to the process is what loading takes longest to get, so it is asked for once: a linear is read into
+the memory of the one before it. From the page cache a 7B model loads in 1.45 times the time of reading its files into
+new memory (scripts/bench/load.py, benchmarks/2026-11-22-load.txt). A copy of the packed weights beside the model would
+have to be read into new memory as well, so it could save a third of that at most; there is none.
 """
 
 from __future__ import annotations
@@ -145,10 +148,10 @@ def _load_weights(
     report: Callable[[], None],
 ) -> tuple[ModelWeights, Mapping[str, bytes]]:
     """The weights, but for the fingerprint, and samples of the tensors that were read."""
-    with open_weights(folder, config, quant) as checkpoint:
+    with open_weights(folder, config, quant, backend.file_reader) as checkpoint:
         embeddings = read_embeddings(config, checkpoint)
         final_norm, stored = read_head(config, quant, checkpoint, embeddings)
-        head = held_head(stored, head_bits, backend.compute)
+        head = held_head(stored, head_bits, backend.compute, backend.round_rows)
         tied = isinstance(head, DenseLinear) and head.weight.data_ptr() == embeddings.data_ptr()
         packed_head = backend.pack([head])
         chosen_bits = head_bits if isinstance(stored, DenseLinear) else None
@@ -166,7 +169,7 @@ def _load_second_layers(
 ) -> tuple[tuple[PackedLayer | CopiedLayer | ElsewhereLayer, ...], Mapping[str, bytes]]:
     """The layers, and samples of their tensors."""
     quant = load_quant_config(folder, config.raw)
-    with open_weights(folder, config, quant) as checkpoint:
+    with open_weights(folder, config, quant, backend.file_reader) as checkpoint:
         layers = _pack_layers(checkpoint, config, quant, backend, report, first)
         return layers, checkpoint.samples
 

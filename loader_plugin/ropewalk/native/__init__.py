@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from ropewalk.native.arrays import Array, as_numpy
 from ropewalk.native.kv_cache import KvCache
-from ropewalk.native.linear import Linear, dense_linear, pack_gptq
+from ropewalk.native.linear import Linear, dense_linear, pack_gptq, round_rows
 from ropewalk.native.low_rank import Arena, LowRank
 from ropewalk.native.rows import activate, add_, embed, gate, layer_norm, rms_norm, rotate_, silu_mul
-from ropewalk.native.runtime import MachineLimits, Runtime, available_isas, usable_processors
+from ropewalk.native.runtime import MachineLimits, Runtime, SpareMemory, available_isas, usable_processors
 
 __all__ = [
     "Arena",
@@ -28,6 +28,7 @@ __all__ = [
     "LowRank",
     "MachineLimits",
     "Runtime",
+    "SpareMemory",
     "activate",
     "add_",
     "as_numpy",
@@ -39,6 +40,7 @@ __all__ = [
     "pack_gptq",
     "rms_norm",
     "rotate_",
+    "round_rows",
     "silu_mul",
     "usable_processors",
 ]

@@ -51,11 +51,40 @@ def pack_gptq(
     )
 
 
+def round_rows(runtime: Runtime, weight: Array, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix of floats as what `pack_gptq` takes, by the rule of `ropewalk.gptq.rounding`, to the bit.
+
+    weight: [N, K] float32, float16 or (torch) bfloat16, contiguous, K a multiple of 32 / bits. bits: 8, with a scale
+    for runs of 64 inputs, or 4, for runs of 32. Returns qweight [K * bits / 32, N] int32, scales [G, N] float16
+    (float32 if one is no normal number there) and zeros [G, N] uint8.
+    """
+    rows, type_name = _stored_floats(weight)
+    num_rows, num_inputs = rows.shape
+    if bits not in (8, 4):
+        raise ShapeError(f"bits is {bits!r:.40}; accepted: 8, 4")
+    shape = (num_inputs * bits // 32, num_rows)
+    memory = _core.AlignedBytes(4 * shape[0] * shape[1]).array()  # in huge pages: the system hands them out faster
+    words = memory.view(np.int32).reshape(shape)
+    scales = np.empty((-(-num_inputs // (64 if bits == 8 else 32)), num_rows), np.float32)
+    zeros = np.empty(scales.shape, np.uint8)
+    leaves = _core.round_rows(runtime.core, rows, type_name, bits, True, words, scales, zeros)
+    if leaves:  # float16 for some of them: once more with the scales as they are
+        _core.round_rows(runtime.core, rows, type_name, bits, False, words, scales, zeros)
+    held = torch.from_numpy(scales)
+    return torch.from_numpy(words), held if leaves else held.half(), torch.from_numpy(zeros)
+
+
 def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
     """A dense weight, used in place (the array is kept alive, not copied).
 
     weight: [N, K] float32, float16 or (torch) bfloat16, contiguous. bias: [N] float32.
     """
+    rows, type_name = _stored_floats(weight)
+    return _core.dense_linear(rows, type_name, None if bias is None else as_numpy(bias))
+
+
+def _stored_floats(weight: Array) -> tuple[np.ndarray, str]:
+    """A matrix as the core takes it, and the name of its type."""
     checked_shape(weight, "weight", 2)
     types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     name = str(weight.dtype).removeprefix("torch.")
@@ -64,7 +93,7 @@ def dense_linear(weight: Array, bias: Array | None = None) -> _core.DenseLinear:
     if types[name] != "f32":
         weight = weight.view(torch.int16) if isinstance(weight, torch.Tensor) else weight.view(np.int16)
         weight = as_numpy(weight).view(np.uint16)
-    return _core.dense_linear(as_numpy(weight), types[name], None if bias is None else as_numpy(bias))
+    return as_numpy(weight), types[name]
 
 
 class Linear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import torch
 
 from ropewalk.base.errors import NativeError
 from ropewalk.base.limits import MAX_THREADS
@@ -52,6 +53,22 @@ class Runtime:
     def limits(self, num_floats: int) -> MachineLimits:
         """To measure this machine by, with so many floats of memory to read: a multiple of 64."""
         return MachineLimits(self, num_floats)
+
+
+class SpareMemory:
+    """Memory in huge pages for large arrays that come and go: what is dropped, up to 128 MiB, serves the next."""
+
+    def __init__(self) -> None:
+        self._core = _core.SpareMemory()
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, not initialised. Its memory comes back when the last view of it is dropped."""
+        return torch.from_numpy(self._core.take(num_bytes))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what came back and waits."""
+        return self._core.num_bytes
 
 
 class MachineLimits:

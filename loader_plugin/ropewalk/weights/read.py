@@ -5,7 +5,7 @@ The names and sizes are data (families/), and weights/check.py has checked them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,8 @@ Linear = GptqLinear | DenseLinear
 class LayerWeights:
     """One decoder layer, by the fields of its tables (families/tables.py), ready for the layer function.
 
-    norms: float32, of as many numbers as their sizes say. linears: each [K -> N]. experts: read one by one, when they
-    are asked for.
+    norms: float32, of as many numbers as their sizes say. linears: each [K -> N]. Linears and experts are read one by
+    one, when they are asked for.
     """
 
     norms: Mapping[str, torch.Tensor]
@@ -46,26 +46,59 @@ def read_embeddings(config: ModelConfig, checkpoint: Checkpoint) -> torch.Tensor
 
 
 def read_layer(config: ModelConfig, quant: QuantConfig | None, checkpoint: Checkpoint, index: int) -> LayerWeights:
-    """Layer `index`, read from the files.
+    """Layer `index` in the files: its norms are read here, its linears as they are asked for.
 
     Raises:
-        CheckpointError: a norm, scale or bias that is not finite, a g_idx out of range.
+        CheckpointError: a norm that is not finite; of a linear, a scale or bias that is not, or a g_idx out of range.
     """
-    size, table, prefix = config.sizes, config.layer_table(index), config.table.layer_prefix(index)
+    table, prefix = config.layer_table(index), config.table.layer_prefix(index)
     norms = {entry.field: _read_norm(config, checkpoint, prefix, entry) for entry in table.norms}
-    linears = {}
-    for entry in table.linears:
-        name = prefix + entry.name
-        linear = _read_linear(quant, checkpoint, name, size[entry.inputs], size[entry.outputs])
-        if linear.bias is not None and entry.bias not in config.flags:
-            checkpoint.warn_once(
-                "undeclared bias",
-                f"{name}.bias is not zero although {config.source} declares no bias there: it is used",
-            )
-        linears[entry.field] = ordered_linear(linear, row_order(entry.rows, config, size[entry.outputs]))
+    linears = StoredLinears(config, quant, checkpoint, prefix, table.linears)
     entry = table.experts
     experts = {} if entry is None else {entry.field: StoredExperts(config, quant, checkpoint, prefix, entry)}
     return LayerWeights(norms, linears, experts)
+
+
+class StoredLinears(Mapping[str, Linear]):
+    """The linears of a layer in their files: each is read when it is asked for, and anew each time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        quant: QuantConfig | None,
+        checkpoint: Checkpoint,
+        prefix: str,
+        entries: Sequence[LinearEntry],
+    ) -> None:
+        self._config = config
+        self._quant = quant
+        self._checkpoint = checkpoint
+        self._prefix = prefix
+        self._entries = {entry.field: entry for entry in entries}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __getitem__(self, field: str) -> Linear:
+        """A linear by the field of its entry.
+
+        Raises:
+            CheckpointError: as `read_layer`.
+        """
+        entry, config = self._entries[field], self._config
+        name, size = self._prefix + entry.name, config.sizes
+        quantised = container_of(self._quant).holds(self._checkpoint, name)
+        with self._checkpoint.at_hand([name] if quantised else []):  # dense ones are kept, in memory of their own
+            linear = _read_linear(self._quant, self._checkpoint, name, size[entry.inputs], size[entry.outputs])
+        if linear.bias is not None and entry.bias not in config.flags:
+            self._checkpoint.warn_once(
+                "undeclared bias",
+                f"{name}.bias is not zero although {config.source} declares no bias there: it is used",
+            )
+        return ordered_linear(linear, row_order(entry.rows, config, size[entry.outputs]))
 
 
 class StoredExperts(Sequence[Expert]):

@@ -2,7 +2,8 @@
 //
 // A model is packed only once, but somebody is waiting for it.  A panel of kPackColumns columns is brought into cache as
 // rows of words that each hold whole codes; then every row of a tile is a shift and a mask of 16 lanes, whatever its
-// place in the order.
+// place in the order.  Where rows lie in order and a code has as many bits as its tile gives it, a block is whole words
+// and no panel is needed.
 #pragma once
 
 #include "load.inl.hpp"
@@ -143,10 +144,68 @@ CodePanel read_panel(const PackArgs& a, int64_t column, uint32_t* scratch) {
   return {widened, 8};
 }
 
+// The lower two bytes as the even bytes of a word.
+static inline uint32_t spread_bytes(uint32_t two) { return (two | two << 8) & 0x00ff00ff; }
+
+// One block of one tile from the words of 32 rows in order.
+template <class V, int kBits>
+void pack_words(const uint32_t* words, int64_t stride, uint8_t* out) {
+  alignas(64) uint32_t lines[kBits][kLanes];
+  if constexpr (kBits == 8) {
+    for (int64_t row = 0; row < kBits; ++row) __builtin_memcpy(lines[row], words + row * stride, sizeof lines[row]);
+  } else {
+    constexpr uint32_t kLow = 0x0f0f0f0f;
+    for (int64_t word = 0; word < 2; ++word) {
+      const uint32_t* low = words + word * stride;
+      const uint32_t* high = words + (word + 2) * stride;
+      for (int64_t c = 0; c < kLanes; ++c) {
+        const uint32_t even = (low[c] & kLow) | (high[c] & kLow) << 4;  // rows 0, 2, 4, 6 of the words
+        const uint32_t odd = (low[c] >> 4 & kLow) | (high[c] & ~kLow);  // rows 1, 3, 5, 7
+        lines[2 * word][c] = spread_bytes(even & 0xffff) | spread_bytes(odd & 0xffff) << 8;
+        lines[2 * word + 1][c] = spread_bytes(even >> 16) | spread_bytes(odd >> 16) << 8;
+      }
+    }
+  }
+  __builtin_memcpy(out, lines, sizeof lines);
+}
+
+// Block by block across the tiles, so that the rows of words are read in long pieces.
+template <class V, int kBits>
+void pack_in_order(const PackArgs& a, int64_t tile_begin, int64_t tile_end) {
+  constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
+  const int64_t stride = a.out_features;
+  const auto* words = reinterpret_cast<const uint32_t*>(a.qweight);
+  for (int64_t b = 0; b < a.num_blocks; ++b, words += kBits * stride) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      uint8_t* out = a.codes + (tile * a.num_blocks + b) * kBlockBytes;
+      const uint32_t* first = words + tile * kLanes;
+      const int64_t left = a.out_features - tile * kLanes;
+      if (left >= kLanes) {
+        // The next block of these columns lies in other pages, where the processor does not look ahead.
+        for (int64_t row = 0; row < kBits && b + 1 < a.num_blocks; ++row) {
+          V::prefetch_far(first + (kBits + row) * stride);
+        }
+        pack_words<V, kBits>(first, stride, out);
+        continue;
+      }
+      uint32_t padded[kBits][kLanes] = {};
+      for (int64_t row = 0; row < kBits; ++row) {
+        for (int64_t c = 0; c < left; ++c) padded[row][c] = first[row * stride + c];
+      }
+      pack_words<V, kBits>(padded[0], kLanes, out);
+    }
+  }
+}
+
 template <class V>
 void pack(const PackArgs& a, int64_t panel_begin, int64_t panel_end, uint32_t* scratch) noexcept {
   const int64_t block_bytes = kBlockRows * kLanes * a.code_bits / 8;
   const int64_t num_tiles = ceil_div(a.out_features, kLanes);
+  if (a.in_order && !a.planar && a.bits == a.code_bits && (a.bits == 4 || a.bits == 8)) {
+    const int64_t tile_begin = panel_begin * (kPackColumns / kLanes), panels_end = panel_end * (kPackColumns / kLanes);
+    const int64_t tile_end = panels_end < num_tiles ? panels_end : num_tiles;
+    return a.bits == 4 ? pack_in_order<V, 4>(a, tile_begin, tile_end) : pack_in_order<V, 8>(a, tile_begin, tile_end);
+  }
   const uint32_t no_codes[kLanes] = {};
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t first_tile = panel * (kPackColumns / kLanes);

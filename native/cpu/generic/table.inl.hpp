@@ -9,6 +9,7 @@
 #include "low_rank.inl.hpp"
 #include "pack.inl.hpp"
 #include "probe.inl.hpp"
+#include "round.inl.hpp"
 #include "rows.inl.hpp"
 
 namespace ropewalk {
@@ -18,6 +19,7 @@ constexpr KernelTable make_table(const char* name) {
   return {
       .name = name,
       .pack = &pack<V>,
+      .round_rows = &round_rows<V>,
       .prepare = &prepare<V>,
       .gptq_int8 = &gptq_int8<V>,
       .gptq_exact = &gptq_exact<V>,

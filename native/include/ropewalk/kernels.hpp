@@ -61,7 +61,25 @@ struct PackArgs {
   int32_t code_bits;          // of the packed code: 2, 3, 4 or 8
   int64_t num_blocks;
   const int32_t* source_row;  // as in GptqWeights, never null here
+  bool in_order;              // source_row is the identity: every row in its place, none of padding
   uint8_t* codes;
+};
+
+// Inputs of one scale when a float matrix is rounded to codes of so many bits, 8 or 4.
+template <int kBits>
+static constexpr int64_t kRoundRun = kBits == 8 ? 64 : 32;
+
+// Rounding of a float matrix to the codes, scales and zero points of a GPTQ linear, by the rule of ropewalk/model/head.py.
+struct RoundArgs {
+  const void* weight;   // [N][K]
+  FloatType type;
+  int64_t in_features;  // K, a multiple of 32 / bits
+  int64_t out_features;  // N
+  int32_t bits;         // 8 or 4
+  bool half_scales;     // scales are rounded to f16 before they divide
+  int32_t* words;       // [K * bits / 32][N]
+  float* scales;        // [G][N], G = ceil(K / kRoundRun<bits>)
+  uint8_t* zeros;       // [G][N]
 };
 
 // Activations of a GPTQ linear: rows gathered into sorted order and, for int8, quantised per block of 32.
@@ -276,6 +294,8 @@ struct KernelTable {
   const char* name;
   // One item: kPackColumns columns.  `scratch` holds pack_scratch_words(K) words.
   void (*pack)(const PackArgs&, int64_t panel_begin, int64_t panel_end, uint32_t* scratch) noexcept;
+  // One item: 16 rows.  True if a scale that is not zero leaves the normal numbers of f16.
+  bool (*round_rows)(const RoundArgs&, int64_t tile_begin, int64_t tile_end) noexcept;
   void (*prepare)(const PrepareArgs&, int64_t row_begin, int64_t row_end) noexcept;
   void (*gptq_int8)(const GptqLinearArgs&, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                     int64_t tile_end) noexcept;

@@ -46,6 +46,9 @@ class PackedGptq {
   ArenaBytes codes_, scales_, zeros_, bias_;
 };
 
+// Writes words, scales and zeros.  True if a scale that is not zero leaves the normal numbers of f16.
+bool round_rows(CpuRuntime& runtime, const RoundArgs& args);
+
 struct DenseWeights {
   const void* weight;  // [N][K]
   FloatType type;

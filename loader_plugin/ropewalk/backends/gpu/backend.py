@@ -56,6 +56,7 @@ class GpuBackend(SinglePlace):
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> GpuLinear:
         """Lay out linears that read the same input on the device."""
+        parts = tuple(parts)
         with self._on_device(f"the weights of {parts[0].name if parts else ''}", MemoryError, LOAD_REMEDY):
             return linear.pack(parts, self.device, self.compute)
 

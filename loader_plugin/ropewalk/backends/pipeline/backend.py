@@ -39,7 +39,9 @@ from ropewalk.base.errors import ConfigError
 from ropewalk.base.unthreaded import copy_
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
+from ropewalk.files.reader import FileReader
 from ropewalk.gptq.linear import DenseLinear, GptqLinear
+from ropewalk.gptq.rounding import RoundedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,6 +166,15 @@ class PipelineBackend:
                     f"read by {' and '.join(f'rank {other}' for other in layer.ranks)}: load the model with this "
                     "layer_order, or without a pipeline"
                 )
+
+    @property
+    def file_reader(self) -> FileReader:
+        """Of rank 0, for what it reads."""
+        return self._home.file_reader
+
+    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
+        """At home: the head."""
+        return self._home.round_rows(weight, bits)
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
         """At home: the head. Layers are packed by the ranks that run them."""

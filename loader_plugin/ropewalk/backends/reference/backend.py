@@ -42,7 +42,7 @@ class ReferenceBackend(SinglePlace):
 
     def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> ReferenceLinear:
         """Move the parts to the device; nothing is rearranged."""
-        return linear.pack(parts, self.device)
+        return linear.pack(tuple(parts), self.device)
 
     def pack_experts(self, experts: Sequence[Expert]) -> ReferenceExperts:
         """Move the experts to the device; nothing is rearranged."""

@@ -53,7 +53,7 @@ def _read(
     config = load_model_config(folder)
     quant = load_quant_config(folder, config.raw)
     layers = {}
-    with open_weights(folder, config, quant) as checkpoint:
+    with open_weights(folder, config, quant, backend.file_reader) as checkpoint:
         for index, after in zip(indices, [*indices[1:], None], strict=True):
             if after is not None:
                 checkpoint.read_ahead(config.table.layer_prefix(after))
