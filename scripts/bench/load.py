@@ -202,7 +202,7 @@ def watch_parts() -> dict[str, float]:
     from ropewalk import native
     from ropewalk.files import folder, safetensors
     from ropewalk.gptq import linear
-    from ropewalk.model import loader
+    from ropewalk.model import loader, opened
     from ropewalk.weights import read
 
     parts: dict[str, float] = defaultdict(float)
@@ -232,7 +232,7 @@ def watch_parts() -> dict[str, float]:
         watch(module, "require_finite", "are scales and norms finite")
     watch(native, "pack_gptq", "packing")
     watch(loader, "held_head", "rounding the head")
-    watch(loader, "check_tensors", "checking names and shapes")
+    watch(opened, "check_tensors", "checking names and shapes")
     watch(loader, "plan_loading", "JSON files")
     return parts
 

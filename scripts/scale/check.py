@@ -94,6 +94,7 @@ def print_costs(costs: StepCosts) -> None:
     print(f"\na step with 1 to 8 replies: {costs.replies_s[0]:.4f} to {costs.replies_s[-1]:.4f} s; a row of a prompt")
     print(f"{costs.row_s:.4f} s, alone {costs.alone_row_s:.4f}; twice as long after {costs.keys:,.0f} keys")
     print(f"with 1, 2, ... replicas computing, replies take so many times as long: {slower}; rows {rows_slower}")
+    print(f"steps vary by {', '.join(f'{each:.0%}' for each in costs.jitter)}")
 
 
 def print_both(count: int, real: Result, simulated: Result) -> None:

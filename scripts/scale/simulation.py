@@ -9,6 +9,7 @@ the real thing; measured are the times alone. Nothing is computed, so a second o
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,7 +30,8 @@ class StepCosts:
     replies_s: of a step with 1, 2, ... replies. row_s: of a prompt's row beside replies. alone_row_s: of one in a step
     of prompts alone. keys: after which a row takes twice as long. request_s: of all that a request needs besides.
     slowdown, row_slowdown: how much longer replies and rows take while 1, 2, ... replicas of a machine compute: they
-    share the memory, which replies wait for, and maybe cores, which rows keep busy.
+    share the memory, which replies wait for, and maybe cores, which rows keep busy. jitter: likewise, the standard
+    deviation of the logarithm of a step's time.
     """
 
     replies_s: tuple[float, ...]
@@ -39,6 +41,7 @@ class StepCosts:
     request_s: float = 0.0
     slowdown: tuple[float, ...] = (1.0,)
     row_slowdown: tuple[float, ...] = (1.0,)
+    jitter: tuple[float, ...] = (0.0,)
 
     def plain_s(self, num_replies: int) -> float:
         """Of a step with replies alone; beyond those that were measured, as much more for each as at the end."""
@@ -54,11 +57,16 @@ class StepCosts:
         """Work of a row with so many keys before it, where one with none is 1."""
         return 1 + keys / self.keys
 
-    def step_s(self, num_replies: int, work: float, num_computing: int) -> float:
-        """Of a step with so much work of prompt rows, while so many replicas of the machine compute."""
+    def step_s(self, num_replies: int, work: float, num_computing: int, chance: float = 0.0) -> float:
+        """Of a step with so much work of prompt rows, while so many replicas of the machine compute.
+
+        chance: how much longer or shorter than on average, in standard deviations.
+        """
         row_s = self.row_s if num_replies else self.alone_row_s
         replies = self.plain_s(num_replies) * _at(self.slowdown, num_computing)
-        return replies + work * row_s * _at(self.row_slowdown, num_computing)
+        mean_s = replies + work * row_s * _at(self.row_slowdown, num_computing)
+        jitter = _at(self.jitter, num_computing)
+        return mean_s * math.exp(jitter * chance - jitter**2 / 2)
 
 
 def _at(factors: tuple[float, ...], num_computing: int) -> float:
@@ -180,7 +188,8 @@ class Replica:
         begun = sum(job.depth == job.turn.cached_tokens for job in reading if job.number in rows)
         machine = self.machine
         machine.computing += 1
-        taken_s = machine.factor * (costs.step_s(len(replies), work, machine.computing) + costs.request_s * begun)
+        step_s = costs.step_s(len(replies), work, machine.computing, self.world.chance())
+        taken_s = machine.factor * (step_s + costs.request_s * begun)
         self.times.record(work, taken_s)
         self.busy_s += taken_s
         self.world.after(taken_s, lambda epoch=self.epoch: self._end_step(epoch, replies, rows))
@@ -230,7 +239,7 @@ class Simulation:
         self.num_restarts = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
-        self._rng = random.Random(seed)
+        self._rng, self._steps_rng = random.Random(seed), random.Random(seed + 1)
         self._coming = conversations(workload, seed)
         self._open = 0
         self.machines = [Machine(cluster.slow_factor if n < cluster.slow else 1.0) for n in range(cluster.machines)]
@@ -262,6 +271,10 @@ class Simulation:
     def after(self, seconds: float, event: Callable[[], None]) -> None:
         """Call it then."""
         heapq.heappush(self._events, (self.now_s + seconds, self.next_number(), event))
+
+    def chance(self) -> float:
+        """Of a step: normally distributed around 0 with deviation 1."""
+        return self._steps_rng.gauss(0.0, 1.0)
 
     def next_number(self) -> int:
         """Unlike all others."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -67,6 +68,7 @@ def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: f
         for count in replicas
     ]
     rows_s = [found[count]["row"] + found[count]["row alone"] for count in replicas]
+    jitter = [found[count]["jitter"] for count in replicas]
     every = range(1, max(replicas) + 1)
     first, deep = alone["row"], alone["deep row"]
     keys = DEPTH / max(deep / first - 1, 0.01)
@@ -77,6 +79,7 @@ def step_costs(folder: Path, threads: int, replicas: Sequence[int], request_s: f
         keys=keys,
         request_s=request_s,
         slowdown=tuple(np.interp(every, replicas, slowdown).tolist()),
+        jitter=tuple(np.interp(every, replicas, jitter).tolist()),
         row_slowdown=tuple(np.interp(every, replicas, [each / rows_s[0] for each in rows_s]).tolist()),
     )
 
@@ -102,7 +105,7 @@ def read_costs(path: Path) -> StepCosts:
     return StepCosts(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-Times = dict[str, Any]  # "replies": of a step with 1, 2, ... of them; others of a row
+Times = dict[str, Any]  # "replies": of a step with 1, 2, ... of them; "jitter": how they vary; others of a row
 
 
 def measured(folder: Path, threads: int, counts: Sequence[int]) -> dict[int, Times]:
@@ -162,22 +165,31 @@ class Steps:
 
     def times(self) -> Times:
         """All of them, measured now."""
-        replies = [self._replies_s(count) for count in range(1, MOST_REPLIES + 1)]
-        plain_s = self._median_s(BESIDE)
+        gaps_s = [self._gaps_s(count) for count in range(1, MOST_REPLIES + 1)]
+        replies = [statistics.mean(gaps) for gaps in gaps_s]
+        around = [math.log(gap / mean) for gaps, mean in zip(gaps_s, replies, strict=True) for gap in gaps]
+        plain_s = self._mean_s(BESIDE)
         row, deep = (
-            (self._median_s(BESIDE, ROWS_BESIDE, cache) - plain_s) / ROWS_BESIDE for cache in (self._empty, self._deep)
+            (self._mean_s(BESIDE, ROWS_BESIDE, cache) - plain_s) / ROWS_BESIDE for cache in (self._empty, self._deep)
         )
-        alone = self._median_s(0, ROWS_ALONE, self._empty) / ROWS_ALONE
+        alone = self._mean_s(0, ROWS_ALONE, self._empty) / ROWS_ALONE
         # 2 * DEPTH keys are there for a deep row; half of what it costs more is that of DEPTH keys.
-        return {"replies": replies, "row": row, "deep row": (deep + row) / 2, "row alone": alone}
+        deep = (deep + row) / 2
+        return {
+            "replies": replies,
+            "row": row,
+            "deep row": deep,
+            "row alone": alone,
+            "jitter": statistics.stdev(around),
+        }
 
-    def _replies_s(self, count: int) -> float:
-        """Of a step with so many, until the next."""
+    def _gaps_s(self, count: int) -> list[float]:
+        """Between the tokens of so many replies that run together."""
         with ThreadPoolExecutor(count) as pool:
             stamps = list(pool.map(lambda _: self._reply(), range(count)))
         started = max(each[0] for each in stamps)
         together = [[stamp for stamp in each if stamp >= started] for each in stamps]
-        return statistics.median(b - a for each in together for a, b in pairwise(each))
+        return [b - a for each in together for a, b in pairwise(each)]
 
     def _reply(self) -> list[float]:
         """When each of its tokens came."""
@@ -185,8 +197,8 @@ class Steps:
         with torch.inference_mode(), self._scheduler.open(self._prompt) as sequence:
             return [time.perf_counter() for _ in Generation(sequence, params)]
 
-    def _median_s(self, num_replies: int, rows: int = 0, cache: KvCache | None = None) -> float:
-        return statistics.median(self._seconds(num_replies, rows, cache) for _ in range(REPEATS))
+    def _mean_s(self, num_replies: int, rows: int = 0, cache: KvCache | None = None) -> float:
+        return statistics.mean(self._seconds(num_replies, rows, cache) for _ in range(REPEATS))
 
     def _seconds(self, num_replies: int, rows: int, cache: KvCache | None) -> float:
         spans = [Span([7], each) for each in self._caches[:num_replies]]

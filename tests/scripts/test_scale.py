@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +55,15 @@ def test_the_mean_of_two_measurements_lies_between_them() -> None:
     found = mean_costs([COSTS, slower])
     assert found.replies_s == pytest.approx([1.5 * s for s in COSTS.replies_s])
     assert (found.row_s, found.slowdown[1]) == pytest.approx((0.006, 1.2))
+
+
+def test_steps_that_vary_take_as_long_on_average() -> None:
+    varied = replace(COSTS, jitter=(0.4,))
+    rng = random.Random(1)
+    found = [varied.step_s(2, 16.0, 1, rng.gauss(0, 1)) for _ in range(4000)]
+    assert statistics.mean(found) == pytest.approx(COSTS.step_s(2, 16.0, 1), rel=0.03)
+    assert statistics.stdev(found) > 0.3 * statistics.mean(found)
+    assert COSTS.step_s(2, 16.0, 1, 2.0) == COSTS.step_s(2, 16.0, 1)
 
 
 def test_the_same_seed_gives_the_same_result_and_another_one_another() -> None:
