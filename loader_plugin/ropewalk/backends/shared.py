@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 
-from ropewalk.backends.protocol import PAGE_TOKENS, BackendStep, CompiledLayer, OnePlace, Page, ReadElsewhere, RowSpan
+from ropewalk.backends.protocol import (
+    PAGE_TOKENS,
+    BackendStep,
+    CompiledLayer,
+    OnePlace,
+    PackedLinear,
+    Page,
+    ReadElsewhere,
+    RowSpan,
+)
 from ropewalk.base.errors import ShapeError
 from ropewalk.families.program import Program
 from ropewalk.files.reader import FileReader
+from ropewalk.gptq.linear import DenseLinear, GptqLinear
 from ropewalk.gptq.rounding import RoundedRows, round_rows
 
 
@@ -41,6 +51,44 @@ class OneProcess:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class AtHome:
+    """What is outside of the layers, for a backend of several places: one of them, its home, computes it.
+
+    _home: that of the head, where its weights are packed. Layers are packed by the backends of their places.
+    """
+
+    _home: OnePlace
+
+    @property
+    def file_reader(self) -> FileReader:
+        """Of the home, for what is read in this process."""
+        return self._home.file_reader
+
+    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
+        """At home."""
+        return self._home.round_rows(weight, bits)
+
+    def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
+        """At home."""
+        return self._home.pack(parts)
+
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """At home."""
+        return self._home.embed(table, token_ids)
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
+        """At home."""
+        self._home.add_(x, y, weight)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """At home."""
+        return self._home.rms_norm(x, weight, eps)
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """At home."""
+        return self._home.layer_norm(x, weight, bias, eps)
 
 
 class SinglePlace(OneProcess):

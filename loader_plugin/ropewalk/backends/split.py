@@ -29,13 +29,10 @@ from ropewalk.backends.protocol import (
     RowChange,
     RowSpan,
 )
-from ropewalk.backends.shared import OneProcess, check_move
+from ropewalk.backends.shared import AtHome, OneProcess, check_move
 from ropewalk.base.errors import ConfigError
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
-from ropewalk.files.reader import FileReader
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
-from ropewalk.gptq.rounding import RoundedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +50,7 @@ class SplitLayer:
     compiled: Mapping[int, CompiledLayer]
 
 
-class SplitBackend(OneProcess):
+class SplitBackend(AtHome, OneProcess):
     """The protocol of `backends/protocol.py` over several backends.
 
     places: at least one, in the order in which their instances run. weights_indices: which layer each instance runs;
@@ -105,15 +102,6 @@ class SplitBackend(OneProcess):
         """Weights on a card are laid out for one arithmetic."""
         return None
 
-    @property
-    def file_reader(self) -> FileReader:
-        """Of the last place, which has the head too."""
-        return self._home.file_reader
-
-    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
-        """In the last place."""
-        return self._home.round_rows(weight, bits)
-
     def places_of(self, weights_index: int) -> tuple[OnePlace, ...]:
         """The backends of the places that run this layer."""
         return tuple(self.places[number].backend for number in self._numbers_of(weights_index))
@@ -132,10 +120,6 @@ class SplitBackend(OneProcess):
         """The place that runs a layer instance."""
         return max(place for place, first in enumerate(self.firsts) if first <= instance)
 
-    def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
-        """On the last place: the head. Layers are packed by the backends of their places."""
-        return self._home.pack(parts)
-
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> SplitLowRank:
         """Kept as given until a place needs it."""
         return SplitLowRank(self.places, parts)
@@ -147,22 +131,6 @@ class SplitBackend(OneProcess):
     def linear(self, x: torch.Tensor, weight: PackedLinear, change: SplitLowRank | None = None) -> torch.Tensor:
         """On the last place."""
         return self._home.linear(x, weight, None if change is None else change.at(len(self.places) - 1))
-
-    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """On the last place."""
-        return self._home.embed(table, token_ids)
-
-    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
-        """On the last place."""
-        self._home.add_(x, y, weight)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """On the last place."""
-        return self._home.rms_norm(x, weight, eps)
-
-    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-        """On the last place."""
-        return self._home.layer_norm(x, weight, bias, eps)
 
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> SplitPool:
         """Pages with a part in each place."""

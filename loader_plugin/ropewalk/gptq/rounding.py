@@ -51,7 +51,7 @@ def _scale_dtype(scales: torch.Tensor) -> torch.dtype:
 
 
 def _rounded_rows(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows of the head and the scales [rows, G] of their runs -> codes [rows, C], zeros [G, rows], both uint8."""
+    """Some rows and the scales [rows, G] of their runs -> codes [rows, C], zeros [G, rows], both uint8."""
     runs = _runs(weight, bits)  # [rows, G, run]
     divisors = torch.where(scales > 0, scales, 1.0)
     if bits == 8:

@@ -1,4 +1,4 @@
-// Rounding of a float matrix to the codes of a GPTQ linear: the head (ropewalk/model/head.py says by which rule).
+// Rounding of a float matrix to the codes of a GPTQ linear: the head (ropewalk/gptq/rounding.py says by which rule).
 //
 // Sixteen rows at a time, run by run of their inputs: the words of neighbouring rows are neighbours in `words`.
 #pragma once

@@ -69,7 +69,7 @@ struct PackArgs {
 template <int kBits>
 static constexpr int64_t kRoundRun = kBits == 8 ? 64 : 32;
 
-// Rounding of a float matrix to the codes, scales and zero points of a GPTQ linear, by the rule of ropewalk/model/head.py.
+// Rounding of a float matrix to the codes, scales and zero points of a GPTQ linear, by that of ropewalk/gptq/rounding.py.
 struct RoundArgs {
   const void* weight;   // [N][K]
   FloatType type;

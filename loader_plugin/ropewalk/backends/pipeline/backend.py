@@ -34,14 +34,11 @@ from ropewalk.backends.protocol import (
     RowChange,
     RowSpan,
 )
-from ropewalk.backends.shared import check_move
+from ropewalk.backends.shared import AtHome, check_move
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.unthreaded import copy_
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.families.program import Program
-from ropewalk.files.reader import FileReader
-from ropewalk.gptq.linear import DenseLinear, GptqLinear
-from ropewalk.gptq.rounding import RoundedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +50,7 @@ class PipelineLayer:
     local: CompiledLayer | None
 
 
-class PipelineBackend:
+class PipelineBackend(AtHome):
     """The protocol of `backends/protocol.py` over several processes.
 
     home: where rank 0 computes. weights_indices: which layer each instance runs; each rank packs those that it runs.
@@ -167,19 +164,6 @@ class PipelineBackend:
                     "layer_order, or without a pipeline"
                 )
 
-    @property
-    def file_reader(self) -> FileReader:
-        """Of rank 0, for what it reads."""
-        return self._home.file_reader
-
-    def round_rows(self, weight: torch.Tensor, bits: int) -> RoundedRows:
-        """At home: the head."""
-        return self._home.round_rows(weight, bits)
-
-    def pack(self, parts: Sequence[GptqLinear | DenseLinear]) -> PackedLinear:
-        """At home: the head. Layers are packed by the ranks that run them."""
-        return self._home.pack(parts)
-
     def pack_low_rank(self, parts: Sequence[LowRankPart]) -> PipelineLowRank:
         """Kept as given until a rank needs it."""
         return PipelineLowRank(self._chain, self._home, parts)
@@ -191,22 +175,6 @@ class PipelineBackend:
     def linear(self, x: torch.Tensor, weight: PackedLinear, change: PipelineLowRank | None = None) -> torch.Tensor:
         """At home."""
         return self._home.linear(x, weight, None if change is None else change.here())
-
-    def embed(self, table: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """At home."""
-        return self._home.embed(table, token_ids)
-
-    def add_(self, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
-        """At home."""
-        self._home.add_(x, y, weight)
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """At home."""
-        return self._home.rms_norm(x, weight, eps)
-
-    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-        """At home."""
-        return self._home.layer_norm(x, weight, bias, eps)
 
     def new_pool(self, num_kv_heads: int, head_dim: int, cache_format: CacheFormat, num_bytes: int) -> PipelinePool:
         """Pages with a part on each rank."""
