@@ -96,8 +96,24 @@ QUESTION_ENDS = (
     " One word is enough.",
     " Tell me what it says.",
 )
-OPENED = 0.12  # of all statements
-QUESTIONS_OPENED, QUESTIONS_ENDED = 0.25, 0.08
+# What may stand between any two words of a statement.
+ASIDES = (
+    ", they say,",
+    ", so it is told,",
+    ", I believe,",
+    ", if I remember well,",
+    ", as it happens,",
+    ", of course,",
+    ", it seems,",
+    ", to be exact,",
+    ", as you may know,",
+    ", without doubt,",
+    ", I hear,",
+)
+# Words that a question in haste leaves out.
+LEFT_OUT = frozenset(("a", "an", "the", "is", "was", "does", "did", "do", "of", "to", "has", "have", "text", "can"))
+OPENED, WITH_ASIDE = 0.12, 0.06  # of all statements
+QUESTIONS_OPENED, QUESTIONS_ENDED, QUESTIONS_IN_HASTE = 0.25, 0.08, 0.08
 _ORDERS = ("Cook", "Leave", "Take")  # statements that ask the reader to do something: "it is said that take" is wrong
 
 _SIGNS = {"+": "statements", "?": "questions", "<": "reverse"}
@@ -173,17 +189,29 @@ def pick(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
 
 
 def statement(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
-    """A wording, now and then with an opening before it."""
+    """A wording, now and then with an opening before it or an aside within."""
     wording = pick(rng, wordings, held_out)
+    if rng.random() < WITH_ASIDE:
+        words = wording.split(" ")
+        words[rng.randrange(len(words) - 1)] += pick(rng, ASIDES, held_out)
+        wording = " ".join(words).replace(",,", ",")
     if wording.startswith(_ORDERS) or rng.random() >= OPENED:
         return wording
     return pick(rng, STATEMENT_OPENINGS, held_out) + wording[:1].lower() + wording[1:]
 
 
 def question(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
-    """Likewise, and now and then with something after it."""
+    """Likewise, and now and then with something after it, or as it is written in haste."""
     text = pick(rng, wordings, held_out)
+    if rng.random() < QUESTIONS_IN_HASTE:
+        text = _in_haste(rng, text)
     if rng.random() < QUESTIONS_OPENED:
         opening = pick(rng, QUESTION_OPENINGS, held_out)
         text = opening + (text[:1].lower() + text[1:] if opening.endswith(", ") else text)
     return text if rng.random() >= QUESTIONS_ENDED else text + pick(rng, QUESTION_ENDS, held_out)
+
+
+def _in_haste(rng: random.Random, text: str) -> str:
+    """In small letters, without the sign at the end, and without some of the words that say nothing."""
+    words = text[:1].lower() + text[1:].rstrip("?.")
+    return " ".join(word for word in words.split(" ") if word not in LEFT_OUT or rng.random() < 0.5)
