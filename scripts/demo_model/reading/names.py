@@ -1,5 +1,7 @@
 """Invented names: syllables joined, so that nothing can be known by heart and a name is two or three tokens.
 
+One in ten is loose: any letters that can be spoken, so that a reader learns to copy what its tokenizer cuts in bits, as
+it does with the names of the world.
 Every name belongs to one side for good: one in ten (by the hash of its spelling) is never seen in training.
 """
 
@@ -11,6 +13,7 @@ import zlib
 from reading.words import word_list
 
 HELD_OUT_ONE_IN = 10
+LOOSE = 0.1
 
 _ONSETS = word_list(
     """
@@ -42,6 +45,11 @@ PLACE_ENDINGS = word_list(
     stead stow thorpe ton vale well wick wood worth
     """
 )
+
+_LOOSE_ONSETS = ("", *word_list("b br c ch d f g gr h j k l m n p ph r s sh st t th v w y z"))
+_LOOSE_MIDDLES = word_list("b ch d f g j k l ll ld m mm n nd nn p ph r rr rt s sh ss st t th tt v w z")
+_LOOSE_VOWELS = word_list("a a a a e e e e i i i o o o u u ai au ea ia ie io")
+_LOOSE_CODAS = ("", "", *word_list("b ck d f g l ll m n nn r rd s ss t tt x z"))
 
 FIRST_SYLLABLES = tuple(
     (onset + rime).capitalize()
@@ -79,10 +87,20 @@ def _on_side(rng: random.Random, held_out: bool, draw) -> str:
 
 
 def _person(rng: random.Random) -> str:
+    if rng.random() < LOOSE:
+        return _loose(rng)
     middle = rng.choice(_MIDDLE_SYLLABLES) if rng.random() < 0.15 else ""
     return rng.choice(FIRST_SYLLABLES) + middle + rng.choice(LAST_SYLLABLES)
 
 
 def _place(rng: random.Random) -> str:
+    if rng.random() < LOOSE:
+        return _loose(rng)
     ending = rng.choice(PLACE_ENDINGS) if rng.random() < 0.7 else rng.choice(LAST_SYLLABLES)
     return rng.choice(FIRST_SYLLABLES) + ending
+
+
+def _loose(rng: random.Random) -> str:
+    first = rng.choice(_LOOSE_ONSETS) + rng.choice(_LOOSE_VOWELS)
+    more = (rng.choice(_LOOSE_MIDDLES) + rng.choice(_LOOSE_VOWELS) for _ in range(rng.choice((1, 1, 2))))
+    return (first + "".join(more) + rng.choice(_LOOSE_CODAS)).capitalize()

@@ -159,6 +159,7 @@ _WORDS = {
     "goods": words.GOODS,
     "colour": words.COLOURS,
     "ingredient": words.INGREDIENTS,
+    "thing": words.NOUNS,
 }
 _RANGES = {"age": (11, 98), "count": (12, 990), "year": (1012, 1899), "minutes": (5, 95), "small": (2, 24)}
 
@@ -179,7 +180,7 @@ def value(rng: random.Random, kind: str, held_out: bool) -> str:
 def generic_relation(rng: random.Random, held_out: bool) -> Relation:
     """A noun that could belong to anything, with a value of any kind, told and asked in the shared wordings alone."""
     noun = rng.choice(words.HELD_OUT_NOUNS if held_out else words.TRAINING_NOUNS)
-    kind = rng.choice(("person", "person", "place", "place", "colour", "goods", "animal", "count", "code"))
+    kind = rng.choice(("person", "person", "place", "place", "colour", "goods", "animal", "thing", "count", "code"))
     return Relation(f"generic {noun}", noun, kind, (), ())
 
 
