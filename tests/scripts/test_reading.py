@@ -22,7 +22,7 @@ from ropewalk.text.tokenizer.load import load_tokenizer
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "demo_model"
 sys.path.insert(0, str(SCRIPTS))
 
-from reading import curriculum, documents, evaluate, exercises, export, extend, names, relations, train, trials  # noqa: E402
+from reading import by_hand, curriculum, documents, evaluate, exercises, export, extend, names, relations, train, trials  # noqa: E402
 from reading.documents import TRAINING, HeldOut  # noqa: E402
 from reading.network import Network, Shape, transformers_state  # noqa: E402
 from reading.vocabulary import Encoder, train_tokenizer  # noqa: E402
@@ -242,3 +242,13 @@ def test_a_lora_of_the_training_is_the_same_in_the_engine(tmp_path: Path) -> Non
         expected = network.logits(network(ids[None])[0])
         got = model.forward(ids.tolist(), model.new_cache(64), "all", seq_len=2048, adapters="lora")
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_text_by_hand_has_its_questions_and_all_answers_that_count() -> None:
+    source = "# about\n\nAnna lives\nin Leeds.\n? Who?\n= Anna | she\n? Where?\n= Leeds\n\nTom.\n? Who?\n= Tom\n"
+    assert by_hand.read_texts(source) == [
+        ("Anna lives in Leeds.", [("Who?", ("Anna", "she")), ("Where?", ("Leeds",))]),
+        ("Tom.", [("Who?", ("Tom",))]),
+    ]
+    assert by_hand.Answered("Who?", ("Anna", "she"), "anna.").right
+    assert not by_hand.Answered("Who?", ("Anna", "she"), "Anna and Tom").right
