@@ -185,6 +185,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(encoder: Encoder, tmp_p
         assert torch.equal(first, second), name
 
 
+def test_a_run_can_begin_with_the_weights_of_a_model(tmp_path: Path) -> None:
+    network = Network(TINY)
+    torch.save({"network": network.state_dict()}, tmp_path / "checkpoint.pt")
+    export.write_float(tmp_path / "checkpoint.pt", tmp_path / "out", TINY)
+    for (name, first), second in zip(
+        network.named_parameters(), train.network_of(tmp_path / "out").parameters(), strict=True
+    ):
+        assert torch.equal(first, second), name
+
+
 def test_the_network_computes_what_transformers_computes() -> None:
     network = Network(TINY)
     model = LlamaForCausalLM(TINY.config()).eval()

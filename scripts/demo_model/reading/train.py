@@ -5,6 +5,9 @@
 (in scripts/demo_model). The rate warms up, then stays; whenever the hours end, start it again with --decay-from at the
 tokens it has reached: it falls to nothing over --decay-tokens, and the run is done. Everything goes to RUN_FOLDER:
 tokenizer.model, library.npy, checkpoint.pt every few minutes, log.jsonl.
+
+A finished model can be taken further: a new run that is given --start-from MODEL_FOLDER --start-tokens TOKENS, and
+another --seed, begins with its weights, also quantised ones.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import shutil
 import signal
 import threading
 import time
@@ -24,8 +28,9 @@ import torch
 from torch.nn import functional
 
 import corpus
+from quantise import dequantised_state
 from reading.curriculum import PHASES, Batch, Phase, make_batch, phase_at
-from reading.network import Network, Shape
+from reading.network import Network, Shape, load_transformers_state
 from reading.probe import probe
 from reading.vocabulary import Encoder, train_tokenizer
 
@@ -40,14 +45,18 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
+    if options.start_from is not None and not (options.run / "tokenizer.model").exists():
+        shutil.copyfile(options.start_from / "tokenizer.model", options.run / "tokenizer.model")
     encoder, library = vocabulary_and_library(options.run)
-    network = Network(Shape())
-    Trainer(options, encoder, library, network, optimizers_of(network), PHASES).run()
+    network = network_of(options.start_from)
+    Trainer(options, encoder, library, network, optimizers_of(network), PHASES, int(options.start_tokens)).run()
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser)
+    parser.add_argument("--start-from", type=Path, help="model folder whose weights a new run begins with")
+    parser.add_argument("--start-tokens", type=float, default=0, help="tokens that those weights have seen")
     return parser.parse_args()
 
 
@@ -61,12 +70,22 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay-tokens", type=float, default=4e6)
 
 
+def network_of(folder: Path | None) -> Network:
+    """A new network, or one with the weights of the model in a folder."""
+    if folder is None:
+        return Network(Shape())
+    network = Network(Shape.of(folder))
+    load_transformers_state(network, dequantised_state(folder))
+    return network
+
+
 def vocabulary_and_library(folder: Path) -> tuple[Encoder, np.ndarray]:
     """The run's tokenizer and the encoded standard library, made when the run begins."""
     proto_path, library_path = folder / "tokenizer.model", folder / "library.npy"
     if not proto_path.exists() or not library_path.exists():
         learned, _ = corpus.split_documents(corpus.collect_documents())
-        proto_path.write_bytes(train_tokenizer(learned))
+        if not proto_path.exists():
+            proto_path.write_bytes(train_tokenizer(learned))
         encoder = Encoder(proto_path.read_bytes())
         np.save(library_path, np.concatenate([encoder.document(document.text) for document in learned]))
     return Encoder(proto_path.read_bytes()), np.load(library_path)
@@ -76,6 +95,7 @@ class Trainer:
     """The state of a run and its loop.
 
     network: hidden states of ids when called, and `logits` of these. The groups of its optimizers have a "peak_lr".
+    start_tokens: what the network has seen before the run began.
     """
 
     def __init__(
@@ -86,12 +106,14 @@ class Trainer:
         network: torch.nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         phases: Sequence[Phase],
+        start_tokens: int = 0,
     ) -> None:
         self.options, self.encoder, self.library = options, encoder, library
         self.network, self.optimizers, self.phases = network, optimizers, phases
         self.parameters = list(network.parameters())
         self.pool = ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,))
-        self.step, self.tokens = 0, 0
+        self.start_tokens = start_tokens
+        self.step, self.tokens = 0, start_tokens
         self.stopping = threading.Event()
         self._restore()
         self.tokens_before = self.tokens
@@ -172,7 +194,7 @@ class Trainer:
         options = self.options
         if self.tokens >= options.decay_from:
             return max(1 - (self.tokens - options.decay_from) / options.decay_tokens, 0.01)
-        return max(min(1.0, self.tokens / WARMUP_TOKENS), 0.01)
+        return max(min(1.0, (self.tokens - self.start_tokens) / WARMUP_TOKENS), 0.01)
 
     def _batches(self):
         """Batches from the current step on, made ahead by a thread."""
