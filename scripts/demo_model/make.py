@@ -28,7 +28,6 @@ from corpus import Document
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CALIBRATION_ROWS = 256
-HELD_OUT_BYTES = 200_000
 PROMPT = "def read_lines(path):\n"
 STAGES = ("corpus", "tokenizer", "train", "quantize", "evaluate", "card")
 
@@ -134,8 +133,7 @@ def stage_evaluate(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = _tokenizer(options)
     _, held_out = corpus.split_documents(_documents(options))
-    chosen = corpus.held_out_sample(held_out, HELD_OUT_BYTES)
-    text = "\n\n".join(document.text for document in chosen)
+    text = corpus.held_out_text(held_out)
     (options.out / "held_out.txt").write_bytes(text.encode("utf-8"))
     sample_ids = np.asarray(tokenizer.encode(text))
     all_ids = training.encode_documents(tokenizer, held_out)
@@ -150,7 +148,7 @@ def stage_evaluate(options: argparse.Namespace) -> None:
         numbers[f"{name}_all"] = evaluate.held_out_numbers(model, all_ids, all_bytes)
     written = evaluate.sample(models["gptq"], tokenizer.encode(PROMPT), 300, options.seed)
     numbers |= {
-        "sample_files": [document.path for document in chosen],
+        "sample_files": [document.path for document in corpus.held_out_sample(held_out)],
         "by_length": evaluate.perplexity_by_length(options.out, sample_ids),
         "parameters": sum(parameter.numel() for parameter in models["float"].parameters()),
         "prompt": PROMPT,
@@ -163,10 +161,7 @@ def stage_card(options: argparse.Namespace) -> None:
     """README.md and Python's licence in the model folder."""
     import card
 
-    licences = [document.text for document in _documents(options) if document.path == "LICENSE.txt"]
-    if not licences:
-        raise SystemExit("this Python has no LICENSE.txt beside its library, which must go with held_out.txt")
-    (options.out / "LICENSE-PYTHON.txt").write_text(licences[0], encoding="utf-8")
+    (options.out / "LICENSE-PYTHON.txt").write_text(corpus.licence(_documents(options)), encoding="utf-8")
     parts = [
         json.loads((options.work / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("manifest", "training", "evaluation")
