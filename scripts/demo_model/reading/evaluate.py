@@ -2,9 +2,9 @@
 
     python -m reading.evaluate [MODEL_FOLDER] --lengths 512,2048 --rope-scaling '{...}' --adapter linear-4
 
-(in scripts/demo_model; the defaults are those of Setting). An answer counts if each of its tokens, the end included, is the likeliest after the right ones
-before it: then greedy generation writes it. All names are held out; --side says what else is. A refusal is an answer
-that begins as "Not in the text" does: false where the text has the answer.
+(in scripts/demo_model; the defaults are those of Setting). An answer counts if each of its tokens, the end included, is
+the likeliest after the right ones before it: then greedy generation writes it. All names are held out; --side says what
+else is. A refusal is an answer that begins as "Not in the text" does: false where the text has the answer.
 """
 
 from __future__ import annotations

@@ -125,8 +125,6 @@ def _document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOu
     return best
 
 
-def _asked(
-    encoder: Encoder, question: Question, depth: float, document_type: str, after: str = ASSISTANT
-) -> Asked:
+def _asked(encoder: Encoder, question: Question, depth: float, document_type: str, after: str = ASSISTANT) -> Asked:
     ids = encoder.encode(f"{question.text}{after}")
     return Asked(tuple(ids), tuple(encoder.encode(f" {question.answer}{END}")), question.kind, depth, document_type)
