@@ -10,7 +10,7 @@ import corpus
 from reading import tables
 from reading.curriculum import PHASES
 from reading.history import History, read_history
-from reading.measure import ADAPTERS, CACHES, LENGTHS, PERPLEXITY_TOKENS, SCALINGS, read_numbers
+from reading.measure import ADAPTERS, CACHES, LENGTHS, PERPLEXITY_TOKENS, SCALINGS, long_documents, read_numbers
 from reading.network import ROPE_THETA, Network, Shape
 from reading.tables import percent
 from reading.trials import DEPTHS
@@ -91,7 +91,8 @@ With keys and values in other formats than float16:
 ## Beyond {context} tokens
 
 Exact answers about texts of each length, as trained, under scalings alone, and with the LoRAs of `adapters/`, each under the
-scaling that its adapter_config.json notes (rank 16, on q, k, v and o; trained at four and eight times the context):
+scaling that its adapter_config.json notes (rank 16, on q, k, v and o; trained at four and eight times the context);
+{long_documents} documents of each length:
 
 {lengths_table}
 
@@ -153,6 +154,7 @@ def model_card(run: Path, model: Path, size_bytes: int) -> str:
         theta=ROPE_THETA,
         size_mb=size_bytes / 1e6,
         documents=documents,
+        long_documents=long_documents(documents),
         error=50 / answered**0.5,
         answered=answered,
         short=short,

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=60, help="documents of each length, eight questions each")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("ropewalk").setLevel(logging.WARNING)
     (options.run / "numbers").mkdir(exist_ok=True)
     for name, job in jobs(options.run, options.model or options.run / "gptq", options.documents).items():
         path = numbers_path(options.run, name)
@@ -85,6 +86,7 @@ def jobs(run: Path, model: Path, documents: int) -> dict[str, Job]:
         if not path.is_dir():
             raise SystemExit(f"{path} is missing: reading.export and reading.extend write models and LoRAs")
     base = Setting(model, side="names", documents=documents)
+    long = replace(base, lengths=LENGTHS, documents=long_documents(documents))
     settings = {
         "float": replace(base, model=run / "float", compute="exact"),
         "exact": replace(base, compute="exact"),
@@ -92,8 +94,8 @@ def jobs(run: Path, model: Path, documents: int) -> dict[str, Job]:
         **{f"side {side}": replace(base, side=side) for side in ("wordings", "types", "all")},
         **{f"layout {layout}": replace(base, layout=layout) for layout in ("system", "closed")},
         **{f"cache {cache}": replace(base, cache_type=cache) for cache in CACHES},
-        **{f"length {name}": replace(base, lengths=LENGTHS, rope_scaling=own) for name, own in SCALINGS.items()},
-        **{f"lora {name}": replace(base, lengths=LENGTHS, adapter=adapter_folder(run, name)) for name in ADAPTERS},
+        **{f"length {name}": replace(long, rope_scaling=own) for name, own in SCALINGS.items()},
+        **{f"lora {name}": replace(long, adapter=adapter_folder(run, name)) for name in ADAPTERS},
     }
     found = {name: _answers(setting) for name, setting in settings.items()}
     weights = {"float": _digest(run / "float"), "weights": _digest(model)}
@@ -102,6 +104,11 @@ def jobs(run: Path, model: Path, documents: int) -> dict[str, Job]:
     found["perplexity"] = Job(_as_json(facts), lambda: perplexities(run, model))
     found["example"] = Job(weights, lambda: converse(model))
     return found
+
+
+def long_documents(documents: int) -> int:
+    """Documents of each of LENGTHS: fewer, as long ones take long."""
+    return 2 * documents // 5
 
 
 def read_numbers(run: Path, model: Path) -> tuple[dict[str, Any], int]:

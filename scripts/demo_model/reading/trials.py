@@ -6,6 +6,7 @@ A trial is one document and questions that are each asked of it alone, so the do
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reading import documents, exercises
@@ -79,34 +80,31 @@ def document_trial(
 
 def pass_key_trial(rng: random.Random, encoder: Encoder, length: int, depth: float) -> Trial:
     """A number hidden at `depth` (0: the beginning) of sentences that say nothing, `length` tokens in all."""
-    low, high = 1, length
     seed = rng.random()
-    while low < high:  # the most sentences that fit; the same random choices each time
-        middle = (low + high + 1) // 2
-        text, _ = exercises.pass_key(random.Random(seed), middle, depth)
-        low, high = (middle, high) if len(encoder.encode(text)) <= length - SHORT_RESERVE else (low, middle - 1)
-    text, questions = exercises.pass_key(random.Random(seed), low, depth)
+    num_sentences = _most(lambda count: exercises.pass_key(random.Random(seed), count, depth)[0], encoder, length)
+    text, questions = exercises.pass_key(random.Random(seed), num_sentences, depth)
     context = tuple(encoder.encode(f"{BEGIN}{USER}{text}\n\n"))
     return Trial(context, (_asked(encoder, questions[0], depth, "pass key"),))
 
 
 def key_value_trial(rng: random.Random, encoder: Encoder, length: int, num_questions: int = 8) -> Trial:
     """A list of names and values as long as fits, and questions for some of them."""
-    num_pairs = 2
-    while True:
-        seed = rng.random()
-        text, questions = exercises.key_values(random.Random(seed), num_pairs, SIDES["names"])
-        tokens = len(encoder.encode(text))
-        if tokens > length - SHORT_RESERVE:
-            num_pairs -= 1
-            continue
-        grown = num_pairs * (length - SHORT_RESERVE) // (tokens + 16)
-        if grown <= num_pairs:
-            break
-        num_pairs = grown
+    seed, side = rng.random(), SIDES["names"]
+    num_pairs = _most(lambda count: exercises.key_values(random.Random(seed), count, side)[0], encoder, length)
+    text, questions = exercises.key_values(random.Random(seed), num_pairs, side)
     context = tuple(encoder.encode(f"{BEGIN}{USER}{text}\n\n"))
     asked = [_asked(encoder, question, 0.5, "key value") for question in questions[:num_questions]]
     return Trial(context, tuple(asked))
+
+
+def _most(make: Callable[[int], str], encoder: Encoder, length: int) -> int:
+    """The largest count whose text fits beside its question. make: the same random choices each time."""
+    low, high = 1, length
+    while low < high:
+        middle = min((low + high + 1) // 2, 2 * low)
+        fits = len(encoder.encode(make(middle))) <= length - SHORT_RESERVE
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
 
 
 def _document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOut) -> Document:
