@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=60, help="documents of each length, eight questions each")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("ropewalk").setLevel(logging.WARNING)
+    logging.getLogger("ropewalk").setLevel(logging.ERROR)  # that lengths are beyond a scaling is meant
     (options.run / "numbers").mkdir(exist_ok=True)
     for name, job in jobs(options.run, options.model or options.run / "gptq", options.documents).items():
         path = numbers_path(options.run, name)
