@@ -96,7 +96,8 @@ scaling that its adapter_config.json notes (rank 16, on q, k, v and o; trained a
 
 {lengths_table}
 
-A number hidden among sentences that say nothing, by where it stands, from the beginning (0) to the end (1):
+A number hidden among sentences that say nothing: at the beginning, after a quarter, in the middle, after three quarters,
+and at the end:
 
 {pass_keys_table}
 
@@ -108,15 +109,15 @@ Questions without an answer, refused; and questions with one, refused:
 
 Python files that it was not trained on: {files}. The first
 {perplexity_tokens:,} tokens, in windows that do not overlap, the first token of each not counted, as `ropewalk perplexity` does it.
-At {context} tokens the float model has {float_ppl:.3f}, the GPTQ model {exact_ppl:.3f} in `exact`. Code was a tenth of the training
-text, so this measures context extension and rounding, not the model's work.
+At {context} tokens the float model has {float_ppl:.3f}, the GPTQ model {exact_ppl:.3f} in `exact`. Code was {library_share:.0%} of the
+training text at most, so this measures context extension and rounding, not the model's work.
 
 {perplexity_table}
 
 ## Training
 
-- Text from the grammar in `scripts/demo_model/reading/`: no text comes from anywhere but it and, for about a tenth of the
-  tokens, the Python {python} standard library ({library_documents:,} documents; one in 50 is held out).
+- Text from the grammar in `scripts/demo_model/reading/`: no text comes from anywhere but it and the Python
+  {python} standard library ({library_documents:,} documents, of which one in {held_out_one_in} is held out), as the table says.
 - {tokens:,} tokens in {steps:,} steps, {hours:.1f} hours on two CPU cores; Muon for the layers' matrices and AdamW for the rest, bf16
   autocast. Answers weigh 1, everything else 0.1. {decay}
 
@@ -180,6 +181,8 @@ def model_card(run: Path, model: Path, size_bytes: int) -> str:
         exact_ppl=numbers["perplexity"]["exact"][str(shape.context)],
         perplexity_table=_perplexities(numbers["perplexity"]),
         python=corpus.python_version(),
+        library_share=max(dict(phase.mix).get("library", 0.0) for phase in PHASES),
+        held_out_one_in=corpus.HELD_OUT_ONE_IN,
         library_documents=len(corpus.collect_documents()),
         tokens=history.tokens,
         steps=history.steps,
@@ -246,13 +249,12 @@ def _by_length(numbers: Mapping[str, Any], group: str) -> str:
 
 
 def _pass_keys(numbers: Mapping[str, Any]) -> str:
-    places = [f"{place / (DEPTHS - 1):.2f}" for place in range(DEPTHS)]
+    places = [f"pass key at {place / (DEPTHS - 1):.2f}" for place in range(DEPTHS)]
     lines = []
     for label, name in _extended().items():
-        for length in LENGTHS:
-            here = numbers[name][str(length)]
-            lines.append([label, f"{length:,}", *(percent(here, f"pass key at {place}") for place in places)])
-    return tables.table(["", "tokens", *places], lines)
+        here = [numbers[name][str(length)] for length in LENGTHS]
+        lines.append([label, *(", ".join(percent(one, place) for place in places) for one in here)])
+    return tables.table(["", *(f"{length:,}" for length in LENGTHS)], lines)
 
 
 def _refusals(numbers: Mapping[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+LINE = 110  # characters
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -18,7 +21,7 @@ def percent(groups: Mapping[str, Any], name: str) -> str:
 
 def example(found: Mapping[str, Any]) -> str:
     """A conversation of `example.converse`, with what would have been right where the model was wrong."""
-    lines = ["```", found["document"], ""]
+    lines = ["```", *(textwrap.fill(line, LINE) for line in found["document"].split("\n")), ""]
     for asked in found["asked"]:
         verdict = "" if asked["written"] == asked["right"] else f"      (wrong; right: {asked['right']})"
         lines += [f"> {asked['question']}", f"{asked['written']}{verdict}"]
