@@ -45,7 +45,7 @@ def test_a_reply_streams_and_is_saved_with_its_line(tmp_path: Path) -> None:
 
 def test_the_second_turn_reuses_the_first_from_the_cache(tmp_path: Path) -> None:
     session = embedded_session(tmp_path)
-    first = asked(session, "def read(path):")
+    first = asked(session, "def read(path, mode, encoding, errors):")
     view = list(session.chats.ask(VISITOR, first, "def write(path):", GREEDY))[-1]
     assert view.meter.cached > 10
     assert f"{view.meter.cached} from the cache" in view.line
