@@ -22,8 +22,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 SIZES = {"wide": (1280, 800), "narrow": (400, 860)}
 COLOURS = 256
 PATIENCE_MS = 180_000
-DOCUMENT = """The ropewalk at Chatham is a quarter of a mile long. Rope has been made there since 1618.
-Strands of hemp are laid out along the floor, and a carriage on rails twists them together as it rolls.
+DOCUMENT = """List of ships
+Wornes laid the keel of the Young Needle. The captain of the Young Needle is Mardun. The road was quiet that year.
+Mardun lives in Belwick. The pet of Mardun is a goat.
 """
 
 
@@ -106,7 +107,7 @@ def picture_chat(page: Page) -> None:
     fill_setting(page, "#seed", "7")
     fill_setting(page, "#max-new-tokens", "48")
     page.keyboard.press("Enter")
-    for question in ("def read_lines(path):", "class Queue:"):
+    for question in (f"{DOCUMENT}\nWho built the Young Needle?", "Where does Mardun live?"):
         page.locator("#question textarea").fill(question)
         page.click("#send")
         wait_text(page, "#chat-line", "written at")
@@ -127,17 +128,17 @@ def picture_documents(page: Page) -> None:
     """A file that is kept, and a question."""
     choose(page, "Ask documents")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ropewalks.txt"
+        path = Path(folder) / "ships.txt"
         path.write_text(DOCUMENT, encoding="utf-8")
         page.set_input_files("#documents-files input[type=file]", path)
-        wait_text(page, "#documents-list", "ropewalks.txt")
+        wait_text(page, "#documents-list", "ships.txt")
     page.get_by_text("Read once, and keep").click()
     page.click("#documents-keep")
     wait_text(page, "#documents-keep-line", "kept: ")
     fill_setting(page, "#documents-seed", "5")
-    page.locator("#documents-question textarea").fill("How long is the ropewalk at Chatham?")
+    page.locator("#documents-question textarea").fill("What is the pet of Mardun?")
     page.click("#documents-ask")
-    wait_text(page, "#documents-sources", "ropewalks.txt")
+    wait_text(page, "#documents-sources", "ships.txt")
 
 
 def picture_lab(page: Page) -> None:

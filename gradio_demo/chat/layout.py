@@ -28,9 +28,9 @@ from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visit
 from ropewalk.gradio_demo.shared.pictures import live_line
 
 PLACEHOLDER = """### Ask something
-The embedded model continues Python: try `def read_lines(path):`
+The embedded model answers questions about a text: paste one, leave a line empty, and ask about it.
 
-A GPTQ chat model of your own answers questions."""
+A GPTQ chat model of your own answers any."""
 
 
 # Made in the browser: a download button of Gradio would give out the file of the previous click.

@@ -16,7 +16,12 @@ from ropewalk.gradio_demo.documents.shelf import Shelf
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
 from ropewalk.gradio_demo.replies.pictures import context_meter
-from ropewalk.gradio_demo.replies.templates import ALL_TEMPLATES, template_names
+from ropewalk.gradio_demo.replies.templates import (
+    ALL_TEMPLATES,
+    CLOSED_CONTEXT,
+    closed_context_template,
+    template_names,
+)
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
 from ropewalk.gradio_demo.shared.pictures import live_line, problem
@@ -24,9 +29,8 @@ from ropewalk.gradio_demo.shared.visitors import Visitor
 
 ABOUT = (
     "The model answers from the texts that you give it and nothing else, in the closed-context format that airoboros "
-    "and airophin models were trained on (BEGININPUT, BEGINCONTEXT, …). The embedded model was not: it will babble."
+    "and airophin models were trained on (BEGININPUT, BEGINCONTEXT, …), and the embedded model in its small way, too."
 )
-TEMPLATE = "airoboros"
 
 
 def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
@@ -62,7 +66,7 @@ def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
             )
             honest = gr.Checkbox(True, label=f"Add “{HONESTY}”", info="The advice of those models' card.")
             template = gr.Dropdown(
-                list(ALL_TEMPLATES), value=TEMPLATE, label="Chat template", info="How the question is wrapped."
+                list(ALL_TEMPLATES), value=CLOSED_CONTEXT, label="Chat template", info="How the question is wrapped."
             )
             settings = ReplySettings("documents", 128, "Precise")
             count = gr.HTML(elem_id="documents-count")
@@ -78,11 +82,14 @@ def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
     shelf.connect(bar, page, state, listed, template, settings)
     _connect_asking(session, asking, count, (answer, line, meter, sources), ask, stop)
 
-    def run_templates() -> Any:
+    def run_model() -> list[Any]:
         loaded = session.workbench.loaded
-        return gr.update(choices=[TEMPLATE] if loaded is None else template_names(loaded.tokenizer), value=TEMPLATE)
+        if loaded is None:
+            return [gr.update(choices=[CLOSED_CONTEXT], value=CLOSED_CONTEXT), True]
+        names, suitable = template_names(loaded.tokenizer), closed_context_template(loaded.tokenizer)
+        return [gr.update(choices=names, value=suitable), not loaded.is_embedded]  # which knows no such sentence
 
-    bar.changed.change(run_templates, None, template, **HIDDEN)
+    bar.changed.change(run_model, None, [template, honest], **HIDDEN)
 
 
 def _connect_list(session: Session, state: Any, listed: Any, message: Any, buttons: Any, pasted: Any) -> None:

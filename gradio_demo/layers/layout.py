@@ -12,10 +12,11 @@ from ropewalk.gradio_demo.layers.behaviour import OrderView
 from ropewalk.gradio_demo.layers.pictures import order_picture
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.model_bar.pictures import model_card
-from ropewalk.gradio_demo.replies.layout import EXAMPLE, ReplySettings, request_of
+from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visitor
 from ropewalk.gradio_demo.shared.pictures import live_line, problem
+from ropewalk.text.example import EXAMPLE
 
 ABOUT = (
     "A model runs a list of layers. Here that list can be changed: layers repeated, left out or weakened. No weight is "

@@ -10,11 +10,12 @@ import gradio as gr
 from ropewalk.base.errors import RopewalkError
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.notebook.pictures import token_view
-from ropewalk.gradio_demo.replies.layout import EXAMPLE, ReplySettings, request_of
+from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
 from ropewalk.gradio_demo.replies.pictures import context_meter
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
 from ropewalk.gradio_demo.shared.pictures import live_line
+from ropewalk.text.example import EXAMPLE
 
 
 def build_notebook(session: Session, bar: ModelBar) -> None:

@@ -11,8 +11,6 @@ from ropewalk.gradio_demo.replies.request import ReplyRequest
 from ropewalk.gradio_demo.replies.sampler_settings import BALANCED, PRESETS, sampling_params
 from ropewalk.gradio_demo.session import Session
 
-EXAMPLE = 'def read_lines(path):\n    """Return the lines of a text file."""\n'  # a prompt for the embedded model
-
 
 class ReplySettings:
     """Three controls. name: the tab's, which keeps its element ids apart from those of other tabs."""

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from ropewalk.base.errors import ConfigError, UnsupportedError
 from ropewalk.engine.engine import Engine
-from ropewalk.text.chat import ChatTemplate, Message, Template, fallback_name, load_chat_template, named_template
-from ropewalk.text.chat_formats import CONTINUED_TEXT, NAMED_FORMATS
+from ropewalk.text.chat import ChatTemplate, Message, Template, load_chat_template, named_template
+from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS
 from ropewalk.text.tokenizer.load import Tokenizer
 
 FROM_CHECKPOINT = "of the checkpoint"
+CLOSED_CONTEXT = "airoboros"
 PLAIN = "plain text"  # the page's word for `CONTINUED_TEXT`, which saved conversations hold
 _FORMATS = {PLAIN if name == CONTINUED_TEXT else name: name for name in NAMED_FORMATS}
 ALL_TEMPLATES = (FROM_CHECKPOINT, PLAIN, *(shown for shown in _FORMATS if shown != PLAIN))
@@ -18,11 +19,15 @@ ALL_TEMPLATES = (FROM_CHECKPOINT, PLAIN, *(shown for shown in _FORMATS if shown 
 
 def template_names(tokenizer: Tokenizer) -> list[str]:
     """What can be chosen for a model, the most suitable first: its own, else what the other faces fall back to."""
-    best = FROM_CHECKPOINT
-    if _own_template(tokenizer) is None:
-        fallback = fallback_name(tokenizer.source.parent)
-        best = next(shown for shown, name in _FORMATS.items() if name == fallback)
+    best = FALLBACK if _own_template(tokenizer) is None else FROM_CHECKPOINT
     return [best, *(name for name in ALL_TEMPLATES if name not in (best, FROM_CHECKPOINT))]
+
+
+def closed_context_template(tokenizer: Tokenizer) -> str:
+    """What questions to documents are wrapped in: the model's own template, else that of the models that the closed
+    context comes from, which were published without one."""
+    first = template_names(tokenizer)[0]
+    return first if first == FROM_CHECKPOINT else CLOSED_CONTEXT
 
 
 def chat_template(name: str, engine: Engine) -> Template:

@@ -23,6 +23,8 @@ SKIPPED_FOLDERS = ("encodings", "pydoc_data", "site-packages", "dist-packages", 
 # One document in this many is held out, by the hash of its path: about 2 % of the text.
 HELD_OUT_ONE_IN = 50
 MIN_CHARACTERS = 200
+# What of the held-out text goes into the model folder.
+SAMPLE_BYTES = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +63,33 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     return [d for d in documents if not d.held_out], [d for d in documents if d.held_out]
 
 
-def held_out_sample(held_out: list[Document], max_bytes: int) -> list[Document]:
-    """The longest held-out library documents that together fit in `max_bytes`: long ones, to measure long context."""
+def held_out_sample(held_out: list[Document]) -> list[Document]:
+    """The longest held-out library documents that together fit in SAMPLE_BYTES: long ones, to measure long context."""
     chosen, total = [], 0
     library = [d for d in held_out if not d.is_test]
     for document in sorted(library, key=lambda d: (-len(d.text), d.path)):
         size = len(document.text.encode("utf-8"))
-        if total + size <= max_bytes:
+        if total + size <= SAMPLE_BYTES:
             chosen.append(document)
             total += size
     return chosen
+
+
+def held_out_text(held_out: list[Document]) -> str:
+    """The documents of `held_out_sample`, as held_out.txt has them."""
+    return "\n\n".join(document.text for document in held_out_sample(held_out))
+
+
+def licence(documents: list[Document]) -> str:
+    """Python's licence, which goes with every copy of its text.
+
+    Raises:
+        SystemExit: this Python has none beside its library.
+    """
+    found = [document.text for document in documents if document.path == "LICENSE.txt"]
+    if not found:
+        raise SystemExit("this Python has no LICENSE.txt beside its library, which must go with held_out.txt")
+    return found[0]
 
 
 def python_version() -> str:

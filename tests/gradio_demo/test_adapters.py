@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,17 +16,17 @@ from ropewalk.adapters.config import rope_of_adapters
 from ropewalk.faces.cli.main import main
 from ropewalk.generate.evaluate import perplexity
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "demo_model"))
+
+from reading import evaluate  # noqa: E402
+from reading.measure import PERPLEXITY_TOKENS  # noqa: E402
+
 FOLDER = Path(ropewalk.__file__).resolve().parent / "demo_model"
-NOTED = {
-    "linear-4": "linear",
-    "ntk-by-parts-4": "ntk-by-parts",
-    "extrapolation": "default",
-    "yarn-4": "yarn",
-    "ntk-4": "ntk",
-    "dynamic-ntk": "dynamic",
-}
+NOTED = {"linear-4": "linear", "ntk-by-parts-4": "ntk-by-parts", "ntk-by-parts-8": "ntk-by-parts"}
 TRAINED, EXTENDED = 512, 2048
 SCORED_TOKENS = 4 * EXTENDED  # of held_out.txt
+# By which the share of exact answers must grow, at the length that a LoRA was made for: the card has all of them.
+GAIN = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +51,15 @@ def test_the_adapters_are_small_and_note_their_rope() -> None:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("adapter", ["linear-4", "ntk-by-parts-4", "yarn-4"])
-def test_an_adapter_makes_the_model_read_four_times_its_context(held_out_ids: list[int], adapter: str) -> None:
-    scaling = rope_of_adapters([FOLDER / "adapters" / adapter])
-    extended = measured(held_out_ids, adapter, EXTENDED, rope_scaling=scaling)
-    assert extended < 0.8 * measured(held_out_ids, None, EXTENDED)
-    assert extended < 1.05 * measured(held_out_ids, None, TRAINED)
-    assert extended < 0.95 * measured(held_out_ids, None, EXTENDED, rope_scaling=scaling)
+@pytest.mark.parametrize("adapter", NOTED)
+def test_with_an_adapter_it_answers_about_texts_of_several_times_its_context(adapter: str) -> None:
+    length = EXTENDED * int(adapter.rsplit("-", 1)[-1]) // 4
+    plain = evaluate.Setting(FOLDER, (length,), side="names", documents=15, threads=1)
+    shares = [
+        evaluate.summary(evaluate.evaluate(setting))[str(length)]["answered"]["share"]
+        for setting in (plain, replace(plain, adapter=FOLDER / "adapters" / adapter))
+    ]
+    assert shares[1] - shares[0] > GAIN
 
 
 def test_one_command_shows_it(held_out_ids: list[int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,15 +72,11 @@ def test_one_command_shows_it(held_out_ids: list[int], capsys: pytest.CaptureFix
     assert value == pytest.approx(measured(held_out_ids, "linear-4", EXTENDED, rope_scaling=scaling), rel=1e-6)
 
 
-def test_the_published_numbers_are_those_of_the_shipped_adapters(held_out_ids: list[int]) -> None:
-    """The whole text at one length, as in docs/context-extension.csv."""
-    path = Path(__file__).resolve().parents[2] / "docs" / "context-extension.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        published = {(row["curve"], int(row["length"])): float(row["perplexity"]) for row in csv.DictReader(file)}
-    longest = max(length for _, length in published)
-    ids = held_out_ids[: len(held_out_ids) // longest * longest]
+def test_the_numbers_of_the_card_are_those_of_the_shipped_adapters(held_out_ids: list[int]) -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"^\| LoRA linear-4 \| ([\d.]+) \|", card, re.M)
     scaling = rope_of_adapters([FOLDER / "adapters" / "linear-4"])
     model = ropewalk.load_model(FOLDER, max_seq_len=TRAINED, rope_scaling=scaling)
     model.load_adapter(FOLDER / "adapters" / "linear-4", "linear-4")
-    value = perplexity(model, ids, [TRAINED], adapters=["linear-4"])[0].perplexity
-    assert value == pytest.approx(published["linear 4 + LoRA", TRAINED], rel=2e-3)
+    value = perplexity(model, held_out_ids, [TRAINED], PERPLEXITY_TOKENS, adapters=["linear-4"])[0].perplexity
+    assert value == pytest.approx(float(said), rel=5e-3)

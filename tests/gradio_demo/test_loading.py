@@ -106,11 +106,13 @@ def test_adapters_are_loaded_when_they_are_first_wanted_and_change_the_reply(tmp
     session = embedded_session(tmp_path)
     loaded = session.workbench.require()
     assert "linear-4" in session.workbench.adapters(loaded) and loaded.model.adapters == ()
-    wanted = session.workbench.use_adapters(loaded, ["linear-4", "extrapolation:0.5"])
-    assert wanted == [("linear-4", 1.0), ("extrapolation", 0.5)]
-    assert loaded.model.adapters == ("linear-4", "extrapolation")
-    changed = asked(session, "def read(path):", request=replace(GREEDY, adapters=wanted))
-    assert changed.turns[-1].content != asked(session, "def read(path):").turns[-1].content
+    wanted = session.workbench.use_adapters(loaded, ["linear-4", "ntk-by-parts-4:0.5"])
+    assert wanted == [("linear-4", 1.0), ("ntk-by-parts-4", 0.5)]
+    assert loaded.model.adapters == ("linear-4", "ntk-by-parts-4")
+    longer = replace(GREEDY, params=replace(GREEDY.params, max_new_tokens=48))
+    plain = asked(session, "def read(path):", request=longer)
+    changed = asked(session, "def read(path):", request=replace(longer, adapters=wanted))
+    assert changed.turns[-1].content != plain.turns[-1].content
     for wrong, said in (("nobody", "no adapter 'nobody'"), ("linear-4:much", "must be a number")):
         with pytest.raises(RequestError, match=said):
             session.workbench.use_adapters(loaded, [wrong])

@@ -13,8 +13,8 @@ from ropewalk.files.embedded import demo_model_path
 from ropewalk.gradio_demo.replies.templates import (
     ALL_TEMPLATES,
     FROM_CHECKPOINT,
-    PLAIN,
     chat_template,
+    closed_context_template,
     prompt_ids,
     template_names,
 )
@@ -39,12 +39,19 @@ def test_the_page_knows_every_format_by_one_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("embedded", [True, False])
-def test_a_model_without_a_template_gets_the_prompt_that_the_server_would_give(tmp_path: Path, embedded: bool) -> None:
+def test_the_first_template_gives_the_prompt_that_the_server_would_give(tmp_path: Path, embedded: bool) -> None:
     engine = engine_of(demo_model_path() if embedded else write_byte_level_json(tmp_path))
     first = template_names(engine.tokenizer)[0]
-    assert first == (PLAIN if embedded else "plain")
+    assert first == (FROM_CHECKPOINT if embedded else "plain")
     for name in ("", first):
         assert prompt_ids(engine.tokenizer, chat_template(name, engine), TALK) == engine.chat_ids(TALK)
+
+
+def test_documents_are_asked_in_the_models_own_template_or_in_that_of_closed_context_models(tmp_path: Path) -> None:
+    tokenizer = engine_of(write_byte_level_json(tmp_path)).tokenizer
+    assert closed_context_template(tokenizer) == "airoboros"
+    write_config(tmp_path, chat_template="{{ messages[-1].content }}")
+    assert closed_context_template(tokenizer) == FROM_CHECKPOINT
 
 
 def test_the_template_of_the_checkpoint_comes_first_and_is_the_engines(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_embedded_model_finds_keys_beyond_its_context_with_yarn_and_not_with
         model = load_model(folder, max_seq_len=1024, rope_scaling=scaling)
         (cell,) = retrieval_map(model, make_task("keys", tokenizer, ids, 4), [1024], [0.5])
         found[name] = cell.tokens_found
-    assert found["yarn"] > 0.6 > 0.2 > found["none"]
+    assert found["yarn"] > 0.6 > 0.4 > found["none"]  # a digit is guessed one time in ten
 
 
 def test_the_table_has_a_line_per_cell() -> None:

@@ -1,4 +1,4 @@
-"""The pieces of the SuperHOT experiment that could be wrong without anyone noticing."""
+"""The pieces of the SuperHOT experiment that could be wrong without anyone noticing, on the model of today."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from ropewalk.adapters.config import rope_of_adapters
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "scripts" / "demo_model"))
 
-import superhot_curves  # noqa: E402
-import superhot_report  # noqa: E402
-import superhot_training as superhot  # noqa: E402
 from corpus import Document  # noqa: E402
-from training import BOS_ID, EOS_ID, TrainingPlan  # noqa: E402
+from first.training import BOS_ID, EOS_ID, TrainingPlan  # noqa: E402
+from superhot import curves, report  # noqa: E402
+from superhot import training as superhot  # noqa: E402
 
 FOLDER = Path(ropewalk.__file__).resolve().parent / "demo_model"
 LENGTH = 10
@@ -128,43 +127,42 @@ def test_a_trained_lora_is_saved_with_its_note_and_runs(tmp_path: Path) -> None:
     assert (ours - theirs).abs().max() < 2e-2 * theirs.std() < (plain - theirs).abs().max()
 
 
-POINTS = [superhot_curves.Point("linear 4", 512, 45.678, 0.5), superhot_curves.Point("linear 4", 2048, 50.0, 0.25)]
+POINTS = [curves.Point("linear 4", 512, 45.678, 0.5), curves.Point("linear 4", 2048, 50.0, 0.25)]
 TABLE = "| RoPE scaling | 512 | 2,048 |\n|---|--:|--:|\n| linear 4 | 45.68 | 50.00 |"
 
 
 def test_the_table_has_a_row_per_curve_and_stands_between_the_marks(tmp_path: Path) -> None:
-    assert superhot_report.table(POINTS) == TABLE
+    assert report.table(POINTS) == TABLE
     guide = tmp_path / "guide.md"
-    guide.write_text(f"before\n{superhot_report.BEGIN}\nold\n{superhot_report.END}\nafter\n")
+    guide.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):
-        superhot_report.write_table(POINTS, guide)
+        report.write_table(POINTS, guide)
         assert TABLE in guide.read_text() and "old" not in guide.read_text()
         assert guide.read_text().startswith("before\n") and guide.read_text().endswith("\nafter\n")
     guide.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the line"):
-        superhot_report.write_table(POINTS, guide)
+        report.write_table(POINTS, guide)
 
 
 def test_numbers_come_back_from_their_file(tmp_path: Path) -> None:
-    superhot_curves.write_csv(POINTS, tmp_path / "numbers.csv")
-    assert superhot_curves.read_csv(tmp_path / "numbers.csv") == POINTS
+    curves.write_csv(POINTS, tmp_path / "numbers.csv")
+    assert curves.read_csv(tmp_path / "numbers.csv") == POINTS
 
 
 def test_a_curve_measured_anew_takes_its_place_among_the_others() -> None:
-    anew = [superhot_curves.Point("NTK 4", 512, 9.0, 0.5), superhot_curves.Point("linear 4", 512, 44.0, 0.5)]
-    assert superhot_curves.in_order(POINTS, anew) == anew[::-1]
-    assert superhot_curves.in_order(POINTS, anew[:1]) == [*POINTS, anew[0]]
+    anew = [curves.Point("NTK 4", 512, 9.0, 0.5), curves.Point("linear 4", 512, 44.0, 0.5)]
+    assert curves.in_order(POINTS, anew) == anew[::-1]
+    assert curves.in_order(POINTS, anew[:1]) == [*POINTS, anew[0]]
 
 
 def test_the_guide_shows_the_numbers_of_its_file() -> None:
-    points = superhot_curves.read_csv(REPOSITORY / "docs" / "context-extension.csv")
+    points = curves.read_csv(REPOSITORY / "docs" / "context-extension.csv")
     guide = (REPOSITORY / "docs" / "context-extension.md").read_text(encoding="utf-8")
-    assert superhot_report.table(points) in guide and superhot_report.commands() in guide
-    assert {point.curve for point in points} == {curve.label for curve in superhot_curves.CURVES}
+    assert report.table(points) in guide and report.commands() in guide
+    assert {point.curve for point in points} == {curve.label for curve in curves.CURVES}
 
 
-def test_a_curve_with_a_lora_has_the_scaling_that_the_lora_notes() -> None:
-    curves = [curve for curve in superhot_curves.CURVES if curve.adapter is not None]
-    assert {curve.adapter for curve in curves} == {variant.name for variant in superhot.VARIANTS}
-    for curve in curves:
-        assert rope_of_adapters([FOLDER / "adapters" / curve.adapter]) == curve.rope_scaling
+def test_a_curve_with_a_lora_has_the_scaling_that_the_lora_was_trained_under() -> None:
+    noted = {variant.name: variant.rope_scaling for variant in superhot.VARIANTS}
+    adapted = [curve for curve in curves.CURVES if curve.adapter is not None]
+    assert {curve.adapter: curve.rope_scaling for curve in adapted} == noted

@@ -19,7 +19,8 @@ from ropewalk.gradio_demo.shared.access import EMBEDDED, Access
 from ropewalk.gradio_demo.shared.visitors import Visitor
 
 VISITOR = Visitor("somebody", "tab 1")
-GREEDY = ReplyRequest(SamplingParams(temperature=0.0, max_new_tokens=12))
+# The embedded model ends its answers early, and a reply is to have a length that tests know.
+GREEDY = ReplyRequest(SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True))
 
 
 def embedded_session(root: Path, owner: Owner | None = None, **changes: Any) -> Session:

@@ -18,10 +18,9 @@ from typing import Any
 
 import jinja2
 
-from ropewalk.base.errors import CheckpointError, ConfigError, RequestError, UnsupportedError, brief
+from ropewalk.base.errors import ConfigError, RequestError, UnsupportedError, brief
 from ropewalk.base.json import read_json_object, read_small_file, shown
-from ropewalk.files.embedded import demo_model_path
-from ropewalk.text.chat_formats import CONTINUED_TEXT, FALLBACK, NAMED_FORMATS, ChatFormat, FormatTokens
+from ropewalk.text.chat_formats import FALLBACK, NAMED_FORMATS, ChatFormat, FormatTokens
 from ropewalk.text.template_process import TemplateFailure, TemplateLimits, TemplateProcess, TemplateRefusal
 from ropewalk.text.template_worker import template_environment
 from ropewalk.text.turns import Message, plain_turns, stricter_messages
@@ -167,15 +166,6 @@ def named_template(name: str, special_tokens: Mapping[str, str] | None = None) -
     return NamedTemplate(f"the named format {name!r}", NAMED_FORMATS[name], tokens)
 
 
-def fallback_name(folder: Path) -> str:
-    """The format for a folder that brings no template: the embedded model only ever continues a text."""
-    try:
-        is_embedded = folder.resolve() == demo_model_path().resolve()
-    except CheckpointError:  # this installation has no embedded model
-        is_embedded = False
-    return CONTINUED_TEXT if is_embedded else FALLBACK
-
-
 def model_template(folder: Path, special_tokens: Mapping[str, str]) -> Template:
     """The template that a model folder brings, or the fallback, with a warning in the log.
 
@@ -185,16 +175,14 @@ def model_template(folder: Path, special_tokens: Mapping[str, str]) -> Template:
     brought = load_chat_template(folder, special_tokens)
     if brought is not None:
         return brought
-    name = fallback_name(folder)
-    if name == FALLBACK:
-        logger.warning(
-            "%s brings no chat template: conversations are written in the format %r, which the model may not know; "
-            "choose the one that it was trained with: --chat-template NAME (%s)",
-            folder.name,
-            name,
-            ", ".join(NAMED_FORMATS),
-        )
-    return named_template(name, special_tokens)
+    logger.warning(
+        "%s brings no chat template: conversations are written in the format %r, which the model may not know; "
+        "choose the one that it was trained with: --chat-template NAME (%s)",
+        folder.name,
+        FALLBACK,
+        ", ".join(NAMED_FORMATS),
+    )
+    return named_template(FALLBACK, special_tokens)
 
 
 def load_chat_template(folder: Path, special_tokens: Mapping[str, str], name: str | None = None) -> ChatTemplate | None:

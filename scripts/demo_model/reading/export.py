@@ -3,7 +3,7 @@
     python -m reading.export --run RUN_FOLDER --out FOLDER              # float, for transformers and the engine
     gptq-venv/bin/python -m reading.export --run RUN_FOLDER --out FOLDER --quantise   # from RUN_FOLDER/float
 
-(in scripts/demo_model; the head of make.py says how the second environment is made.)
+(in scripts/demo_model; the head of first/make.py says how the second environment is made.)
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -126,18 +127,19 @@ class Trainer:
         last = min(self.options.stop_at, self.options.decay_from + self.options.decay_tokens)
         saved = time.monotonic()
         losses: list[tuple[float, float]] = []
-        for batch in self._batches():
-            if self.stopping.is_set() or self.tokens >= last:
-                break
-            losses.append(self._train_step(batch))
-            if self.step % LOG_EVERY == 0:
-                self._log_losses(losses)
-                losses = []
-            if self.step % PROBE_EVERY == 0:
-                self._log(step=self.step, tokens=self.tokens, **probe(self.network, self.encoder))
-            if time.monotonic() - saved > SAVE_EVERY_S:
-                self._save()
-                saved = time.monotonic()
+        with closing(self._batches()) as batches:
+            for batch in batches:
+                if self.stopping.is_set() or self.tokens >= last:
+                    break
+                losses.append(self._train_step(batch))
+                if self.step % LOG_EVERY == 0:
+                    self._log_losses(losses)
+                    losses = []
+                if self.step % PROBE_EVERY == 0:
+                    self._log(step=self.step, tokens=self.tokens, **probe(self.network, self.encoder))
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    self._save()
+                    saved = time.monotonic()
         self._save()
         self._log(event="end", step=self.step, tokens=self.tokens)
 
@@ -212,9 +214,14 @@ class Trainer:
                         continue
                 step, tokens = step + 1, tokens + phase.rows * phase.length
 
-        threading.Thread(target=produce, args=(self.step, self.tokens), daemon=True).start()
-        while True:
-            yield ready.get()
+        producer = threading.Thread(target=produce, args=(self.step, self.tokens), daemon=True)
+        producer.start()
+        try:
+            while True:
+                yield ready.get()
+        finally:  # torch aborts the process if it ends while a thread computes
+            self.stopping.set()
+            producer.join()
 
     def _restore(self) -> None:
         path = self.options.run / "checkpoint.pt"

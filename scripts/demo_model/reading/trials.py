@@ -6,11 +6,12 @@ A trial is one document and questions that are each asked of it alone, so the do
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reading import documents, exercises
 from reading.documents import Document, HeldOut
-from reading.exercises import ASSISTANT, BEGIN, END, USER, Question
+from reading.exercises import ASSISTANT, BEGIN, END, SYSTEM, USER, Question
 from reading.vocabulary import Encoder
 
 SIDES = {
@@ -19,8 +20,19 @@ SIDES = {
     "types": HeldOut(names=True, types=True),
     "all": HeldOut(names=True, wordings=True, types=True),
 }
-# What the question and the longest answer take beside the document.
-RESERVE = 72
+# How a document and a question about it are put to the model: what stands before, between and after them.
+FORMATS = {
+    "plain": (USER, "\n\n", ASSISTANT),
+    "system": (SYSTEM, USER, ASSISTANT),
+    "closed": (
+        f"{USER}BEGININPUT\nBEGINCONTEXT\nENDCONTEXT\n",
+        "\nENDINPUT\nBEGININSTRUCTION\n",
+        f"\nENDINSTRUCTION{ASSISTANT}",
+    ),
+}
+# What the question, the longest answer and the format take beside a document; and beside a list or a pass key, whose
+# answers are short.
+RESERVE, SHORT_RESERVE = 88, 36
 DEPTHS = 5
 
 
@@ -43,8 +55,13 @@ class Trial:
     asked: tuple[Asked, ...]
 
 
-def document_trial(rng: random.Random, encoder: Encoder, length: int, side: HeldOut, num_questions: int = 8) -> Trial:
-    """A document as long as fits into `length` tokens with a question, and questions from everywhere within it."""
+def document_trial(
+    rng: random.Random, encoder: Encoder, length: int, side: HeldOut, layout: str = "plain", num_questions: int = 8
+) -> Trial:
+    """A document as long as fits into `length` tokens with a question, and questions from everywhere within it.
+
+    layout: one of FORMATS; the same documents and questions are drawn for each.
+    """
     document = _document_of(rng, encoder, length - RESERVE, side)
     chosen: list[tuple[Question, float]] = []
     facts = rng.sample(document.facts, min(num_questions, len(document.facts)))
@@ -55,41 +72,39 @@ def document_trial(rng: random.Random, encoder: Encoder, length: int, side: Held
         else:
             depth = document.text.index(fact.passage) / len(document.text)
             chosen.append((exercises.ask(rng, fact, document, side, quotes=0.15), depth))
-    context = [BEGIN, USER, f"{document.text}\n\n"]
-    asked = [_asked(encoder, question, depth, document.type) for question, depth in chosen]
-    return Trial(tuple(encoder.encode("".join(context))), tuple(asked))
+    before, between, after = FORMATS[layout]
+    context = encoder.encode(f"{BEGIN}{before}{document.text}{between}")
+    asked = [_asked(encoder, question, depth, document.type, after) for question, depth in chosen]
+    return Trial(tuple(context), tuple(asked))
 
 
 def pass_key_trial(rng: random.Random, encoder: Encoder, length: int, depth: float) -> Trial:
     """A number hidden at `depth` (0: the beginning) of sentences that say nothing, `length` tokens in all."""
-    low, high = 1, length
     seed = rng.random()
-    while low < high:  # the most sentences that fit; the same random choices each time
-        middle = (low + high + 1) // 2
-        text, _ = exercises.pass_key(random.Random(seed), middle, depth)
-        low, high = (middle, high) if len(encoder.encode(text)) <= length - RESERVE // 2 else (low, middle - 1)
-    text, questions = exercises.pass_key(random.Random(seed), low, depth)
+    num_sentences = _most(lambda count: exercises.pass_key(random.Random(seed), count, depth)[0], encoder, length)
+    text, questions = exercises.pass_key(random.Random(seed), num_sentences, depth)
     context = tuple(encoder.encode(f"{BEGIN}{USER}{text}\n\n"))
     return Trial(context, (_asked(encoder, questions[0], depth, "pass key"),))
 
 
 def key_value_trial(rng: random.Random, encoder: Encoder, length: int, num_questions: int = 8) -> Trial:
     """A list of names and values as long as fits, and questions for some of them."""
-    num_pairs = 2
-    while True:
-        seed = rng.random()
-        text, questions = exercises.key_values(random.Random(seed), num_pairs, SIDES["names"])
-        tokens = len(encoder.encode(text))
-        if tokens > length - RESERVE // 2:
-            num_pairs -= 1
-            continue
-        grown = num_pairs * (length - RESERVE // 2) // (tokens + 16)
-        if grown <= num_pairs:
-            break
-        num_pairs = grown
+    seed, side = rng.random(), SIDES["names"]
+    num_pairs = _most(lambda count: exercises.key_values(random.Random(seed), count, side)[0], encoder, length)
+    text, questions = exercises.key_values(random.Random(seed), num_pairs, side)
     context = tuple(encoder.encode(f"{BEGIN}{USER}{text}\n\n"))
     asked = [_asked(encoder, question, 0.5, "key value") for question in questions[:num_questions]]
     return Trial(context, tuple(asked))
+
+
+def _most(make: Callable[[int], str], encoder: Encoder, length: int) -> int:
+    """The largest count whose text fits beside its question. make: the same random choices each time."""
+    low, high = 1, length
+    while low < high:
+        middle = min((low + high + 1) // 2, 2 * low)
+        fits = len(encoder.encode(make(middle))) <= length - SHORT_RESERVE
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
 
 
 def _document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOut) -> Document:
@@ -108,6 +123,6 @@ def _document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOu
     return best
 
 
-def _asked(encoder: Encoder, question: Question, depth: float, document_type: str) -> Asked:
-    ids = encoder.encode(f"{question.text}{ASSISTANT}")
+def _asked(encoder: Encoder, question: Question, depth: float, document_type: str, after: str = ASSISTANT) -> Asked:
+    ids = encoder.encode(f"{question.text}{after}")
     return Asked(tuple(ids), tuple(encoder.encode(f" {question.answer}{END}")), question.kind, depth, document_type)

@@ -25,6 +25,7 @@ from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling
 from ropewalk.faces.cli.terminal import progress_bar
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.chat_formats import NAMED_FORMATS
+from ropewalk.text.example import EXAMPLE
 from ropewalk.text.tokenizer.load import load_tokenizer
 from tokenizer_writer import LLAMA_CONFIG, write_config, write_sentencepiece
 
@@ -111,7 +112,7 @@ def test_the_embedded_model_is_the_default(folder: Path, capsys, monkeypatch, te
 
     monkeypatch.setattr(ropewalk.faces.cli.options, "demo_model_path", lambda: folder)
     assert main(["generate", "--max-new-tokens", "3", "--echo", *REFERENCE]) == 0
-    assert capsys.readouterr().out.startswith("def read_lines(path):")
+    assert capsys.readouterr().out.startswith(EXAMPLE)
     assert main(["info"]) == 0
     assert str(folder) in capsys.readouterr().out
     assert main(["perplexity", str(text_file), "--lengths", "16", *REFERENCE]) == 0

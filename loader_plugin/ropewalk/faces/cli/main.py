@@ -46,8 +46,8 @@ from ropewalk.faces.cli.serve import add_serve_command
 from ropewalk.faces.cli.terminal import note, progress_bar, read_text
 from ropewalk.faces.cli.torchrun import is_under_torchrun, run_under_torchrun
 from ropewalk.faces.cli.webui import add_webui_command
+from ropewalk.text.example import EXAMPLE
 
-DEMO_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 GENERATE_TOKENS = 128  # enough to see that it works; --max-new-tokens asks for more
 LONG_PREFILL = 1024  # a prompt of fewer tokens is read before a bar would help
 
@@ -199,7 +199,7 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.cache is not None and sys.stdin.isatty():
         return ""
     if args.model is None and args.cache is None:
-        return DEMO_PROMPT
+        return EXAMPLE
     if sys.stdin.isatty():
         raise RequestError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in")
     return read_text("-")

@@ -119,7 +119,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Copy the embedded model into the folder of models. It is small and writes things that look like Python."""
+    """Copy the embedded model into the folder of models. It is small and answers questions about a text."""
     from ropewalk.faces.webui.embedded_model import copy_model
 
     _say(f"wrote {copy_model(_checkout(args))}")

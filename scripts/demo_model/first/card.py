@@ -1,10 +1,10 @@
-"""The embedded model's card (README.md of its folder), written from the numbers that the stages measured."""
+"""The card of the first embedded model (README.md of its folder), written from the numbers that the stages measured."""
 
 from __future__ import annotations
 
-from training import CONTEXT, VOCAB_SIZE, model_config
+from first.training import CONTEXT, VOCAB_SIZE, model_config
 
-TEMPLATE = """# The embedded model
+TEMPLATE = """# The first embedded model
 
 A Llama of {parameters:.1f} million parameters, trained from nothing on the Python {python} standard library and quantised
 to 4 bits. It is here so that everything in this project runs without a download. It writes text that looks like Python
@@ -49,7 +49,7 @@ The folders in `adapters/` are LoRAs (rank 16, on q, k, v and o) that were train
 times its context, each under the RoPE scaling that its adapter_config.json notes: `linear-4`, `ntk-4`,
 `dynamic-ntk` (windows of 512, 1,024 and 2,048 in turn), `ntk-by-parts-4`, `yarn-4` and, without scaling, `extrapolation`.
 `ropewalk perplexity --adapter linear-4 --lengths 512,2048` shows what one does. They fit these weights alone: weights
-made anew need LoRAs made anew, with `scripts/demo_model/superhot_experiment.py`.
+made anew need LoRAs made anew, with `python -m superhot.experiment`.
 
 ## A sample
 
@@ -61,7 +61,7 @@ Temperature 0.6, top-p 0.9, after the prompt `{prompt}` and a line end:
 
 ## Making it again
 
-`python scripts/demo_model/make.py` runs every stage; its head lists the commands, with the separate environment that
+`python -m first.make` in `scripts/demo_model` runs every stage; its head lists the commands, with the separate environment that
 gptqmodel wants. The text depends on the Python version and on whether its tests are installed; {python} with tests gave
 this model. Times and rounding differ between machines, so the weights will not be bit-identical.
 

@@ -1,4 +1,4 @@
-"""LoRAs that take the embedded model to four times its context, each trained under one RoPE scaling.
+"""LoRAs that take the first embedded model to four times its context, each trained under one RoPE scaling.
 
 As kaiokendev's SuperHOT did for Llama with linear scaling and bhenrym14's Airophin with NTK-by-parts: the weights stay
 as they are, and low-rank changes of q, k, v and o learn to read the scaled positions. The base is the quantised model
@@ -21,8 +21,8 @@ from transformers import LlamaForCausalLM
 
 import ropewalk
 from corpus import Document
-from evaluate import quantised_model
-from training import BOS_ID, CONTEXT, EOS_ID, TrainingPlan, held_out_loss, run_steps
+from first.evaluate import quantised_model
+from first.training import BOS_ID, CONTEXT, EOS_ID, TrainingPlan, held_out_loss, run_steps
 
 FACTOR = 4
 LENGTH = FACTOR * CONTEXT

@@ -1,4 +1,4 @@
-"""Tokenizer and training of the embedded model: sentencepiece BPE, then a small Llama in plain torch.
+"""Tokenizer and training of the first embedded model: sentencepiece BPE, then a small Llama in plain torch.
 
 Hidden matrices are trained with Muon and the rest with AdamW. On two cores of one CPU the matrix products of bf16
 autocast take less than half of a step, so the model is shallow and wide rather than deep: attention at 512 tokens costs

@@ -1,4 +1,4 @@
-"""Perplexity of the embedded model's held-out text through the engine, by length and by position, with LoRAs and not.
+"""Perplexity of the first embedded model's held-out text, by length and by position, with LoRAs and without.
 
 Each curve has the numbers that one `ropewalk perplexity` command prints; `Curve.command` is that command. What is
 measured of every window is kept in a record (ropewalk/measure/record.py), so an interrupted run goes on.
@@ -22,7 +22,7 @@ from ropewalk.measure.record import Record, text_facts
 from ropewalk.measure.settings import facts_of
 from ropewalk.model.model import Model
 from ropewalk.model.variants import AdapterUse, Variant, open_variant
-from superhot_training import BY_PARTS, DYNAMIC, LINEAR, NTK, YARN
+from superhot.training import BY_PARTS, DYNAMIC, LINEAR, NTK, YARN
 
 LOGGER = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -39,11 +39,12 @@ class Curve:
 
     @property
     def command(self) -> str:
-        """The command that measures the same. Adapters need no option for their scaling: they note it themselves."""
-        options = [f"--adapter {self.adapter}"] if self.adapter else []
+        """The command that measures the same on the model in FIRST. Adapters note their scaling themselves."""
+        options = [f"--adapter FIRST/adapters/{self.adapter}"] if self.adapter else []
         if self.rope_scaling is not None and not self.adapter:
             options = [f"--rope-scaling '{json.dumps(self.rope_scaling)}'"]
-        return " ".join(["ropewalk perplexity", *options, "--lengths", ",".join(map(str, LENGTHS))])
+        lengths = ",".join(map(str, LENGTHS))
+        return " ".join(["ropewalk perplexity FIRST FIRST/held_out.txt", *options, "--lengths", lengths])
 
 
 CURVES = (

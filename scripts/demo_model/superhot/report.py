@@ -1,4 +1,4 @@
-"""The curves of superhot_curves.py as a Markdown table in the guide, and as a plot beside it."""
+"""The curves of curves.py as a Markdown table in the guide, and as a plot beside it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from superhot_curves import BIN, CURVES, LENGTHS, Point
-from superhot_training import LENGTH
-from training import CONTEXT
+from first.training import CONTEXT
+from superhot.curves import BIN, CURVES, LENGTHS, Point
+from superhot.training import LENGTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

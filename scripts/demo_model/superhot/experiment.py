@@ -1,19 +1,20 @@
-"""The SuperHOT experiment on the embedded model: does a LoRA trained under scaled positions read a longer context?
+"""The SuperHOT experiment on the first embedded model: does a LoRA trained under scaled positions read further?
 
-LoRAs are trained at four times the trained length (superhot_training.py): under linear scaling, NTK-aware scaling,
+LoRAs are trained at four times the trained length (training.py): under linear scaling, NTK-aware scaling,
 dynamic NTK, NTK-by-parts and YaRN, and without scaling. Then the perplexity of held_out.txt is measured by context
 length and by position, through the engine, with and without them. Stages, each of which reads what the earlier ones
 left:
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
-    python scripts/demo_model/make.py --stage corpus
-    python scripts/demo_model/superhot_experiment.py                    # train, evaluate, report
-    python scripts/demo_model/superhot_experiment.py --stage evaluate,report
-    python scripts/demo_model/superhot_experiment.py --only ntk-4       # one LoRA; the other curves stay as they are
+    python -m first.make
+    python -m superhot.experiment                    # train, evaluate, report
+    python -m superhot.experiment --stage evaluate,report
+    python -m superhot.experiment --only ntk-4       # one LoRA; the other curves stay as they are
 
 `train` continues from a checkpoint if there is one, `evaluate` after the last window. To make weights or LoRAs anew,
 first remove superhot/ and superhot_perplexity.json from the work folder. `train` needs peft and transformers (the
-extra `test`), `report` needs matplotlib (the extra `plots`). The MALLOC settings are those of make.py.
+extra `test`), `report` needs matplotlib (the extra `plots`). The MALLOC settings are those of first/make.py.
+All commands run in scripts/demo_model.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import logging
 from pathlib import Path
 
 from corpus import Document, split_documents
+from first.make import WORK
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MODEL = REPOSITORY / "loader_plugin" / "ropewalk" / "demo_model"
+REPOSITORY = Path(__file__).resolve().parents[3]
 DOCS = REPOSITORY / "docs"
 STAGES = ("train", "evaluate", "report")
 
@@ -42,8 +43,10 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", default=",".join(STAGES), type=_stages, help="comma-separated, of: %(default)s")
-    parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "demo_model", help="work folder")
-    parser.add_argument("--model", type=Path, default=MODEL, help="the GPTQ model; LoRAs go to its folder adapters")
+    parser.add_argument("--work", type=Path, default=WORK, help="work folder")
+    parser.add_argument(
+        "--model", type=Path, default=WORK / "model", help="the GPTQ model; LoRAs go to its folder adapters"
+    )
     parser.add_argument("--only", metavar="NAME", help="train and evaluate this LoRA alone, such as linear-4")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where the table and the plot go")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each LoRA")
@@ -59,8 +62,8 @@ def stage_train(options: argparse.Namespace) -> None:
     """adapters/NAME/ of every variant in the model folder, and training_NAME.json in the work folder."""
     import sentencepiece
 
-    import superhot_training as superhot
-    import training
+    from first import training
+    from superhot import training as superhot
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(options.model / "tokenizer.model"))
     learned, held_out = split_documents(_documents(options.work))
@@ -92,33 +95,32 @@ def stage_train(options: argparse.Namespace) -> None:
 
 def stage_evaluate(options: argparse.Namespace) -> None:
     """context-extension.csv and context-positions.csv: perplexity by length and by position, through the engine."""
-    import superhot_curves
+    from superhot import curves
 
     _check_name(options.only)
     options.work.mkdir(parents=True, exist_ok=True)
-    curves = [curve for curve in superhot_curves.CURVES if options.only in (None, curve.adapter)]
-    by_length, by_place = superhot_curves.measure(options.model, options.work / "superhot_perplexity.json", curves)
+    chosen = [curve for curve in curves.CURVES if options.only in (None, curve.adapter)]
+    by_length, by_place = curves.measure(options.model, options.work / "superhot_perplexity.json", chosen)
     for points, name, place in ((by_length, "extension", "length"), (by_place, "positions", "position")):
         path = options.docs / f"context-{name}.csv"
-        kept = superhot_curves.read_csv(path) if options.only else []
-        superhot_curves.write_csv(superhot_curves.in_order(kept, points), path, place)
+        kept = curves.read_csv(path) if options.only else []
+        curves.write_csv(curves.in_order(kept, points), path, place)
 
 
 def stage_report(options: argparse.Namespace) -> None:
     """The plots, and the table in context-extension.md, from both CSV files."""
-    import superhot_curves
-    import superhot_report
+    from superhot import curves, report
 
-    points = superhot_curves.read_csv(options.docs / "context-extension.csv")
-    superhot_report.draw(points, options.docs / "images" / "context-extension.png")
-    places = superhot_curves.read_csv(options.docs / "context-positions.csv")
-    superhot_report.draw_positions(places, options.docs / "images" / "context-positions.png")
-    superhot_report.write_table(points, options.docs / "context-extension.md")
+    points = curves.read_csv(options.docs / "context-extension.csv")
+    report.draw(points, options.docs / "images" / "context-extension.png")
+    places = curves.read_csv(options.docs / "context-positions.csv")
+    report.draw_positions(places, options.docs / "images" / "context-positions.png")
+    report.write_table(points, options.docs / "context-extension.md")
 
 
 def _check_name(name: str | None) -> None:
     """Raises SystemExit: --only names no LoRA."""
-    import superhot_training as superhot
+    from superhot import training as superhot
 
     names = [variant.name for variant in superhot.VARIANTS]
     if name is not None and name not in names:
@@ -128,7 +130,7 @@ def _check_name(name: str | None) -> None:
 def _documents(work: Path) -> list[Document]:
     path = work / "documents.json"
     if not path.is_file():
-        raise SystemExit(f"{path} is missing: python scripts/demo_model/make.py --stage corpus writes it")
+        raise SystemExit(f"{path} is missing: python -m first.make --stage corpus writes it")
     return [Document(name, text) for name, text in json.loads(path.read_text(encoding="utf-8"))]
 
 

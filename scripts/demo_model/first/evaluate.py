@@ -1,4 +1,4 @@
-"""Held-out perplexity of the float and the quantised embedded model through transformers, in float32.
+"""Held-out perplexity of the float and the quantised model through transformers, in float32.
 
 The text is cut into blocks of equal length that do not overlap; within a block every token but the first is predicted
 from the block's earlier ones. A shorter remainder at the end is left out. `ropewalk perplexity` counts in the same way.
@@ -6,6 +6,7 @@ from the block's earlier ones. A shorter remainder at the end is left out. `rope
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -13,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from first.training import CONTEXT
 from pieces import BOS_ID
 from quantise import dequantised_state
-from training import CONTEXT, model_config
 
 LOGGER = logging.getLogger(__name__)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -31,7 +32,8 @@ def float_model(folder: Path) -> LlamaForCausalLM:
 
 def quantised_model(folder: Path, rope: dict[str, object] | None = None) -> LlamaForCausalLM:
     """The GPTQ checkpoint with its weights dequantised to float32; `rope` replaces the RoPE parameters."""
-    config = model_config()
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = LlamaConfig(**{key: value for key, value in raw.items() if key != "quantization_config"})
     if rope is not None:
         config.rope_parameters = {"rope_theta": 10000.0} | rope
     model = LlamaForCausalLM(config).eval()

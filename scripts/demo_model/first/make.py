@@ -1,4 +1,4 @@
-"""Make the embedded model from scratch: text, tokenizer, training, GPTQ, evaluation, model card.
+"""Make the first embedded model from scratch: text, tokenizer, training, GPTQ, evaluation, model card.
 
 Every stage reads what the earlier ones left in the work folder, so they can run one by one, also under different
 interpreters. `quantize` needs gptqmodel, which asks for its own virtual environment:
@@ -8,9 +8,9 @@ interpreters. `quantize` needs gptqmodel, which asks for its own virtual environ
         device-smi dill logbar ninja pillow pyarrow pypcre requests threadpoolctl tokenicer torchao
     gptq-venv/bin/pip install --no-deps "gptqmodel==7.7.0"
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
-    python scripts/demo_model/make.py --stage corpus,tokenizer,train
-    GPTQMODEL_CPU_WORKERS=2 gptq-venv/bin/python scripts/demo_model/make.py --stage quantize
-    python scripts/demo_model/make.py --stage evaluate,card
+    python -m first.make --stage corpus,tokenizer,train
+    GPTQMODEL_CPU_WORKERS=2 gptq-venv/bin/python -m first.make --stage quantize
+    python -m first.make --stage evaluate,card
 
 The two MALLOC settings keep glibc from returning every activation to the system, which took 40 % of the training time.
 """
@@ -26,9 +26,8 @@ from pathlib import Path
 import corpus
 from corpus import Document
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+WORK = Path(__file__).resolve().parents[3] / ".cache" / "demo_model"
 CALIBRATION_ROWS = 256
-HELD_OUT_BYTES = 200_000
 PROMPT = "def read_lines(path):\n"
 STAGES = ("corpus", "tokenizer", "train", "quantize", "evaluate", "card")
 
@@ -46,8 +45,8 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", default=",".join(STAGES), type=_stages, help="comma-separated, of: %(default)s")
-    parser.add_argument("--work", type=Path, default=REPOSITORY / ".cache" / "demo_model", help="work folder")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "loader_plugin" / "ropewalk" / "demo_model")
+    parser.add_argument("--work", type=Path, default=WORK, help="work folder")
+    parser.add_argument("--out", type=Path, default=WORK / "model", help="folder of the model")
     parser.add_argument("--tokens", type=int, default=40_000_000, help="training tokens")
     parser.add_argument("--minutes", type=float, default=120.0, help="training ends earlier after this time")
     parser.add_argument("--batch", type=int, default=16, help="windows of 512 tokens per step")
@@ -79,7 +78,7 @@ def stage_corpus(options: argparse.Namespace) -> None:
 
 def stage_tokenizer(options: argparse.Namespace) -> None:
     """tokenizer.model from the training documents."""
-    import training
+    from first import training
 
     learned, _ = corpus.split_documents(_documents(options))
     (options.work / "tokenizer.model").write_bytes(training.train_tokenizer(learned))
@@ -87,7 +86,7 @@ def stage_tokenizer(options: argparse.Namespace) -> None:
 
 def stage_train(options: argparse.Namespace) -> None:
     """float/ (the float model) and training.json; continues from checkpoint.pt if there is one."""
-    import training
+    from first import training
 
     tokenizer = _tokenizer(options)
     learned, held_out = corpus.split_documents(_documents(options))
@@ -111,7 +110,7 @@ def stage_quantize(options: argparse.Namespace) -> None:
     import numpy as np
 
     import quantise
-    import training
+    from first import training
 
     proto = (options.work / "tokenizer.model").read_bytes()
     training.write_tokenizer(proto, options.work / "float")
@@ -128,14 +127,12 @@ def stage_evaluate(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    import evaluate
-    import training
+    from first import evaluate, training
 
     torch.set_num_threads(options.threads)
     tokenizer = _tokenizer(options)
     _, held_out = corpus.split_documents(_documents(options))
-    chosen = corpus.held_out_sample(held_out, HELD_OUT_BYTES)
-    text = "\n\n".join(document.text for document in chosen)
+    text = corpus.held_out_text(held_out)
     (options.out / "held_out.txt").write_bytes(text.encode("utf-8"))
     sample_ids = np.asarray(tokenizer.encode(text))
     all_ids = training.encode_documents(tokenizer, held_out)
@@ -150,7 +147,7 @@ def stage_evaluate(options: argparse.Namespace) -> None:
         numbers[f"{name}_all"] = evaluate.held_out_numbers(model, all_ids, all_bytes)
     written = evaluate.sample(models["gptq"], tokenizer.encode(PROMPT), 300, options.seed)
     numbers |= {
-        "sample_files": [document.path for document in chosen],
+        "sample_files": [document.path for document in corpus.held_out_sample(held_out)],
         "by_length": evaluate.perplexity_by_length(options.out, sample_ids),
         "parameters": sum(parameter.numel() for parameter in models["float"].parameters()),
         "prompt": PROMPT,
@@ -161,12 +158,9 @@ def stage_evaluate(options: argparse.Namespace) -> None:
 
 def stage_card(options: argparse.Namespace) -> None:
     """README.md and Python's licence in the model folder."""
-    import card
+    from first import card
 
-    licences = [document.text for document in _documents(options) if document.path == "LICENSE.txt"]
-    if not licences:
-        raise SystemExit("this Python has no LICENSE.txt beside its library, which must go with held_out.txt")
-    (options.out / "LICENSE-PYTHON.txt").write_text(licences[0], encoding="utf-8")
+    (options.out / "LICENSE-PYTHON.txt").write_text(corpus.licence(_documents(options)), encoding="utf-8")
     parts = [
         json.loads((options.work / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("manifest", "training", "evaluation")
