@@ -1,0 +1,31 @@
+"""Why a tour goes as it does, in one line of numbers of the model at hand."""
+
+from __future__ import annotations
+
+from ropewalk.rope.rope import Rope
+from ropewalk.tour.readers import Readers
+from ropewalk.tour.tour import Tour
+
+
+def why(tour: Tour, readers: Readers, is_scaled: bool, num_tokens: int) -> str:
+    """What the answers of one way to read rest on. num_tokens: of the document with its question."""
+    trained = readers.plain.rope.original_length
+    if not is_scaled:
+        unseen = max(0, num_tokens - trained)
+        return (
+            f"Without scaling, positions {trained:,} to {max(num_tokens, trained + 1) - 1:,} are turned by angles that "
+            f"the model never saw in its training on {trained:,} tokens: {unseen / num_tokens:.0%} of this text."
+        )
+    learned = "" if tour.adapter is None else f", and the LoRA {tour.adapter} was trained to read them so"
+    return (
+        f"Trained on {trained:,} tokens, the model reads {num_tokens:,}: {scaling_name(readers.scaled.rope)} brings "
+        f"every position back among angles that it knows{learned}."
+    )
+
+
+def scaling_name(rope: Rope) -> str:
+    """ "NTK-by-parts by 8", as people say it."""
+    factor = getattr(rope.method, "factor", None)
+    names = {"linear": "linear scaling", "ntk-by-parts": "NTK-by-parts scaling", "yarn": "YaRN"}
+    name = names.get(rope.method.name, rope.method.name)
+    return name if factor is None else f"{name} by {factor:g}"
