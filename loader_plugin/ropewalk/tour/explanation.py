@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from ropewalk.rope.rope import Rope
+from ropewalk.text.tokenizer.load import Tokenizer
 from ropewalk.tour.readers import Readers
 from ropewalk.tour.tour import Tour
 
@@ -21,6 +24,17 @@ def why(tour: Tour, readers: Readers, is_scaled: bool, num_tokens: int) -> str:
         f"Trained on {trained:,} tokens, the model reads {num_tokens:,}: {scaling_name(readers.scaled.rope)} brings "
         f"every position back among angles that it knows{learned}."
     )
+
+
+def trained_part(tour: Tour, tokenizer: Tokenizer, rope: Rope) -> int:
+    """How many characters at the start of the document, in whole words, are no more tokens than the training had."""
+    document = tour.document
+    fits = bisect_right(
+        range(len(document)), rope.original_length, key=lambda n: len(tokenizer.encode(document[:n], add_bos=False))
+    )
+    if fits == len(document):
+        return fits
+    return max(document.rfind(space, 0, fits) for space in " \n") + 1
 
 
 def scaling_name(rope: Rope) -> str:
