@@ -65,6 +65,7 @@ IMPORT_WHEN_CALLED = {
         "faces.cli.serve",
         "faces.cli.terminal",
         "faces.cli.torchrun",
+        "faces.cli.tour",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
     *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice", "model.backends"),

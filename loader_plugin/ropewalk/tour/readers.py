@@ -9,8 +9,10 @@ notices. A document stands before its question, so that the engine reads it once
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import ConfigError, UnsupportedError
@@ -75,27 +77,38 @@ class Readers:
 def open_readers(
     tour: Tour, folder: Path, model: Model, tokenizer: Tokenizer, max_running: int = MAX_RUNNING
 ) -> Readers:
-    """The two ways to read of a model that was loaded from `folder`. max_running: as for `Engine`.
+    """The two ways to read of a model that was loaded from `folder`; errors as for `readers_for`. max_running: as for
+    `Engine`."""
+    num_tokens = tour.measured.tokens
+    try:
+        return readers_for(tour.scaling, tour.adapter, num_tokens, folder, model, tokenizer, max_running)
+    except (ConfigError, UnsupportedError) as error:
+        raise type(error)(f"{tour_file(folder)}: {error}") from error
+
+
+def readers_for(
+    scaling: Mapping[str, Any],
+    adapter: str | None,
+    num_tokens: int,
+    folder: Path,
+    model: Model,
+    tokenizer: Tokenizer,
+    max_running: int = MAX_RUNNING,
+) -> Readers:
+    """The same for a scaling and an adapter that are no tour yet, and documents of so many tokens.
 
     Raises:
         ConfigError, UnsupportedError: a scaling that there is not. Others as for `Model.load_adapter`.
     """
-    rope = _rope(tour, folder, model)
-    uses = () if tour.adapter is None else (AdapterUse(tour.adapter, adapter_folder(folder, tour.adapter)),)
-    length = max(rope.covers or 0, tour.measured.tokens + ROOM)
+    rope = resolve_rope(model.config.raw, rope_scaling=scaling, source=model.config.source)
+    uses = () if adapter is None else (AdapterUse(adapter, adapter_folder(folder, adapter)),)
+    length = max(rope.covers or 0, num_tokens + ROOM)
 
     def opened(variant: Variant) -> Reader:
         made, adapters = open_variant(model, variant, length)
         return Reader(Engine(made, tokenizer, max_running=max_running), adapters)
 
     return Readers(opened(Variant("scaled", rope, uses)), opened(scaling_variant(model, PLAIN, 1.0)))
-
-
-def _rope(tour: Tour, folder: Path, model: Model) -> Rope:
-    try:
-        return resolve_rope(model.config.raw, rope_scaling=tour.scaling, source=model.config.source)
-    except (ConfigError, UnsupportedError) as error:
-        raise type(error)(f"{tour_file(folder)}: scaling: {error}") from error
 
 
 def is_right(question: Question, answer: str) -> bool:

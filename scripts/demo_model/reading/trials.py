@@ -45,7 +45,7 @@ class Trial:
 
 def document_trial(rng: random.Random, encoder: Encoder, length: int, side: HeldOut, num_questions: int = 8) -> Trial:
     """A document as long as fits into `length` tokens with a question, and questions from everywhere within it."""
-    document = _document_of(rng, encoder, length - RESERVE, side)
+    document = document_of(rng, encoder, length - RESERVE, side)
     chosen: list[tuple[Question, float]] = []
     facts = rng.sample(document.facts, min(num_questions, len(document.facts)))
     for fact in facts:
@@ -92,7 +92,7 @@ def key_value_trial(rng: random.Random, encoder: Encoder, length: int, num_quest
     return Trial(context, tuple(asked))
 
 
-def _document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOut) -> Document:
+def document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOut) -> Document:
     """The longest of a few documents that fit into `tokens`."""
     best: Document | None = None
     num_facts, best_tokens = max(1, tokens // 18), 0
