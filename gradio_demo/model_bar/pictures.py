@@ -24,11 +24,11 @@ def status_line(loaded: Loaded | None) -> str:
         f"{model.max_seq_len:,} tokens of context",
         escape(rope_name(loaded)),
     ]
-    babble = (
-        '<span class="rw-note">A tiny model trained on Python\'s library alone: it writes things that look like code '
-        "and mean nothing. Load a GPTQ folder to talk with something clever.</span>"
+    tiny = (
+        '<span class="rw-note">A tiny model that answers questions about a text in front of it, and knows nothing '
+        "else. Load a GPTQ folder to talk with something clever.</span>"
     )
-    return f'<p class="rw-status">{" · ".join(parts)}{babble if loaded.is_embedded else ""}</p>'
+    return f'<p class="rw-status">{" · ".join(parts)}{tiny if loaded.is_embedded else ""}</p>'
 
 
 def queue_line(loaded: Loaded | None) -> str:

@@ -117,9 +117,11 @@ def pleasant_document(rng: random.Random, encoder: Encoder, tokens: int) -> Docu
 
 
 def ask_all(rng: random.Random, readers: Readers, document: Document, num_questions: int) -> list[Tried]:
-    """Questions about facts from everywhere in a document, asked in both ways; no two have the same text."""
+    """Questions about facts from everywhere in a document, asked in both ways; no two have the same text. They are of
+    relations with wordings of their own: of the others, which join any two words, a reader would make no sense."""
     asked: dict[str, tuple[Question, float]] = {}
-    for fact in rng.sample(document.facts, min(num_questions, len(document.facts))):
+    facts = [fact for fact in document.facts if fact.relation.questions]
+    for fact in rng.sample(facts, min(num_questions, len(facts))):
         made = exercises.ask(rng, fact, document, SIDE, QUOTES)
         depth = document.text.index(fact.passage) / len(document.text)
         asked[made.text] = (Question(made.text, made.answer, fact.passage, made.kind), depth)

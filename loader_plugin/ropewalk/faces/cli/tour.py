@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ropewalk.base.errors import RequestError
-from ropewalk.faces.cli.loading import load
-from ropewalk.faces.cli.options import MODEL_HELP, add_load_arguments, model_argument, model_folder
+from ropewalk.faces.cli.options import MODEL_HELP, add_load_arguments, load_options, model_argument, model_folder
 from ropewalk.faces.cli.terminal import progress_bar, read_text
 
 if TYPE_CHECKING:
@@ -35,12 +34,14 @@ def add_tour_command(commands: argparse._SubParsersAction) -> None:
         "--document", metavar="FILE", help="ask --question about this text (UTF-8; -: standard input) instead"
     )
     add_load_arguments(parser)
-    parser.set_defaults(run=run_tour, adapter=[])
+    parser.set_defaults(run=run_tour)
 
 
 def run_tour(args: argparse.Namespace) -> int:
     """A model answers questions about a document far longer than what it was trained on, with its context scaling and
     without: the tour that comes with it, or a question of your own."""
+    from ropewalk.model.loader import load_model
+    from ropewalk.text.tokenizer.load import load_tokenizer
     from ropewalk.tour.readers import open_readers
     from ropewalk.tour.tour import read_tour, tour_file
 
@@ -52,7 +53,10 @@ def run_tour(args: argparse.Namespace) -> int:
         raise RequestError(f"--document {args.document}: ask something about it with --question TEXT")
     document = tour.document if args.document is None else read_text(args.document)
     asked = [question.text for question in tour.questions] if args.question is None else [args.question]
-    readers = open_readers(tour, folder, *load(args))
+    tokenizer = load_tokenizer(folder)
+    with progress_bar("loading", "layer") as progress:
+        model = load_model(folder, options=load_options(args), progress=progress)
+    readers = open_readers(tour, folder, model, tokenizer)
     _introduce(tour.title if args.document is None else args.document, document, asked[0], readers)
     known = {q.text: q for q in tour.questions} if args.document is None else {}
     right = [_take(tour, readers, is_scaled, document, asked, known) for is_scaled in (True, False)]
