@@ -14,10 +14,11 @@ def why(tour: Tour, readers: Readers, is_scaled: bool, num_tokens: int) -> str:
     """What the answers of one way to read rest on. num_tokens: of the document with its question."""
     trained = readers.plain.rope.original_length
     if not is_scaled:
-        unseen = max(0, num_tokens - trained)
+        if num_tokens <= trained:
+            return f"Without scaling, all {num_tokens:,} positions are among the {trained:,} of the model's training."
         return (
-            f"Without scaling, positions {trained:,} to {max(num_tokens, trained + 1) - 1:,} are turned by angles that "
-            f"the model never saw in its training on {trained:,} tokens: {unseen / num_tokens:.0%} of this text."
+            f"Without scaling, positions {trained:,} to {num_tokens - 1:,} are turned by angles that the model never "
+            f"saw in its training on {trained:,} tokens: {1 - trained / num_tokens:.0%} of this text."
         )
     learned = "" if tour.adapter is None else f", and the LoRA {tour.adapter} was trained to read them so"
     return (
