@@ -54,6 +54,7 @@ def opened(browser: Browser, url: str, size: str, theme: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
     page = context.new_page()
     page.goto(url)
+    page.get_by_role("tab", name="Chat", exact=True).first.wait_for()
     choose(page, "Chat")  # with a model that has a tour, the page opens on that
     page.wait_for_function("document.querySelector('#template input')?.value", timeout=PATIENCE_MS)
     page.wait_for_timeout(1500)
