@@ -24,11 +24,11 @@ def status_line(loaded: Loaded | None) -> str:
         f"{model.max_seq_len:,} tokens of context",
         escape(rope_name(loaded)),
     ]
-    tiny = (
-        '<span class="rw-note">A tiny model that answers questions about a text in front of it, and knows nothing '
-        "else. Load a GPTQ folder to talk with something clever.</span>"
+    note = (
+        '<span class="rw-note">A tiny model that finds answers in a text in front of it, in simple English, and knows '
+        "nothing else. Load a GPTQ folder to talk with something clever.</span>"
     )
-    return f'<p class="rw-status">{" · ".join(parts)}{tiny if loaded.is_embedded else ""}</p>'
+    return f'<p class="rw-status">{" · ".join(parts)}{note if loaded.is_embedded else ""}</p>'
 
 
 def queue_line(loaded: Loaded | None) -> str:

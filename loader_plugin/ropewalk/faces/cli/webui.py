@@ -119,7 +119,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Copy the embedded model into the folder of models. It is small, and answers questions about a text before it."""
+    """Copy the embedded model into the folder of models. It is small and answers questions about a text."""
     from ropewalk.faces.webui.embedded_model import copy_model
     from ropewalk.files.embedded import embedded_context
 
