@@ -1,7 +1,8 @@
-// What Gradio has no setting for: which keys send, and a conversation that is followed only while its end is in view.
+// What Gradio has no setting for: which keys send, a passage that comes into view, and a conversation that is followed
+// only while its end is in view.
 (() => {
   // The field that is written in -> the button that sends it.
-  const SENDS = { "question": "send", "documents-question": "documents-ask" };
+  const SENDS = { "question": "send", "documents-question": "documents-ask", "tour-question": "tour-ask" };
   const SENDS_WITH_CTRL = { ...SENDS, "notebook-text": "notebook-go", "order-prompt": "order-compare" };
 
   function keyPressed(event) {
@@ -49,9 +50,21 @@
     toEnd();
   }
 
+  // A passage that has just been marked comes into view in the document, which scrolls by itself and not the page.
+  const seen = new WeakSet();
+  function showMark() {
+    const mark = document.querySelector(".rw-document mark");
+    if (!mark || seen.has(mark)) return;
+    seen.add(mark);
+    const box = mark.closest(".rw-document");
+    const offset = mark.getBoundingClientRect().top - box.getBoundingClientRect().top;
+    box.scrollTop += offset - (box.clientHeight - mark.offsetHeight) / 3;
+  }
+
   // The component is drawn some time after the page, and drawn anew with some of its settings.
   const followed = new WeakSet();
   new MutationObserver(() => {
+    showMark();
     const log = document.querySelector("#chatbot .bubble-wrap");
     if (log && !followed.has(log)) {
       followed.add(log);

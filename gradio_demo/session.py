@@ -1,6 +1,6 @@
 """The behaviour of the page, without Gradio: what each tab does, over one model that all visitors share.
 
-    access -> workbench -> loading, chats, notebook, documents, lab, layers
+    access -> workbench -> loading, tours, chats, notebook, documents, lab, layers
 
 Everything here can be used and tested from a plain script.
 """
@@ -24,6 +24,7 @@ from ropewalk.gradio_demo.model_bar.workbench import Workbench
 from ropewalk.gradio_demo.notebook.behaviour import Notebook
 from ropewalk.gradio_demo.replies.running import Running
 from ropewalk.gradio_demo.shared.access import Access
+from ropewalk.gradio_demo.tour.behaviour import Tours
 
 KEPT = "caches"  # the folder of kept documents beside that of conversations
 
@@ -35,6 +36,7 @@ class Session:
     workbench: Workbench
     loading: Loading
     running: Running
+    tours: Tours
     chats: Chats
     notebook: Notebook
     documents: Documents
@@ -61,6 +63,7 @@ def make_session(
         workbench=workbench,
         loading=Loading(workbench, owner),
         running=running,
+        tours=Tours(workbench, running),
         chats=Chats(workbench, ConversationStore(data), running),
         notebook=Notebook(workbench, running),
         documents=documents,

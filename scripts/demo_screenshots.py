@@ -1,6 +1,6 @@
 """Pictures of the demo page for the documentation: every tab, wide and narrow, light and dark.
 
-    ropewalk demo --port 7860 --anyone-may-load &
+    ropewalk demo --port 7860 --anyone-may-load &   # tour and tour-off: of a model that has a tour
     python scripts/demo_screenshots.py http://127.0.0.1:7860 docs/images
 
 Needs playwright and a Chromium (--chromium). Pictures are reduced to 256 colours, which keeps each below 150 KB.
@@ -55,6 +55,8 @@ def opened(browser: Browser, url: str, size: str, theme: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
     page = context.new_page()
     page.goto(url)
+    page.get_by_role("tab", name="Chat", exact=True).first.wait_for()
+    choose(page, "Chat")  # with a model that has a tour, the page opens on that
     page.wait_for_function("document.querySelector('#template input')?.value", timeout=PATIENCE_MS)
     page.wait_for_timeout(1500)
     yield page
@@ -90,6 +92,21 @@ def wait_text(page: Page, selector: str, text: str) -> None:
 def fill_setting(page: Page, selector: str, text: str) -> None:
     """Type into a field, whatever element it is made of."""
     page.locator(f"{selector} textarea, {selector} input").first.fill(text)
+
+
+def picture_tour(page: Page) -> None:
+    """A question answered, and its passage."""
+    choose(page, "Tour")
+    page.click("#tour-question-2")
+    page.locator("#tour-answer .rw-verdict").wait_for(timeout=PATIENCE_MS)
+    page.locator("#tour-document mark").wait_for()
+
+
+def picture_tour_off(page: Page) -> None:
+    """The same question without the scaling."""
+    picture_tour(page)
+    page.locator("#tour-switch input").uncheck()
+    wait_text(page, "#tour-why", "Without scaling")
 
 
 def picture_model(page: Page) -> None:
@@ -176,6 +193,8 @@ def picture_layers(page: Page) -> None:
 
 
 TABS: dict[str, Callable[[Page], None]] = {
+    "tour": picture_tour,
+    "tour-off": picture_tour_off,
     "model": picture_model,
     "chat": picture_chat,
     "notebook": picture_notebook,

@@ -19,7 +19,7 @@ PACKAGE = Path(ropewalk.__file__).parent
 # The rooms, each after all that it may import.
 ROOMS = (
     *("base", "families", "config", "rope", "files", "gptq", "containers", "weights", "native", "backends", "adapters"),
-    *("model", "generate", "text", "engine", "measure", "faces", "cluster"),
+    *("model", "generate", "text", "engine", "measure", "tour", "faces", "cluster"),
 )
 PUBLIC = {"errors", "hf", "native", "webui", "__main__"}  # paths that people import; they only point into a room
 PAGE = "gradio_demo"  # above all of these; tests/gradio_demo looks at its own order
@@ -65,6 +65,7 @@ IMPORT_WHEN_CALLED = {
         "faces.cli.serve",
         "faces.cli.terminal",
         "faces.cli.torchrun",
+        "faces.cli.tour",
     ),
     *("faces.cli.divergence", "faces.cli.measuring", "faces.cli.perplexity", "faces.cli.report"),
     *("faces.cli.webui", "files.local", "measure.plots", "model.backend_choice", "model.backends"),

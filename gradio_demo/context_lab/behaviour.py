@@ -6,6 +6,7 @@ model that shares its weights, so that conversations can go on meanwhile.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,20 @@ from ropewalk.measure.compare import Curve, compare_perplexity, curves_csv
 from ropewalk.measure.plots import plot_curves, plot_recommendation, plot_retrieval, svg_text
 from ropewalk.measure.recommend import RULE, Recommendation, recommend, recommendation_csv, recommendation_rows
 from ropewalk.measure.retrieval import RetrievalCell, cells_csv, retrieval_map
-from ropewalk.measure.tables import with_error
+from ropewalk.measure.stored import Map, read_lab
+from ropewalk.measure.tables import csv_text, with_error
 from ropewalk.measure.tasks import make_task
 from ropewalk.model.variants import AS_LOADED, SCALINGS, Variant, adapter_variant, open_variant, scaling_variant
+from ropewalk.tour.tour import FOLDER
 
 HELD_OUT = "held_out.txt"
 MAX_LENGTHS = 12
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ADAPTER_MARK = "adapter "
+CELL_COLUMNS = ("length", "depth", "found", "tokens found")
+STORED = "Measured when the model was made, and stored with it. Measure does it anew, with what is chosen above."
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +110,7 @@ class ContextLab:
             return compare_perplexity(loaded.model, ids, wanted, variants, int(max_tokens), progress, cancelled)
 
         def show(curves: list[Curve]) -> _Shown:
-            rows = tuple(
-                (curve.name, row.length, with_error(row.perplexity, row.error))
-                for curve in curves
-                for row in curve.rows
-            )
-            trained = self._workbench.require().model.rope.original_length
-            svg = svg_text(plot_curves(curves, trained)) if rows else ""
-            return _Shown(svg, curves_csv(curves), ("scaling", "length", "perplexity"), rows)
+            return _shown_curves(curves, self._workbench.require())
 
         yield from self._follow(visitor, work, show, "perplexity")
 
@@ -146,11 +146,35 @@ class ContextLab:
             return retrieval_map(model, made, wanted, DEPTHS, progress, cancelled, adapters)
 
         def show(cells: list[RetrievalCell]) -> _Shown:
-            rows = tuple((c.length, f"{c.depth:.0%}", f"{c.found:.0%}", f"{c.tokens_found:.0%}") for c in cells)
+            rows = _cell_rows(cells)
             svg = svg_text(plot_retrieval(cells, scaling)) if rows else ""
-            return _Shown(svg, cells_csv(cells), ("length", "depth", "found", "tokens found"), rows)
+            return _Shown(svg, cells_csv(cells), CELL_COLUMNS, rows)
 
         yield from self._follow(visitor, work, show, "retrieval")
+
+    def folder(self) -> str:
+        """Where the loaded model is; what is stored with it is there."""
+        loaded = self._workbench.loaded
+        return "" if loaded is None else str(loaded.folder)
+
+    def stored(self) -> tuple[LabView | None, LabView | None]:
+        """Curves, and maps, that come with the loaded model; None where there are none that can be shown, with the
+        reason in the log if they are damaged."""
+        loaded = self._workbench.loaded
+        if loaded is None:
+            return None, None
+        try:
+            lab = read_lab(loaded.folder / FOLDER)
+        except RopewalkError as error:
+            logger.warning("what is stored with %s is not shown: %s", loaded.name, error)
+            return None, None
+        curves = self._stored_view(_shown_curves(lab.curves, loaded), "perplexity") if lab.curves else None
+        return curves, self._stored_view(_shown_maps(lab.maps), "retrieval") if lab.maps else None
+
+    def _stored_view(self, shown: _Shown, name: str) -> LabView:
+        path = self._exports / f"{name}-stored.csv"
+        path.write_text(shown.table, encoding="utf-8")
+        return LabView(Measured(running=False), shown.svg, shown.columns, shown.rows, path, (STORED,))
 
     def _variant(self, loaded: Loaded, name: str, factor: float | None, longest: int) -> Variant:
         if name.startswith(ADAPTER_MARK):
@@ -182,6 +206,26 @@ class ContextLab:
                     yield LabView(measured, shown.svg, shown.columns, shown.rows, path, shown.advice)
         except RopewalkError as error:
             yield LabView(Measured(running=False, error=str(error)))
+
+
+def _shown_curves(curves: Sequence[Curve], loaded: Loaded) -> _Shown:
+    rows = tuple(
+        (curve.name, row.length, with_error(row.perplexity, row.error)) for curve in curves for row in curve.rows
+    )
+    svg = svg_text(plot_curves(curves, loaded.model.rope.original_length)) if rows else ""
+    return _Shown(svg, curves_csv(curves), ("scaling", "length", "perplexity"), rows)
+
+
+def _shown_maps(maps: Sequence[Map]) -> _Shown:
+    """Several maps, one below the other."""
+    rows = tuple((one.name, *row) for one in maps for row in _cell_rows(one.cells))
+    svg = "".join(svg_text(plot_retrieval(one.cells, one.name)) for one in maps)
+    columns = ("scaling", *CELL_COLUMNS)
+    return _Shown(svg, csv_text(columns, rows), columns, rows)
+
+
+def _cell_rows(cells: Sequence[RetrievalCell]) -> tuple[tuple[Any, ...], ...]:
+    return tuple((c.length, f"{c.depth:.0%}", f"{c.found:.0%}", f"{c.tokens_found:.0%}") for c in cells)
 
 
 def read_lengths(text: str) -> list[int]:

@@ -112,12 +112,18 @@ def build_context_lab(session: Session, bar: ModelBar) -> None:
     _connect_runs(session, lengths, factor, text, (curves, scalings, tokens), (cells, scaling, trials, task))
     _connect_advice(session, text, advice, wanted, budget)
 
-    def run_choices() -> list[Any]:
+    def run_choices(before: str) -> list[Any]:
         names = session.lab.scalings()
         chosen = CHOSEN + [name for name in names if name.startswith(ADAPTER_MARK)][:MAX_CHOSEN_ADAPTERS]
-        return [gr.update(choices=names, value=chosen), gr.update(choices=names, value=AS_LOADED)]
+        choices = [gr.update(choices=names, value=chosen), gr.update(choices=names, value=AS_LOADED)]
+        now = session.lab.folder()
+        if now == before:  # only its settings have changed: what a visitor has measured stays
+            return [*choices, now, *[gr.skip()] * (len(curves.outputs) + len(cells.outputs))]
+        of_curves, of_maps = session.lab.stored()
+        return [*choices, now, *curves.stored(of_curves), *cells.stored(of_maps)]
 
-    bar.changed.change(run_choices, None, [scalings, scaling], **HIDDEN)
+    folder = gr.State("")
+    bar.changed.change(run_choices, folder, [scalings, scaling, folder, *curves.outputs, *cells.outputs], **HIDDEN)
 
 
 class _Measurement:
@@ -146,13 +152,22 @@ class _Measurement:
         """In the order of `shown`."""
         return [self.progress, self.plot, self.table, self.csv]
 
+    def stored(self, view: LabView | None) -> list[Any]:
+        """What comes with the model as values of `outputs`, all empty if nothing does."""
+        if view is None:
+            return ["", "", gr.update(value=None), gr.update(value=None, interactive=False)]
+        return [advice_lines(view.advice), *self._results(view)]
+
     def shown(self, view: LabView) -> list[Any]:
         """A view as values of `outputs`; plot and table stay until there are new ones."""
         bar = progress_bar(view.measured, self.unit) + advice_lines(view.advice)
         if view.csv is None:
             return [bar, gr.skip(), gr.skip(), gr.skip()]
+        return [bar, *self._results(view)]
+
+    def _results(self, view: LabView) -> list[Any]:
         table = gr.update(value={"headers": list(view.columns), "data": [list(row) for row in view.rows]})
-        return [bar, view.svg, table, gr.update(value=str(view.csv), interactive=True)]
+        return [view.svg, table, gr.update(value=str(view.csv), interactive=True)]
 
 
 def _connect_runs(session: Session, lengths: Any, factor: Any, text: list[Any], first: Any, second: Any) -> None:

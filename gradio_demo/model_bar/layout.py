@@ -210,12 +210,15 @@ def _connect(
         note = note_line(session.loading.note(visitor(request)))
         return [status_line(loaded), model_card(loaded), note, workbench.generation, answer_of(as_built, shown)]
 
-    def run_adapters(chosen: list[str]) -> Any:
+    def run_adapters(chosen: list[str], before: list[str]) -> list[Any]:
         loaded = workbench.loaded
         names = [] if loaded is None else workbench.adapters(loaded)
-        return gr.update(choices=names, value=[name for name in chosen or [] if name.partition(":")[0] in names])
+        now = [] if loaded is None else workbench.suggested_adapters(loaded)
+        kept = [name for name in chosen or [] if name.partition(":")[0] in names]
+        return [gr.update(choices=names, value=now if (chosen or []) == before else kept), now]
 
-    bar.changed.change(run_adapters, bar.adapters, bar.adapters, **HIDDEN)
+    suggested = gr.State([])
+    bar.changed.change(run_adapters, [bar.adapters, suggested], [bar.adapters, suggested], **HIDDEN)
     load.click(run_load, [bar.folder, *bar.fields], outcome, api_name="load", show_progress_on=[message, bar.card])
     unload.click(run_unload, None, outcome, **HIDDEN)
     watched = [bar.queue, bar.note, bar.status, bar.card, bar.changed, bar.order]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demo_session import GREEDY, VISITOR, asked, embedded_session, empty_session
+from demo_session import GREEDY, VISITOR, asked, embedded_length, embedded_session, empty_session
 from fixtures import REPOSITORY
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.chat.conversations import Conversation
@@ -39,7 +39,10 @@ def test_a_reply_streams_and_is_saved_with_its_line(tmp_path: Path) -> None:
     last = views[-1].conversation
     assert [turn.role for turn in last.turns] == ["user", "assistant"]
     assert "12 written" in last.turns[-1].note
-    assert views[-1].meter.written == 11 and views[-1].meter.size == 2048  # the last token is not forwarded
+    # The last token is not forwarded.
+    assert (
+        views[-1].meter.written == 11 and views[-1].meter.size == embedded_length()
+    )  # the last token is not forwarded
     assert session.chats.current(VISITOR) == last
 
 

@@ -40,10 +40,10 @@ def test_the_rope_of_the_loaded_model_changes_while_a_conversation_is_open(tmp_p
     session = embedded_session(tmp_path)
     conversation = asked(session, "def read_lines(path):" + " # of which there are many" * 20)
     engine = session.workbench.require().engine
-    changed = values(session, rope_method="ntk-by-parts", rope_factor="8", max_seq_len="2048")
+    changed = values(session, rope_method="linear", rope_factor="2", max_seq_len="2048")
     loaded = session.loading.rescale(VISITOR, changed, mode)
-    assert loaded.engine is engine and loaded.model.rope.method.name == "ntk-by-parts"
-    assert "ntk-by-parts" in loaded.info.rope and loaded.settings.rope_factor == 8.0
+    assert loaded.engine is engine and loaded.model.rope.method.name == "linear"
+    assert "linear" in loaded.info.rope and loaded.settings.rope_factor == 2.0
     view = list(session.chats.ask(VISITOR, conversation, "def write_lines(path):", GREEDY))[-1]
     reused = int(re.search(r"(\d+) from the cache", view.line).group(1))
     assert view.error is None and (reused > 0) == (mode == "rotate")

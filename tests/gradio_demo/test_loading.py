@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from demo_session import GREEDY, VISITOR, asked, copy_of_the_embedded_model, embedded_session, empty_session, values
+from demo_session import (
+    GREEDY,
+    VISITOR,
+    asked,
+    copy_of_the_embedded_model,
+    embedded_length,
+    embedded_session,
+    empty_session,
+    values,
+)
 from ropewalk.base.errors import RequestError
+from ropewalk.files.embedded import embedded_context
 from ropewalk.gradio_demo.chat.conversations import Conversation
 from ropewalk.gradio_demo.documents.behaviour import Document
 from ropewalk.gradio_demo.model_bar.settings import AS_CHECKPOINT, FieldError
@@ -20,7 +30,9 @@ from ropewalk.gradio_demo.shared.access import EMBEDDED
 
 def test_the_embedded_model_starts_with_a_context_worth_talking_in(shared: Session) -> None:
     loaded = shared.workbench.require()
-    assert (loaded.model.max_seq_len, loaded.model.rope.method.name) == (2048, "yarn")
+    context = embedded_context()
+    assert (loaded.model.max_seq_len, loaded.model.rope.method.name) == (embedded_length(), context.method)
+    assert shared.workbench.suggested_adapters(loaded) == [context.adapter] * (context.adapter is not None)
 
 
 def test_values_as_the_checkpoint_has_them_are_left_to_it(tmp_path: Path) -> None:
@@ -36,7 +48,7 @@ def test_values_as_the_checkpoint_has_them_are_left_to_it(tmp_path: Path) -> Non
         ({"max_seq_len": "many"}, "max_seq_len", "a number is needed, got 'many'"),
         ({"max_seq_len": "1.5"}, "max_seq_len", "a whole number from 1 to"),
         ({"threads": "0"}, "threads", "a whole number from 1 to 1024"),
-        ({"alpha_value": "2"}, "alpha_value", "the RoPE method yarn replaces it"),
+        ({"alpha_value": "2"}, "alpha_value", "the RoPE method .* replaces it"),
         ({"alpha_value": "nan"}, "alpha_value", "a finite number"),
         ({"rope_factor": ""}, "rope_factor", "needs a factor"),
         ({"rope_factor": "-1"}, "rope_method", "factor"),

@@ -13,7 +13,7 @@ import ropewalk.gradio_demo
 
 FOLDER = Path(ropewalk.gradio_demo.__file__).parent
 PACKAGE = "ropewalk.gradio_demo"
-TABS = {"chat", "notebook", "documents", "context_lab", "layers"}
+TABS = {"tour", "chat", "notebook", "documents", "context_lab", "layers"}
 BELOW_TABS = ("shared", "model_bar", "replies")  # each after those that it may import from
 TOP = {"session", "app", "serving", "theme"}
 # Layouts stand on behaviour, through the session that holds all of it; behaviour knows no layout.

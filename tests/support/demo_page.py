@@ -25,7 +25,9 @@ def gradio_access(session: Session) -> Access:
 
 
 def opened(page: Any, url: str) -> None:
+    """The page on its chat: with a model that has a tour, it opens on that."""
     page.goto(url)
+    choose(page, "Chat")
     page.wait_for_function("document.querySelector('#template input')?.value")
 
 

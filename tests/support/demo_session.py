@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.embedded import demo_model_path, embedded_context
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.chat.conversations import Conversation
 from ropewalk.gradio_demo.model_bar.owner import Owner
@@ -57,3 +57,8 @@ def asked(session: Session, *questions: str, request: ReplyRequest = GREEDY) -> 
     for question in questions:
         conversation = list(session.chats.ask(VISITOR, conversation, question, request))[-1].conversation
     return conversation
+
+
+def embedded_length() -> int:
+    """The context that conversations with the embedded model have."""
+    return int(512 * embedded_context().factor)

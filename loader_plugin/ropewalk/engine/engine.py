@@ -57,6 +57,7 @@ class Engine:
     speculation: "ngram" guesses ahead what stood in the text before, "draft" asks `draft_model`, a smaller model of the
         same vocabulary or its folder; the text is the same without. Default: "draft" if there is a draft model.
     kept_folder: where prompts are kept that were read once; those that begin like one of them start from it (`kept`).
+    adapters: of requests that name none themselves, as for `stream`; they must be loaded.
 
     Raises:
         ConfigError: the tokenizer, or the draft model, belongs to another model; max_running or speculation is wrong.
@@ -74,6 +75,7 @@ class Engine:
         speculation: str | None = None,
         context_shift: bool | int = False,
         kept_folder: KeptFolder | None = None,
+        adapters: Request | None = None,
     ) -> None:
         check_tokenizer_fits(tokenizer, model.config.vocab_size)
         if not isinstance(max_running, int) or isinstance(max_running, bool) or max_running < 1:
@@ -83,6 +85,7 @@ class Engine:
         self.queue = TurnQueue(max_running, queue_limit)
         checked_shift(context_shift)
         self.context_shift = context_shift
+        self._adapters = _adapters_or_auto(adapters)
         self._speculation = Speculation(speculation, draft_model, model, tokenizer)
         self.scheduler = Scheduler(model, self._speculation.patience)
         if isinstance(chat_template, str):
@@ -375,7 +378,7 @@ class Engine:
         check_priority(priority)
         check_client(client)
         ids = checked_prompt(self.scheduler.vocab_size, self.context_size, prompt_ids)
-        uses = _adapters_or_auto(adapters)
+        uses = self._adapters if adapters is None else _adapters_or_auto(adapters)
         return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority, shift)
 
     def _pieces(self, request: TextRequest) -> Iterator[str]:

@@ -1,19 +1,36 @@
 """Where the embedded model lies, and how far its context is extended for conversations.
 
-It was trained on 512 tokens, which a conversation soon fills. YaRN with a factor of 4 costs it no quality (see its
-card), so the command line, the server, the page and the copy for text-generation-webui all give it 2,048. The commands
-that measure it (`perplexity`, `retrieval`, `compare`, `info`) and `load_model` take it as its files declare it.
+It was trained on 512 tokens, which a document or a conversation soon fills. With the LoRA `ntk-by-parts-8` it reads
+eight times as many under the scaling that this was trained for, so the command line, the server, the page and the copy
+for text-generation-webui all use both, unless somebody chooses a scaling or adapters. The commands that measure it
+(`perplexity`, `retrieval`, `compare`, `info`) and `load_model` take it as its files declare it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ropewalk.base.errors import CheckpointError
 
-EMBEDDED_METHOD = "yarn"
-EMBEDDED_FACTOR = 4.0
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedContext:
+    """A RoPE scaling by method and factor, and the LoRA that was trained for it, if there is one, by its name."""
+
+    method: str
+    factor: float
+    adapter: str | None = None
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """As an argument of `load_model`; the context length follows from it."""
+        return {"rope_type": self.method, "factor": self.factor}
+
+
+TRAINED = EmbeddedContext("ntk-by-parts", 8.0, "ntk-by-parts-8")
+UNTRAINED = EmbeddedContext("yarn", 4.0)  # what costs a model without such a LoRA nothing
 
 
 def demo_model_path() -> Path:
@@ -31,6 +48,16 @@ def demo_model_path() -> Path:
     return folder
 
 
-def embedded_scaling() -> dict[str, Any]:
-    """Its RoPE scaling for conversations, as an argument of `load_model`; the context length follows from it."""
-    return {"rope_type": EMBEDDED_METHOD, "factor": EMBEDDED_FACTOR}
+def embedded_context() -> EmbeddedContext:
+    """What conversations with the embedded model use."""
+    return TRAINED if _adapter_folder(TRAINED).is_dir() else UNTRAINED
+
+
+def embedded_adapters() -> list[Path]:
+    """The folders of the LoRAs that conversations with the embedded model use."""
+    context = embedded_context()
+    return [] if context.adapter is None else [_adapter_folder(context)]
+
+
+def _adapter_folder(context: EmbeddedContext) -> Path:
+    return demo_model_path() / "adapters" / str(context.adapter)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +169,15 @@ def read_windows(
         windows.append(BlockSums(length, sums, time.perf_counter() - started))
         kept[key] = {"sums": list(sums), "seconds": windows[-1].seconds}
     return windows
+
+
+def kept_rows(kept: Mapping[str, Any]) -> list[PerplexityRow]:
+    """A row for each length of which windows were kept, the shortest first."""
+    by_length: dict[int, list[BlockSums]] = {}
+    for key, value in kept.items():
+        length = int(key.split()[0])
+        by_length.setdefault(length, []).append(_kept_window(length, value))
+    return [row_of(windows) for _, windows in sorted(by_length.items())]
 
 
 def row_of(windows: Items[BlockSums]) -> PerplexityRow:

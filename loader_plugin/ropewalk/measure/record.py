@@ -75,25 +75,10 @@ class Record:
             raise RequestError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def _read(self, path: Path) -> None:
-        try:
-            section = Section(str(path), read_json_object(path))
-            kind, version = section.text("ropewalk"), section.integer("version", 1, VERSION)
-            settings, parts = section.section("settings"), section.section("parts")
-            if kind is None or settings is None or parts is None:
-                raise section.error("parts", "an object, beside ropewalk and settings: this is no record")
-            for name in parts.values:
-                part = parts.section(name)
-                if part is None or part.section("settings") is None or part.section("kept") is None:
-                    raise parts.error(name, "an object with settings and kept")
-        except ConfigError as error:
-            raise RequestError(f"{error}: name another file, or remove this one") from error
-        assert version == VERSION
-        if kind != self._kind:
-            raise RequestError(f"{path} is a record of {shown(kind)}, not of {self._kind!r}: name another file")
-        difference = _difference(settings.values, self._settings)
+        settings, self._parts = _read_whole(path, self._kind)
+        difference = _difference(settings, self._settings)
         if difference is not None:
             raise RequestError(f"{path}: {difference}; name another file, or remove this one")
-        self._parts = dict(parts.values)
 
 
 class Part(MutableMapping[str, Any]):
@@ -120,10 +105,39 @@ class Part(MutableMapping[str, Any]):
         return len(self._kept)
 
 
+def read_parts(path: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """The parts of a record by name, whatever it was made of: each has `settings` and `kept`.
+
+    Raises:
+        RequestError: the file cannot be read, is damaged, or is of another kind.
+    """
+    return _read_whole(path, kind)[1]
+
+
 def text_facts(token_ids: Sequence[int]) -> dict[str, Any]:
     """What tells one text from another, as a tokenizer cut it."""
     digest = hashlib.sha256(b"".join(int(token).to_bytes(4, "little") for token in token_ids)).hexdigest()
     return {"tokens of the text": len(token_ids), "text": digest[:32]}
+
+
+def _read_whole(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(settings, parts) of a record."""
+    try:
+        section = Section(str(path), read_json_object(path))
+        found, version = section.text("ropewalk"), section.integer("version", 1, VERSION)
+        settings, parts = section.section("settings"), section.section("parts")
+        if found is None or settings is None or parts is None:
+            raise section.error("parts", "an object, beside ropewalk and settings: this is no record")
+        for name in parts.values:
+            part = parts.section(name)
+            if part is None or part.section("settings") is None or part.section("kept") is None:
+                raise parts.error(name, "an object with settings and kept")
+    except ConfigError as error:
+        raise RequestError(f"{error}: name another file, or remove this one") from error
+    assert version == VERSION
+    if found != kind:
+        raise RequestError(f"{path} is a record of {shown(found)}, not of {kind!r}: name another file")
+    return dict(settings.values), dict(parts.values)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ slope where the share of whole answers is zero throughout.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,14 @@ def retrieval_map(
                 progress(done, total)
         cells += _cells(length, depths, found, len(trials))
     return cells
+
+
+def kept_cells(kept: Mapping[str, Any], depths: Sequence[float]) -> list[RetrievalCell]:
+    """The cells of trials that were kept by a map of these depths, the shortest length first."""
+    by_length: dict[int, list[list[_Answer]]] = {}
+    for key, answers in kept.items():
+        by_length.setdefault(int(key.split()[0]), []).append([_Answer(*answer) for answer in answers])
+    return [cell for length, found in sorted(by_length.items()) for cell in _cells(length, depths, found, len(found))]
 
 
 def cells_csv(cells: Sequence[RetrievalCell]) -> str:

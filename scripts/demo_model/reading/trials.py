@@ -62,7 +62,7 @@ def document_trial(
 
     layout: one of FORMATS; the same documents and questions are drawn for each.
     """
-    document = _document_of(rng, encoder, length - RESERVE, side)
+    document = document_of(rng, encoder, length - RESERVE, side)
     chosen: list[tuple[Question, float]] = []
     facts = rng.sample(document.facts, min(num_questions, len(document.facts)))
     for fact in facts:
@@ -107,7 +107,7 @@ def _most(make: Callable[[int], str], encoder: Encoder, length: int) -> int:
     return low
 
 
-def _document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOut) -> Document:
+def document_of(rng: random.Random, encoder: Encoder, tokens: int, side: HeldOut) -> Document:
     """The longest of a few documents that fit into `tokens`."""
     best: Document | None = None
     num_facts, best_tokens = max(1, tokens // 18), 0

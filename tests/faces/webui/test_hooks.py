@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 from ropewalk.base.errors import ConfigError, RopewalkError
 from ropewalk.faces.webui import register
 from ropewalk.faces.webui.hook import Hook
-from ropewalk.faces.webui.hooks import HOOKS
+from ropewalk.faces.webui.hooks import HOOKS, loading
 from ropewalk.faces.webui.hooks.arguments import add_flags
 from ropewalk.faces.webui.hooks.training import REFUSAL
 from ropewalk.faces.webui.parameters import PARAMETERS
@@ -209,6 +209,20 @@ def test_loras_are_applied_added_and_removed(loaded: SimpleNamespace) -> None:
     assert reply(loaded) != plain
     loaded.LoRA.add_lora_to_model([])
     assert reply(loaded) == plain
+
+
+def test_adapters_that_a_model_asks_for_are_used_until_others_are_chosen(
+    webui: SimpleNamespace, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = root / "models" / "demo" / "adapters" / "linear-4"
+    monkeypatch.setattr(loading, "default_adapters", lambda folder: [wanted])
+    webui.shared.model, webui.shared.tokenizer = webui.models.load_model("demo", "ropewalk")
+    assert webui.shared.model.used_adapters == (("linear-4", 1.0),)
+    webui.LoRA.add_lora_to_model(["storm"])
+    assert webui.shared.model.adapters == ("storm",)
+    webui.shared.args.alpha_value = 2.0
+    webui.shared.model, webui.shared.tokenizer = webui.models.load_model("demo", "ropewalk")
+    assert webui.shared.model.used_adapters == ()
 
 
 def test_loras_may_have_weights_and_layers(loaded: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import sysconfig
 from pathlib import Path
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ropewalk
+from ropewalk.base.errors import ConfigError
 from ropewalk.faces.cli.main import main
 from ropewalk.faces.webui.checkout import find_checkout
+from ropewalk.faces.webui.embedded_model import default_adapters
 from ropewalk.faces.webui.extension import SCRIPT, clean_yaml
 from ropewalk.faces.webui.startup_file import disable, enable, is_enabled, line, startup_file
-from ropewalk.files.embedded import demo_model_path
+from ropewalk.files.embedded import demo_model_path, embedded_context
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -144,9 +147,11 @@ def test_the_embedded_model_is_put_among_the_models_and_removed_again(
     checkout = make_checkout(tmp_path)
     folder = checkout / "user_data/models/ropewalk-demo"
     said = run("demo", checkout, capsys=capsys)
-    assert f"wrote {folder}" in said and "2,048 tokens of context" in said
-    model = ropewalk.load_model(folder)
-    assert (model.rope.covers, model.rope.original_length, model.max_seq_len) == (2048, 512, 2048)
+    context = embedded_context()
+    assert f"wrote {folder}" in said and f"{context.method} scaling by {context.factor:g}" in said
+    model, length = ropewalk.load_model(folder), int(512 * context.factor)
+    assert (model.rope.covers, model.rope.original_length, model.max_seq_len) == (length, 512, length)
+    assert [adapter.name for adapter in default_adapters(folder)] == [context.adapter] * (context.adapter is not None)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in demo_model_path().iterdir())
     assert main(["webui", "demo", str(checkout)]) == 2
     assert "exists already" in capsys.readouterr().err
@@ -160,6 +165,13 @@ def test_an_embedded_model_that_was_changed_is_left(tmp_path: Path, capsys: pyte
     run("demo", checkout, capsys=capsys)
     (checkout / "user_data/models/ropewalk-demo" / change).write_text("{}")
     assert "has been changed and was left" in run("uninstall", checkout, capsys=capsys)
+
+
+@pytest.mark.parametrize("names", [["../elsewhere"], "linear-4", [3]])
+def test_adapters_that_a_folder_asks_for_are_names_of_its_own(tmp_path: Path, names: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"default_adapters": names}))
+    with pytest.raises(ConfigError, match="config.json: default_adapters must be a list of names of folders in"):
+        default_adapters(tmp_path)
 
 
 def test_the_embedded_model_needs_a_folder_for_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from demo_page import PATIENCE_MS, ask, choose, field, opened, reply_settings, says
+from demo_session import embedded_length
 from ropewalk.config.layer_order import choose_layer_order
 from ropewalk.gradio_demo.session import Session
 
@@ -71,7 +72,7 @@ def test_settings_typed_at_once_stay_and_the_others_are_filled_in(page: Page, ur
     gate.set()
     page.wait_for_function("document.querySelector('#field-rope_factor input, #field-rope_factor textarea').value")
     assert field(page, "field-threads").input_value() == "1"
-    assert field(page, "field-max_seq_len").input_value() == "2048"
+    assert field(page, "field-max_seq_len").input_value() == str(embedded_length())
 
 
 def test_a_layer_order_typed_at_once_stays_and_others_see_the_new_one(

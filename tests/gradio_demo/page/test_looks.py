@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from demo_page import PATIENCE_MS, TABS, ask, choose, field, opened, reply_settings, says
+from ropewalk.gradio_demo.session import Session
 
 LEAST_CONTRAST = 4.5  # WCAG 2.2, level AA, for text of this size
 
@@ -69,8 +70,10 @@ def themed(request: pytest.FixtureRequest, browser: Browser, url: str) -> Iterat
     context.close()
 
 
-@pytest.mark.parametrize("tab", TABS)
-def test_every_text_stands_out_from_its_ground(themed: Page, tab: str) -> None:
+@pytest.mark.parametrize("tab", ["Tour", *TABS])
+def test_every_text_stands_out_from_its_ground(themed: Page, session: Session, tab: str) -> None:
+    if tab == "Tour" and session.tours.current() is None:
+        pytest.skip("the embedded model brings no tour yet")
     choose(themed, tab)
     found = themed.evaluate(CONTRASTS)
     assert any("placeholder" in text for text, *_ in found)

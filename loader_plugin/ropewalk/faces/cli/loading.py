@@ -11,7 +11,7 @@ from ropewalk.base.choices import AUTO
 from ropewalk.faces.cli.adapter_options import scaling_of_adapters
 from ropewalk.faces.cli.options import load_options, model_folder
 from ropewalk.faces.cli.terminal import note, progress_bar
-from ropewalk.files.embedded import embedded_scaling
+from ropewalk.files.embedded import embedded_adapters, embedded_context
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
@@ -28,8 +28,8 @@ def load(args: argparse.Namespace, to_talk: bool = False, options: LoadOptions |
 def load_without_tokenizer(args: argparse.Namespace, to_talk: bool = False, options: LoadOptions | None = None) -> Any:
     """The model, with a progress bar, and the RoPE decision on stderr.
 
-    to_talk: the embedded model gets its longer context, unless a RoPE option or an adapter says otherwise. options:
-    those of `options_for_adapters`, where they are known already.
+    to_talk: the embedded model gets its longer context and the adapter for it, unless an option says otherwise.
+    options: those of `options_for_adapters`, where they are known already.
     """
     from ropewalk.model.loader import load_model
 
@@ -44,15 +44,21 @@ def load_without_tokenizer(args: argparse.Namespace, to_talk: bool = False, opti
 
 
 def options_for_adapters(args: argparse.Namespace, to_talk: bool = False) -> LoadOptions:
-    """The options of loading; where none is about RoPE, with the scaling that the adapters given were trained for."""
+    """The options of loading; where none is about RoPE, with the scaling that the adapters given were trained for.
+
+    to_talk: the embedded model gets its own adapter, in `args` as if it had been given, unless one of these options is.
+    """
     options = load_options(args)
     if options.rope_scaling == AUTO and getattr(args, "adapter", None):
         return _with_adapters_first(args, model_folder(args), options)
     if options.has_rope:
         return options
+    is_extended = to_talk and args.model is None
+    if is_extended and not args.adapter:
+        args.adapter = list(map(str, embedded_adapters()))
     scaling = scaling_of_adapters(args)
-    if scaling is None and to_talk and args.model is None:
-        scaling = embedded_scaling()
+    if scaling is None and is_extended:
+        scaling = embedded_context().scaling
     return replace(options, rope_scaling=scaling)
 
 

@@ -45,6 +45,7 @@ from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling
 from ropewalk.faces.cli.serve import add_serve_command
 from ropewalk.faces.cli.terminal import note, progress_bar, read_text
 from ropewalk.faces.cli.torchrun import is_under_torchrun, run_under_torchrun
+from ropewalk.faces.cli.tour import add_tour_command
 from ropewalk.faces.cli.webui import add_webui_command
 from ropewalk.text.example import EXAMPLE
 
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add_divergence_command(commands)
     add_report_command(commands)
     add_demo_command(commands)
+    add_tour_command(commands)
     add_cache_command(commands)
     add_gpu_command(commands)
     add_bench_command(commands)

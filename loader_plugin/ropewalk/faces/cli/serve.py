@@ -141,6 +141,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
     if args.queue_limit < 0:
         raise RequestError(f"--queue-limit must be at least 0, got {args.queue_limit}")
     guessing = speculation_options(args)
+    are_chosen = bool(args.adapter)  # by clients, one by one; the embedded model's own serves all who choose none
     model, tokenizer = load(args, to_talk=True)
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
@@ -153,6 +154,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
         args.queue_limit,
         context_shift=shift_option(args),
         kept_folder=kept_folder(args),
+        adapters=None if are_chosen else used,
         **guessing,
     )
     _ = engine.chat_template  # a broken or missing template is better reported here than to a client

@@ -121,9 +121,15 @@ def run_status(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Copy the embedded model into the folder of models. It is small and answers questions about a text."""
     from ropewalk.faces.webui.embedded_model import copy_model
+    from ropewalk.files.embedded import embedded_context
 
+    context = embedded_context()
     _say(f"wrote {copy_model(_checkout(args))}")
-    _say("its config.json asks for YaRN scaling: 2,048 tokens of context, four times what it was trained on")
+    lora = "" if context.adapter is None else f" and the LoRA {context.adapter}"
+    _say(
+        f"its config.json asks for {context.method} scaling by {context.factor:g}{lora}: {context.factor:g} times the "
+        "context that it was trained on"
+    )
     return 0
 
 

@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
+from ropewalk.base.json import Section, read_json_object
 from ropewalk.faces.webui.checkout import Checkout
-from ropewalk.files.embedded import EMBEDDED_FACTOR, demo_model_path, embedded_scaling
+from ropewalk.files.embedded import demo_model_path, embedded_context
 
 FOLDER = "ropewalk-demo"
 CONFIG = "config.json"
+DEFAULT_ADAPTERS = "default_adapters"  # a key of config.json: names of folders in adapters/
 
 
 def copy_model(checkout: Checkout) -> Path:
@@ -35,6 +37,19 @@ def copy_model(checkout: Checkout) -> Path:
     return folder
 
 
+def default_adapters(folder: Path) -> list[Path]:
+    """The LoRAs that a folder asks for until others are chosen: those named in its config.json.
+
+    Raises:
+        ConfigError: no list of names of its adapters.
+    """
+    section = Section(str(folder / CONFIG), read_json_object(folder / CONFIG))
+    names = section.values.get(DEFAULT_ADAPTERS) or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
+        raise section.error(DEFAULT_ADAPTERS, f"a list of names of folders in {folder / 'adapters'}")
+    return [folder / "adapters" / name for name in names]
+
+
 def remove_model(checkout: Checkout) -> str | None:
     """Remove the copy if it is unchanged. Returns what was done, or None if there is no copy."""
     folder = checkout.models / FOLDER
@@ -49,11 +64,12 @@ def remove_model(checkout: Checkout) -> str | None:
 def _extended_config() -> bytes:
     """config.json of the copy."""
     config = json.loads((demo_model_path() / CONFIG).read_text(encoding="utf-8"))
-    length = config["max_position_embeddings"]
-    scaling = embedded_scaling() | {"original_max_position_embeddings": length}
+    length, context = config["max_position_embeddings"], embedded_context()
+    scaling = context.scaling | {"original_max_position_embeddings": length}
     changes = {
-        "max_position_embeddings": int(EMBEDDED_FACTOR * length),
+        "max_position_embeddings": int(context.factor * length),
         "rope_parameters": config["rope_parameters"] | scaling,
+        DEFAULT_ADAPTERS: [] if context.adapter is None else [context.adapter],
     }
     return (json.dumps(config | changes, indent=2) + "\n").encode("utf-8")
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ropewalk.adapters.request import AdapterUse
 from ropewalk.base.errors import RopewalkError
+from ropewalk.faces.webui.embedded_model import default_adapters
 from ropewalk.faces.webui.hook import Hook
 from ropewalk.faces.webui.hooks.arguments import is_our_name, loader_flag
 from ropewalk.faces.webui.hooks.loader_table import settings_of_others
@@ -153,9 +156,19 @@ def _prepare(model_name: str) -> Callable[..., Any]:
         draft_folder = None if draft is None else model_folder(draft)
         model = from_pretrained(folder, kind, draft_folder, shifts, options=options)
         model.logits_by_default = 1  # the web UI reads the last row only, here and in the token tabs
+        if not options.has_rope:  # they were trained for the scaling that the folder declares
+            _use_adapters(model, default_adapters(folder))
         return model
 
     return load
+
+
+def _use_adapters(model: Any, folders: Sequence[Path]) -> None:
+    """Have these LoRAs in every reply, until others are chosen."""
+    for folder in folders:
+        model.load_adapter_folder(folder, folder.name)
+        logger.info("ropewalk: the LoRA %s is used, as the model's config.json asks", folder.name)
+    model.set_adapters([AdapterUse(folder.name) for folder in folders])
 
 
 @contextmanager

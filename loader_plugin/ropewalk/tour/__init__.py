@@ -1,0 +1,1 @@
+"""A tour: a long document with questions that a model answers right under its context scaling, and wrong without."""

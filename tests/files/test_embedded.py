@@ -1,0 +1,76 @@
+"""Conversations with the embedded model use its LoRA and the scaling of that; whoever chooses otherwise gets that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ropewalk
+from ropewalk.engine.engine import Engine
+from ropewalk.faces.cli.loading import options_for_adapters
+from ropewalk.faces.cli.main import _parser
+from ropewalk.files import embedded
+from ropewalk.generate.sampling import SamplingParams
+from ropewalk.text.tokenizer.load import load_tokenizer
+
+SCALING = {"rope_type": "ntk-by-parts", "factor": 8.0, "original_max_position_embeddings": 512}
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the embedded model that has the adapter, as the one in the package may or may not."""
+    folder = tmp_path / "demo_model"
+    shutil.copytree(embedded.demo_model_path(), folder)
+    adapter = folder / "adapters" / embedded.TRAINED.adapter
+    if not adapter.exists():
+        shutil.copytree(folder / "adapters" / "linear-4", adapter)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "rope_scaling": SCALING}))
+    monkeypatch.setattr(embedded, "demo_model_path", lambda: folder)
+    return folder
+
+
+def chosen(*arguments: str, to_talk: bool = True):
+    """(scaling, names of adapters) of a command."""
+    args = _parser().parse_args(arguments)
+    options = options_for_adapters(args, to_talk)
+    return options.rope_scaling, [Path(text).name for text in args.adapter]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_the_embedded_model_talks_with_its_adapter(folder: Path, command: str) -> None:
+    assert chosen(command) == (SCALING, ["ntk-by-parts-8"])
+
+
+def test_options_of_a_person_win(folder: Path) -> None:
+    assert chosen("generate", "--rope-scaling", '{"type": "yarn", "factor": 2}') == ({"type": "yarn", "factor": 2}, [])
+    assert chosen("generate", "--alpha-value", "2") == (None, [])
+    scaling, names = chosen("generate", "--adapter", "linear-4")
+    assert names == ["linear-4"] and scaling["rope_type"] == "linear"
+    assert chosen("generate", str(folder)) == (None, [])
+    assert chosen("perplexity", to_talk=False) == (None, [])
+
+
+def test_without_the_adapter_it_is_scaled_all_the_same(folder: Path) -> None:
+    shutil.rmtree(folder / "adapters" / embedded.TRAINED.adapter)
+    assert chosen("generate") == ({"rope_type": "yarn", "factor": 4.0}, [])
+
+
+def test_an_engine_uses_its_adapters_for_requests_that_name_none(folder: Path) -> None:
+    model = ropewalk.load_model(folder, threads=1, backend="cpu", rope_scaling=SCALING)
+    (adapter,) = embedded.embedded_adapters()
+    model.load_adapter(adapter, adapter.name)
+    tokenizer = load_tokenizer(folder)
+    by_default, plain = Engine(model, tokenizer, adapters=adapter.name), Engine(model, tokenizer)
+    prompt = "def read_lines(path):"
+
+    def said(engine: Engine, adapters: object = None) -> list[int]:
+        return engine.generate(prompt, GREEDY, adapters=adapters).token_ids
+
+    assert said(by_default) == said(plain, adapter.name)
+    assert said(by_default, []) == said(plain)
+    assert said(plain) != said(plain, adapter.name)
