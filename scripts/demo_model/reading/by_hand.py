@@ -50,6 +50,12 @@ def main() -> None:
         options.json.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def counts(folder: Path, adapter: Path | None) -> dict[str, int]:
+    """How many questions there are, and how many answers are right."""
+    answers = ask_all(folder, adapter)
+    return {"right": sum(answered.right for answered in answers), "questions": len(answers)}
+
+
 def ask_all(folder: Path, adapter: Path | None) -> list[Answered]:
     """Every question of the file, each alone with its text, in the model's own chat template."""
     model = ropewalk.load_model(folder, rope_scaling=adapter_scaling(adapter))

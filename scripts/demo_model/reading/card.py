@@ -84,6 +84,9 @@ By where in the text the passage stands, at {long} tokens:
 
 {depths_table}
 
+On plain English texts written by hand, with names of the world and in words that its grammar does not have
+(`scripts/demo_model/reading/by_hand.txt`), {by_hand_all} short questions, right answers: {by_hand_right}.
+
 With keys and values in other formats than float16:
 
 {caches_table}
@@ -172,6 +175,8 @@ def model_card(run: Path, model: Path, size_bytes: int) -> str:
         ),
         depths_table=_depths(numbers["int8"][long]),
         caches_table=_answers(numbers, {"`fp16`": "int8", **{f"`{cache}`": f"cache {cache}" for cache in CACHES}}),
+        by_hand_all=numbers["by hand"]["questions"],
+        by_hand_right=_by_hand(numbers),
         lengths_table=_by_length(numbers, "answered"),
         pass_keys_table=_pass_keys(numbers),
         refusals_table=_refusals(numbers),
@@ -236,6 +241,11 @@ def _extended() -> dict[str, str]:
     """Label -> name of what was measured at every length."""
     plain = {label: f"length {label}" for label in SCALINGS}
     return plain | {f"LoRA `{name}`": f"lora {name}" for name in ADAPTERS}
+
+
+def _by_hand(numbers: Mapping[str, Any]) -> str:
+    with_lora = (f"{numbers[f'by hand {name}']['right']} with `{name}`" for name in ADAPTERS)
+    return ", ".join([f"{numbers['by hand']['right']} as trained", *with_lora])
 
 
 def _by_length(numbers: Mapping[str, Any], group: str) -> str:

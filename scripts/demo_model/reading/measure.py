@@ -10,6 +10,7 @@ when all is there.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from typing import Any
 
 import corpus
 import ropewalk
+from reading import by_hand
 from reading.evaluate import Setting, adapter_scaling, evaluate, summary
 from reading.example import converse
 from reading.extend import rope_scaling
@@ -102,6 +104,11 @@ def jobs(run: Path, model: Path, documents: int) -> dict[str, Job]:
     adapters = {name: _digest(adapter_folder(run, name)) for name in ADAPTERS}
     facts = {**weights, **adapters, "lengths": LENGTHS, "max_tokens": PERPLEXITY_TOKENS, "scalings": SCALINGS}
     found["perplexity"] = Job(_as_json(facts), lambda: perplexities(run, model))
+    texts = {"texts": hashlib.sha256(by_hand.TEXTS.read_bytes()).hexdigest()}
+    found["by hand"] = Job(weights | texts, lambda: by_hand.counts(model, None))
+    for name, digest in adapters.items():
+        asked = functools.partial(by_hand.counts, model, adapter_folder(run, name))
+        found[f"by hand {name}"] = Job(weights | texts | {name: digest}, asked)
     found["example"] = Job(weights, lambda: converse(model))
     return found
 
