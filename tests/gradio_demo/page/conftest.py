@@ -60,7 +60,13 @@ def page(browser: playwright.Browser, url: str) -> Iterator[playwright.Page]:
 
 
 @pytest.fixture
-def slow_model(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def endless_replies(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model answers in a few words, and a reply that is watched is to be as long as the page asks for."""
+    monkeypatch.setattr(session.workbench.require().engine, "end_token_ids", ())
+
+
+@pytest.fixture
+def slow_model(endless_replies: None, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten milliseconds a token and more, so that a reply is still being written when a slow browser looks."""
     model = session.workbench.require().model
     forward = model.forward

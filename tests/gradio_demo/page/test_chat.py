@@ -43,6 +43,7 @@ def test_a_reply_ends_when_its_reader_closes_the_page(browser: Browser, url: str
     assert queue.num_running == 0
 
 
+@pytest.mark.usefixtures("endless_replies")
 def test_settings_change_the_result(page: Page) -> None:
     reply_settings(page, 16, 1)
     one = ask(page, "def read_lines(path):")

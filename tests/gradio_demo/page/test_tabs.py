@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page
 
 from demo_page import choose, field, finished, says
@@ -11,6 +12,7 @@ from demo_session import embedded_length
 from ropewalk.gradio_demo.session import Session
 
 
+@pytest.mark.usefixtures("endless_replies")
 def test_the_notebook_shows_tokens_with_their_alternatives(page: Page) -> None:
     choose(page, "Notebook")
     page.click("#notebook-go")
