@@ -19,7 +19,7 @@ from ropewalk.base.limits import MAX_LAYERS, MAX_SEQ_LEN, MAX_THREADS
 from ropewalk.base.memory import parse_bytes
 from ropewalk.config.cache_format import CacheFormat
 from ropewalk.config.model import load_model_config
-from ropewalk.files.embedded import embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT
 from ropewalk.model.options import LoadOptions, parse_split
 from ropewalk.model.plan import plan_loading
 from ropewalk.rope.spellings import BY_FACTOR, FOLLOWING_THE_LENGTH
@@ -142,9 +142,8 @@ def suggested_settings(folder: Path, is_embedded: bool) -> LoadSettings:
     found = checkpoint_settings(folder)
     if not is_embedded:
         return found
-    context = embedded_context()
-    length = int(found.max_seq_len * context.factor)
-    return replace(found, rope_method=context.method, rope_factor=context.factor, max_seq_len=length)
+    length = int(found.max_seq_len * EMBEDDED_CONTEXT.factor)
+    return replace(found, rope_method=EMBEDDED_CONTEXT.method, rope_factor=EMBEDDED_CONTEXT.factor, max_seq_len=length)
 
 
 def read_settings(values: Mapping[str, Any]) -> LoadSettings:

@@ -15,7 +15,7 @@ from ropewalk.base.memory import available_bytes, format_bytes
 from ropewalk.config.layer_order import LayerOrder
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.kept_folder import KeptFolder
-from ropewalk.files.embedded import embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT
 from ropewalk.generate.generate import Progress
 from ropewalk.gradio_demo.model_bar.settings import (
     FieldError,
@@ -187,11 +187,9 @@ class Workbench:
 
     def suggested_adapters(self, loaded: Loaded) -> list[str]:
         """What requests use until a person chooses others: the LoRA of the embedded model, under its scaling."""
-        context = embedded_context()
-        is_as_suggested = (loaded.settings.rope_method, loaded.settings.rope_factor) == (context.method, context.factor)
-        if not loaded.is_embedded or not is_as_suggested or context.adapter is None:
-            return []
-        return [context.adapter]
+        scaling = loaded.settings.rope_method, loaded.settings.rope_factor
+        is_as_suggested = loaded.is_embedded and scaling == (EMBEDDED_CONTEXT.method, EMBEDDED_CONTEXT.factor)
+        return [EMBEDDED_CONTEXT.adapter] if is_as_suggested else []
 
     def use_adapters(self, loaded: Loaded, chosen: Sequence[str]) -> list[tuple[str, float]]:
         """Load the chosen adapters that are not loaded yet; returns the `adapters` of a request. "storm:0.5" is storm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -22,14 +21,9 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the embedded model that has the adapter, as the one in the package may or may not."""
+    """A copy of the embedded model."""
     folder = tmp_path / "demo_model"
     shutil.copytree(embedded.demo_model_path(), folder)
-    adapter = folder / "adapters" / embedded.TRAINED.adapter
-    if not adapter.exists():
-        shutil.copytree(folder / "adapters" / "linear-4", adapter)
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, "rope_scaling": SCALING}))
     monkeypatch.setattr(embedded, "demo_model_path", lambda: folder)
     return folder
 
@@ -55,14 +49,9 @@ def test_options_of_a_person_win(folder: Path) -> None:
     assert chosen("perplexity", to_talk=False) == (None, [])
 
 
-def test_without_the_adapter_it_is_scaled_all_the_same(folder: Path) -> None:
-    shutil.rmtree(folder / "adapters" / embedded.TRAINED.adapter)
-    assert chosen("generate") == ({"rope_type": "yarn", "factor": 4.0}, [])
-
-
 def test_an_engine_uses_its_adapters_for_requests_that_name_none(folder: Path) -> None:
     model = ropewalk.load_model(folder, threads=1, backend="cpu", rope_scaling=SCALING)
-    (adapter,) = embedded.embedded_adapters()
+    adapter = embedded.embedded_adapter()
     model.load_adapter(adapter, adapter.name)
     tokenizer = load_tokenizer(folder)
     by_default, plain = Engine(model, tokenizer, adapters=adapter.name), Engine(model, tokenizer)

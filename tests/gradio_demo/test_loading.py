@@ -18,7 +18,7 @@ from demo_session import (
     values,
 )
 from ropewalk.base.errors import RequestError
-from ropewalk.files.embedded import embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT
 from ropewalk.gradio_demo.chat.conversations import Conversation
 from ropewalk.gradio_demo.documents.behaviour import Document
 from ropewalk.gradio_demo.model_bar.settings import AS_CHECKPOINT, FieldError
@@ -30,9 +30,8 @@ from ropewalk.gradio_demo.shared.access import EMBEDDED
 
 def test_the_embedded_model_starts_with_a_context_worth_talking_in(shared: Session) -> None:
     loaded = shared.workbench.require()
-    context = embedded_context()
-    assert (loaded.model.max_seq_len, loaded.model.rope.method.name) == (embedded_length(), context.method)
-    assert shared.workbench.suggested_adapters(loaded) == [context.adapter] * (context.adapter is not None)
+    assert (loaded.model.max_seq_len, loaded.model.rope.method.name) == (embedded_length(), EMBEDDED_CONTEXT.method)
+    assert shared.workbench.suggested_adapters(loaded) == [EMBEDDED_CONTEXT.adapter]
 
 
 def test_values_as_the_checkpoint_has_them_are_left_to_it(tmp_path: Path) -> None:

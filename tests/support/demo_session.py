@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ropewalk.files.embedded import demo_model_path, embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT, demo_model_path
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.chat.conversations import Conversation
 from ropewalk.gradio_demo.model_bar.owner import Owner
@@ -61,4 +61,4 @@ def asked(session: Session, *questions: str, request: ReplyRequest = GREEDY) -> 
 
 def embedded_length() -> int:
     """The context that conversations with the embedded model have."""
-    return int(512 * embedded_context().factor)
+    return int(512 * EMBEDDED_CONTEXT.factor)

@@ -17,11 +17,11 @@ from ropewalk.base.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedContext:
-    """A RoPE scaling by method and factor, and the LoRA that was trained for it, if there is one, by its name."""
+    """A RoPE scaling by method and factor, and the name of the LoRA that was trained for it."""
 
     method: str
     factor: float
-    adapter: str | None = None
+    adapter: str
 
     @property
     def scaling(self) -> dict[str, Any]:
@@ -29,8 +29,7 @@ class EmbeddedContext:
         return {"rope_type": self.method, "factor": self.factor}
 
 
-TRAINED = EmbeddedContext("ntk-by-parts", 8.0, "ntk-by-parts-8")
-UNTRAINED = EmbeddedContext("yarn", 4.0)  # what costs a model without such a LoRA nothing
+EMBEDDED_CONTEXT = EmbeddedContext("ntk-by-parts", 8.0, "ntk-by-parts-8")
 
 
 def demo_model_path() -> Path:
@@ -48,16 +47,6 @@ def demo_model_path() -> Path:
     return folder
 
 
-def embedded_context() -> EmbeddedContext:
-    """What conversations with the embedded model use."""
-    return TRAINED if _adapter_folder(TRAINED).is_dir() else UNTRAINED
-
-
-def embedded_adapters() -> list[Path]:
-    """The folders of the LoRAs that conversations with the embedded model use."""
-    context = embedded_context()
-    return [] if context.adapter is None else [_adapter_folder(context)]
-
-
-def _adapter_folder(context: EmbeddedContext) -> Path:
-    return demo_model_path() / "adapters" / str(context.adapter)
+def embedded_adapter() -> Path:
+    """The folder of the LoRA that conversations with the embedded model use."""
+    return demo_model_path() / "adapters" / EMBEDDED_CONTEXT.adapter

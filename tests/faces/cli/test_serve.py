@@ -22,7 +22,7 @@ from peft_writer import write_adapter
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.adapter_options import adapter_names
 from ropewalk.faces.cli.main import main
-from ropewalk.files.embedded import demo_model_path, embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT, demo_model_path
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.model_bar.settings import suggested_settings
 from ropewalk.model.loader import load_model
@@ -141,11 +141,14 @@ def test_adapters_of_equal_names_are_told_apart_without_their_paths(folder: Path
 def test_the_embedded_model_is_served_with_the_context_that_the_page_gives_it_and_to_this_machine_only() -> None:
     with ServerProcess(["--threads", "1", "--allowed-host", "my.proxy", "--max-body-size", "0.001"]) as server:
         card = httpx.get(f"{server.url}/v1/models").json()["data"][0]
-        context = embedded_context()
-        length = int(512 * context.factor)
+        length = int(512 * EMBEDDED_CONTEXT.factor)
         assert (card["context_length"], card["max_model_len"]) == (length, length)
         page = suggested_settings(demo_model_path(), is_embedded=True)
-        assert (page.max_seq_len, page.rope_method, page.rope_factor) == (length, context.method, context.factor)
+        assert (page.max_seq_len, page.rope_method, page.rope_factor) == (
+            length,
+            EMBEDDED_CONTEXT.method,
+            EMBEDDED_CONTEXT.factor,
+        )
         statuses = [
             httpx.get(f"{server.url}/health", headers={"Host": host}).status_code
             for host in ("localhost:1", "my.proxy", "evil.example")

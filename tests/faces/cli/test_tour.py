@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from ropewalk.faces.cli.main import main
-from ropewalk.files.embedded import demo_model_path
 from ropewalk.tour.tour import tour_file
 from tours import HOUSES, model_with_a_tour
 
@@ -67,7 +66,5 @@ def test_a_model_without_a_tour_is_named(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_embedded_model_takes_its_tour(capsys: pytest.CaptureFixture) -> None:
-    if not tour_file(demo_model_path()).exists():
-        pytest.skip("the embedded model brings no tour yet")
     assert main(["tour", "--threads", "1"]) == 0
     assert "Right: 3 of 3 with the scaling, 0 without." in capsys.readouterr().out

@@ -20,7 +20,7 @@ from ropewalk.faces.webui.checkout import find_checkout
 from ropewalk.faces.webui.embedded_model import default_adapters
 from ropewalk.faces.webui.extension import SCRIPT, clean_yaml
 from ropewalk.faces.webui.startup_file import disable, enable, is_enabled, line, startup_file
-from ropewalk.files.embedded import demo_model_path, embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT, demo_model_path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -147,11 +147,10 @@ def test_the_embedded_model_is_put_among_the_models_and_removed_again(
     checkout = make_checkout(tmp_path)
     folder = checkout / "user_data/models/ropewalk-demo"
     said = run("demo", checkout, capsys=capsys)
-    context = embedded_context()
-    assert f"wrote {folder}" in said and f"{context.method} scaling by {context.factor:g}" in said
-    model, length = ropewalk.load_model(folder), int(512 * context.factor)
+    assert f"wrote {folder}" in said and f"{EMBEDDED_CONTEXT.method} scaling by {EMBEDDED_CONTEXT.factor:g}" in said
+    model, length = ropewalk.load_model(folder), int(512 * EMBEDDED_CONTEXT.factor)
     assert (model.rope.covers, model.rope.original_length, model.max_seq_len) == (length, 512, length)
-    assert [adapter.name for adapter in default_adapters(folder)] == [context.adapter] * (context.adapter is not None)
+    assert [adapter.name for adapter in default_adapters(folder)] == [EMBEDDED_CONTEXT.adapter]
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in demo_model_path().iterdir())
     assert main(["webui", "demo", str(checkout)]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from ropewalk.base.choices import AUTO
 from ropewalk.faces.cli.adapter_options import scaling_of_adapters
 from ropewalk.faces.cli.options import load_options, model_folder
 from ropewalk.faces.cli.terminal import note, progress_bar
-from ropewalk.files.embedded import embedded_adapters, embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT, embedded_adapter
 
 if TYPE_CHECKING:
     from ropewalk.model.options import LoadOptions
@@ -55,10 +55,10 @@ def options_for_adapters(args: argparse.Namespace, to_talk: bool = False) -> Loa
         return options
     is_extended = to_talk and args.model is None
     if is_extended and not args.adapter:
-        args.adapter = list(map(str, embedded_adapters()))
+        args.adapter = [str(embedded_adapter())]
     scaling = scaling_of_adapters(args)
     if scaling is None and is_extended:
-        scaling = embedded_context().scaling
+        scaling = EMBEDDED_CONTEXT.scaling
     return replace(options, rope_scaling=scaling)
 
 

@@ -121,14 +121,13 @@ def run_status(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     """Copy the embedded model into the folder of models. It is small and answers questions about a text."""
     from ropewalk.faces.webui.embedded_model import copy_model
-    from ropewalk.files.embedded import embedded_context
+    from ropewalk.files.embedded import EMBEDDED_CONTEXT
 
-    context = embedded_context()
     _say(f"wrote {copy_model(_checkout(args))}")
-    lora = "" if context.adapter is None else f" and the LoRA {context.adapter}"
+    times = f"{EMBEDDED_CONTEXT.factor:g}"
     _say(
-        f"its config.json asks for {context.method} scaling by {context.factor:g}{lora}: {context.factor:g} times the "
-        "context that it was trained on"
+        f"its config.json asks for {EMBEDDED_CONTEXT.method} scaling by {times} and the LoRA "
+        f"{EMBEDDED_CONTEXT.adapter}: {times} times the context that it was trained on"
     )
     return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ropewalk.base.errors import ConfigError
 from ropewalk.base.json import Section, read_json_object
 from ropewalk.faces.webui.checkout import Checkout
-from ropewalk.files.embedded import demo_model_path, embedded_context
+from ropewalk.files.embedded import EMBEDDED_CONTEXT, demo_model_path
 
 FOLDER = "ropewalk-demo"
 CONFIG = "config.json"
@@ -64,12 +64,12 @@ def remove_model(checkout: Checkout) -> str | None:
 def _extended_config() -> bytes:
     """config.json of the copy."""
     config = json.loads((demo_model_path() / CONFIG).read_text(encoding="utf-8"))
-    length, context = config["max_position_embeddings"], embedded_context()
-    scaling = context.scaling | {"original_max_position_embeddings": length}
+    length = config["max_position_embeddings"]
+    scaling = EMBEDDED_CONTEXT.scaling | {"original_max_position_embeddings": length}
     changes = {
-        "max_position_embeddings": int(context.factor * length),
+        "max_position_embeddings": int(EMBEDDED_CONTEXT.factor * length),
         "rope_parameters": config["rope_parameters"] | scaling,
-        DEFAULT_ADAPTERS: [] if context.adapter is None else [context.adapter],
+        DEFAULT_ADAPTERS: [EMBEDDED_CONTEXT.adapter],
     }
     return (json.dumps(config | changes, indent=2) + "\n").encode("utf-8")
 
