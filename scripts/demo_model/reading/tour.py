@@ -133,8 +133,10 @@ def ask_all(rng: random.Random, readers: Readers, document: Document, num_questi
 
 
 def choose(tried: Sequence[Tried]) -> tuple[Tried, ...] | None:
-    """The best three that the scaling makes the difference for, in the order of the document; None without them."""
-    good = sorted((one for one in tried if one.scaled and not one.plain), key=lambda one: one.depth)
+    """The best three that the scaling makes the difference for, in the order of the document; None without them. Those
+    that are written in haste are left out: a newcomer should not take them for what the model needs."""
+    good = [one for one in tried if one.scaled and not one.plain and one.question.text[0].isupper()]
+    good.sort(key=lambda one: one.depth)
     return max(combinations(good, NUM_QUESTIONS), key=score, default=None)
 
 
