@@ -16,7 +16,7 @@ from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.tokenizer.load import load_tokenizer
 
 SCALING = {"rope_type": "ntk-by-parts", "factor": 8.0, "original_max_position_embeddings": 512}
-GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_an_engine_uses_its_adapters_for_requests_that_name_none(folder: Path) -
     model.load_adapter(adapter, adapter.name)
     tokenizer = load_tokenizer(folder)
     by_default, plain = Engine(model, tokenizer, adapters=adapter.name), Engine(model, tokenizer)
-    prompt = "def read_lines(path):"
+    prompt = (folder / "held_out.txt").read_text(encoding="utf-8")[:2000]
 
     def said(engine: Engine, adapters: object = None) -> list[int]:
         return engine.generate(prompt, GREEDY, adapters=adapters).token_ids
