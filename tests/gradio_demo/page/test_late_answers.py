@@ -36,6 +36,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str], threading.E
 def drawn(page: Page, url: str) -> None:
     """The page is there to type into; nothing has been answered yet."""
     page.goto(url)
+    choose(page, "Chat")  # with a tour, the page opens on that
     field(page, "question").wait_for()
 
 
