@@ -137,8 +137,8 @@ def picture_notebook(page: Page) -> None:
     choose(page, "Notebook")
     fill_setting(page, "#notebook-seed", "3")
     page.click("#notebook-go")
-    wait_text(page, "#notebook-line", "ended")
-    page.locator(".rw-token").nth(12).focus()
+    wait_text(page, "#notebook-line", "written at")
+    page.locator(".rw-token").first.focus()
 
 
 def picture_documents(page: Page) -> None:
