@@ -6,6 +6,7 @@ import argparse
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def test_trials_fill_their_length_and_no_more(encoder: Encoder, length: int) -> 
         trials.pass_key_trial(rng, encoder, length, 0.5),
     ):
         longest = max(len(trial.context) + len(asked.ids) + len(asked.answer) for asked in trial.asked)
-        assert 0.75 * length < longest <= length, trial.asked[0].type
+        assert 0.7 * length < longest <= length, trial.asked[0].type
 
 
 def test_a_lora_of_the_training_is_the_same_in_the_engine(tmp_path: Path) -> None:
@@ -262,3 +263,33 @@ def test_a_text_by_hand_has_its_questions_and_all_answers_that_count() -> None:
     ]
     assert by_hand.Answered("Who?", ("Anna", "she"), "anna.").right
     assert not by_hand.Answered("Who?", ("Anna", "she"), "Anna and Tom").right
+
+
+def test_a_pass_key_hidden_in_code_is_asked_for_as_the_measure_does_it(encoder: Encoder) -> None:
+    phase = replace(curriculum.PHASES[-1], rows=1, mix=(("hidden", 1.0),))
+    batch = curriculum.make_batch(phase, encoder, np.full(3000, 7, dtype=np.uint16), 1, 1)
+    (ids,), (answers,) = batch.ids.tolist(), batch.is_answer.tolist()
+    said = encoder.model.decode([token for token, is_answer in zip(ids[1:], answers, strict=True) if is_answer])
+    text = encoder.model.decode(ids)
+    assert len(said) == 5 and text.endswith(f"\nThe pass key is {said}")
+    assert f"\nThe pass key is {said}. Remember it. {said} is the pass key.\n" in text
+
+
+def test_unknown_words_ask_only_for_what_nothing_else_could_be_meant_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exercises, "UNKNOWN", 1.0)
+    monkeypatch.setattr(relations, "unknown_question", lambda *_: "unknown")
+    rng = random.Random(8)
+    document = documents.make_document(rng, 30)
+    counts = Counter((fact.entity, relations.sort_of(fact.relation)) for fact in document.facts)
+    assert {1, 2} <= set(counts.values())
+    for fact in document.facts:
+        asked = {exercises.ask(rng, fact, document, TRAINING, quotes=0.0).text for _ in range(20)}
+        assert ("unknown" in asked) == (counts[fact.entity, relations.sort_of(fact.relation)] == 1)
+
+
+def test_a_question_in_unknown_words_names_the_thing_and_the_sort() -> None:
+    rng = random.Random(9)
+    relation = next(relation for relation in relations.KINDS["person"] if relation.key == "birthplace")
+    for _ in range(20):
+        text = relations.unknown_question(rng, relation, "Mardun")
+        assert "Mardun" in text and text.startswith(relations.SORTS["place",]) and text.endswith("?")

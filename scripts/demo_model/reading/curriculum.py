@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reading import exercises
+from reading import exercises, relations
 from reading.exercises import Piece
 from reading.vocabulary import Encoder
 
@@ -40,7 +40,15 @@ PHASES = (
     Phase(2.0e6, 128, 32, (("copying", 0.1), ("keys", 0.35), ("facts", 0.55)), (2, 3)),
     Phase(5.0e6, 128, 64, (("keys", 0.15), ("facts", 0.82), ("library", 0.03)), (2, 5), 0.05, 0.05),
     Phase(14.0e6, 256, 16, (("keys", 0.1), ("pass key", 0.03), ("facts", 0.8), ("library", 0.07)), (3, 10), 0.12, 0.1),
-    Phase(1e12, 512, 8, (("keys", 0.08), ("pass key", 0.05), ("facts", 0.75), ("library", 0.12)), (4, 26), 0.15, 0.1),
+    Phase(
+        1e12,
+        512,
+        8,
+        (("keys", 0.08), ("pass key", 0.04), ("hidden", 0.05), ("facts", 0.73), ("library", 0.1)),
+        (4, 26),
+        0.15,
+        0.2,
+    ),
 )
 
 
@@ -78,10 +86,12 @@ def make_batch(phase: Phase, encoder: Encoder, library: np.ndarray, seed: int, s
     for row in range(phase.rows):
         kind = rng.choices([k for k, _ in phase.mix], [w for _, w in phase.mix])[0]
         if kind == "library":
-            start = rng.randrange(len(library) - size)
-            ids[row], weights[row] = library[start : start + size], LIBRARY_WEIGHT
+            ids[row], weights[row] = _library_piece(rng, library, size), LIBRARY_WEIGHT
             continue
-        ids[row], answers[row] = _filled(lambda kind=kind: MAKERS[kind](rng, phase), encoder, size)
+        if kind == "hidden":
+            ids[row], answers[row] = _hidden(rng, encoder, library, size)
+        else:
+            ids[row], answers[row] = _filled(lambda kind=kind: MAKERS[kind](rng, phase), encoder, size)
         sampled = np.asarray([rng.randrange(REST_ONE_IN) == 0 for _ in range(size)])
         weights[row] = np.where(answers[row], ANSWER_WEIGHT, sampled * (REST_WEIGHT * REST_ONE_IN))
     return Batch(torch.from_numpy(ids), torch.from_numpy(weights[:, 1:]), torch.from_numpy(answers[:, 1:]))
@@ -96,6 +106,22 @@ def _filled(make: Callable[[], list[Piece]], encoder: Encoder, size: int) -> tup
         ids += new_ids
         answers += new_answers
     return ids[:size], answers[:size]
+
+
+def _library_piece(rng: random.Random, library: np.ndarray, size: int) -> list[int]:
+    start = rng.randrange(len(library) - size)
+    return library[start : start + size].tolist()
+
+
+def _hidden(rng: random.Random, encoder: Encoder, library: np.ndarray, size: int) -> tuple[list[int], list[bool]]:
+    """A pass key somewhere in the library's text, and its repetition at the end: as `ropewalk retrieval` asks."""
+    key = relations.value(rng, "code", False)
+    needle = encoder.encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
+    end = encoder.encode(f"\nThe pass key is {key}")
+    text = _library_piece(rng, library, size - len(needle) - len(end))
+    place = rng.randint(0, len(text))
+    ids = [*text[:place], *needle, *text[place:], *end]
+    return ids, [number >= size - len(key) for number in range(size)]
 
 
 def _copying(rng: random.Random, phase: Phase) -> list[Piece]:

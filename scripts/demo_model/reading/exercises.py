@@ -30,6 +30,7 @@ class Question:
 
 
 QUOTE_ORDERS = ("Quote the passage.", "Quote the sentence that says so.", "Give the passage.")
+UNKNOWN = 0.1  # of the values that nothing else in the text could be meant by, so many are asked for in unknown words
 BOTH_ORDERS = ("Answer and quote the passage.", "Show the passage as well.", "Add the passage.")
 
 
@@ -40,6 +41,8 @@ def ask(rng: random.Random, fact: Fact, document: Document, held_out: HeldOut, q
     if reversible and rng.random() < 0.2:
         wording = relations.question(rng, relation.reverse, held_out.wordings)
         text, answer, kind = wording.format(v=fact.value), fact.entity, "reverse"
+    elif not held_out.wordings and rng.random() < UNKNOWN and _is_alone(fact, document):
+        text, answer, kind = relations.unknown_question(rng, relation, fact.entity), fact.value, "value"
     else:
         text, answer, kind = _value_question(rng, fact, held_out), fact.value, "value"
     roll = rng.random()
@@ -49,6 +52,12 @@ def ask(rng: random.Random, fact: Fact, document: Document, held_out: HeldOut, q
         order = relations.pick(rng, BOTH_ORDERS, held_out.wordings)
         return Question(f"{text} {order}", f'{answer}. "{fact.passage}"', "both")
     return Question(text, answer, kind)
+
+
+def _is_alone(fact: Fact, document: Document) -> bool:
+    """Whether the text says nothing else of that sort about that thing."""
+    sort = relations.sort_of(fact.relation)
+    return sum(f.entity == fact.entity and relations.sort_of(f.relation) == sort for f in document.facts) == 1
 
 
 def _value_question(rng: random.Random, fact: Fact, held_out: HeldOut) -> str:

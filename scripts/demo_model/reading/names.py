@@ -79,6 +79,11 @@ def pair_name(rng: random.Random, held_out: bool, firsts: tuple[str, ...], secon
     return _on_side(rng, held_out, lambda r: f"{r.choice(firsts)} {r.choice(seconds)}")
 
 
+def unknown_word(rng: random.Random) -> str:
+    """A word that means nothing, with an ending that words have: "grezanned"."""
+    return _loose(rng).lower() + rng.choice(("", "", "ed", "s", "ing"))
+
+
 def _on_side(rng: random.Random, held_out: bool, draw) -> str:
     while True:
         name = draw(rng)

@@ -110,6 +110,15 @@ ASIDES = (
     ", without doubt,",
     ", I hear,",
 )
+# What asks for values of each sort. Where all other words are unknown, the sort alone says what is meant.
+SORTS = {
+    ("person",): ("Who", "By whom", "Whom", "Which person", "With whom", "Whose"),
+    ("place",): ("Where", "In which place", "Which place", "From where", "To which town"),
+    ("year", "date"): ("When", "Since when", "On what day", "In which year"),
+    ("count", "age", "minutes", "small", "code"): ("How many", "How much", "What number", "How large"),
+    ("trade", "animal", "goods", "colour", "ingredient", "thing"): ("What", "Which", "What sort", "What kind"),
+}
+_SMALL_WORDS = ("does", "is", "did", "of", "the", "has", "for", "by", "to", "can", "one", "in", "was", "at")
 # Words that a question in haste leaves out.
 LEFT_OUT = frozenset(("a", "an", "the", "is", "was", "does", "did", "do", "of", "to", "has", "have", "text", "can"))
 OPENED, WITH_ASIDE = 0.12, 0.06  # of all statements
@@ -210,6 +219,19 @@ def question(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> s
         opening = pick(rng, QUESTION_OPENINGS, held_out)
         text = opening + (text[:1].lower() + text[1:] if opening.endswith(", ") else text)
     return text if rng.random() >= QUESTIONS_ENDED else text + pick(rng, QUESTION_ENDS, held_out)
+
+
+def sort_of(relation: Relation) -> tuple[str, ...]:
+    """The key in SORTS of a relation's values."""
+    return next(kinds for kinds in SORTS if relation.value in kinds)
+
+
+def unknown_question(rng: random.Random, relation: Relation, entity: str) -> str:
+    """A question that tells nothing but which sort of value is asked for, and of which thing."""
+    unknown = [names.unknown_word(rng) for _ in range(rng.choice((1, 1, 2)))]
+    others = [*unknown, *rng.sample(_SMALL_WORDS, rng.randint(1, 3)), entity]
+    rng.shuffle(others)
+    return f"{rng.choice(SORTS[sort_of(relation)])} {' '.join(others)}?"
 
 
 def _in_haste(rng: random.Random, text: str) -> str:

@@ -107,28 +107,22 @@ def test_prompts_come_from_files_and_from_standard_input(folder: Path, tmp_path:
         assert capsys.readouterr().out == from_file
 
 
-def test_the_embedded_model_is_the_default(folder: Path, capsys, monkeypatch, text_file: Path) -> None:
-    import ropewalk.faces.cli.options
-
-    monkeypatch.setattr(ropewalk.faces.cli.options, "demo_model_path", lambda: folder)
+def test_the_embedded_model_is_the_default(capsys, monkeypatch, text_file: Path) -> None:
     assert main(["generate", "--max-new-tokens", "3", "--echo", *REFERENCE]) == 0
     assert capsys.readouterr().out.startswith(EXAMPLE)
     assert main(["info"]) == 0
-    assert str(folder) in capsys.readouterr().out
+    assert str(ropewalk.files.embedded.demo_model_path()) in capsys.readouterr().out
     assert main(["perplexity", str(text_file), "--lengths", "16", *REFERENCE]) == 0
     monkeypatch.setattr(sys, "stdin", Input("hi\n"))
     assert main(["chat", "--max-new-tokens", "2", *REFERENCE]) == 0
 
 
-def test_one_talks_with_the_embedded_model_at_four_times_its_context_and_measures_it_as_it_is(
+def test_one_talks_with_the_embedded_model_at_eight_times_its_context_and_measures_it_as_it_is(
     folder: Path, capsys, monkeypatch, text_file: Path
 ) -> None:
-    import ropewalk.faces.cli.options
-
-    monkeypatch.setattr(ropewalk.faces.cli.options, "demo_model_path", lambda: folder)
     for command, given, scaling in [
-        ("generate", [], "RoPE scaling: yarn"),
-        ("chat", [], "RoPE scaling: yarn"),
+        ("generate", [], "RoPE scaling: ntk-by-parts"),
+        ("chat", [], "RoPE scaling: ntk-by-parts"),
         ("generate", ["--compress-pos-emb", "2"], "RoPE scaling: linear"),
         ("generate", ["--rope-scaling", '{"type": "default"}'], "RoPE scaling: none"),
         ("generate", [str(folder), "--prompt", "rope"], "RoPE scaling: none"),
