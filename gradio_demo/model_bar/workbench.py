@@ -134,12 +134,14 @@ class Workbench:
             draft = self._draft_folder(settings)
             model, tokenizer = _read(folder, options, progress)
             engine = self._engine(model, tokenizer, settings.speculation, draft)
+            loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
+            self.use_adapters(loaded, self.suggested_adapters(loaded))  # kept documents were read with them
             self._generation += 1
-            self._loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
+            self._loaded = loaded
         finally:
             self._loading.release()
         gc.collect()  # the old model's memory goes back now, not at some later request
-        return self._loaded
+        return loaded
 
     def unload(self) -> None:
         """Free the model; nothing happens if there is none."""

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -39,7 +40,8 @@ def alone() -> Iterator[RunningServer]:
     from ropewalk.cluster.command import parsed
 
     args = parsed(["--threads", "1"])
-    with RunningServer(make_engine(args), app_options(args)) as server:
+    engine = make_engine(args)
+    with RunningServer(engine, replace(app_options(args), adapters=engine.model.adapters)) as server:
         yield server
 
 

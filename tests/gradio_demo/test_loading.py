@@ -116,10 +116,11 @@ def test_without_a_model_every_tab_says_so(tmp_path: Path) -> None:
 def test_adapters_are_loaded_when_they_are_first_wanted_and_change_the_reply(tmp_path: Path) -> None:
     session = embedded_session(tmp_path)
     loaded = session.workbench.require()
-    assert "linear-4" in session.workbench.adapters(loaded) and loaded.model.adapters == ()
+    own = EMBEDDED_CONTEXT.adapter  # is there from the start
+    assert "linear-4" in session.workbench.adapters(loaded) and loaded.model.adapters == (own,)
     wanted = session.workbench.use_adapters(loaded, ["linear-4", "ntk-by-parts-4:0.5"])
     assert wanted == [("linear-4", 1.0), ("ntk-by-parts-4", 0.5)]
-    assert loaded.model.adapters == ("linear-4", "ntk-by-parts-4")
+    assert loaded.model.adapters == (own, "linear-4", "ntk-by-parts-4")
     longer = replace(GREEDY, params=replace(GREEDY.params, max_new_tokens=48))
     plain = asked(session, "def read(path):", request=longer)
     changed = asked(session, "def read(path):", request=replace(longer, adapters=wanted))

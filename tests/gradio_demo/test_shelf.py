@@ -83,7 +83,7 @@ def test_documents_of_another_setting_say_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "documents, message",
-    [([], "at least one"), ([Document("long", "word " * 3000)], "remove one, or load the model with a longer context")],
+    [([], "at least one"), ([Document("long", "word " * 5000)], "remove one, or load the model with a longer context")],
 )
 def test_what_cannot_be_kept_is_explained(documents: list[Document], message: str, shared: Session) -> None:
     view = list(shared.shelf.keep(VISITOR, documents, TEMPLATE, GREEDY))[-1]

@@ -41,7 +41,7 @@ def test_sources_are_in_the_order_of_what_ties_the_answer_to_them() -> None:
 
 
 def test_documents_too_long_for_the_context_are_refused_before_asking(shared: Session) -> None:
-    long = [Document("long", "word " * 3000)]
+    long = [Document("long", "word " * 5000)]
     assert not shared.documents.count(long, "Why?", "airoboros", GREEDY.params).fits
     assert "remove a document" in list(shared.documents.ask(VISITOR, long, "Why?", "airoboros", GREEDY))[-1].error
 

@@ -144,12 +144,13 @@ def about_a_document(
 def key_values(rng: random.Random, num_pairs: int, held_out: HeldOut = TRAINING) -> tuple[str, list[Question]]:
     """Lines "name: value", and a question for each."""
     value_kind = rng.choice(("person", "place", "code", "count", "goods"))
+    form = rng.choice(("{k}: {v}", "{k} = {v}", "{k} {v}", "The value of {k} is {v}."))
+    asked = rng.choice(("{k}?", "What is the value of {k}?", "Value of {k}?"))
+    between = rng.choice(("\n", "\n", " ", ", "))
     pairs: dict[str, str] = {}
     while len(pairs) < num_pairs:
         pairs[names.person_name(rng, held_out.names)] = relations.value(rng, value_kind, held_out.names)
-    form = rng.choice(("{k}: {v}", "{k} = {v}", "{k} {v}", "The value of {k} is {v}."))
-    asked = rng.choice(("{k}?", "What is the value of {k}?", "Value of {k}?"))
-    text = rng.choice(("\n", "\n", " ", ", ")).join(form.format(k=k, v=v) for k, v in pairs.items())
+    text = between.join(form.format(k=k, v=v) for k, v in pairs.items())
     keys = rng.sample(list(pairs), len(pairs))
     return text, [Question(asked.format(k=key), pairs[key], "key") for key in keys]
 
