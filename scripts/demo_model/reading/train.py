@@ -58,7 +58,10 @@ def parse_options() -> argparse.Namespace:
     add_run_options(parser)
     parser.add_argument("--start-from", type=Path, help="model folder whose weights a new run begins with")
     parser.add_argument("--start-tokens", type=float, default=0, help="tokens that those weights have seen")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.start_from is None and options.start_tokens:
+        parser.error("--start-tokens says what the weights of --start-from MODEL_FOLDER have seen: give that too")
+    return options
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -166,7 +166,7 @@ def test_an_embedded_model_that_was_changed_is_left(tmp_path: Path, capsys: pyte
     assert "has been changed and was left" in run("uninstall", checkout, capsys=capsys)
 
 
-@pytest.mark.parametrize("names", [["../elsewhere"], "linear-4", [3]])
+@pytest.mark.parametrize("names", [["../elsewhere"], [".."], [""], "linear-4", [3]])
 def test_adapters_that_a_folder_asks_for_are_names_of_its_own(tmp_path: Path, names: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"default_adapters": names}))
     with pytest.raises(ConfigError, match="config.json: default_adapters must be a list of names of folders in"):

@@ -45,7 +45,7 @@ def default_adapters(folder: Path) -> list[Path]:
     """
     section = Section(str(folder / CONFIG), read_json_object(folder / CONFIG))
     names = section.values.get(DEFAULT_ADAPTERS) or []
-    if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
+    if not isinstance(names, list) or not all(map(_is_name, names)):
         raise section.error(DEFAULT_ADAPTERS, f"a list of names of folders in {folder / 'adapters'}")
     return [folder / "adapters" / name for name in names]
 
@@ -59,6 +59,11 @@ def remove_model(checkout: Checkout) -> str | None:
         return f"{folder} has been changed and was left: remove it if you do not need it"
     shutil.rmtree(folder)
     return f"removed {folder}"
+
+
+def _is_name(value: object) -> bool:
+    """Whether it names something in a folder, and leads nowhere else."""
+    return isinstance(value, str) and value not in ("", ".", "..") and value == Path(value).name
 
 
 def _extended_config() -> bytes:
