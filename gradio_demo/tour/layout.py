@@ -44,19 +44,19 @@ def build_tour(session: Session, bar: ModelBar, tabs: gr.Tabs, tab: gr.Tab) -> N
                 )
                 ask = gr.Button("Ask", scale=1, min_width=70, size="md", elem_id="tour-ask")
     plots = gr.HTML(plots_picture(opened), elem_id="tour-plots", elem_classes=["rw-tight"])
-    asked, title = gr.State(""), gr.State(_title(opened))
+    asked, known = gr.State(""), gr.State(_identity(opened))
     shown = [document, answer, line, reason, asked]
     _connect_asking(session, switch, clicked, own, ask, shown)
 
     def run_changed(before: str) -> list[Any]:
         now = session.tours.current()
-        if _title(now) == before:
+        if _identity(now) == before:
             return [gr.skip()] * (6 + NUM_QUESTIONS + len(shown))
         places = [gr.Tab(visible=now is not None), gr.Tabs(selected="chat" if now is None else "tour")]
         fresh = [document_picture(now, True), "", "", _why(now, True), ""]
-        return [_title(now), *places, True, plots_picture(now), "", *_questions(now), *fresh]
+        return [_identity(now), *places, True, plots_picture(now), "", *_questions(now), *fresh]
 
-    bar.changed.change(run_changed, title, [title, tab, tabs, switch, plots, own, *clicked, *shown], **HIDDEN)
+    bar.changed.change(run_changed, known, [known, tab, tabs, switch, plots, own, *clicked, *shown], **HIDDEN)
 
 
 def _connect_asking(
@@ -94,6 +94,6 @@ def _why(opened: OpenTour | None, is_scaled: bool) -> str:
     return "" if opened is None else why_line(opened.why(is_scaled))
 
 
-def _title(opened: OpenTour | None) -> str:
-    """What tells tours apart, for a page that is open while the model changes."""
-    return "" if opened is None else opened.tour.title
+def _identity(opened: OpenTour | None) -> str:
+    """What tells tours apart, for a page that is open while the model changes: some have the same title."""
+    return "" if opened is None else repr(opened.tour)
