@@ -7,10 +7,12 @@ model that shares its weights, so that conversations can go on meanwhile.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.limits import MAX_SEQ_LEN
@@ -26,6 +28,7 @@ from ropewalk.measure.retrieval import RetrievalCell, cells_csv, retrieval_map
 from ropewalk.measure.stored import Map, read_lab
 from ropewalk.measure.tables import csv_text, with_error
 from ropewalk.measure.tasks import make_task
+from ropewalk.model.model import Model
 from ropewalk.model.variants import AS_LOADED, SCALINGS, Variant, adapter_variant, open_variant, scaling_variant
 from ropewalk.tour.tour import FOLDER
 
@@ -70,6 +73,8 @@ class ContextLab:
         self._workbench = workbench
         self._running = running
         self._exports = exports
+        self._lock = threading.Lock()
+        self._drawn: WeakKeyDictionary[Model, tuple[_Shown | None, _Shown | None]] = WeakKeyDictionary()
 
     def scalings(self) -> list[str]:
         """What can be compared: methods, and the adapters of the loaded model with their own scaling."""
@@ -163,15 +168,15 @@ class ContextLab:
         loaded = self._workbench.loaded
         if loaded is None:
             return None, None
-        try:
-            lab = read_lab(loaded.folder / FOLDER)
-        except RopewalkError as error:
-            logger.warning("what is stored with %s is not shown: %s", loaded.name, error)
-            return None, None
-        curves = self._stored_view(_shown_curves(lab.curves, loaded), "perplexity") if lab.curves else None
-        return curves, self._stored_view(_shown_maps(lab.maps), "retrieval") if lab.maps else None
+        with self._lock:  # drawn once, and not for every visitor
+            if loaded.model not in self._drawn:
+                self._drawn[loaded.model] = _draw_stored(loaded)
+            curves, maps = self._drawn[loaded.model]
+        return self._stored_view(curves, "perplexity"), self._stored_view(maps, "retrieval")
 
-    def _stored_view(self, shown: _Shown, name: str) -> LabView:
+    def _stored_view(self, shown: _Shown | None, name: str) -> LabView | None:
+        if shown is None:
+            return None
         path = self._exports / f"{name}-stored.csv"
         path.write_text(shown.table, encoding="utf-8")
         return LabView(Measured(running=False), shown.svg, shown.columns, shown.rows, path, (STORED,))
@@ -206,6 +211,15 @@ class ContextLab:
                     yield LabView(measured, shown.svg, shown.columns, shown.rows, path, shown.advice)
         except RopewalkError as error:
             yield LabView(Measured(running=False, error=str(error)))
+
+
+def _draw_stored(loaded: Loaded) -> tuple[_Shown | None, _Shown | None]:
+    try:
+        lab = read_lab(loaded.folder / FOLDER)
+    except RopewalkError as error:
+        logger.warning("what is stored with %s is not shown: %s", loaded.name, error)
+        return None, None
+    return _shown_curves(lab.curves, loaded) if lab.curves else None, _shown_maps(lab.maps) if lab.maps else None
 
 
 def _shown_curves(curves: Sequence[Curve], loaded: Loaded) -> _Shown:
