@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ropewalk.gradio_demo.shared.access import Access
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-PATIENCE_MS = 60_000
+PATIENCE_MS, OPENING_MS = 60_000, 30_000
 TABS = ("Chat", "Notebook", "Ask documents", "Context lab", "Layers")
 
 
@@ -25,10 +26,30 @@ def gradio_access(session: Session) -> Access:
 
 
 def opened(page: Any, url: str) -> None:
-    """The page on its chat: with a model that has a tour, it opens on that."""
+    """The page on its chat: with a model that has a tour, it opens on that.
+
+    A page that stays blank is opened once more, as a visitor would: Chromium drops what it is fetching when a network
+    interface comes or goes, and without one of its modules nothing is shown.
+    """
+    lost: list[str] = []
+    page.on("requestfailed", lambda request: lost.append(f"{request.url}: {request.failure}"))
     page.goto(url)
+    if not _has_tabs(page):
+        warnings.warn(f"the page stayed blank; not fetched: {lost}; it shows {page.inner_text('body')!r}", stacklevel=2)
+        page.goto(url)
     choose(page, "Chat")
     page.wait_for_function("document.querySelector('#template input')?.value")
+
+
+def _has_tabs(page: Any) -> bool:
+    """Whether the page is built within half of a test's patience."""
+    from playwright.sync_api import TimeoutError
+
+    try:
+        page.get_by_role("tab", name="Chat", exact=True).first.wait_for(timeout=OPENING_MS)
+    except TimeoutError:
+        return False
+    return True
 
 
 def choose(page: Any, tab: str) -> None:
