@@ -160,7 +160,7 @@ def test_a_batch_depends_on_seed_and_step_alone_and_answers_weigh_most(encoder: 
     assert not torch.equal(first.ids, other.ids)
     assert first.ids.shape == (4, phase.length + 1)
     assert first.is_answer.any() and not first.is_answer.all()
-    assert (first.weights[first.is_answer] == 1).all() and (first.weights[~first.is_answer] < 1).all()
+    assert (first.weights[first.is_answer] >= 1).all() and (first.weights[~first.is_answer] < 1).all()
     ends = first.ids[:, 1:][first.is_answer]
     assert (ends == encoder.special[exercises.END]).sum() > 8
 
@@ -293,3 +293,46 @@ def test_a_question_in_unknown_words_names_the_thing_and_the_sort() -> None:
     for _ in range(20):
         text = relations.unknown_question(rng, relation, "Mardun")
         assert "Mardun" in text and text.startswith(relations.SORTS["place",]) and text.endswith("?")
+
+
+@pytest.mark.parametrize("before", ("", "Mardun. "))
+def test_the_first_words_of_a_quoted_passage_count_more(before: str) -> None:
+    passage = "The harbour of the Grey Heron is Belwick."
+    pieces = exercises.answer_pieces(exercises.Question("Where?", before + passage, "quote", passage))
+    assert "".join(text for text, _ in pieces) == f" {before}{passage}{exercises.END}"
+    assert [text for text, weight in pieces if weight > 1] == [" The harbour of the"]
+    assert all(text.startswith(" ") for text, _ in pieces), "each word is to be the token that it is in the text"
+
+
+def test_a_short_passage_counts_more_as_a_whole() -> None:
+    pieces = exercises.answer_pieces(exercises.Question("What?", "Oats.", "quote", "Oats."))
+    assert pieces == [(" Oats.", exercises.FIRST_WORDS_WEIGHT), (exercises.END, 1)]
+
+
+def test_an_unclear_statement_is_the_only_one_of_its_sort_and_nothing_of_that_sort_is_called_absent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[documents.Fact] = []
+    monkeypatch.setattr(exercises, "_value_question", lambda _rng, fact, _side: asked.append(fact) or "asked")
+    rng = random.Random(10)
+    unclear = 0
+    for _ in range(60):
+        document = documents.make_document(rng, 20)
+        sorts = Counter((fact.entity, relations.sort_of(fact.relation)) for fact in document.facts)
+        taken = {(f.entity, relations.sort_of(f.relation)) for f in document.facts if f.unclear}
+        assert all(sorts[pair] == 1 for pair in taken)
+        unclear += len(taken)
+        for entity, sort in taken:
+            one_thing = replace(document, facts=tuple(f for f in document.facts if f.entity == entity))
+            asked.clear()
+            for _ in range(10):
+                exercises.ask_absent(rng, one_thing, TRAINING)
+            assert len(asked) == 10
+            assert all(relations.sort_of(fact.relation) != sort for fact in asked if fact.entity == entity)
+    assert unclear > 50
+
+
+def test_what_is_held_out_is_never_unclear() -> None:
+    rng = random.Random(11)
+    for side in trials.SIDES.values():
+        assert not any(fact.unclear for _ in range(20) for fact in documents.make_document(rng, 20, side).facts)

@@ -17,7 +17,7 @@ from reading import exercises, relations
 from reading.exercises import Piece
 from reading.vocabulary import Encoder
 
-ANSWER_WEIGHT, REST_WEIGHT, LIBRARY_WEIGHT = 1.0, 0.1, 0.25
+REST_WEIGHT, LIBRARY_WEIGHT = 0.1, 0.25  # beside 1 of an answer
 # Of tokens that are no answers, one in this many is predicted, with a weight that makes up for the others.
 REST_ONE_IN = 6
 
@@ -47,7 +47,7 @@ PHASES = (
         (("keys", 0.08), ("pass key", 0.04), ("hidden", 0.05), ("facts", 0.73), ("library", 0.1)),
         (4, 26),
         0.15,
-        0.2,
+        0.4,
     ),
 )
 
@@ -82,7 +82,7 @@ def make_batch(phase: Phase, encoder: Encoder, library: np.ndarray, seed: int, s
     size = phase.length + 1
     ids = np.zeros((phase.rows, size), dtype=np.int64)
     weights = np.zeros((phase.rows, size), dtype=np.float32)
-    answers = np.zeros((phase.rows, size), dtype=bool)
+    answers = np.zeros((phase.rows, size), dtype=np.float32)
     for row in range(phase.rows):
         kind = rng.choices([k for k, _ in phase.mix], [w for _, w in phase.mix])[0]
         if kind == "library":
@@ -93,14 +93,14 @@ def make_batch(phase: Phase, encoder: Encoder, library: np.ndarray, seed: int, s
         else:
             ids[row], answers[row] = _filled(lambda kind=kind: MAKERS[kind](rng, phase), encoder, size)
         sampled = np.asarray([rng.randrange(REST_ONE_IN) == 0 for _ in range(size)])
-        weights[row] = np.where(answers[row], ANSWER_WEIGHT, sampled * (REST_WEIGHT * REST_ONE_IN))
-    return Batch(torch.from_numpy(ids), torch.from_numpy(weights[:, 1:]), torch.from_numpy(answers[:, 1:]))
+        weights[row] = np.where(answers[row], answers[row], sampled * (REST_WEIGHT * REST_ONE_IN))
+    return Batch(torch.from_numpy(ids), torch.from_numpy(weights[:, 1:]), torch.from_numpy(answers[:, 1:] > 0))
 
 
-def _filled(make: Callable[[], list[Piece]], encoder: Encoder, size: int) -> tuple[list[int], list[bool]]:
+def _filled(make: Callable[[], list[Piece]], encoder: Encoder, size: int) -> tuple[list[int], list[float]]:
     """Exercises one after the other, cut at `size` tokens."""
     ids: list[int] = []
-    answers: list[bool] = []
+    answers: list[float] = []
     while len(ids) < size:
         new_ids, new_answers = encoder.pieces(make())
         ids += new_ids
@@ -113,7 +113,7 @@ def _library_piece(rng: random.Random, library: np.ndarray, size: int) -> list[i
     return library[start : start + size].tolist()
 
 
-def _hidden(rng: random.Random, encoder: Encoder, library: np.ndarray, size: int) -> tuple[list[int], list[bool]]:
+def _hidden(rng: random.Random, encoder: Encoder, library: np.ndarray, size: int) -> tuple[list[int], list[float]]:
     """A pass key somewhere in the library's text, and its repetition at the end: as `ropewalk retrieval` asks."""
     key = relations.value(rng, "code", False)
     needle = encoder.encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
@@ -121,7 +121,7 @@ def _hidden(rng: random.Random, encoder: Encoder, library: np.ndarray, size: int
     text = _library_piece(rng, library, size - len(needle) - len(end))
     place = rng.randint(0, len(text))
     ids = [*text[:place], *needle, *text[place:], *end]
-    return ids, [number >= size - len(key) for number in range(size)]
+    return ids, [float(number >= size - len(key)) for number in range(size)]
 
 
 def _copying(rng: random.Random, phase: Phase) -> list[Piece]:

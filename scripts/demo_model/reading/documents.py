@@ -21,17 +21,22 @@ class HeldOut:
 
 
 TRAINING = HeldOut()
+UNCLEAR = 0.25  # of the things in a document, so many have one fact in words that nobody knows
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing that a document says. `passage` is the sentence or line that says it, as it stands in the text."""
+    """One thing that a document says. `passage` is the sentence or line that says it, as it stands in the text.
+
+    unclear: in words that nobody knows, so that only the sort of its value tells what is meant.
+    """
 
     relation: Relation
     kind: str
     entity: str
     value: str
     passage: str
+    unclear: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +89,32 @@ def _facts(
         generic = rng.random() < document_type.generic
         relation = relations.generic_relation(rng, held_out.wordings) if generic else rng.choice(KINDS[kind])
         chosen.setdefault(relation.noun, relation)
+    unclear = None
+    if held_out == TRAINING and not document_type.as_lines and rng.random() < UNCLEAR:
+        unclear = _one_of_its_sort(rng, list(chosen.values()))
     facts = []
     for relation in chosen.values():
         value = relations.value(rng, relation.value, held_out.names)
         if document_type.as_lines:
             passage = f"{relation.noun}: {value}"
+        elif relation is unclear:
+            passage = capitalised(relations.unknown_statement(rng, entity, value))
         else:
-            passage = _statement(rng, relation, value, held_out.wordings).format(e=entity, v=value, n=relation.noun)
-        facts.append(Fact(relation, kind, entity, value, passage if document_type.as_lines else capitalised(passage)))
+            wording = _statement(rng, relation, value, held_out.wordings)
+            passage = capitalised(wording.format(e=entity, v=value, n=relation.noun))
+        facts.append(Fact(relation, kind, entity, value, passage, relation is unclear))
     if document_type.as_lines:  # one line holds all that is said of a thing
         said = rng.choice(("; ", ", ")).join(fact.passage for fact in facts)
         line = capitalised(entity) + rng.choice((": ", " - ")) + said
         facts = [Fact(f.relation, f.kind, f.entity, f.value, line) for f in facts]
     return facts
+
+
+def _one_of_its_sort(rng: random.Random, chosen: list[Relation]) -> Relation | None:
+    """A relation whose values are of another sort than those of all others, if there is one."""
+    counts = Counter(map(relations.sort_of, chosen))
+    alone = [relation for relation in chosen if counts[relations.sort_of(relation)] == 1]
+    return rng.choice(alone) if alone else None
 
 
 def _statement(rng: random.Random, relation: Relation, value: str, held_out: bool) -> str:

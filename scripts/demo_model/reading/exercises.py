@@ -1,7 +1,8 @@
 """Exercises: a text, questions and answers, as the sequence of marked pieces that a model is trained on.
 
-An exercise is a list of pieces (text, is_answer). SYSTEM, USER, ASSISTANT and END are special tokens; an answer starts
-with a space, so that its first word is the same token as within a text.
+An exercise is a list of pieces (text, weight): what its tokens count in training as tokens of an answer, 0 if they are
+none. SYSTEM, USER, ASSISTANT and END are special tokens; an answer starts with a space, and a passage in it stands
+without quotation marks, so that each word is the same token as within a text.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 DELIMITERS = ("BEGININPUT", "BEGINCONTEXT", "ENDCONTEXT", "ENDINPUT", "BEGININSTRUCTION", "ENDINSTRUCTION")
 NOT_IN_TEXT = "Not in the text"
 
-Piece = tuple[str, bool]
+Piece = tuple[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question and its only right answer. `kind`: value, reverse, absent, quote or both (value and passage)."""
+    """A question and its only right answer. `kind`: value, reverse, absent, quote or both (value and passage).
+
+    passage: the end of the answer that is quoted.
+    """
 
     text: str
     answer: str
     kind: str
+    passage: str = ""
 
 
+FIRST_WORDS, FIRST_WORDS_WEIGHT = 4, 4.0
 QUOTE_ORDERS = ("Quote the passage.", "Quote the sentence that says so.", "Give the passage.")
 UNKNOWN = 0.1  # of the values that nothing else in the text could be meant by, so many are asked for in unknown words
 BOTH_ORDERS = ("Answer and quote the passage.", "Show the passage as well.", "Add the passage.")
@@ -41,16 +47,17 @@ def ask(rng: random.Random, fact: Fact, document: Document, held_out: HeldOut, q
     if reversible and rng.random() < 0.2:
         wording = relations.question(rng, relation.reverse, held_out.wordings)
         text, answer, kind = wording.format(v=fact.value), fact.entity, "reverse"
-    elif not held_out.wordings and rng.random() < UNKNOWN and _is_alone(fact, document):
+    elif held_out == TRAINING and rng.random() < UNKNOWN and _is_alone(fact, document):
         text, answer, kind = relations.unknown_question(rng, relation, fact.entity), fact.value, "value"
     else:
         text, answer, kind = _value_question(rng, fact, held_out), fact.value, "value"
     roll = rng.random()
     if roll < quotes / 2:
-        return Question(f"{text} {relations.pick(rng, QUOTE_ORDERS, held_out.wordings)}", f'"{fact.passage}"', "quote")
+        order = relations.pick(rng, QUOTE_ORDERS, held_out.wordings)
+        return Question(f"{text} {order}", fact.passage, "quote", fact.passage)
     if roll < quotes:
         order = relations.pick(rng, BOTH_ORDERS, held_out.wordings)
-        return Question(f"{text} {order}", f'{answer}. "{fact.passage}"', "both")
+        return Question(f"{text} {order}", f"{answer}. {fact.passage}", "both", fact.passage)
     return Question(text, answer, kind)
 
 
@@ -76,9 +83,11 @@ def ask_absent(rng: random.Random, document: Document, held_out: HeldOut) -> Que
             entity = relations.thing(rng, fact.kind, held_out.names)
         asked = Fact(fact.relation, fact.kind, entity, "", "")
     else:
-        said = {other.relation.noun for other in document.facts if other.entity == fact.entity}
+        others = [other for other in document.facts if other.entity == fact.entity]
+        said = {other.relation.noun for other in others}
+        unclear = {relations.sort_of(other.relation) for other in others if other.unclear}
         relation = fact.relation
-        while relation.noun in said:
+        while relation.noun in said or relations.sort_of(relation) in unclear:
             generic = rng.random() < 0.3
             choices = relations.KINDS[fact.kind]
             relation = relations.generic_relation(rng, held_out.wordings) if generic else rng.choice(choices)
@@ -101,7 +110,7 @@ def questions_about(
 def conversation(rng: random.Random, text: str, questions: list[Question], style: str = "") -> list[Piece]:
     """The pieces of a conversation about a text. style: "plain", "closed" or "system"; drawn at random if empty."""
     style = style or rng.choice(("plain", "plain", "closed", "closed", "system"))
-    pieces: list[Piece] = [(BEGIN, False)]
+    pieces: list[Piece] = [(BEGIN, 0)]
     for number, question in enumerate(questions):
         asked = question.text
         if number == 0:
@@ -109,10 +118,22 @@ def conversation(rng: random.Random, text: str, questions: list[Question], style
         elif style == "closed" and rng.random() < 0.3:
             asked = f"BEGININSTRUCTION\n{asked}\nENDINSTRUCTION"
         if number == 0 and style == "system":
-            pieces.append((f"{SYSTEM}{text}", False))
-        pieces.append((f"{USER}{asked}{ASSISTANT}", False))
-        pieces.append((f" {question.answer}{END}", True))
+            pieces.append((f"{SYSTEM}{text}", 0))
+        pieces.append((f"{USER}{asked}{ASSISTANT}", 0))
+        pieces.extend(answer_pieces(question))
     return pieces
+
+
+def answer_pieces(question: Question) -> list[Piece]:
+    """The answer and its end. The first words of a passage count more: which they are is what is hard to find."""
+    answer = f" {question.answer}{END}"
+    if not question.passage:
+        return [(answer, 1)]
+    start = len(answer) - len(f" {question.passage}{END}")
+    words = question.passage.split(" ")
+    middle = start + sum(len(word) + 1 for word in words[:FIRST_WORDS])
+    parts = ((answer[:start], 1), (answer[start:middle], FIRST_WORDS_WEIGHT), (answer[middle:], 1))
+    return [part for part in parts if part[0]]
 
 
 def opening(rng: random.Random, text: str, question: str, style: str) -> str:
@@ -176,4 +197,4 @@ def pass_key(rng: random.Random, num_sentences: int, depth: float | None = None)
 def copying(rng: random.Random, num_words: int) -> list[Piece]:
     """The same invented words over and over: the fastest way to learn to look back."""
     line = " ".join(names.person_name(rng, False) for _ in range(num_words))
-    return [(BEGIN, False), (f" {line}\n", False), (f" {line}\n" * 12, True)]
+    return [(BEGIN, 0), (f" {line}\n", 0), (f" {line}\n" * 12, 1)]

@@ -228,10 +228,28 @@ def sort_of(relation: Relation) -> tuple[str, ...]:
 
 def unknown_question(rng: random.Random, relation: Relation, entity: str) -> str:
     """A question that tells nothing but which sort of value is asked for, and of which thing."""
-    unknown = [names.unknown_word(rng) for _ in range(rng.choice((1, 1, 2)))]
-    others = [*unknown, *rng.sample(_SMALL_WORDS, rng.randint(1, 3)), entity]
+    others = [*_unknown_words(rng), entity]
     rng.shuffle(others)
     return f"{rng.choice(SORTS[sort_of(relation)])} {' '.join(others)}?"
+
+
+def unknown_statement(rng: random.Random, entity: str, value: str) -> str:
+    """A statement that tells nothing but that thing and value belong together."""
+    ends = [entity, value]
+    if not value.islower():  # it would stand there with a capital
+        rng.shuffle(ends)
+    words = [ends[0], *_unknown_words(rng), ends[1], *(_unknown_words(rng) if rng.random() < 0.3 else ())]
+    return f"{' '.join(words)}."
+
+
+def _unknown_words(rng: random.Random) -> list[str]:
+    """One or two words that nobody knows, with a few that say nothing."""
+    unknown = [
+        names.unknown_word(rng) if rng.random() < 0.4 else rng.choice(words.VAGUE) for _ in range(rng.choice((1, 1, 2)))
+    ]
+    result = [*unknown, *rng.sample(_SMALL_WORDS, rng.randint(1, 3))]
+    rng.shuffle(result)
+    return result
 
 
 def _in_haste(rng: random.Random, text: str) -> str:

@@ -54,15 +54,15 @@ class Encoder:
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.special = {mark: self.model.piece_to_id(mark) for mark in (BEGIN, END, SYSTEM, USER, ASSISTANT)}
 
-    def pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        """Ids of an exercise, and for each whether it belongs to an answer."""
+    def pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[float]]:
+        """Ids of an exercise, and the weight of each as part of an answer."""
         ids: list[int] = []
-        answers: list[bool] = []
-        for text, is_answer in pieces:
+        weights: list[float] = []
+        for text, weight in pieces:
             new = self.encode(text)
             ids += new
-            answers += [is_answer] * len(new)
-        return ids, answers
+            weights += [weight] * len(new)
+        return ids, weights
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; the marks of special tokens within it become those."""

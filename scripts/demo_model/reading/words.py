@@ -90,3 +90,17 @@ NOUNS = word_list(
 # One noun in five is never seen in the generic relations of training texts.
 TRAINING_NOUNS = tuple(noun for index, noun in enumerate(NOUNS) if index % 5 != 4)
 HELD_OUT_NOUNS = tuple(noun for index, noun in enumerate(NOUNS) if index % 5 == 4)
+# Words that stand for wordings nobody knows: none of them is in the wordings of a relation.
+VAGUE = word_list(
+    """
+    admired arranged asked aside attended avoided beneath beyond bitter borne broad carved chosen claimed
+    climbed closely counted covered crossed deep delivered despite drawn earlier echoed entered escaped except
+    expected faded fallen filled finally folded followed forever forgot fresh gathered gladly greeted guarded
+    happened heavy hidden hoped invited joined judged kindly knocked lately lent liberty lifted linked listed
+    loudly matched measured mended mixed named nearby noticed offered openly ordered paused picked planned
+    plainly prepared promised proved pulled quickly rarely repaired rested returned rolled rough sacred sealed
+    searched secretly shaped shared shown signed simple slowly sought spare stored strange stretched struck
+    sudden suited supplied tended thick together tried unlike upheld upon valued visited waited wandered warmed
+    watched weighed whispered widely willingly wished wondered worn wrapped yielded
+    """
+)
