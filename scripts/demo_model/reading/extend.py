@@ -65,7 +65,7 @@ def rope_scaling(method: str, factor: int) -> dict[str, object]:
 def long_phase(length: int) -> Phase:
     """Rows of `length` tokens, with documents of every size up to that."""
     mix = (("keys", 0.1), ("pass key", 0.15), ("hidden", 0.1), ("facts", 0.55), ("library", 0.1))
-    return Phase(math.inf, length, STEP_TOKENS // length, mix, (4, length // 18), 0.15, 0.15)
+    return Phase(math.inf, length, STEP_TOKENS // length, mix, (4, length // 18), 0.15, 0.3)
 
 
 class Adapted(torch.nn.Module):
