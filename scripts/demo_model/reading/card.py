@@ -55,8 +55,8 @@ Greedily (temperature 0), in one of three layouts. The chat template of `tokeniz
 | system | the question alone; the text is the system's turn |
 | closed context | `BEGININPUT`, `BEGINCONTEXT`, metadata or nothing, `ENDCONTEXT`, the text, `ENDINPUT`, `BEGININSTRUCTION`, the question, `ENDINSTRUCTION`, a line each, as the page's documents tab writes it |
 
-More questions follow in turns of their own. "Quote the passage." after a question asks for the passage, "Add the passage."
-for the answer and the passage.
+More questions follow in turns of their own. "Quote the passage." after a question asks for the passage, "Show the
+passage as well." for the answer and the passage.
 
 ## Exact answers
 
