@@ -34,7 +34,7 @@ from ropewalk.model.model import Model
 OWN = "ropewalk"
 TARGET = "llama-batched-bench"
 BUILD_OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF")
-IK_OPTIONS = ("-rtr", "-fa")  # weights interleaved when they are loaded, and its attention in tiles
+IK_OPTIONS = ("-rtr", "-fa", "on")  # weights interleaved when they are loaded, and its attention in tiles
 ROOM = 512  # positions to spare in a peer's cache
 SHAPES = {22: "1.1b", 32: "7b"}  # by the number of layers
 
@@ -176,7 +176,7 @@ def peer_rates(peer: Peer, args: argparse.Namespace) -> dict[int, Rates]:
     }  # fmt: skip
     command = [str(peer.program), *(str(part) for pair in options.items() for part in pair), *peer.options]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = read_table(done.stdout)
+    found = read_table(done.stdout + done.stderr)  # ik_llama.cpp logs its table
     if done.returncode or set(found) != set(args.lengths):
         raise SystemExit(
             f"{peer.name} measured {sorted(found)} and ended with {done.returncode}:\n{done.stderr[-2000:]}"

@@ -49,9 +49,7 @@ void score_page(const AttendTile& tile, const KvView& kv, Compute compute, const
 // Weights and weighted values in floats; num_keys: from the page's first, that any row sees.
 template <class V>
 void weigh_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, const PageRows& rows, int64_t num_keys) {
-  for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
-    softmax_row<V>(tile, row, visible_places(a, tile, row, rows.first_key));
-  }
+  softmax_floats<V>(a, tile, rows);
   const bool halves = kv.values == KvType::f16 && rows.row_end - rows.row_begin < kWidenRows;
   const void* values = kv.values == KvType::f32 || halves ? static_cast<const void*>(rows.page.values) : tile.values;
   if (code_bits(kv.values) != 0) {
@@ -74,23 +72,22 @@ void weigh_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, c
 // The same in products of pairs.
 template <class V>
 void weigh_paired_page(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, int64_t num_keys) {
-  for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
-    pair_softmax_row<V>(tile, row, visible_places(a, tile, row, rows.first_key));
-  }
-  pair_values<V>(tile, rows.page.values, num_keys);
-  for_rows_alike(a, tile, rows, num_keys, [&](int64_t begin, int64_t end, KeyRange places) {
-    weigh_pairs<V>(tile, begin, end, places);
-  });
+  softmax_pairs<V>(a, tile, rows);
+  const ValueHalves<V> values{reinterpret_cast<const uint16_t*>(rows.page.values), rows.next.values, tile.padded_dim,
+                              num_keys};
+  const auto weigh = [&](const auto& from) {
+    for_rows_alike(a, tile, rows, num_keys, [&](int64_t begin, int64_t end, KeyRange places) {
+      weigh_pairs<V>(tile, begin, end, from, places);
+    });
+  };
+  if (rows.row_end - rows.row_begin <= V::kAttendRows) return weigh(values);
+  weigh(paired_values<V>(tile, values));
 }
 
 // The same in integers, for coded values.
 template <class V>
 void weigh_coded_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, const PageRows& rows) {
-  const bool whole = see_all(a, tile, rows, kKvTile);
-  for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
-    page_softmax_row<V>(tile, row, whole ? KeyRange{0, kKvTile} : visible_places(a, tile, row, rows.first_key));
-  }
-  take_page<V>(tile, rows.row_begin, rows.row_end);
+  softmax_codes<V>(a, tile, rows);
   const auto* scales = reinterpret_cast<const uint16_t*>(rows.page.values + code_bytes(kv.values, kv.head_dim));
   for_rows_alike(a, tile, rows, kKvTile, [&](int64_t begin, int64_t end, KeyRange places) {
     load_value_scales<V>(tile, scales, places);
@@ -103,6 +100,7 @@ void weigh_coded_page(const AttendArgs& a, const AttendTile& tile, const KvView&
 template <class V, class Rows>
 void attend_pages(const AttendArgs& a, const AttendTile& tile, const KvView& kv, int64_t key_begin, int64_t key_end,
                   Rows rows_of_page) {
+  const int64_t all_end = tile_keys(a, tile).end;
   const bool integers = code_bits(kv.values) != 0 && a.compute == Compute::int8;
   for (int64_t key = key_begin; key < key_end; key += kKvTile) {
     PageRows rows{};
@@ -110,7 +108,8 @@ void attend_pages(const AttendArgs& a, const AttendTile& tile, const KvView& kv,
     if (rows.row_begin == rows.row_end) continue;
     const int64_t page = key / kKvTile;
     rows.page = head_page(kv, tile.head, page);
-    rows.next = key + kKvTile < key_end ? head_page(kv, tile.head, page + 1) : rows.page;
+    // Past the last page of a range too: whoever computes it computes the next range after it, more often than not.
+    rows.next = key + kKvTile < all_end ? head_page(kv, tile.head, page + 1) : rows.page;
     rows.first_key = key;
     score_page<V>(tile, kv, a.compute, rows);
     if (a.softcap != 0.0f) cap_scores<V>(tile, rows, a.softcap);
@@ -181,6 +180,14 @@ void merge_range(const AttendArgs& a, const AttendTile& tile, int64_t range, con
   }
 }
 
+// Ask for the first page of an item; from then on each page asks for the next.
+template <class V>
+void prefetch_page(const KvView& kv, int64_t head, int64_t page) {
+  const HeadPage first = head_page(kv, head, page);
+  prefetch_bytes<V>(first.keys, key_bytes(kv.keys, kv.head_dim));
+  prefetch_bytes<V>(first.values, value_bytes(kv.values, kv.head_dim));
+}
+
 // tile.q, and what the scores of coded keys are computed from.
 template <class V>
 void load_queries(const AttendArgs& a, const AttendTile& tile) {
@@ -226,6 +233,7 @@ void attend(const AttendArgs& a, int64_t item_begin, int64_t item_end, float* sc
   for (int64_t item = item_begin; item < item_end; ++item) {
     AttendTile tile = tile_of(a, item);
     float* rest = carve_scratch(tile, scratch);
+    prefetch_page<V>(a.kv, tile.head, tile_keys(a, tile).begin / kKvTile);
     const SoftmaxState total = state_at(rest, kQueryRows, tile.padded_dim);
     float* second = rest + attend_part_floats(kQueryRows, a.kv.head_dim);
     const SoftmaxState part = state_at(second, kQueryRows, tile.padded_dim);

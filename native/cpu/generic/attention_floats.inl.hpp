@@ -11,18 +11,25 @@ template <class V, KvType kType, int kRows, int kTiles>
 void score_block(const float* q, int64_t q_stride, const typename KvElement<V, kType>::Stored* keys, int64_t head_dim,
                  float* scores) {
   typename V::F32 total[kRows][kTiles];
+#pragma GCC unroll 8  // else GCC keeps the sums in memory before and after the loop
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
   }
   for (int64_t d = 0; d < head_dim; ++d) {
     typename V::F32 key[kTiles];
+#pragma GCC unroll 8
     for (int j = 0; j < kTiles; ++j) key[j] = KvElement<V, kType>::load(keys + (j * head_dim + d) * kLanes);
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const auto value = V::broadcast(q[m * q_stride + d]);
+#pragma GCC unroll 8
       for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, key[j], total[m][j]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int j = 0; j < kTiles; ++j) V::store(scores + m * kKvTile + j * kLanes, total[m][j]);
   }
 }
@@ -46,20 +53,27 @@ template <class V, KvType kType, int kRows, int kChunks>
 void weigh_block(const float* p, const float* correction, const typename KvElement<V, kType>::Stored* values,
                  int64_t padded_dim, int64_t num_keys, float* out) {
   typename V::F32 total[kRows][kChunks];
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int c = 0; c < kChunks; ++c) {
       total[m][c] = V::mul(V::broadcast(correction[m]), V::load(out + m * padded_dim + c * kLanes));
     }
   }
   for (int64_t j = 0; j < num_keys; ++j) {
     typename V::F32 value[kChunks];
+#pragma GCC unroll 8
     for (int c = 0; c < kChunks; ++c) value[c] = KvElement<V, kType>::load(values + j * padded_dim + c * kLanes);
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const auto weight = V::broadcast(p[m * kKvTile + j]);
+#pragma GCC unroll 8
       for (int c = 0; c < kChunks; ++c) total[m][c] = V::fma(weight, value[c], total[m][c]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
     for (int c = 0; c < kChunks; ++c) V::store(out + m * padded_dim + c * kLanes, total[m][c]);
   }
 }

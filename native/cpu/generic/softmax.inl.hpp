@@ -31,31 +31,6 @@ float largest_score(const float* scores, KeyRange places) {
   return V::reduce_max(highest);
 }
 
-// scores -> exp(score - largest), masked; updates the running maximum, sum and correction of one row.
-template <class V>
-void softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
-  float* scores = tile.scores + row * kKvTile;
-  if (places.begin == places.end) {  // nothing of this page is visible: the row keeps its state, bit for bit
-    for (int64_t j = 0; j < kKvTile; j += kLanes) V::store(scores + j, V::zero());
-    tile.correction[row] = 1.0f;
-    return;
-  }
-  const float previous = tile.state.largest[row];
-  const float candidate = largest_score<V>(scores, places);
-  const float largest = candidate > previous ? candidate : previous;
-  auto total = V::zero();
-  for (int64_t j = 0; j < kKvTile; j += kLanes) {
-    auto p = exp_f32<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
-    p = V::select_range(p, V::zero(), places.begin - j, places.end - j);
-    V::store(scores + j, p);
-    total = V::add(total, p);
-  }
-  const float correction = previous == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(previous - largest)));
-  tile.state.largest[row] = largest;
-  tile.correction[row] = correction;
-  tile.state.sum[row] = tile.state.sum[row] * correction + V::reduce_add(total);
-}
-
 // The unit of AttendTile::weights: a page has small weights beside large ones, so the largest takes all 15 bits.
 static constexpr float kWeightSteps = 32767.0f;
 
@@ -73,70 +48,108 @@ typename V::F32 exp_weight(typename V::F32 x) {
   return V::mul_pow2(p, n);
 }
 
-// softmax_row with weights in bf16 in place of f32, and in `weights` in place of `scores`.
-template <class V>
-void pair_softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
-  const float* scores = tile.scores + row * kKvTile;
-  auto* weights = reinterpret_cast<uint16_t*>(tile.weights) + row * kKvTile;
-  if (places.begin == places.end) {
-    for (int64_t j = 0; j < kKvTile; j += kLanes) V::store_bf16(weights + j, V::zero());
-    tile.correction[row] = 1.0f;
-    return;
-  }
-  const bool whole = places.begin == 0 && places.end == kKvTile;
-  const float previous = tile.state.largest[row];
-  const float candidate = largest_score<V>(scores, places);
-  const float largest = candidate > previous ? candidate : previous;
-  auto total = V::zero();
-  for (int64_t j = 0; j < kKvTile; j += kLanes) {
-    auto p = exp_weight<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
-    if (!whole) p = V::select_range(p, V::zero(), places.begin - j, places.end - j);
-    V::store_bf16(weights + j, p);
-    total = V::add(total, p);
-  }
-  const float correction = previous == largest ? 1.0f : V::first(exp_f32<V>(V::broadcast(previous - largest)));
-  tile.state.largest[row] = largest;
-  tile.correction[row] = correction;
-  tile.state.sum[row] = tile.state.sum[row] * correction + V::reduce_add(total);
+// What follows goes over all rows of a page in passes, first their maxima, then their weights: one row after the other
+// would be waiting for itself.
+
+// The keys of a page that a row sees; whole: all rows see all of them.
+static inline KeyRange places_of(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, bool whole, int64_t row) {
+  return whole ? KeyRange{0, kKvTile} : visible_places(a, tile, row, rows.first_key);
 }
 
-// weights = exp(score - largest of the page) in integers, masked, with their sum before rounding.
+// tile.page_largest: kNoScore where a row sees none of the page.
 template <class V>
-void page_softmax_row(const AttendTile& tile, int64_t row, KeyRange places) {
-  const float* scores = tile.scores + row * kKvTile;
-  tile.page_largest[row] = kNoScore;
-  tile.page_sum[row] = 0.0f;
-  if (places.begin == places.end) return;
-  const bool whole = places.begin == 0 && places.end == kKvTile;
-  const float largest = largest_score<V>(scores, places);
-  auto total = V::zero();
-  for (int64_t j = 0; j < kKvTile; j += kLanes) {
-    auto p = exp_weight<V>(V::sub(V::load(scores + j), V::broadcast(largest)));
-    if (!whole) p = V::select_range(p, V::zero(), places.begin - j, places.end - j);
-    V::store_int16(tile.weights + row * kKvTile + j, V::mul(p, V::broadcast(kWeightSteps)));
-    total = V::add(total, p);
+void find_largest(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, bool whole) {
+  for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
+    tile.page_largest[row] = largest_score<V>(tile.scores + row * kKvTile, places_of(a, tile, rows, whole, row));
   }
-  tile.page_largest[row] = largest;
-  tile.page_sum[row] = V::reduce_add(total);
 }
 
-// Takes the maxima and sums of a page into the state.  A row that sees none of it keeps its state, bit for bit:
-// exp(0) is 1 and a sum of 0 adds nothing.
+// weigh(place, x) makes the weights of 16 keys and stores them, x: score - largest; masked, and summed into page_sum.
+template <class V, class Weigh>
+void weigh_scores(const AttendArgs& a, const AttendTile& tile, const PageRows& rows, bool whole, const float* largest,
+                  Weigh weigh) {
+  for (int64_t row = rows.row_begin; row < rows.row_end; ++row) {
+    const KeyRange places = places_of(a, tile, rows, whole, row);
+    auto total = V::zero();
+    for (int64_t j = 0; j < kKvTile; j += kLanes) {
+      const int64_t place = row * kKvTile + j;
+      const auto visible = [&](typename V::F32 p) {
+        return whole ? p : V::select_range(p, V::zero(), places.begin - j, places.end - j);
+      };
+      total = V::add(total, weigh(place, V::sub(V::load(tile.scores + place), V::broadcast(largest[row])), visible));
+    }
+    tile.page_sum[row] = V::reduce_add(total);
+  }
+}
+
+// Takes the maxima of a page into the state.  A row that sees none of it keeps its state, bit for bit: exp(0) is 1 and a
+// sum of 0 adds nothing.
 template <class V>
-void take_page(const AttendTile& tile, int64_t row_begin, int64_t row_end) {
-  for (int64_t row = row_begin; row < row_end; row += kLanes) {
-    const int64_t count = row_end - row < kLanes ? row_end - row : kLanes;
+void raise_largest(const AttendTile& tile, const PageRows& rows) {
+  for (int64_t row = rows.row_begin; row < rows.row_end; row += kLanes) {
+    const int64_t count = rows.row_end - row < kLanes ? rows.row_end - row : kLanes;
     const auto previous = V::load_partial(tile.state.largest + row, count);
     const auto found = V::load_partial(tile.page_largest + row, count);
     const auto largest = V::max(previous, found);  // a NaN of this page comes out
-    const auto correction = exp_f32<V>(V::sub(previous, largest));
-    const auto take = exp_f32<V>(V::sub(found, largest));
-    const auto sum = V::mul(V::load_partial(tile.state.sum + row, count), correction);
-    V::store_partial(tile.state.sum + row, V::fma(V::load_partial(tile.page_sum + row, count), take, sum), count);
     V::store_partial(tile.state.largest + row, largest, count);
-    V::store_partial(tile.correction + row, correction, count);
-    V::store_partial(tile.take + row, take, count);
+    V::store_partial(tile.correction + row, exp_f32<V>(V::sub(previous, largest)), count);
+    V::store_partial(tile.take + row, exp_f32<V>(V::sub(found, largest)), count);
   }
+}
+
+// Takes the sums of a page into the state: of weights that are relative to the largest score of the page, or so far.
+template <class V, bool kOfPage>
+void take_sums(const AttendTile& tile, const PageRows& rows) {
+  for (int64_t row = rows.row_begin; row < rows.row_end; row += kLanes) {
+    const int64_t count = rows.row_end - row < kLanes ? rows.row_end - row : kLanes;
+    const auto more = V::load_partial(tile.page_sum + row, count);
+    auto sum = V::mul(V::load_partial(tile.state.sum + row, count), V::load_partial(tile.correction + row, count));
+    sum = kOfPage ? V::fma(more, V::load_partial(tile.take + row, count), sum) : V::add(more, sum);
+    V::store_partial(tile.state.sum + row, sum, count);
+  }
+}
+
+// Weights in f32, in place of the scores.
+template <class V>
+void softmax_floats(const AttendArgs& a, const AttendTile& tile, const PageRows& rows) {
+  const bool whole = see_all(a, tile, rows, kKvTile);
+  find_largest<V>(a, tile, rows, whole);
+  raise_largest<V>(tile, rows);
+  weigh_scores<V>(a, tile, rows, whole, tile.state.largest, [&](int64_t place, typename V::F32 x, auto visible) {
+    const auto p = visible(exp_f32<V>(x));
+    V::store(tile.scores + place, p);
+    return p;
+  });
+  take_sums<V, false>(tile, rows);
+}
+
+// Weights in bf16.
+template <class V>
+void softmax_pairs(const AttendArgs& a, const AttendTile& tile, const PageRows& rows) {
+  const bool whole = see_all(a, tile, rows, kKvTile);
+  auto* weights = reinterpret_cast<uint16_t*>(tile.weights);
+  find_largest<V>(a, tile, rows, whole);
+  raise_largest<V>(tile, rows);
+  weigh_scores<V>(a, tile, rows, whole, tile.state.largest, [&](int64_t place, typename V::F32 x, auto visible) {
+    const auto p = visible(exp_weight<V>(x));
+    V::store_bf16(weights + place, p);
+    return p;
+  });
+  take_sums<V, false>(tile, rows);
+}
+
+// Weights in integers, relative to the largest score of the page; their sums are taken before rounding.
+template <class V>
+void softmax_codes(const AttendArgs& a, const AttendTile& tile, const PageRows& rows) {
+  const bool whole = see_all(a, tile, rows, kKvTile);
+  find_largest<V>(a, tile, rows, whole);
+  raise_largest<V>(tile, rows);
+  weigh_scores<V>(a, tile, rows, whole, tile.page_largest, [&](int64_t place, typename V::F32 x, auto visible) {
+    const auto p = visible(exp_weight<V>(x));
+    V::store_int16(tile.weights + place, V::mul(p, V::broadcast(kWeightSteps)));
+    return p;
+  });
+  take_sums<V, true>(tile, rows);
 }
 
 }  // namespace ropewalk
