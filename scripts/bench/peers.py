@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,11 +172,12 @@ def own_rates(model: Model, args: argparse.Namespace) -> dict[int, Rates]:
 def peer_rates(peer: Peer, args: argparse.Namespace) -> dict[int, Rates]:
     """One measurement of a peer: one process for all lengths."""
     options = {
-        "-m": args.gguf, "-c": max(args.lengths) + args.tokens + ROOM, "-t": args.threads, "-npl": 1,
+        "-m": args.gguf.resolve(), "-c": max(args.lengths) + args.tokens + ROOM, "-t": args.threads, "-npl": 1,
         "-npp": ",".join(map(str, args.lengths)), "-ntg": args.tokens,
     }  # fmt: skip
-    command = [str(peer.program), *(str(part) for pair in options.items() for part in pair), *peer.options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [str(peer.program.resolve()), *(str(part) for pair in options.items() for part in pair), *peer.options]
+    with tempfile.TemporaryDirectory() as scratch:  # for the log that ik_llama.cpp leaves where it runs
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
     found = read_table(done.stdout + done.stderr)  # ik_llama.cpp logs its table
     if done.returncode or set(found) != set(args.lengths):
         raise SystemExit(

@@ -14,15 +14,16 @@ struct Verbs : Avx2Verbs {
     static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static __m256i add_half(__m256i sum, __m256i codes, __m256i x) {
       // Up to 15: the 16-bit sums of a block reach at most 8 * 2 * 15 * 127 = 30480, so they are widened once.
-      if constexpr (kBits <= 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+      if constexpr (kBits <= 4) return added_now(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)));
       // Up to 63: a pair of products is at most 2 * 63 * 127, and two of them would overflow.
-      if constexpr (kBits == 6) return _mm256_add_epi32(sum, pair_sums(_mm256_maddubs_epi16(codes, x)));
+      if constexpr (kBits == 6) return added_now(_mm256_add_epi32(sum, pair_sums(_mm256_maddubs_epi16(codes, x))));
       // Up to 255: a pair would saturate (2 * 255 * 127 > 32767), so the top bit goes separately.
       if constexpr (kBits == 8) {
         const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
         const __m256i top = _mm256_and_si256(_mm256_srli_epi16(codes, 7), _mm256_set1_epi8(1));
         const __m256i top_products = _mm256_madd_epi16(_mm256_maddubs_epi16(top, x), _mm256_set1_epi16(128));
-        return _mm256_add_epi32(sum, _mm256_add_epi32(pair_sums(_mm256_maddubs_epi16(low, x)), top_products));
+        return added_now(
+            _mm256_add_epi32(sum, _mm256_add_epi32(pair_sums(_mm256_maddubs_epi16(low, x)), top_products)));
       }
     }
     static Sum add(Sum sum, Codes codes, Quad x) {

@@ -159,6 +159,12 @@ struct Avx2Verbs {
     return _mm256_cvtepi32_ps(byte);
   }
   static F32 codes_to_f32(Codes codes, int j) { return {byte_to_f32(codes.low, j), byte_to_f32(codes.high, j)}; }
+  using Zero = F32;
+  static Zero as_zero(F32 zero) { return zero; }
+  template <int kBits>
+  static F32 centred(Codes codes, int j, const Zero& zero) {
+    return sub(codes_to_f32(codes, j), zero);
+  }
 
   static __m256i load_line(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   using Quad = __m256i;  // 4 activations in every lane
@@ -166,6 +172,11 @@ struct Avx2Verbs {
     int32_t four;
     __builtin_memcpy(&four, values, 4);
     return _mm256_set1_epi32(four);
+  }
+  // Else GCC computes all products of a block first, keeps them in memory, and adds them at the end.
+  static __m256i added_now(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
   }
   static __m256i pair_sums(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 
@@ -218,8 +229,8 @@ struct Avx2Verbs {
     int32_t both;
     __builtin_memcpy(&both, two, 4);
     const __m256i weights = _mm256_set1_epi32(both);
-    return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(words.low, weights)),
-            _mm256_add_epi32(sum.high, _mm256_madd_epi16(words.high, weights))};
+    return {added_now(_mm256_add_epi32(sum.low, _mm256_madd_epi16(words.low, weights))),
+            added_now(_mm256_add_epi32(sum.high, _mm256_madd_epi16(words.high, weights)))};
   }
   static PairSum add_sums(PairSum a, PairSum b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};

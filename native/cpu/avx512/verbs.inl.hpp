@@ -108,6 +108,27 @@ struct Avx512Verbs {
     return _mm512_cvtepi32_ps(byte);
   }
 
+  // A code in the mantissa of a power of two, which is subtracted together with the zero point: code - zero, exactly, in
+  // two instructions where the bits of the code need not move.
+  static constexpr float kPowers[] = {8388608.0f, 32768.0f, 128.0f};  // 2^23, 2^15, 2^7: bits 0, 8 and 16 count as one
+  struct Zero {
+    F32 and_power[3];
+  };
+  static Zero as_zero(F32 zero) {
+    return {{add(zero, broadcast(kPowers[0])), add(zero, broadcast(kPowers[1])), add(zero, broadcast(kPowers[2]))}};
+  }
+  template <int kBits>
+  static F32 centred(Codes codes, int j, const Zero& zero) {
+    const bool moved = j == 3 || (j == 2 && kBits == 8);  // bit 23 is no part of a mantissa
+    const int place = moved ? 0 : j;
+    const __m512i bits = moved ? _mm512_srli_epi32(codes, static_cast<unsigned>(8 * j)) : codes;
+    const __m512i mask = _mm512_set1_epi32(0xff << 8 * place);
+    const __m512i power = _mm512_castps_si512(broadcast(kPowers[place]));
+    constexpr int kMaskedOr = 0xea;  // (bits & mask) | power
+    const __m512i number = _mm512_ternarylogic_epi32(bits, mask, power, kMaskedOr);
+    return sub(_mm512_castsi512_ps(number), zero.and_power[place]);
+  }
+
   // Dot products of unsigned codes with signed activations over one block of 32 rows.
   template <int kBits>
   struct Dot {

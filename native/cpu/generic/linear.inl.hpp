@@ -170,7 +170,7 @@ static constexpr int64_t kRunBlocks = 2;  // of a group, whose products are summ
 // One block of 32 input features: total[m][j] += x[m][k] * (code[k] - zero[j]), k in order.
 template <class V, int kBits, int kRows, int kTiles>
 void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, int64_t x_stride,
-                      const typename V::F32 (&zero)[kTiles], typename V::F32 (&total)[kRows][kTiles]) {
+                      const typename V::Zero (&zero)[kTiles], typename V::F32 (&total)[kRows][kTiles]) {
   using Dot = typename V::template Dot<kBits>;
   for (int quad = 0; quad < 8; ++quad) {
     typename V::Codes codes[kTiles];
@@ -180,7 +180,7 @@ void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, 
     }
     for (int i = 0; i < 4; ++i) {
       typename V::F32 weight[kTiles];
-      for (int j = 0; j < kTiles; ++j) weight[j] = V::sub(V::codes_to_f32(codes[j], i), zero[j]);
+      for (int j = 0; j < kTiles; ++j) weight[j] = V::template centred<kBits>(codes[j], i, zero[j]);
       for (int m = 0; m < kRows; ++m) {
         const auto value = V::broadcast(x[m * x_stride + quad * 4 + i]);
         for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, weight[j], total[m][j]);
@@ -204,10 +204,11 @@ void gptq_exact_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
     for (int j = 0; j < kTiles; ++j) y[m][j] = load_bias<V>(w, tile + j);
   }
   for (int64_t g = 0; g < w.num_groups; ++g) {
-    typename V::F32 scale[kTiles], zero[kTiles];
+    typename V::F32 scale[kTiles];
+    typename V::Zero zero[kTiles];
     for (int j = 0; j < kTiles; ++j) {
       scale[j] = load_scales<V>(w, (tile + j) * w.num_groups + g);
-      zero[j] = load_zeros<V>(w, (tile + j) * w.num_groups + g);
+      zero[j] = V::as_zero(load_zeros<V>(w, (tile + j) * w.num_groups + g));
     }
     const int64_t group_end = w.group_starts[g + 1];
     for (int64_t b = w.group_starts[g]; b < group_end;) {

@@ -149,6 +149,12 @@ struct Verbs {
   static F32 codes_to_f32(const Codes& codes, int j) {
     return each([&](int i) { return static_cast<float>(codes.byte[i * 4 + j]); });
   }
+  using Zero = F32;
+  static Zero as_zero(F32 zero) { return zero; }
+  template <int kBits>
+  static F32 centred(const Codes& codes, int j, const Zero& zero) {
+    return sub(codes_to_f32(codes, j), zero);
+  }
 
   // Dot products of unsigned codes with signed activations over one block of 32 rows.
   template <int kBits>
