@@ -39,6 +39,7 @@ void score_page(const AttendTile& tile, const KvView& kv, Compute compute, const
   } else if (kv.keys == KvType::f32) {
     floats.template operator()<KvType::f32>(tile.q, rows.page.keys);
   } else if (end - begin < kWidenRows) {
+    prefetch_bytes<V>(rows.next.keys, key_bytes(kv.keys, kv.head_dim));
     floats.template operator()<KvType::f16>(tile.q, rows.page.keys);
   } else {
     widen<V>(rows.page.keys, kKvTile * kv.head_dim, tile.keys);
@@ -52,6 +53,7 @@ void weigh_page(const AttendArgs& a, const AttendTile& tile, const KvView& kv, c
   softmax_floats<V>(a, tile, rows);
   const bool halves = kv.values == KvType::f16 && rows.row_end - rows.row_begin < kWidenRows;
   const void* values = kv.values == KvType::f32 || halves ? static_cast<const void*>(rows.page.values) : tile.values;
+  if (halves) prefetch_bytes<V>(rows.next.values, value_bytes(kv.values, kv.head_dim));
   if (code_bits(kv.values) != 0) {
     for_bits(kv.values, [&]<int kBits>() {
       decode_values<V, kBits>(rows.page.values, kv.head_dim, tile.padded_dim, tile.values);
