@@ -110,6 +110,21 @@ def test_integer_sums_are_exact_at_their_extremes(isa, bits, top):
 
 
 @every_isa
+@pytest.mark.parametrize("bits, top", [(2, 3), (3, 7), (4, 15), (8, 255)])
+def test_codes_and_zero_points_of_any_size_are_subtracted_exactly(isa, bits, top):
+    """Rows of the identity read the weights one by one."""
+    case = gptq_case(64, 96, 32, bits=bits, scale_dtype=np.float32)
+    case.arguments["scales"][:] = 1
+    weights = case.codes.astype(np.float32) - np.repeat(case.zeros, 32, axis=0)
+    assert weights.min() < -top // 2 and weights.max() > top // 2
+    runtime = native.Runtime(isa, 1)
+    linear = native.Linear(runtime, [case.pack(runtime)])
+    x = np.eye(64, dtype=np.float32)
+    assert np.array_equal(linear(x, "exact"), weights + case.bias)
+    assert all(np.array_equal(linear(x[k : k + 1], "exact"), weights[k : k + 1] + case.bias) for k in range(64))
+
+
+@every_isa
 def test_activations_halfway_between_integers_round_to_even(isa):
     case = gptq_case(32, 16, 32, constant_zero=0, scale_dtype=np.float32)
     case.arguments["scales"][:] = 1

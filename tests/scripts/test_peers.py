@@ -26,15 +26,31 @@ def test_the_table_of_a_peer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_table("error: no model\n") == {}
 
 
-def test_the_script_reports_beside_a_peer(tmp_path: Path) -> None:
-    (tmp_path / "table.txt").write_text(TABLE)
-    peer = tmp_path / "llama-batched-bench"
-    peer.write_text(f"#!/bin/sh\ncat {tmp_path / 'table.txt'}\n")
+def stand_in(folder: Path, script: str) -> Path:
+    """A program in place of the peer's: a shell script, which has the table in a file beside it."""
+    (folder / "table.txt").write_text(TABLE)
+    peer = folder / "llama-batched-bench"
+    peer.write_text(f"#!/bin/sh\n{script}\n")
     peer.chmod(0o755)
+    return peer
+
+
+def bench_beside(peer: Path) -> subprocess.CompletedProcess[str]:
+    """The script, run beside the stand-in where that lies."""
     command = [sys.executable, str(BENCH / "peers.py"), "--smoke", "--llama", str(peer), "--gguf", str(peer)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, cwd=peer.parent)
+
+
+def test_the_script_reports_beside_a_peer(tmp_path: Path) -> None:
+    done = bench_beside(stand_in(tmp_path, f"cat {tmp_path / 'table.txt'}"))
     assert done.returncode == 0, done.stderr
     assert "times llama.cpp" in done.stdout and "160.000" in done.stdout and "ropewalk" in done.stdout
-    peer.write_text("#!/bin/sh\necho no such model >&2\nexit 1\n")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = bench_beside(stand_in(tmp_path, "echo no such model >&2\nexit 1"))
     assert done.returncode == 1 and "llama.cpp measured [] and ended with 1" in done.stderr and "no such" in done.stderr
+
+
+def test_a_peer_may_log_its_table_and_leaves_no_log_behind(tmp_path: Path) -> None:
+    done = bench_beside(stand_in(tmp_path, f"touch llama.log\ncat {tmp_path / 'table.txt'} >&2"))
+    assert done.returncode == 0, done.stderr
+    assert "320.500" in done.stdout
+    assert not (tmp_path / "llama.log").exists()
