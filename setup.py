@@ -43,7 +43,7 @@ HEADERS = [
         for name in (
             *("append", "attention", "attention_codes", "attention_floats", "attention_pairs", "attention_tile"),
             *("feed_forward", "functions", "hadamard", "kv_codes", "kv_pages", "layer_norm", "linear", "load"),
-            *("low_rank", "pack", "probe", "round", "rows", "softmax", "table"),
+            *("low_rank", "pack", "prepare", "probe", "round", "rows", "softmax", "table"),
         )
     ),
     *(f"native/cpu/{isa}/verbs.inl.hpp" for isa in ("avx2", "avx512")),

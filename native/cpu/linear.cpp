@@ -28,50 +28,28 @@ struct Places {
 struct Prepared {
   const PackedGptq* weights;
   PrepareArgs args{};
-  int64_t gathered = 0, values = 0, block_scales = 0, group_sums = 0;  // places
+  int64_t digits = 0, scales = 0, starts = 0, group_sums = 0;  // places
 };
 
-// In "exact", rows without a permutation or padding are read where they are.
-bool read_in_place(const Prepared& input, Compute compute) {
-  return compute == Compute::exact && input.weights->weights().source_row == nullptr;
-}
-
-void reserve(Prepared& input, Compute compute, int64_t num_rows, Places& places) {
+void reserve(Prepared& input, int64_t num_digits, int64_t num_rows, Places& places) {
   const GptqWeights& w = input.weights->weights();
-  const int64_t padded = w.num_blocks * kBlockRows;
-  if (read_in_place(input, compute)) return;
-  if (compute == Compute::exact) {
-    input.gathered = places.take(num_rows * padded * 4);
-    return;
-  }
-  input.values = places.take(num_rows * padded);
-  input.block_scales = places.take(num_rows * w.num_blocks * 4);
+  input.args.num_digits = num_digits;
+  input.digits = places.take(num_rows * w.num_blocks * num_digits * kBlockRows);
+  input.scales = places.take(num_rows * w.num_blocks * 4);
+  input.starts = places.take(num_rows * w.num_blocks * num_digits * 4);
   input.group_sums = places.take(num_rows * w.num_groups * 4);
 }
 
-void describe(Prepared& input, Compute compute, const float* x, int64_t x_stride, uint8_t* scratch) {
-  const GptqWeights& w = input.weights->weights();
-  input.args = {
-      .x = x,
-      .x_stride = x_stride,
-      .in_features = w.in_features,
-      .num_blocks = w.num_blocks,
-      .num_groups = w.num_groups,
-      .source_row = w.source_row,
-      .group_starts = w.group_starts,
-      .gathered = nullptr,
-      .values = nullptr,
-      .block_scales = nullptr,
-      .group_sums = nullptr,
+void describe(Prepared& input, const float* x, int64_t x_stride, uint8_t* scratch) {
+  input.args.x = x;
+  input.args.x_stride = x_stride;
+  input.args.weights = &input.weights->weights();
+  input.args.out = {
+      .digits = reinterpret_cast<int8_t*>(scratch + input.digits),
+      .scales = reinterpret_cast<float*>(scratch + input.scales),
+      .starts = reinterpret_cast<int32_t*>(scratch + input.starts),
+      .group_sums = reinterpret_cast<float*>(scratch + input.group_sums),
   };
-  if (read_in_place(input, compute)) return;
-  if (compute == Compute::exact) {
-    input.args.gathered = reinterpret_cast<float*>(scratch + input.gathered);
-    return;
-  }
-  input.args.values = reinterpret_cast<int8_t*>(scratch + input.values);
-  input.args.block_scales = reinterpret_cast<float*>(scratch + input.block_scales);
-  input.args.group_sums = reinterpret_cast<float*>(scratch + input.group_sums);
 }
 
 // Where the product with A goes for the rows of a change.
@@ -129,8 +107,9 @@ struct PrepareItem {
 // What the parts of linears share, in one job for all threads: the prepared activations, and the inner products.
 void run_shared(CpuRuntime& runtime, std::vector<Shared>& linears, Compute compute) {
   Places places;
+  const int64_t num_digits = compute == Compute::int8 ? kInt8Digits : kExactDigits;
   for (Shared& shared : linears) {
-    for (Prepared& input : shared.inputs) reserve(input, compute, shared.job->num_rows, places);
+    for (Prepared& input : shared.inputs) reserve(input, num_digits, shared.job->num_rows, places);
     for (Inner& inner : shared.inners) inner.place = places.take(inner.num_rows() * inner.panels() * kRankTile * 4);
   }
   uint8_t* scratch = runtime.activations(places.end).as<uint8_t>();
@@ -142,8 +121,7 @@ void run_shared(CpuRuntime& runtime, std::vector<Shared>& linears, Compute compu
     // A few rows in small items, for all threads: a step of eight at 1.1B took 51 and 54 ms, as one item 60 and 64.
     const int64_t rows_of_item = job.num_rows > 16 ? 8 : 2;
     for (Prepared& input : shared.inputs) {
-      describe(input, compute, job.x, job.x_stride, scratch);
-      if (read_in_place(input, compute)) continue;
+      describe(input, job.x, job.x_stride, scratch);
       for (int64_t row = 0; row < job.num_rows; row += rows_of_item) {
         prepared.push_back({&input.args, row, std::min(row + rows_of_item, job.num_rows)});
       }
@@ -202,7 +180,7 @@ class PartRun {
           float* out, int64_t out_stride)
       : table_(runtime.table()), part_(part), compute_(compute) {
     if (part.gptq != nullptr) {
-      describe_gptq(inputs[part.input], out, out_stride);
+      gptq_ = {&part.gptq->weights(), inputs[part.input].args.out, out, out_stride};
     } else {
       const DenseWeights& w = *part.dense;
       dense_ = {w.weight, w.type, w.in_features, w.out_features, w.bias, x, x_stride, out, out_stride};
@@ -237,21 +215,6 @@ class PartRun {
     int64_t first, end;
     LowRankArgs args;
   };
-
-  void describe_gptq(const Prepared& input, float* out, int64_t out_stride) {
-    const bool in_place = read_in_place(input, compute_);
-    const PrepareArgs& p = input.args;
-    gptq_ = {
-        .weights = &part_.gptq->weights(),
-        .gathered = in_place ? p.x : p.gathered,
-        .values = p.values,
-        .block_scales = p.block_scales,
-        .group_sums = p.group_sums,
-        .x_stride = in_place ? p.x_stride : p.num_blocks * kBlockRows,
-        .out = out,
-        .out_stride = out_stride,
-    };
-  }
 
   const KernelTable& table_;
   const LinearPlan::Part& part_;

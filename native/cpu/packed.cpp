@@ -1,6 +1,7 @@
 // Packed weights, and which of them are computed together.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 
 #include "ropewalk/operations.hpp"
 
@@ -90,11 +91,13 @@ void PackedGptq::build_tables(CpuRuntime& runtime, const Source& source) {
   }
   weights_.scales = scales_.as<void>();
 
-  const int64_t num_zeros = num_groups * out_features;
-  weights_.constant_zero = num_zeros > 0 ? static_cast<float>(source.zeros[0]) : 0.0f;
-  const bool constant = std::all_of(source.zeros, source.zeros + num_zeros,
-                                    [&](uint8_t zero) { return zero == source.zeros[0]; });
-  if (!constant) {
+  const uint8_t* zeros_end = source.zeros + num_groups * out_features;
+  const auto [least, most] = std::minmax_element(source.zeros, zeros_end);
+  const bool none = source.zeros == zeros_end;
+  if (none || *least == *most) {
+    weights_.middle = none ? 0 : *most;
+  } else {
+    weights_.middle = static_cast<int32_t>(std::bit_ceil(*most + 1u) / 2);  // 8 for zero points of four bits
     zeros_ = zeroed(entries);
     tile_table(source.zeros, zeros_.as<uint8_t>());
     weights_.zeros = zeros_.as<uint8_t>();
@@ -112,8 +115,8 @@ int64_t PackedGptq::num_bytes() const {
 }
 
 bool PackedGptq::shares_input(const PackedGptq& other) const {
-  return weights_.in_features == other.weights_.in_features && source_row_ == other.source_row_ &&
-         group_starts_ == other.group_starts_;
+  return weights_.in_features == other.weights_.in_features && weights_.middle == other.weights_.middle &&
+         source_row_ == other.source_row_ && group_starts_ == other.group_starts_;
 }
 
 bool round_rows(CpuRuntime& runtime, const RoundArgs& args) {

@@ -50,15 +50,27 @@ def activations(case, num_rows: int, seed: int = 1) -> np.ndarray:
     return (x * np.exp(rng.standard_normal(case.codes.shape[0]))).astype(np.float32)
 
 
-def int8_formula(case, x: np.ndarray, dtype: type) -> np.ndarray:
+def int8_values(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One digit: integers, and their scale for each row."""
+    largest = np.abs(block).max(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(largest > 1e-36, np.rint(block * (np.float32(127) / largest)), 0)
+    return values.astype(np.int64), largest / np.float32(127)
+
+
+def exact_values(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Three digits: integers below 2^23, and their scale for each row, a power of two."""
+    margin = np.abs(block).max(1, keepdims=True) * np.float32(1.005)
+    scale = np.exp2(np.maximum(np.floor(np.log2(margin)) - 22, -126)).astype(np.float32)
+    return np.rint(block / scale).astype(np.int64), scale
+
+
+def formula(case, x: np.ndarray, values_of, dtype: type) -> np.ndarray:
     """The documented arithmetic: float32 up to the rounding to integers, exact integer sums, the rest in `dtype`."""
     y = np.tile(case.bias.astype(dtype), (x.shape[0], 1))
     for group, rows in case.blocks():
-        block = x[:, rows]
-        largest = np.abs(block).max(1, keepdims=True)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.where(largest > 1e-36, np.rint(block * (np.float32(127) / largest)), 0).astype(np.int64)
-        scale = (largest / np.float32(127)).astype(dtype)
+        values, scale = values_of(x[:, rows])
+        scale = scale.astype(dtype)
         dot = (values @ case.codes[rows]).astype(dtype)
         centred = scale * dot - case.zeros[group].astype(dtype) * (scale * values.sum(1, keepdims=True).astype(dtype))
         y += case.scales[group].astype(dtype) * centred
@@ -67,10 +79,9 @@ def int8_formula(case, x: np.ndarray, dtype: type) -> np.ndarray:
 
 @every_isa
 @every_case
-@pytest.mark.parametrize("num_rows", [1, 3, 21])
-def test_exact_mode_is_as_accurate_as_float32(isa, name, num_rows):
+def test_exact_mode_is_as_accurate_as_float32(isa, name):
     case = make(name)
-    x = activations(case, num_rows)
+    x = activations(case, 96)
     runtime = native.Runtime(isa, 2)
     y = native.Linear(runtime, [case.pack(runtime)])(x, "exact")
     weight, bias = case.weight(), case.bias
@@ -79,14 +90,32 @@ def test_exact_mode_is_as_accurate_as_float32(isa, name, num_rows):
 
 
 @every_isa
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_activations_of_23_bits_are_multiplied_exactly(isa, bits):
+    """Their scale is 1, and the sum of a block is rounded once."""
+    case = gptq_case(32, 48, 32, bits=bits, constant_zero=1, scale_dtype=np.float32)
+    case.arguments["scales"][:] = 1
+    most = int(2**23 / 1.005)
+    x = np.random.default_rng(6).integers(-most, most + 1, (9, 32))
+    x[:, 7] = most
+    x[0], x[1] = most, -most
+    x[2, ::2], x[3, :] = -most, np.arange(32) * 32896 - 128  # every digit at its ends
+    x[3, 7] = most
+    runtime = native.Runtime(isa, 1)
+    y = native.Linear(runtime, [case.pack(runtime)])(x.astype(np.float32), "exact")
+    assert np.array_equal(y, (x @ (case.codes - 1)).astype(np.float32))
+
+
+@every_isa
 @every_case
 @pytest.mark.parametrize("num_rows", [1, 3, 21])
-def test_int8_mode_follows_the_documented_formula(isa, name, num_rows):
+@pytest.mark.parametrize("compute, values_of", [("exact", exact_values), ("int8", int8_values)])
+def test_both_modes_follow_the_documented_formula(isa, name, num_rows, compute, values_of):
     case = make(name)
     x = activations(case, num_rows)
     runtime = native.Runtime(isa, 2)
-    y = native.Linear(runtime, [case.pack(runtime)])(x, "int8")
-    assert_as_accurate(y, int8_formula(case, x, np.float64), int8_formula(case, x, np.float32))
+    y = native.Linear(runtime, [case.pack(runtime)])(x, compute)
+    assert_as_accurate(y, formula(case, x, values_of, np.float64), formula(case, x, values_of, np.float32))
 
 
 @every_isa
@@ -165,6 +194,20 @@ def test_blocks_too_small_to_scale_read_as_zero_and_huge_ones_are_right_or_overf
         else:
             weight = case.weight()
         assert_as_accurate(y, x.astype(np.float64) @ weight, x @ weight.astype(np.float32))
+
+
+@every_isa
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e37])
+def test_exact_mode_keeps_its_digits_at_any_magnitude(isa, magnitude):
+    case = gptq_case(64, 16, 32)
+    x = (activations(case, 32) * np.float32(magnitude / 1000)).astype(np.float32)
+    runtime = native.Runtime(isa, 1)
+    linear = native.Linear(runtime, [case.pack(runtime)])
+    weight = case.weight()
+    assert_as_accurate(
+        linear(x, "exact"), x.astype(np.float64) @ weight, torch.from_numpy(x) @ torch.from_numpy(weight).float()
+    )
+    assert np.array_equal(linear(np.zeros((1, 64), np.float32), "exact"), np.zeros((1, 16), np.float32))
 
 
 @every_isa

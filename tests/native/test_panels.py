@@ -1,4 +1,4 @@
-"""The exact kernel takes any number of rows: it keeps a panel of them on its stack and cuts what it is given itself."""
+"""The kernels of linears take any number of rows, and cut what they are given themselves."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ int main() {
   weights.scale_type = FloatType::f32;
   weights.codes = codes.data();
   weights.scales = scales.data();
-  weights.constant_zero = 8.0f;
+  weights.middle = 8;
   weights.group_starts = starts;
   std::vector<float> x(kRows * kBlockRows), at_once(kRows * kOut), one_by_one(kRows * kOut);
+  std::vector<float> row_scales(kRows), row_sums(kRows);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 101) - 50.0f;
-  GptqLinearArgs args{};
-  args.weights = &weights;
-  args.gathered = x.data();
-  args.x_stride = kBlockRows;
-  args.out_stride = kOut;
-  args.out = at_once.data();
-  scalar::kernel_table().gptq_exact(args, 0, kRows, 0, kTiles);
+  std::vector<int8_t> digits(kRows * kExactDigits * kBlockRows);
+  std::vector<int32_t> digit_starts(kRows * kExactDigits);
+  const PreparedRows rows{digits.data(), row_scales.data(), digit_starts.data(), row_sums.data()};
+  const KernelTable& table = scalar::kernel_table();
+  table.prepare({x.data(), kBlockRows, kExactDigits, &weights, rows}, 0, kRows);
+  GptqLinearArgs args{&weights, rows, at_once.data(), kOut};
+  table.gptq_exact(args, 0, kRows, 0, kTiles);
   args.out = one_by_one.data();
-  for (int64_t row = 0; row < kRows; ++row) scalar::kernel_table().gptq_exact(args, row, row + 1, 0, kTiles);
+  for (int64_t row = 0; row < kRows; ++row) table.gptq_exact(args, row, row + 1, 0, kTiles);
   const bool same = std::memcmp(at_once.data(), one_by_one.data(), at_once.size() * sizeof(float)) == 0;
   std::puts(same ? "same" : "different");
 }
@@ -56,8 +57,8 @@ int main() {
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason="the test compiles a program")
-def test_the_exact_kernel_takes_more_rows_than_a_panel_holds(tmp_path):
-    """With AddressSanitizer, which sees a write past the panel on the stack."""
+def test_a_kernel_takes_more_rows_than_a_panel_holds(tmp_path):
+    """With AddressSanitizer, which sees what lies past the prepared rows."""
     (tmp_path / "main.cpp").write_text(PROGRAM)
     sources = [str(tmp_path / "main.cpp"), str(NATIVE / "cpu/scalar/table.cpp")]
     flags = ["-std=c++20", "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"]

@@ -190,7 +190,7 @@ class Backend(Protocol):
 
     @property
     def compute(self) -> str:
-        """ "exact" (float32 activations), "int8" (activations of quantised layers quantised on the fly) or "fp16"."""
+        """ "exact" (float32 precision), "int8" (activations of quantised layers quantised on the fly) or "fp16"."""
 
     @property
     def arithmetic(self) -> str:
@@ -294,7 +294,7 @@ class Backend(Protocol):
         Returns [T, N_0 + N_1 + ...] float32, contiguous.
 
         Numerics. Dense weights: float32 activations and accumulation in both modes. Quantised weights in "exact":
-        float32 activations times scale * (code - zero), float32 accumulation. In "int8": the input features, in the
+        activations times scale * (code - zero), to the precision of float32. In "int8": the input features, in the
         sorted order of the groups, are cut into blocks of 32 that never straddle a group (the last block of a group
         may be shorter). Per block and row of x: s = max|x| / 127, q = round-half-even(x / s); then y is the sum over
         blocks of s * scale * (sum of q * code - zero * sum of q), the inner sums in integers. In "fp16": each row of x

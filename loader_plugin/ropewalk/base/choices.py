@@ -48,7 +48,7 @@ COMPUTE = Choice(
             "auto": "int8 on a CPU, fp16 on a GPU",
             "int8": "activations in 8 bits by blocks of 32",
             "fp16": "float16 activations, on a GPU",
-            "exact": "float32 activations, two to three times slower",
+            "exact": "activations to float32 precision, slower",
         }
     ),
     "auto",

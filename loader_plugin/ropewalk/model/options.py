@@ -32,7 +32,8 @@ class LoadOptions:
         makes the RoPE cover). A length beyond what the method covers logs a warning with the remedy.
     max_input_len: tokens per chunk of a long prompt; bounds scratch memory, never changes results.
     compute: "int8" (activations quantised in blocks of 32, integer products; "cpu" and "reference"), "fp16" (float16
-        activations; "gpu"), "exact" (float32 activations), or "auto": "int8" on a CPU and "fp16" on a GPU.
+        activations; "gpu"), "exact" (activations to the precision of float32), or "auto": "int8" on a CPU and "fp16" on
+        a GPU.
     head_bits: how a head that is stored in floats is held: "8" or "4" (rounded when it is loaded, on any backend and
         for any `compute`), "16" (as stored), or "auto": 8 where `compute` is "int8", else as stored. See
         `model/head.py`.

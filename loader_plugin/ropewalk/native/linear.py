@@ -115,10 +115,10 @@ class Linear:
     def __call__(self, x: Array, compute: str = "int8", change: LowRank | None = None) -> Array:
         """y = x W + bias for every part, and what the change adds.
 
-        x: [T, K] float32, rows any distance apart. compute: "exact" multiplies float32 activations with exactly
-        dequantised weights; "int8" quantises the activations per block of 32 in the order of the groups (scale =
-        largest magnitude / 127, rounded to nearest even) and sums integers within a block. Dense parts always use
-        float32 activations. Returns [T, N] float32.
+        x: [T, K] float32, rows any distance apart. compute: both modes round the activations per block of 32 in the
+        order of the groups and sum integers within a block; "int8" to 8 bits (scale = largest magnitude / 127, nearest
+        even), "exact" to 23 bits of the largest magnitude, as accurate as float32. Weights are exact in both. Dense
+        parts always use float32 activations. Returns [T, N] float32.
         """
         out = new_result(self._runtime, x, (checked_shape(x, "x", 2)[0], self.out_features))
         core = None if change is None else change.core

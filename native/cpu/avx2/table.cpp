@@ -13,11 +13,11 @@ struct Verbs : Avx2Verbs {
     using Sum = Codes;
     static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     static __m256i add_half(__m256i sum, __m256i codes, __m256i x) {
-      // Up to 15: the 16-bit sums of a block reach at most 8 * 2 * 15 * 127 = 30480, so they are widened once.
+      // Up to 15: the 16-bit sums of a block reach at most 8 * 2 * 15 * 128 = 30720, so they are widened once.
       if constexpr (kBits <= 4) return added_now(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)));
-      // Up to 63: a pair of products is at most 2 * 63 * 127, and two of them would overflow.
+      // Up to 63: a pair of products is at most 2 * 63 * 128, and two of them would overflow.
       if constexpr (kBits == 6) return added_now(_mm256_add_epi32(sum, pair_sums(_mm256_maddubs_epi16(codes, x))));
-      // Up to 255: a pair would saturate (2 * 255 * 127 > 32767), so the top bit goes separately.
+      // Up to 255: a pair would saturate (2 * 255 * 128 > 32767), so the top bit goes separately.
       if constexpr (kBits == 8) {
         const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
         const __m256i top = _mm256_and_si256(_mm256_srli_epi16(codes, 7), _mm256_set1_epi8(1));
@@ -29,8 +29,11 @@ struct Verbs : Avx2Verbs {
     static Sum add(Sum sum, Codes codes, Quad x) {
       return {add_half(sum.low, codes.low, x), add_half(sum.high, codes.high, x)};
     }
-    static __m256 half_to_f32(__m256i sum) { return _mm256_cvtepi32_ps(kBits <= 4 ? pair_sums(sum) : sum); }
-    static F32 to_f32(Sum sum) { return {half_to_f32(sum.low), half_to_f32(sum.high)}; }
+    static __m256i widened(__m256i sum) { return kBits <= 4 ? pair_sums(sum) : sum; }
+    static F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(widened(sum.low)), _mm256_cvtepi32_ps(widened(sum.high))}; }
+    static F32 to_f32(Sum sum, int32_t start) {
+      return {moved_to_f32(widened(sum.low), start), moved_to_f32(widened(sum.high), start)};
+    }
   };
 };
 

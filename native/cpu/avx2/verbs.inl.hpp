@@ -15,8 +15,8 @@ struct Avx2Verbs {
   };
   static constexpr int kInt8Rows = 3;
   static constexpr int kInt8Tiles = 1;
-  static constexpr int kExactRows = 4;
-  static constexpr int kExactTiles = 2;
+  static constexpr int kExactRows = 1;
+  static constexpr int kExactTiles = 1;
   static constexpr int kLowRankRows = 2;
   static constexpr int kLowRankTiles = 2;
   static constexpr int kDenseRows = 1;
@@ -159,13 +159,6 @@ struct Avx2Verbs {
     return _mm256_cvtepi32_ps(byte);
   }
   static F32 codes_to_f32(Codes codes, int j) { return {byte_to_f32(codes.low, j), byte_to_f32(codes.high, j)}; }
-  using Zero = F32;
-  static Zero as_zero(F32 zero) { return zero; }
-  template <int kBits>
-  static F32 centred(Codes codes, int j, const Zero& zero) {
-    return sub(codes_to_f32(codes, j), zero);
-  }
-
   static __m256i load_line(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   using Quad = __m256i;  // 4 activations in every lane
   static Quad broadcast_quad(const int8_t* values) {
@@ -177,6 +170,9 @@ struct Avx2Verbs {
   static __m256i added_now(__m256i sum) {
     asm("" : "+x"(sum));
     return sum;
+  }
+  static __m256 moved_to_f32(__m256i sum, int32_t start) {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_set1_epi32(start)));
   }
   static __m256i pair_sums(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 

@@ -12,8 +12,8 @@ struct Avx512Verbs {
   using F32 = __m512;
   static constexpr int kInt8Rows = 6;
   static constexpr int kInt8Tiles = 2;
-  static constexpr int kExactRows = 8;
-  static constexpr int kExactTiles = 4;
+  static constexpr int kExactRows = 2;
+  static constexpr int kExactTiles = 2;
   static constexpr int kLowRankRows = 4;
   static constexpr int kLowRankTiles = 4;
   static constexpr int kDenseRows = 4;
@@ -108,27 +108,6 @@ struct Avx512Verbs {
     return _mm512_cvtepi32_ps(byte);
   }
 
-  // A code in the mantissa of a power of two, which is subtracted together with the zero point: code - zero, exactly, in
-  // two instructions where the bits of the code need not move.
-  static constexpr float kPowers[] = {8388608.0f, 32768.0f, 128.0f};  // 2^23, 2^15, 2^7: bits 0, 8 and 16 count as one
-  struct Zero {
-    F32 and_power[3];
-  };
-  static Zero as_zero(F32 zero) {
-    return {{add(zero, broadcast(kPowers[0])), add(zero, broadcast(kPowers[1])), add(zero, broadcast(kPowers[2]))}};
-  }
-  template <int kBits>
-  static F32 centred(Codes codes, int j, const Zero& zero) {
-    const bool moved = j == 3 || (j == 2 && kBits == 8);  // bit 23 is no part of a mantissa
-    const int place = moved ? 0 : j;
-    const __m512i bits = moved ? _mm512_srli_epi32(codes, static_cast<unsigned>(8 * j)) : codes;
-    const __m512i mask = _mm512_set1_epi32(0xff << 8 * place);
-    const __m512i power = _mm512_castps_si512(broadcast(kPowers[place]));
-    constexpr int kMaskedOr = 0xea;  // (bits & mask) | power
-    const __m512i number = _mm512_ternarylogic_epi32(bits, mask, power, kMaskedOr);
-    return sub(_mm512_castsi512_ps(number), zero.and_power[place]);
-  }
-
   // Dot products of unsigned codes with signed activations over one block of 32 rows.
   template <int kBits>
   struct Dot {
@@ -166,6 +145,9 @@ struct Avx512Verbs {
     static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
     static Sum add(Sum sum, Codes codes, Quad values) { return _mm512_dpbusd_epi32(sum, codes, values); }
     static F32 to_f32(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+    static F32 to_f32(Sum sum, int32_t start) {
+      return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(start)));
+    }
   };
 
   using Words = __m512i;    // 16 lanes of 2 words: two keys of a value, or 32 weights

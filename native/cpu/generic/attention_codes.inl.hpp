@@ -10,6 +10,7 @@
 
 #include "attention_tile.inl.hpp"
 #include "linear.inl.hpp"
+#include "prepare.inl.hpp"
 #include "softmax.inl.hpp"
 
 namespace ropewalk {
@@ -19,20 +20,11 @@ template <class V>
 void quantise_query(const AttendTile& tile, int64_t row, const float* q, float zero) {
   const int64_t blocks = tile.block_dim / kBlockRows;
   for (int64_t b = 0; b < blocks; ++b) {
-    const auto low = V::load(q + b * kBlockRows), high = V::load(q + b * kBlockRows + kLanes);
-    const float largest = V::reduce_max(V::max(V::abs(low), V::abs(high)));
-    // Maxima may lose a NaN, differences do not: it goes into the scale, and with that into every score.
-    const float poison = V::reduce_add(V::add(V::sub(low, low), V::sub(high, high)));
-    const bool quantisable = largest > kSmallestBlock;
-    const auto inverse = V::broadcast(quantisable ? 127.0f / largest : 0.0f);
-    const float scale = (quantisable ? largest / 127.0f : 0.0f) + poison;
-    int8_t* codes = tile.codes + row * tile.block_dim + b * kBlockRows;
-    V::store_int8(codes, V::mul(low, inverse));
-    V::store_int8(codes + kLanes, V::mul(high, inverse));
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kBlockRows; ++i) sum += codes[i];
+    const ActivationBlock<V> block(V::load(q + b * kBlockRows), V::load(q + b * kBlockRows + kLanes));
+    auto& codes = *reinterpret_cast<int8_t(*)[1][kBlockRows]>(tile.codes + row * tile.block_dim + b * kBlockRows);
+    const float scale = to_digits(block, codes);
     tile.code_scales[row * blocks + b] = scale;
-    tile.code_offsets[row * blocks + b] = -(zero * static_cast<float>(sum)) * scale;
+    tile.code_offsets[row * blocks + b] = -(zero * static_cast<float>(sum_of(codes[0]))) * scale;
   }
 }
 

@@ -1,7 +1,7 @@
 // Linear layers: GPTQ in two compute modes, and dense.
 //
 // Bit reproducibility: one output element is always reduced in the same order, whichever rows are computed with it.
-// GPTQ kernels keep one output feature per lane and walk the blocks in order; the dense kernel walks K in steps of 16
+// The GPTQ kernel keeps one output feature per lane and walks the blocks in order; the dense kernel walks K in steps of 16
 // with one accumulator and adds its lanes in a fixed tree.
 #pragma once
 
@@ -16,9 +16,10 @@ typename V::F32 load_scales(const GptqWeights& w, int64_t index) {
   return V::load(static_cast<const float*>(w.scales) + index * kLanes);
 }
 
+// What is left of the zero points once `middle` has been subtracted from the codes.
 template <class V>
 typename V::F32 load_zeros(const GptqWeights& w, int64_t index) {
-  return w.zeros != nullptr ? V::load_u8(w.zeros + index * kLanes) : V::broadcast(w.constant_zero);
+  return V::sub(V::load_u8(w.zeros + index * kLanes), V::broadcast(static_cast<float>(w.middle)));
 }
 
 template <class V>
@@ -66,15 +67,25 @@ void for_even_blocks(int64_t begin, int64_t end, Visit visit) {
   }
 }
 
+// The sums of a block, one for each digit of the activations, as one number: ((d0 2^8 + d1) 2^8 + d2).
+template <class V, int kDigits>
+typename V::F32 joined(const typename V::F32 (&digit)[kDigits]) {
+  if constexpr (kDigits == 1) return digit[0];
+  const auto low = V::fma(digit[1], V::broadcast(256.0f), digit[2]);
+  return V::fma(digit[0], V::broadcast(65536.0f), low);
+}
+
 // One block of 32 input features for kRows rows and kTiles tiles:
-// total[m][j] += x_scale[m] * sum over the block of codes[j] * x8[m], the sum in integers.
-template <class V, int kBits, int kRows, int kTiles>
-void int8_block_step(const uint8_t* block, int64_t tile_bytes, const int8_t* x, int64_t x_stride,
-                     const float* x_scales, int64_t scale_stride, typename V::F32 (&total)[kRows][kTiles]) {
+// total[m][j] += scale[m] * sum over the block of x[m] * (codes[j] - middle), the sums in integers.
+template <class V, int kBits, int kDigits, int kRows, int kTiles>
+void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& rows, int64_t num_blocks,
+                typename V::F32 (&total)[kRows][kTiles]) {
   using Dot = typename V::template Dot<kBits>;
-  typename Dot::Sum sum[kRows][kTiles];
+  typename Dot::Sum sum[kRows][kDigits][kTiles];
   for (int m = 0; m < kRows; ++m) {
-    for (int j = 0; j < kTiles; ++j) sum[m][j] = Dot::zero();
+    for (int d = 0; d < kDigits; ++d) {
+      for (int j = 0; j < kTiles; ++j) sum[m][d][j] = Dot::zero();
+    }
   }
   for (int quad = 0; quad < 4; ++quad) {
     typename V::Codes first[kTiles], second[kTiles];
@@ -83,33 +94,44 @@ void int8_block_step(const uint8_t* block, int64_t tile_bytes, const int8_t* x, 
       second[j] = Dot::second_half(block + j * tile_bytes, quad);
     }
     for (int m = 0; m < kRows; ++m) {
-      const auto low = V::broadcast_quad(x + m * x_stride + quad * 4);
-      const auto high = V::broadcast_quad(x + m * x_stride + quad * 4 + 16);
-      for (int j = 0; j < kTiles; ++j) {
-        sum[m][j] = Dot::add(sum[m][j], first[j], low);
-        sum[m][j] = Dot::add(sum[m][j], second[j], high);
+      for (int d = 0; d < kDigits; ++d) {
+        const int8_t* x = rows.digits + (m * num_blocks * kDigits + d) * kBlockRows;
+        const auto low = V::broadcast_quad(x + quad * 4);
+        const auto high = V::broadcast_quad(x + quad * 4 + 16);
+        for (int j = 0; j < kTiles; ++j) {
+          sum[m][d][j] = Dot::add(sum[m][d][j], first[j], low);
+          sum[m][d][j] = Dot::add(sum[m][d][j], second[j], high);
+        }
       }
     }
   }
   for (int m = 0; m < kRows; ++m) {
-    const auto x_scale = V::broadcast(x_scales[m * scale_stride]);
-    for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(Dot::to_f32(sum[m][j]), x_scale, total[m][j]);
+    const auto scale = V::broadcast(rows.scales[m * num_blocks]);
+    const int32_t* starts = rows.starts + m * num_blocks * kDigits;
+    for (int j = 0; j < kTiles; ++j) {
+      typename V::F32 digit[kDigits];
+      for (int d = 0; d < kDigits; ++d) digit[d] = Dot::to_f32(sum[m][d][j], starts[d]);
+      total[m][j] = V::fma(joined<V, kDigits>(digit), scale, total[m][j]);
+    }
   }
 }
 
-// y[n] = bias[n] + sum over groups g of scale[g, n] * (sum over blocks b of g of x_scale[b] * dot(codes, x8)
-//                                                      - zero[g, n] * group_sum[g])
-template <class V, int kBits, int kRows, int kTiles>
-void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
+// From block b of a row on.
+template <int kDigits>
+PreparedRows from_block(const PreparedRows& rows, int64_t index) {
+  return {rows.digits + index * kDigits * kBlockRows, rows.scales + index, rows.starts + index * kDigits, nullptr};
+}
+
+// y[n] = bias[n] + sum over groups g of scale[g, n] * (sum over blocks b of g of scale[b] * dot(codes - middle, digits)
+//                                                      - (zero[g, n] - middle) * group_sum[g])
+template <class V, int kBits, int kDigits, int kRows, int kTiles>
+void gptq_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
   const GptqWeights& w = *a.weights;
   const int64_t tile_bytes = w.num_blocks * kBlockBytes;
   const uint8_t* codes = w.codes + tile * tile_bytes;
   const uint8_t* next = codes + kTiles * tile_bytes;
-  const int64_t x_stride = w.num_blocks * kBlockRows;
-  const int8_t* x = a.values + row * x_stride;
-  const float* x_scales = a.block_scales + row * w.num_blocks;
-  const float* sums = a.group_sums + row * w.num_groups;
+  const float* sums = a.rows.group_sums + row * w.num_groups;
   typename V::F32 y[kRows][kTiles];
   for (int m = 0; m < kRows; ++m) {
     for (int j = 0; j < kTiles; ++j) y[m][j] = load_bias<V>(w, tile + j);
@@ -123,19 +145,21 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
       // The products of several rows fill the processor's window: it does not see far enough ahead to start reading
       // the next tiles by itself, as it does for one row, and 4 rows took twice as long as one. Past the last tile this
       // asks for what follows in memory, and reads nothing.
-      if constexpr (kRows > 1) {
+      if constexpr (kRows * kDigits > 1) {
         for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
       }
-      int8_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, x_stride,
-                                               x_scales + b, w.num_blocks, total);
+      const PreparedRows rows = from_block<kDigits>(a.rows, row * w.num_blocks + b);
+      block_step<V, kBits, kDigits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, rows, w.num_blocks, total);
     }
     for (int j = 0; j < kTiles; ++j) {
       const auto scale = load_scales<V>(w, (tile + j) * w.num_groups + g);
-      const auto zero = load_zeros<V>(w, (tile + j) * w.num_groups + g);
-      for (int m = 0; m < kRows; ++m) {
-        const auto centred = V::fnma(zero, V::broadcast(sums[m * w.num_groups + g]), total[m][j]);
-        y[m][j] = V::fma(scale, centred, y[m][j]);
+      if (w.zeros != nullptr) {
+        const auto zero = load_zeros<V>(w, (tile + j) * w.num_groups + g);
+        for (int m = 0; m < kRows; ++m) {
+          total[m][j] = V::fnma(zero, V::broadcast(sums[m * w.num_groups + g]), total[m][j]);
+        }
       }
+      for (int m = 0; m < kRows; ++m) y[m][j] = V::fma(scale, total[m][j], y[m][j]);
     }
   }
   for (int m = 0; m < kRows; ++m) {
@@ -143,16 +167,16 @@ void gptq_int8_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   }
 }
 
-template <class V, int kBits>
-void gptq_int8_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
-                    int64_t tile_end) {
-  if (row_end - row_begin == 1) {  // decoding: one stream of codes is read fastest
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) gptq_int8_block<V, kBits, 1, 1>(a, row_begin, tile);
+template <class V, int kBits, int kDigits, int kMostRows, int kMostTiles>
+void gptq_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end) {
+  // Decoding in int8: one stream of codes is read fastest. With three digits, loads bind: two tiles share the broadcasts.
+  if (kDigits == 1 && row_end - row_begin == 1) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) gptq_block<V, kBits, kDigits, 1, 1>(a, row_begin, tile);
     return;
   }
-  for_blocks<V::kInt8Tiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-    for_even_blocks<V::kInt8Rows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
-      gptq_int8_block<V, kBits, kRows, kTiles>(a, row, tile);
+  for_blocks<kMostTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
+    for_even_blocks<kMostRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
+      gptq_block<V, kBits, kDigits, kRows, kTiles>(a, row, tile);
     });
   });
 }
@@ -161,100 +185,15 @@ template <class V>
 void gptq_int8(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                int64_t tile_end) noexcept {
   for_code_bits(a.weights->code_bits, [&]<int kBits>() {
-    gptq_int8_bits<V, kBits>(a, row_begin, row_end, tile_begin, tile_end);
+    gptq_bits<V, kBits, kInt8Digits, V::kInt8Rows, V::kInt8Tiles>(a, row_begin, row_end, tile_begin, tile_end);
   });
-}
-
-static constexpr int64_t kRunBlocks = 2;  // of a group, whose products are summed before they are scaled
-
-// One block of 32 input features: total[m][j] += x[m][k] * (code[k] - zero[j]), k in order.
-template <class V, int kBits, int kRows, int kTiles>
-void exact_block_step(const uint8_t* block, int64_t tile_bytes, const float* x, int64_t x_stride,
-                      const typename V::Zero (&zero)[kTiles], typename V::F32 (&total)[kRows][kTiles]) {
-  using Dot = typename V::template Dot<kBits>;
-  for (int quad = 0; quad < 8; ++quad) {
-    typename V::Codes codes[kTiles];
-    for (int j = 0; j < kTiles; ++j) {
-      const uint8_t* from = block + j * tile_bytes;
-      codes[j] = quad < 4 ? Dot::first_half(from, quad) : Dot::second_half(from, quad - 4);
-    }
-    for (int i = 0; i < 4; ++i) {
-      typename V::F32 weight[kTiles];
-      for (int j = 0; j < kTiles; ++j) weight[j] = V::template centred<kBits>(codes[j], i, zero[j]);
-      for (int m = 0; m < kRows; ++m) {
-        const auto value = V::broadcast(x[m * x_stride + quad * 4 + i]);
-        for (int j = 0; j < kTiles; ++j) total[m][j] = V::fma(value, weight[j], total[m][j]);
-      }
-    }
-  }
-}
-
-// Exactly dequantised weights, f32 products. The sum runs over runs of up to two blocks of a group. Weights never leave
-// the registers, though each block of rows dequantises them anew: keeping them in L1 for many rows was slower.
-template <class V, int kBits, int kRows, int kTiles>
-void gptq_exact_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
-  constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
-  const GptqWeights& w = *a.weights;
-  const int64_t tile_bytes = w.num_blocks * kBlockBytes;
-  const uint8_t* codes = w.codes + tile * tile_bytes;
-  const uint8_t* next = codes + kTiles * tile_bytes;
-  const float* x = a.gathered + row * a.x_stride;
-  typename V::F32 y[kRows][kTiles];
-  for (int m = 0; m < kRows; ++m) {
-    for (int j = 0; j < kTiles; ++j) y[m][j] = load_bias<V>(w, tile + j);
-  }
-  for (int64_t g = 0; g < w.num_groups; ++g) {
-    typename V::F32 scale[kTiles];
-    typename V::Zero zero[kTiles];
-    for (int j = 0; j < kTiles; ++j) {
-      scale[j] = load_scales<V>(w, (tile + j) * w.num_groups + g);
-      zero[j] = V::as_zero(load_zeros<V>(w, (tile + j) * w.num_groups + g));
-    }
-    const int64_t group_end = w.group_starts[g + 1];
-    for (int64_t b = w.group_starts[g]; b < group_end;) {
-      const int64_t run_end = group_end - b < kRunBlocks ? group_end : b + kRunBlocks;
-      typename V::F32 total[kRows][kTiles];
-      for (int m = 0; m < kRows; ++m) {
-        for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
-      }
-      for (; b < run_end; ++b) {
-        if constexpr (kRows > 1) {  // as in gptq_int8_block
-          for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
-        }
-        exact_block_step<V, kBits, kRows, kTiles>(codes + b * kBlockBytes, tile_bytes, x + b * kBlockRows, a.x_stride,
-                                                  zero, total);
-      }
-      for (int m = 0; m < kRows; ++m) {
-        for (int j = 0; j < kTiles; ++j) y[m][j] = V::fma(scale[j], total[m][j], y[m][j]);
-      }
-    }
-  }
-  for (int m = 0; m < kRows; ++m) {
-    for (int j = 0; j < kTiles; ++j) store_tile<V>(a, row + m, tile + j, y[m][j]);
-  }
-}
-
-template <class V, int kBits>
-void gptq_exact_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
-                     int64_t tile_end) {
-  if (row_end - row_begin == 1) {  // one chain of sums would be waited for
-    for_blocks<V::kExactTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
-      gptq_exact_block<V, kBits, 1, kTiles>(a, row_begin, tile);
-    });
-    return;
-  }
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    for_even_blocks<V::kExactRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
-      gptq_exact_block<V, kBits, kRows, 1>(a, row, tile);
-    });
-  }
 }
 
 template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                 int64_t tile_end) noexcept {
   for_code_bits(a.weights->code_bits, [&]<int kBits>() {
-    gptq_exact_bits<V, kBits>(a, row_begin, row_end, tile_begin, tile_end);
+    gptq_bits<V, kBits, kExactDigits, V::kExactRows, V::kExactTiles>(a, row_begin, row_end, tile_begin, tile_end);
   });
 }
 

@@ -1,5 +1,5 @@
-// Row-wise kernels: activation preparation, RMS norm, rotation, sum, embedding.  Written once over the
-// vector verbs of an instruction set `V` (see native/README.md, "The verbs").
+// Row-wise kernels: RMS norm, rotation, sum, embedding.  Written once over the vector verbs of an instruction set `V` (see
+// native/README.md, "The verbs").
 #pragma once
 
 #include "load.inl.hpp"
@@ -36,65 +36,6 @@ typename V::F32 exp_f32(typename V::F32 x) {
   auto p = V::fma(exp_rest<V>(r), r, V::broadcast(1.0f));
   p = V::fma(p, r, V::broadcast(1.0f));
   return V::mul_pow2(p, n);
-}
-
-// One block of 32 activations in sorted order; padding rows read as zero.
-template <class V>
-void load_block(const PrepareArgs& a, const float* row, int64_t block, typename V::F32& low, typename V::F32& high) {
-  const int64_t first = block * kBlockRows;
-  if (a.source_row != nullptr) {
-    low = V::gather_or_zero(row, a.source_row + first);
-    high = V::gather_or_zero(row, a.source_row + first + kLanes);
-  } else {
-    low = V::load(row + first);
-    high = V::load(row + first + kLanes);
-  }
-}
-
-// A block whose largest magnitude is below this reads as zero: 127 / largest must not overflow.
-static constexpr float kSmallestBlock = 1.0e-36f;
-
-// values = rint(x * 127 / max|x|), scale = max|x| / 127, per block of 32.
-template <class V>
-float quantise_block(const PrepareArgs& a, const float* row, int64_t block, int8_t* values, float* scale) {
-  typename V::F32 low, high;
-  load_block<V>(a, row, block, low, high);
-  const float largest = V::reduce_max(V::max(V::abs(low), V::abs(high)));
-  // Maxima may lose a NaN, differences do not: a block holding inf or NaN gets a NaN scale, which poisons every product.
-  const float poison = V::reduce_add(V::add(V::sub(low, low), V::sub(high, high)));
-  const bool quantisable = largest > kSmallestBlock;
-  const float inverse = quantisable ? 127.0f / largest : 0.0f;
-  *scale = (quantisable ? largest / 127.0f : 0.0f) + poison;
-  V::store_int8(values, V::mul(low, V::broadcast(inverse)));
-  V::store_int8(values + kLanes, V::mul(high, V::broadcast(inverse)));
-  int32_t sum = 0;
-  for (int64_t i = 0; i < kBlockRows; ++i) sum += values[i];
-  return *scale * static_cast<float>(sum);
-}
-
-template <class V>
-void prepare(const PrepareArgs& a, int64_t row_begin, int64_t row_end) noexcept {
-  const int64_t padded = a.num_blocks * kBlockRows;
-  for (int64_t t = row_begin; t < row_end; ++t) {
-    const float* row = a.x + t * a.x_stride;
-    if (a.gathered != nullptr) {
-      for (int64_t b = 0; b < a.num_blocks; ++b) {
-        typename V::F32 low, high;
-        load_block<V>(a, row, b, low, high);
-        V::store(a.gathered + t * padded + b * kBlockRows, low);
-        V::store(a.gathered + t * padded + b * kBlockRows + kLanes, high);
-      }
-      continue;
-    }
-    for (int64_t g = 0; g < a.num_groups; ++g) {
-      float sum = 0.0f;
-      for (int64_t b = a.group_starts[g]; b < a.group_starts[g + 1]; ++b) {
-        sum += quantise_block<V>(a, row, b, a.values + t * padded + b * kBlockRows,
-                                 a.block_scales + t * a.num_blocks + b);
-      }
-      a.group_sums[t * a.num_groups + g] = sum;
-    }
-  }
 }
 
 // out = x / sqrt(mean(x^2) + epsilon) * weight

@@ -8,6 +8,7 @@
 #include "linear.inl.hpp"
 #include "low_rank.inl.hpp"
 #include "pack.inl.hpp"
+#include "prepare.inl.hpp"
 #include "probe.inl.hpp"
 #include "round.inl.hpp"
 #include "rows.inl.hpp"

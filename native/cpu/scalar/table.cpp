@@ -95,8 +95,13 @@ struct Verbs {
   static F32 abs(F32 a) { return each([&](int i) { return a.lane[i] < 0.0f ? -a.lane[i] : a.lane[i]; }); }
   static F32 fma(F32 a, F32 b, F32 c) { return add(mul(a, b), c); }
   static F32 fnma(F32 a, F32 b, F32 c) { return sub(c, mul(a, b)); }
-  // |a| < 2^22: adding and subtracting 1.5 * 2^23 rounds to nearest even.
-  static F32 round(F32 a) { return each([&](int i) { return (a.lane[i] + 12582912.0f) - 12582912.0f; }); }
+  // |a| < 2^23: moved away from zero by 2^23 and back, it is rounded to nearest even.
+  static F32 round(F32 a) {
+    return each([&](int i) {
+      const float power = a.lane[i] < 0.0f ? -8388608.0f : 8388608.0f;
+      return (a.lane[i] + power) - power;
+    });
+  }
   static F32 mul_pow2(F32 a, F32 n) {
     return each([&](int i) {
       return a.lane[i] * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
@@ -149,13 +154,6 @@ struct Verbs {
   static F32 codes_to_f32(const Codes& codes, int j) {
     return each([&](int i) { return static_cast<float>(codes.byte[i * 4 + j]); });
   }
-  using Zero = F32;
-  static Zero as_zero(F32 zero) { return zero; }
-  template <int kBits>
-  static F32 centred(const Codes& codes, int j, const Zero& zero) {
-    return sub(codes_to_f32(codes, j), zero);
-  }
-
   // Dot products of unsigned codes with signed activations over one block of 32 rows.
   template <int kBits>
   struct Dot {
@@ -194,7 +192,10 @@ struct Verbs {
       }
       return sum;
     }
-    static F32 to_f32(const Sum& sum) { return each([&](int i) { return static_cast<float>(sum.lane[i]); }); }
+    static F32 to_f32(const Sum& sum) { return to_f32(sum, 0); }
+    static F32 to_f32(const Sum& sum, int32_t start) {
+      return each([&](int i) { return static_cast<float>(sum.lane[i] + start); });
+    }
   };
 
   struct Words {  // 16 lanes of 2 words: two keys of a value, or 32 weights

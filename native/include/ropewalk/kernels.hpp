@@ -26,8 +26,12 @@ enum class FloatType : int32_t { f32, f16, bf16 };
 // How keys or values are kept: as floats, or as codes of 8, 6 or 4 bits with an f16 scale for each block of 32 dims.
 enum class KvType : int32_t { f32, f16, q8, q6, q4 };
 
-// exact: float32 activations against exactly decoded weights and keys. int8: both in integers (native/README.md).
+// How activations meet weights and keys (native/README.md, "Compute modes"). exact: to float32's precision. int8: to 8 bits.
 enum class Compute { exact, int8 };
+
+// An activation of a GPTQ linear is an integer of so many digits in base 256, times the scale of its block.
+static constexpr int64_t kInt8Digits = 1;
+static constexpr int64_t kExactDigits = 3;
 
 // The function of a feed-forward block: x / (1 + exp(-x)); x Phi(x), Phi the normal distribution; and the latter with
 // Phi by a hyperbolic tangent (Hendrycks & Gimpel 2016, arXiv:1606.08415).
@@ -44,8 +48,8 @@ struct GptqWeights {
   FloatType scale_type;       // f16 or f32
   const uint8_t* codes;       // [num_tiles][num_blocks][32 * 16 * code_bits / 8]
   const void* scales;         // [num_tiles][G][16]
-  const uint8_t* zeros;       // [num_tiles][G][16], or null: every zero point is `constant_zero`
-  float constant_zero;
+  const uint8_t* zeros;       // [num_tiles][G][16], or null: every zero point is `middle`
+  int32_t middle;             // subtracted from codes in integers; what is left of a zero point, in floats
   const int32_t* group_starts;  // [G + 1], in blocks
   const int32_t* source_row;    // [num_blocks * 32] input feature of each sorted row, -1 for padding; null: identity
   const float* bias;            // [num_tiles * 16] or null
@@ -82,28 +86,25 @@ struct RoundArgs {
   uint8_t* zeros;       // [G][N]
 };
 
-// Activations of a GPTQ linear: rows gathered into sorted order and, for int8, quantised per block of 32.
+// Activations of a GPTQ linear, in sorted order: x = scale of the block * (digits, the highest first, in base 256).
+struct PreparedRows {
+  int8_t* digits;             // [T][num_blocks][num_digits][32]
+  float* scales;              // [T][num_blocks]
+  int32_t* starts;            // [T][num_blocks][num_digits], sums of digits times -middle
+  float* group_sums;          // [T][G], sums of the values of a group
+};
+
 struct PrepareArgs {
   const float* x;             // [T][x_stride]
   int64_t x_stride;
-  int64_t in_features;
-  int64_t num_blocks;
-  int64_t num_groups;
-  const int32_t* source_row;    // or null
-  const int32_t* group_starts;  // [G + 1], in blocks
-  float* gathered;            // exact: [T][num_blocks * 32]; null for int8
-  int8_t* values;             // int8: [T][num_blocks * 32]
-  float* block_scales;        // int8: [T][num_blocks], value = values * scale
-  float* group_sums;          // int8: [T][G], sum over the group's blocks of scale * sum(values)
+  int64_t num_digits;         // kInt8Digits or kExactDigits
+  const GptqWeights* weights;  // whose order, groups and middle are those of all weights that the rows are for
+  PreparedRows out;
 };
 
 struct GptqLinearArgs {
   const GptqWeights* weights;
-  const float* gathered;      // exact
-  const int8_t* values;       // int8, as in PrepareArgs
-  const float* block_scales;
-  const float* group_sums;
-  int64_t x_stride;           // of `gathered`, in floats (exact)
+  PreparedRows rows;
   float* out;                 // [T][out_stride]
   int64_t out_stride;
 };

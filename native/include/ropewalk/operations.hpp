@@ -32,8 +32,8 @@ class PackedGptq {
 
   const GptqWeights& weights() const { return weights_; }
   int64_t num_bytes() const;
-  // True when both read the same rows in the same order, cut into the same groups: activations prepared for one serve
-  // the other.
+  // True when both read the same rows in the same order, cut into the same groups, with codes around the same middle:
+  // activations prepared for one serve the other.
   bool shares_input(const PackedGptq& other) const;
 
  private:
