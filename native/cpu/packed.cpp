@@ -97,7 +97,7 @@ void PackedGptq::build_tables(CpuRuntime& runtime, const Source& source) {
   if (none || *least == *most) {
     weights_.middle = none ? 0 : *most;
   } else {
-    weights_.middle = static_cast<int32_t>(std::bit_ceil(*most + 1u) / 2);  // 8 for zero points of four bits
+    weights_.middle = static_cast<int32_t>(std::bit_ceil(unsigned{*most}) / 2);  // 8 for most zero points of 4 bits
     zeros_ = zeroed(entries);
     tile_table(source.zeros, zeros_.as<uint8_t>());
     weights_.zeros = zeros_.as<uint8_t>();

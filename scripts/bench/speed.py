@@ -2,7 +2,6 @@
 
     python scripts/bench/random_checkpoint.py FOLDER --shape 1.1b
     python scripts/bench/speed.py FOLDER --threads 2
-    python scripts/bench/speed.py FOLDER --beside FOLDER_OF_2_BITS FOLDER_OF_3_BITS
 
 Decode streams all weights once per token: its limit is the memory bandwidth, measured in the same run by reading a
 gigabyte. Prefill is compared with the matrix products of the same shapes, all linears of all layers, in bf16 by torch
@@ -29,15 +28,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_speed_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="models that take turns with it in decoding")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print_head(f"speed of {args.folder.name}")
     for compute in args.compute:
-        model = loaded(args.folder, compute, args)
-        report(model, args)
-        if args.beside:
-            report_beside(model, [loaded(folder, compute, args) for folder in args.beside], args)
+        report(loaded(args.folder, compute, args), args)
 
 
 def loaded(folder: Path, compute: str, args: argparse.Namespace) -> Model:
@@ -51,7 +46,10 @@ def report(model: Model, args: argparse.Namespace) -> None:
     with torch.inference_mode():
         decode = paired({"read": memory_reader(READ_BYTES), "decode": decoder(model, args.context)}, args.rounds * 3)
         prefill = paired(
-            {"bf16": bf16_products(model, args.prompt_tokens), "prefill": prefiller(model, args.prompt_tokens)},
+            {
+                "bf16": torch_products(model, args.prompt_tokens, torch.bfloat16),
+                "prefill": prefiller(model, args.prompt_tokens),
+            },
             args.rounds,
         )
     streamed = streamed_bytes(model)
@@ -68,20 +66,6 @@ def report(model: Model, args: argparse.Namespace) -> None:
     print(f"  torch bf16 products, GOP/s         {spread([work / s / 1e9 for s in prefill['bf16']])}")
     ratios = [b / p for b, p in zip(prefill["bf16"], prefill["prefill"], strict=True)]
     print(f"  prefill beside bf16 products       {spread(ratios)}   (above 1: the whole forward pass is faster)")
-
-
-def report_beside(model: Model, others: list[Model], args: argparse.Namespace) -> None:
-    """Decoding of each of the others beside that of the first, in the same rounds."""
-    names = [folder.name for folder in (args.folder, *args.beside)]
-    models = [model, *others]
-    with torch.inference_mode():
-        works = {str(number): decoder(each, args.context) for number, each in enumerate(models)}
-        times = paired(works, args.rounds * 3)
-    for number, (name, each) in enumerate(zip(names, models, strict=True)):
-        faster = [first / own for first, own in zip(times["0"], times[str(number)], strict=True)]
-        speed = spread([1 / s for s in times[str(number)]])
-        print(f"  {name}: decode, tokens/s {speed}, {streamed_bytes(each) / 1e9:.3f} GB per token")
-        print(f"  {name}: beside {names[0]}, times {spread(faster)}")
 
 
 def streamed_bytes(model: Model) -> int:
@@ -126,11 +110,11 @@ def prefiller(model: Model, tokens: int) -> Callable[[], object]:
     return prefill
 
 
-def bf16_products(model: Model, tokens: int) -> Callable[[], object]:
-    """A function that multiplies activations of `tokens` rows with one bf16 weight per linear of the model."""
+def torch_products(model: Model, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A function that multiplies activations of `tokens` rows with one weight of torch per linear of the model."""
     shapes = linear_shapes(model)
-    weights = {shape: torch.randn(shape[1], shape[0], dtype=torch.bfloat16) for shape in set(shapes)}
-    inputs = {k: torch.randn(tokens, k, dtype=torch.bfloat16) for k, _ in weights}
+    weights = {shape: torch.randn(shape[1], shape[0], dtype=dtype) for shape in set(shapes)}
+    inputs = {k: torch.randn(tokens, k, dtype=dtype) for k, _ in weights}
 
     def products() -> None:
         for shape in shapes:

@@ -45,8 +45,8 @@ static float three_digit_scale(float largest, float* inverse) {
   return scale;
 }
 
-// Three digits of rint(x / s), each from -128 to 127.  Returns the scale s.  All steps are exact: what is rounded has a part below one half or
-// above it, and never ends at one half.
+// Three digits of rint(x / s), each from -128 to 127.  Returns the scale s.  After the first line all steps are exact, and
+// what is rounded never ends in one half.
 template <class V>
 float to_digits(const ActivationBlock<V>& x, int8_t (&digits)[kExactDigits][kBlockRows]) {
   float inverse;
