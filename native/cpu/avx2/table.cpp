@@ -31,9 +31,12 @@ struct Verbs : Avx2Verbs {
     }
     static __m256i widened(__m256i sum) { return kBits <= 4 ? pair_sums(sum) : sum; }
     static F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(widened(sum.low)), _mm256_cvtepi32_ps(widened(sum.high))}; }
-    static F32 to_f32(Sum sum, int32_t start) {
-      return {moved_to_f32(widened(sum.low), start), moved_to_f32(widened(sum.high), start)};
+    // Sums of 16 bits have no room for a start: it is added at the end.
+    static Sum begin(int32_t) { return zero(); }
+    static __m256 half_end(__m256i sum, int32_t start) {
+      return _mm256_cvtepi32_ps(_mm256_add_epi32(widened(sum), _mm256_set1_epi32(start)));
     }
+    static F32 end(Sum sum, int32_t start) { return {half_end(sum.low, start), half_end(sum.high, start)}; }
   };
 };
 

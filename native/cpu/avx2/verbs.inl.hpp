@@ -171,9 +171,6 @@ struct Avx2Verbs {
     asm("" : "+x"(sum));
     return sum;
   }
-  static __m256 moved_to_f32(__m256i sum, int32_t start) {
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, _mm256_set1_epi32(start)));
-  }
   static __m256i pair_sums(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
 
   // The codes of one block of 32 rows; the products with them differ (Dot of each table).

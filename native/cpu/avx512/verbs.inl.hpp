@@ -113,6 +113,7 @@ struct Avx512Verbs {
   struct Dot {
     using Sum = __m512i;
     static Sum zero() { return _mm512_setzero_si512(); }
+    static Sum begin(int32_t start) { return _mm512_set1_epi32(start); }
     // kWidth bits of every byte of a line, from bit `from`, at bit `to`; what stands there besides is `below`.
     template <int kWidth>
     static Codes field(const uint8_t* line, int from, int to = 0, Codes below = _mm512_setzero_si512()) {
@@ -145,9 +146,7 @@ struct Avx512Verbs {
     static Codes second_half(const uint8_t* block, int quad) { return quad_of(block, 2 * quad + 1); }
     static Sum add(Sum sum, Codes codes, Quad values) { return _mm512_dpbusd_epi32(sum, codes, values); }
     static F32 to_f32(Sum sum) { return _mm512_cvtepi32_ps(sum); }
-    static F32 to_f32(Sum sum, int32_t start) {
-      return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(start)));
-    }
+    static F32 end(Sum sum, int32_t) { return to_f32(sum); }
   };
 
   using Words = __m512i;    // 16 lanes of 2 words: two keys of a value, or 32 weights

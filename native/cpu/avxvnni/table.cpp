@@ -15,7 +15,8 @@ struct Verbs : Avx2Verbs {
     static Sum add(Sum sum, Codes codes, Quad x) {
       return {_mm256_dpbusd_avx_epi32(sum.low, codes.low, x), _mm256_dpbusd_avx_epi32(sum.high, codes.high, x)};
     }
-    static F32 to_f32(Sum sum, int32_t start) { return {moved_to_f32(sum.low, start), moved_to_f32(sum.high, start)}; }
+    static Sum begin(int32_t start) { return {_mm256_set1_epi32(start), _mm256_set1_epi32(start)}; }
+    static F32 end(Sum sum, int32_t) { return to_f32(sum); }
     static F32 to_f32(Sum sum) { return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)}; }
   };
 

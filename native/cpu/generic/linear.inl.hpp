@@ -81,10 +81,11 @@ template <class V, int kBits, int kDigits, int kRows, int kTiles>
 void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& rows, int64_t num_blocks,
                 typename V::F32 (&total)[kRows][kTiles]) {
   using Dot = typename V::template Dot<kBits>;
+  const int32_t* starts = rows.starts;
   typename Dot::Sum sum[kRows][kDigits][kTiles];
   for (int m = 0; m < kRows; ++m) {
     for (int d = 0; d < kDigits; ++d) {
-      for (int j = 0; j < kTiles; ++j) sum[m][d][j] = Dot::zero();
+      for (int j = 0; j < kTiles; ++j) sum[m][d][j] = Dot::begin(starts[m * num_blocks * kDigits + d]);
     }
   }
   for (int quad = 0; quad < 4; ++quad) {
@@ -107,10 +108,9 @@ void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& ro
   }
   for (int m = 0; m < kRows; ++m) {
     const auto scale = V::broadcast(rows.scales[m * num_blocks]);
-    const int32_t* starts = rows.starts + m * num_blocks * kDigits;
     for (int j = 0; j < kTiles; ++j) {
       typename V::F32 digit[kDigits];
-      for (int d = 0; d < kDigits; ++d) digit[d] = Dot::to_f32(sum[m][d][j], starts[d]);
+      for (int d = 0; d < kDigits; ++d) digit[d] = Dot::end(sum[m][d][j], starts[m * num_blocks * kDigits + d]);
       total[m][j] = V::fma(joined<V, kDigits>(digit), scale, total[m][j]);
     }
   }

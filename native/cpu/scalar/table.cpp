@@ -161,6 +161,11 @@ struct Verbs {
       int32_t lane[16];
     };
     static Sum zero() { return Sum{}; }
+    static Sum begin(int32_t start) {
+      Sum sum;
+      for (auto& lane : sum.lane) lane = start;
+      return sum;
+    }
     // kWidth bits of a byte of a line.
     template <int kWidth>
     static int field(const uint8_t* byte, int from) {
@@ -192,10 +197,8 @@ struct Verbs {
       }
       return sum;
     }
-    static F32 to_f32(const Sum& sum) { return to_f32(sum, 0); }
-    static F32 to_f32(const Sum& sum, int32_t start) {
-      return each([&](int i) { return static_cast<float>(sum.lane[i] + start); });
-    }
+    static F32 to_f32(const Sum& sum) { return each([&](int i) { return static_cast<float>(sum.lane[i]); }); }
+    static F32 end(const Sum& sum, int32_t) { return to_f32(sum); }
   };
 
   struct Words {  // 16 lanes of 2 words: two keys of a value, or 32 weights
