@@ -119,7 +119,7 @@ def _hidden(rng: random.Random, encoder: Encoder, library: np.ndarray, size: int
     needle = encoder.encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
     end = encoder.encode(f"\nThe pass key is {key}")
     text = _library_piece(rng, library, size - len(needle) - len(end))
-    place = rng.randint(0, len(text))
+    place = rng.choice((0, len(text), *[rng.randint(0, len(text)) for _ in range(8)]))
     ids = [*text[:place], *needle, *text[place:], *end]
     return ids, [float(number >= size - len(key)) for number in range(size)]
 

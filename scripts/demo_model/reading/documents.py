@@ -21,7 +21,7 @@ class HeldOut:
 
 
 TRAINING = HeldOut()
-UNCLEAR = 0.25  # of the things in a document, so many have one fact in words that nobody knows
+UNCLEAR = 0.35  # of the things in a document, so many have one fact in words that nobody knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +213,46 @@ def _ships(rng: random.Random, groups: list[list[str]]) -> str:
 
 def _register(rng: random.Random, groups: list[list[str]]) -> str:
     bullet = rng.choice(("", "- ", "* "))
-    title = rng.choice(("Register", "List", "Roll", "Inventory"))
-    return "\n".join([title, *(bullet + group[0] for group in groups)])
+    mark = _mark(rng) if rng.random() < 0.5 else lambda _: bullet
+    title = rng.choice(("Register", "List", "Roll", "Inventory", "Names and facts", ""))
+    end = rng.choice(("", "", "", ".", ";"))
+    lines = (f"{mark(number)}{group[0]}{end}" for number, group in enumerate(groups, 1))
+    return "\n".join([*filter(None, (title,)), *lines])
+
+
+_MARKS = (
+    "{n}) ",
+    "({n}) ",
+    "#{n} ",
+    "No. {n}: ",
+    "{n}: ",
+    "Item {n}: ",
+    "Day {n}: ",
+    "{n} - ",
+    "> ",
+    "~ ",
+    "Page {n}. ",
+)
+_HEADS = (
+    "Heard today:", "Note:", "Also:", "From the north:", "The traveller writes:", "In short:", "Someone added:",
+    "The page says:", "Of another matter:", "Written last night:", "The guard said:", "More news:", "In the evening:",
+    "The old book says:", "To be remembered:", "Our neighbour told us:",
+)  # fmt: skip
+
+
+def _mark(rng: random.Random) -> Callable[[int], str]:
+    """What stands before each part of a document, by the part's number."""
+    if rng.random() < 0.4:
+        return lambda _: f"{rng.choice(_HEADS)} "
+    form = rng.choice(_MARKS)
+    return lambda number: form.format(n=number)
+
+
+def _notes(rng: random.Random, groups: list[list[str]]) -> str:
+    mark, between = _mark(rng), rng.choice(("\n", "\n", "\n\n"))
+    title = rng.choice(("", "Notes", "What was said", "From a diary", "Things to remember", "News"))
+    parts = (mark(number) + " ".join(group) for number, group in enumerate(groups, 1))
+    return between.join([*filter(None, (title,)), *parts])
 
 
 def _gazette(rng: random.Random, groups: list[list[str]]) -> str:
@@ -238,6 +276,8 @@ TYPES = (
     Type("guide", ("town", "inn"), _guide),
     Type("recipes", ("dish", "person"), _recipes),
     Type("ships", ("ship",), _ships),
+    Type("notes", ("person", "town", "inn", "ship", "dish"), _notes),
+    Type("notes", ("person", "town"), _notes, generic=0.5),
     Type("register", ("person", "ship", "town"), _register, as_lines=True, generic=0.5),
 )
 HELD_OUT_TYPES = (

@@ -35,16 +35,38 @@ class Question:
 
 
 FIRST_WORDS, FIRST_WORDS_WEIGHT = 4, 4.0
-QUOTE_ORDERS = ("Quote the passage.", "Quote the sentence that says so.", "Give the passage.")
+QUOTE_ORDERS = (
+    "Quote the passage.",
+    "Quote the sentence that says so.",
+    "Quote it.",
+    "Which sentence says so?",
+    "Copy the sentence.",
+    "Show me the sentence.",
+    "Where does it say so?",
+    "In the words of the text, please.",
+    "Give the line that says so.",
+    "Give the passage.",
+)
 UNKNOWN = 0.1  # of the values that nothing else in the text could be meant by, so many are asked for in unknown words
-BOTH_ORDERS = ("Answer and quote the passage.", "Show the passage as well.", "Add the passage.")
+BOTH_ORDERS = (
+    "Answer and quote the passage.",
+    "Show the passage as well.",
+    "Then quote the passage.",
+    "And which sentence says so?",
+    "Also copy the sentence.",
+    "With the passage, please.",
+    "Answer, and show me the sentence.",
+    "Include the sentence.",
+    "Add the passage.",
+)
+REVERSE = 0.3  # of the questions that could be asked for the thing
 
 
 def ask(rng: random.Random, fact: Fact, document: Document, held_out: HeldOut, quotes: float = 0.1) -> Question:
     """A question about a fact: its value, its thing (if no other has that value), or the passage."""
     relation = fact.relation
     reversible = relation.reverse and (relation.key, fact.value) in documents.unique_values(document)
-    if reversible and rng.random() < 0.2:
+    if reversible and rng.random() < REVERSE:
         wording = relations.question(rng, relation.reverse, held_out.wordings)
         text, answer, kind = wording.format(v=fact.value), fact.entity, "reverse"
     elif held_out == TRAINING and rng.random() < UNKNOWN and _is_alone(fact, document):
