@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
@@ -25,6 +26,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from reading import by_hand, curriculum, documents, evaluate, exercises, export, extend, names, relations, train, trials  # noqa: E402
 from reading.documents import TRAINING, HeldOut  # noqa: E402
+from reading.history import Fall, read_history  # noqa: E402
 from reading.network import Network, Shape, transformers_state  # noqa: E402
 from reading.vocabulary import Encoder, train_tokenizer  # noqa: E402
 
@@ -184,6 +186,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(encoder: Encoder, tmp_p
     parts = run(tmp_path / "parts", float("inf"))
     for (name, first), second in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.equal(first, second), name
+
+
+def test_a_history_names_each_stretch_over_which_the_rate_fell(tmp_path: Path) -> None:
+    """One that was announced and not reached is none; one that goes on after a stop is one."""
+    inf = float("inf")
+    starts = {0: (inf, 4.0), 10: (40.0, 20.0), 20: (20.0, 20.0), 30: (20.0, 20.0), 40: (0.0, 80.0)}
+    lines = []
+    for tokens, (first, over) in starts.items():
+        options = {"decay_from": first, "decay_tokens": over}
+        lines.append({"time": "01-01 00:00:00", "step": tokens, "tokens": tokens, "event": "start", "options": options})
+        lines.append({"time": "01-01 01:00:00", "step": tokens + 10, "tokens": tokens + 10})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    history = read_history(tmp_path / "log.jsonl")
+    assert (history.tokens, history.hours) == (50, 5.0)
+    assert history.falls == (Fall(20.0, 40.0, 1.0), Fall(40, 80.0, 0.5))
 
 
 def test_a_run_can_begin_with_the_weights_of_a_model(tmp_path: Path) -> None:

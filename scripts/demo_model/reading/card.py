@@ -297,9 +297,13 @@ def _phases(history: History) -> str:
 
 
 def _decay(history: History) -> str:
-    if history.decay_from is None:
+    if not history.falls:
         return "The rate never fell."
-    return f"The rate fell to nothing from {history.decay_from:,.0f} tokens on, over {history.decay_tokens:,.0f}."
+    falls = [
+        f"from {fall.share:.0%} at {fall.start / 1e6:.1f} million tokens to nothing at {fall.end / 1e6:.1f}"
+        for fall in history.falls
+    ]
+    return f"The rate fell {', and '.join(falls)}."
 
 
 def _adapter(run: Path, name: str) -> str:

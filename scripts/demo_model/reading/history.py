@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -10,14 +12,22 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class Fall:
+    """A stretch of tokens over which the rate went to nothing; share: of the full rate, where it began."""
+
+    start: float
+    end: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class History:
-    """hours: between each start and the last line before the next. decay_from: None if the rate never fell."""
+    """hours: between each start and the last line before the next."""
 
     steps: int
     tokens: int
     hours: float
-    decay_from: float | None
-    decay_tokens: float | None
+    falls: tuple[Fall, ...]
 
 
 def read_history(path: Path) -> History:
@@ -36,16 +46,21 @@ def read_history(path: Path) -> History:
             started = _time(line)
         last = _time(line)
     trained += last - started
-    decay = _decay(lines, lines[-1]["tokens"])
-    return History(lines[-1]["step"], lines[-1]["tokens"], trained.total_seconds() / 3600, *decay)
+    return History(lines[-1]["step"], lines[-1]["tokens"], trained.total_seconds() / 3600, tuple(_falls(lines)))
 
 
-def _decay(lines: list[dict[str, Any]], tokens: int) -> tuple[float | None, float | None]:
-    """Of the last start, if the run came that far."""
-    options = [line["options"] for line in lines if line.get("event") == "start"][-1]
-    if options["decay_from"] >= tokens:
-        return None, None
-    return options["decay_from"], options["decay_tokens"]
+def _falls(lines: list[dict[str, Any]]) -> Iterable[Fall]:
+    """Of each pair of options that the run was started with and came to."""
+    begun: dict[tuple[float, float], Fall] = {}
+    first, over, before = math.inf, 0.0, 0
+    for line in lines:
+        if line.get("event") == "start":
+            first, over = line["options"]["decay_from"], line["options"]["decay_tokens"]
+        elif line["tokens"] > first and (first, over) not in begun:
+            start = max(first, before)
+            begun[first, over] = Fall(start, first + over, 1 - (start - first) / over)
+        before = line["tokens"]
+    return begun.values()
 
 
 def _time(line: dict[str, Any]) -> datetime:
