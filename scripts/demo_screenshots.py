@@ -24,7 +24,7 @@ COLOURS = 256
 PATIENCE_MS = 180_000
 DOCUMENT = """List of ships
 Wornes laid the keel of the Young Needle. The captain of the Young Needle is Mardun. The road was quiet that year.
-Mardun lives in Belwick. The pet of Mardun is a goat.
+Mardun lives in Belwick. Mardun keeps a goat.
 """
 
 
@@ -153,7 +153,7 @@ def picture_documents(page: Page) -> None:
     page.click("#documents-keep")
     wait_text(page, "#documents-keep-line", "kept: ")
     fill_setting(page, "#documents-seed", "5")
-    page.locator("#documents-question textarea").fill("What is the pet of Mardun?")
+    page.locator("#documents-question textarea").fill("Which animal does Mardun keep?")
     page.click("#documents-ask")
     wait_text(page, "#documents-sources", "ships.txt")
 

@@ -52,7 +52,7 @@ def build_tour(session: Session, bar: ModelBar, tabs: gr.Tabs, tab: gr.Tab) -> N
         now = session.tours.current()
         if _identity(now) == before:
             return [gr.skip()] * (6 + NUM_QUESTIONS + len(shown))
-        places = [gr.Tab(visible=now is not None), gr.Tabs(selected="chat" if now is None else "tour")]
+        places = [gr.update(visible=now is not None), gr.update(selected="chat" if now is None else "tour")]
         fresh = [document_picture(now, True), "", "", _why(now, True), ""]
         return [_identity(now), *places, True, plots_picture(now), "", *_questions(now), *fresh]
 

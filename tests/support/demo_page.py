@@ -31,11 +31,12 @@ def opened(page: Any, url: str) -> None:
     A page that stays blank is opened once more, as a visitor would: Chromium drops what it is fetching when a network
     interface comes or goes, and without one of its modules nothing is shown.
     """
-    lost: list[str] = []
-    page.on("requestfailed", lambda request: lost.append(f"{request.url}: {request.failure}"))
+    troubles: list[str] = []
+    page.on("requestfailed", lambda request: troubles.append(f"{request.url}: {request.failure}"))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
     page.goto(url)
     if not _has_tabs(page):
-        warnings.warn(f"the page stayed blank; not fetched: {lost}; it shows {page.inner_text('body')!r}", stacklevel=2)
+        warnings.warn(f"the page stayed blank: {troubles}; it shows {page.inner_text('body')!r}", stacklevel=2)
         page.goto(url)
     choose(page, "Chat")
     page.wait_for_function("document.querySelector('#template input')?.value")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import gradio as gr
 import pytest
 from playwright.sync_api import Browser, Page
 
 from demo_page import PATIENCE_MS, choose, field, says
 from demo_session import empty_session, values
+from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.session import Session
 from tours import HOUSES, SENTENCES, model_with_a_tour
@@ -87,3 +89,11 @@ def test_the_tab_goes_with_the_model_that_has_the_tour(page: Page, session: Sess
     page.locator("#tour-question-1", has_text="house 7").wait_for()
     choose(page, "Notebook")
     page.locator("#notebook-text").wait_for()
+
+
+def test_a_page_that_shows_another_tour_adds_nothing_to_one_being_built(session: Session) -> None:
+    """Gradio renders a layout block that is made anywhere in the process into whatever page is open for building."""
+    (change,) = [event.fn for event in build_page(session).fns.values() if event.name == "run_changed"]
+    with gr.Blocks() as other:
+        change("another tour")
+    assert not other.children
