@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_clib import build_clib
 
 # -ffp-contract=off: the compiler must not fuse a product and a sum on its own, or the same kernel would round
 # differently from one inlined copy to the next.
@@ -64,6 +66,14 @@ def kernel_library(isa: str, flags: list[str]) -> tuple[str, dict]:
     )
 
 
+class BuildLibraries(build_clib):
+    """All instruction sets at the same time."""
+
+    def build_libraries(self, libraries: list[tuple[str, dict]]) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(super().build_libraries, ([library] for library in libraries)))
+
+
 core = Pybind11Extension(
     "ropewalk._core",
     sources=["native/bindings/core.cpp", *(f"native/cpu/{name}.cpp" for name in SOURCES)],
@@ -77,9 +87,11 @@ core = Pybind11Extension(
 PACKAGES = find_namespace_packages("loader_plugin", exclude=["ropewalk.gradio_demo*"])
 DEMO = ["ropewalk.gradio_demo", *(f"ropewalk.gradio_demo.{name}" for name in find_namespace_packages("gradio_demo"))]
 
-setup(
-    package_dir={"": "loader_plugin", "ropewalk.gradio_demo": "gradio_demo"},
-    packages=[*PACKAGES, *DEMO],
-    libraries=[kernel_library(isa, flags) for isa, flags in ISA_FLAGS.items()],
-    ext_modules=[core],
-)
+with ParallelCompile():
+    setup(
+        package_dir={"": "loader_plugin", "ropewalk.gradio_demo": "gradio_demo"},
+        packages=[*PACKAGES, *DEMO],
+        libraries=[kernel_library(isa, flags) for isa, flags in ISA_FLAGS.items()],
+        ext_modules=[core],
+        cmdclass={"build_clib": BuildLibraries},
+    )

@@ -7,6 +7,6 @@ fi
 # Servers, browsers and web UIs are given time limits: one test after the other. The rest has none that matter.
 clocked=(tests/faces tests/gradio_demo tests/scripts tests/cluster/test_cluster.py)
 status=0
-.venv/bin/python -m pytest -n auto --maxprocesses 8 "${clocked[@]/#/--ignore=}" || status=$?
-.venv/bin/python -m pytest "${clocked[@]}" || status=$?
+.venv/bin/python -m pytest --durations 25 -n auto --maxprocesses 8 "${clocked[@]/#/--ignore=}" || status=$?
+.venv/bin/python -m pytest --durations 25 "${clocked[@]}" || status=$?
 exit $status

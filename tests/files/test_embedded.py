@@ -15,7 +15,7 @@ from ropewalk.files import embedded
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.tokenizer.load import load_tokenizer
 
-SCALING = {"rope_type": "ntk-by-parts", "factor": 8.0, "original_max_position_embeddings": 512}
+SCALING = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
 
 
@@ -37,7 +37,7 @@ def chosen(*arguments: str, to_talk: bool = True):
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
 def test_the_embedded_model_talks_with_its_adapter(folder: Path, command: str) -> None:
-    assert chosen(command) == (SCALING, ["ntk-by-parts-8"])
+    assert chosen(command) == (SCALING, ["yarn-8"])
 
 
 def test_options_of_a_person_win(folder: Path) -> None:

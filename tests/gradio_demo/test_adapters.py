@@ -22,7 +22,7 @@ from reading import evaluate  # noqa: E402
 from reading.measure import PERPLEXITY_TOKENS  # noqa: E402
 
 FOLDER = Path(ropewalk.__file__).resolve().parent / "demo_model"
-NOTED = {"linear-4": "linear", "ntk-by-parts-4": "ntk-by-parts", "ntk-by-parts-8": "ntk-by-parts"}
+NOTED = {"linear-4": "linear", "ntk-by-parts-4": "ntk-by-parts", "yarn-8": "yarn"}
 TRAINED, EXTENDED = 512, 2048
 SCORED_TOKENS = 4 * EXTENDED  # of held_out.txt
 # By which the share of exact answers must grow, at the length that a LoRA was made for: the card has all of them.

@@ -1,6 +1,6 @@
 """Where the embedded model lies, and how far its context is extended for conversations.
 
-It was trained on 512 tokens, which a document or a conversation soon fills. With the LoRA `ntk-by-parts-8` it reads
+It was trained on 512 tokens, which a document or a conversation soon fills. With the LoRA `yarn-8` it reads
 eight times as many under the scaling that this was trained for, so the command line, the server, the page and the copy
 for text-generation-webui all use both, unless somebody chooses a scaling or adapters. The commands that measure it
 (`perplexity`, `retrieval`, `compare`, `info`) and `load_model` take it as its files declare it.
@@ -29,7 +29,7 @@ class EmbeddedContext:
         return {"rope_type": self.method, "factor": self.factor}
 
 
-EMBEDDED_CONTEXT = EmbeddedContext("ntk-by-parts", 8.0, "ntk-by-parts-8")
+EMBEDDED_CONTEXT = EmbeddedContext("yarn", 8.0, "yarn-8")
 
 
 def demo_model_path() -> Path:

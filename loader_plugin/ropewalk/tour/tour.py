@@ -2,7 +2,7 @@
 
     {"ropewalk": "tour", "version": 1, "title": ..., "document": ...,
      "questions": [{"text": ..., "answer": ..., "passage": ..., "kind": ...}, two more],
-     "scaling": {"rope_type": ..., "factor": ...}, "adapter": "ntk-by-parts-8",
+     "scaling": {"rope_type": ..., "factor": ...}, "adapter": "yarn-8",
      "measured": {"tokens": ..., "documents": ..., "questions": ..., "right_scaled": ..., "right_plain": ...}}
 
 A passage is a sentence or line of the document, as it stands there. `adapter` names a folder in MODEL/adapters, and may

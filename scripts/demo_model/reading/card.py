@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import corpus
 from reading import tables
 from reading.curriculum import PHASES
 from reading.history import History, read_history
-from reading.measure import ADAPTERS, CACHES, LENGTHS, PERPLEXITY_TOKENS, SCALINGS, long_documents, read_numbers
+from reading.measure import (
+    ADAPTERS,
+    CACHES,
+    LENGTHS,
+    PERPLEXITY_TOKENS,
+    SCALINGS,
+    adapter_folder,
+    long_documents,
+    read_numbers,
+)
 from reading.network import ROPE_THETA, Network, Shape
 from reading.tables import percent
 from reading.trials import DEPTHS
@@ -94,8 +104,8 @@ With keys and values in other formats than float16:
 ## Beyond {context} tokens
 
 Exact answers about texts of each length, as trained, under scalings alone, and with the LoRAs of `adapters/`, each under the
-scaling that its adapter_config.json notes (rank 16, on q, k, v and o; trained at four and eight times the context);
-{long_documents} documents of each length:
+scaling that its adapter_config.json notes, and trained on texts as many times as long as its name says; {long_documents}
+documents of each length:
 
 {lengths_table}
 
@@ -308,5 +318,9 @@ def _decay(history: History) -> str:
 
 def _adapter(run: Path, name: str) -> str:
     history = read_history(run / name / "log.jsonl")
-    minutes = 60 * history.hours
-    return f"- LoRA `{name}`: {history.tokens:,} tokens in {history.steps:,} steps, {minutes:.0f} minutes."
+    config = json.loads((adapter_folder(run, name) / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = ", ".join(target.removesuffix("_proj") for target in config["target_modules"])
+    return (
+        f"- LoRA `{name}`: rank {config['r']} on {targets}; {history.tokens:,} tokens in {history.steps:,} steps, "
+        f"{60 * history.hours:.0f} minutes."
+    )

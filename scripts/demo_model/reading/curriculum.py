@@ -129,7 +129,7 @@ def _copying(rng: random.Random, phase: Phase) -> list[Piece]:
 
 
 def _keys(rng: random.Random, phase: Phase) -> list[Piece]:
-    most = max(2, phase.length // 24)
+    most = max(2, phase.length // 12)  # a name and a value take 9 tokens
     text, questions = exercises.key_values(rng, rng.randint(2, most))
     return exercises.conversation(rng, text, questions)
 

@@ -31,7 +31,7 @@ from ropewalk.generate.evaluate import perplexity
 
 LOGGER = logging.getLogger(__name__)
 
-ADAPTERS = ("linear-4", "ntk-by-parts-4", "ntk-by-parts-8")
+ADAPTERS = ("linear-4", "ntk-by-parts-4", "yarn-8")
 CACHES = ("fp32", "q8", "q6", "q4", "q8_q4", "q4+256")
 LENGTHS = (512, 1024, 2048, 4096)
 PERPLEXITY_TOKENS = 8 * max(LENGTHS)
@@ -42,6 +42,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "NTK-by-parts 4": rope_scaling("ntk-by-parts", 4),
     "NTK-by-parts 8": rope_scaling("ntk-by-parts", 8),
     "YaRN 4": rope_scaling("yarn", 4),
+    "YaRN 8": rope_scaling("yarn", 8),
     "dynamic NTK": {"rope_type": "dynamic", "factor": 1.0, "original_max_position_embeddings": Shape().context},
 }
 

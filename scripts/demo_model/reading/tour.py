@@ -1,6 +1,6 @@
 """The tour of a model: a long document and three questions that it answers right with an adapter, and wrong without.
 
-    python -m reading.tour MODEL_FOLDER --adapter ntk-by-parts-8          # writes MODEL_FOLDER/tour/
+    python -m reading.tour MODEL_FOLDER --adapter yarn-8          # writes MODEL_FOLDER/tour/
 
 (in scripts/demo_model). Documents of held-out names are generated from fixed seeds, and questions about each are asked
 through the engine as the tour asks them. The document with the best three questions is taken; how many documents and

@@ -121,8 +121,8 @@ def test_one_talks_with_the_embedded_model_at_eight_times_its_context_and_measur
     folder: Path, capsys, monkeypatch, text_file: Path
 ) -> None:
     for command, given, scaling in [
-        ("generate", [], "RoPE scaling: ntk-by-parts"),
-        ("chat", [], "RoPE scaling: ntk-by-parts"),
+        ("generate", [], "RoPE scaling: yarn"),
+        ("chat", [], "RoPE scaling: yarn"),
         ("generate", ["--compress-pos-emb", "2"], "RoPE scaling: linear"),
         ("generate", ["--rope-scaling", '{"type": "default"}'], "RoPE scaling: none"),
         ("generate", [str(folder), "--prompt", "rope"], "RoPE scaling: none"),
