@@ -60,6 +60,10 @@ void PackedGptq::build_rows(const Source& source) {
   }
   weights_.num_blocks = group_starts_.back();
   weights_.group_starts = group_starts_.data();
+  weights_.groups_are_blocks = true;
+  for (int64_t g = 0; g < source.num_groups; ++g) {
+    if (group_starts_[static_cast<size_t>(g) + 1] != g + 1) weights_.groups_are_blocks = false;
+  }
 }
 
 // Scales, zero points and bias from [G][N] to [tile][G][16]; columns past N are zero.

@@ -21,6 +21,7 @@ CASES = {
     "odd-sizes": (77, 35, 32, {"bias": True}),
     "one-group": (200, 33, [200], {"bits": 4, "scale_dtype": np.float32}),
     "empty-groups": (96, 48, [0, 40, 0, 0, 55, 1, 0], {"bits": 8, "bias": True}),
+    "as-many-blocks-as-groups": (64, 24, [0, 64], {"bits": 4}),
     "irregular-act-order": (130, 21, [7, 32, 64, 27], {"bits": 4, "act_order": True}),
     "symmetric-g128": (256, 64, 128, {"constant_zero": 8}),
     "act-order-g32": (256, 40, 32, {"act_order": True, "bias": True}),

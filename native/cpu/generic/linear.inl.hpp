@@ -78,8 +78,8 @@ typename V::F32 joined(const typename V::F32 (&digit)[kDigits]) {
 // One block of 32 input features for kRows rows and kTiles tiles:
 // total[m][j] += scale[m] * sum over the block of x[m] * (codes[j] - middle), the sums in integers.
 template <class V, int kBits, int kDigits, int kRows, int kTiles>
-void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& rows, int64_t num_blocks,
-                typename V::F32 (&total)[kRows][kTiles]) {
+[[gnu::always_inline]] inline void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& rows,
+                                              int64_t num_blocks, typename V::F32 (&total)[kRows][kTiles]) {
   using Dot = typename V::template Dot<kBits>;
   const int32_t* starts = rows.starts;
   typename Dot::Sum sum[kRows][kDigits][kTiles];
@@ -118,13 +118,14 @@ void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& ro
 
 // From block b of a row on.
 template <int kDigits>
-PreparedRows from_block(const PreparedRows& rows, int64_t index) {
+static PreparedRows from_block(const PreparedRows& rows, int64_t index) {
   return {rows.digits + index * kDigits * kBlockRows, rows.scales + index, rows.starts + index * kDigits, nullptr};
 }
 
 // y[n] = bias[n] + sum over groups g of scale[g, n] * (sum over blocks b of g of scale[b] * dot(codes - middle, digits)
 //                                                      - (zero[g, n] - middle) * group_sum[g])
-template <class V, int kBits, int kDigits, int kRows, int kTiles>
+// Where each group is one block, its totals stay in registers: the compiler knows that they are written once.
+template <class V, int kBits, int kDigits, int kRows, int kTiles, bool kGroupsAreBlocks>
 void gptq_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   constexpr int64_t kBlockBytes = kBlockRows * kLanes * kBits / 8;
   const GptqWeights& w = *a.weights;
@@ -141,10 +142,12 @@ void gptq_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
     for (int m = 0; m < kRows; ++m) {
       for (int j = 0; j < kTiles; ++j) total[m][j] = V::zero();
     }
-    for (int64_t b = w.group_starts[g]; b < w.group_starts[g + 1]; ++b) {
-      // The products of several rows fill the processor's window: it does not see far enough ahead to start reading
-      // the next tiles by itself, as it does for one row, and 4 rows took twice as long as one. Past the last tile this
-      // asks for what follows in memory, and reads nothing.
+    const int64_t first = kGroupsAreBlocks ? g : w.group_starts[g];
+    const int64_t end = kGroupsAreBlocks ? g + 1 : w.group_starts[g + 1];
+    for (int64_t b = first; b < end; ++b) {
+      // The products of several rows or digits fill the processor's window: it does not see far enough ahead to start
+      // reading the next tiles by itself, as it does for one row, and 4 rows took twice as long as one. Past the last
+      // tile this asks for what follows in memory, and reads nothing.
       if constexpr (kRows * kDigits > 1) {
         for (int j = 0; j < kTiles; ++j) prefetch_bytes<V>(next + j * tile_bytes + b * kBlockBytes, kBlockBytes);
       }
@@ -167,16 +170,18 @@ void gptq_block(const GptqLinearArgs& a, int64_t row, int64_t tile) {
   }
 }
 
-template <class V, int kBits, int kDigits, int kMostRows, int kMostTiles>
+template <class V, int kBits, int kDigits, int kMostRows, int kMostTiles, bool kGroupsAreBlocks>
 void gptq_bits(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin, int64_t tile_end) {
   // Decoding in int8: one stream of codes is read fastest. With three digits, loads bind: two tiles share the broadcasts.
   if (kDigits == 1 && row_end - row_begin == 1) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) gptq_block<V, kBits, kDigits, 1, 1>(a, row_begin, tile);
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      gptq_block<V, kBits, kDigits, 1, 1, kGroupsAreBlocks>(a, row_begin, tile);
+    }
     return;
   }
   for_blocks<kMostTiles>(tile_begin, tile_end, [&]<int kTiles>(int64_t tile) {
     for_even_blocks<kMostRows>(row_begin, row_end, [&]<int kRows>(int64_t row) {
-      gptq_block<V, kBits, kDigits, kRows, kTiles>(a, row, tile);
+      gptq_block<V, kBits, kDigits, kRows, kTiles, kGroupsAreBlocks>(a, row, tile);
     });
   });
 }
@@ -185,7 +190,10 @@ template <class V>
 void gptq_int8(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                int64_t tile_end) noexcept {
   for_code_bits(a.weights->code_bits, [&]<int kBits>() {
-    gptq_bits<V, kBits, kInt8Digits, V::kInt8Rows, V::kInt8Tiles>(a, row_begin, row_end, tile_begin, tile_end);
+    const auto run = a.weights->groups_are_blocks
+                         ? gptq_bits<V, kBits, kInt8Digits, V::kInt8Rows, V::kInt8Tiles, true>
+                         : gptq_bits<V, kBits, kInt8Digits, V::kInt8Rows, V::kInt8Tiles, false>;
+    run(a, row_begin, row_end, tile_begin, tile_end);
   });
 }
 
@@ -193,7 +201,8 @@ template <class V>
 void gptq_exact(const GptqLinearArgs& a, int64_t row_begin, int64_t row_end, int64_t tile_begin,
                 int64_t tile_end) noexcept {
   for_code_bits(a.weights->code_bits, [&]<int kBits>() {
-    gptq_bits<V, kBits, kExactDigits, V::kExactRows, V::kExactTiles>(a, row_begin, row_end, tile_begin, tile_end);
+    gptq_bits<V, kBits, kExactDigits, V::kExactRows, V::kExactTiles, false>(a, row_begin, row_end, tile_begin,
+                                                                            tile_end);
   });
 }
 

@@ -51,6 +51,7 @@ struct GptqWeights {
   const uint8_t* zeros;       // [num_tiles][G][16], or null: every zero point is `middle`
   int32_t middle;             // subtracted from codes in integers; what is left of a zero point, in floats
   const int32_t* group_starts;  // [G + 1], in blocks
+  bool groups_are_blocks;       // each group is one block, as with groups of 32
   const int32_t* source_row;    // [num_blocks * 32] input feature of each sorted row, -1 for padding; null: identity
   const float* bias;            // [num_tiles * 16] or null
 };
