@@ -51,19 +51,17 @@ PackedGptq::PackedGptq(CpuRuntime& runtime, const Source& source) {
 // Sorted rows, each group padded with -1 to whole blocks.
 void PackedGptq::build_rows(const Source& source) {
   group_starts_.assign(1, 0);
+  weights_.groups_are_blocks = true;
   for (int64_t g = 0; g < source.num_groups; ++g) {
     for (int64_t i = source.group_starts[g]; i < source.group_starts[g + 1]; ++i) {
       source_row_.push_back(source.order != nullptr ? source.order[i] : static_cast<int32_t>(i));
     }
     source_row_.resize(static_cast<size_t>(round_up(static_cast<int64_t>(source_row_.size()), kBlockRows)), -1);
     group_starts_.push_back(static_cast<int32_t>(source_row_.size() / kBlockRows));
+    if (group_starts_.back() != g + 1) weights_.groups_are_blocks = false;
   }
   weights_.num_blocks = group_starts_.back();
   weights_.group_starts = group_starts_.data();
-  weights_.groups_are_blocks = true;
-  for (int64_t g = 0; g < source.num_groups; ++g) {
-    if (group_starts_[static_cast<size_t>(g) + 1] != g + 1) weights_.groups_are_blocks = false;
-  }
 }
 
 // Scales, zero points and bias from [G][N] to [tile][G][16]; columns past N are zero.

@@ -29,14 +29,16 @@ def opened(page: Any, url: str) -> None:
     """The page on its chat: with a model that has a tour, it opens on that.
 
     A page that stays blank is opened once more, as a visitor would: Chromium drops what it is fetching when a network
-    interface comes or goes, and without one of its modules nothing is shown.
+    interface comes or goes, and without one of its modules nothing is shown. One whose scripts fail is a bug.
     """
-    troubles: list[str] = []
-    page.on("requestfailed", lambda request: troubles.append(f"{request.url}: {request.failure}"))
-    page.on("pageerror", lambda error: troubles.append(str(error)))
+    lost: list[str] = []
+    errors: list[str] = []
+    page.on("requestfailed", lambda request: lost.append(f"{request.url}: {request.failure}"))
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(url)
     if not _has_tabs(page):
-        warnings.warn(f"the page stayed blank: {troubles}; it shows {page.inner_text('body')!r}", stacklevel=2)
+        assert lost or not errors, f"the page stayed blank, as its scripts failed: {errors}"
+        warnings.warn(f"the page stayed blank; not fetched: {lost}; it shows {page.inner_text('body')!r}", stacklevel=2)
         page.goto(url)
     choose(page, "Chat")
     page.wait_for_function("document.querySelector('#template input')?.value")

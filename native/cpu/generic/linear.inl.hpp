@@ -77,6 +77,7 @@ typename V::F32 joined(const typename V::F32 (&digit)[kDigits]) {
 
 // One block of 32 input features for kRows rows and kTiles tiles:
 // total[m][j] += scale[m] * sum over the block of x[m] * (codes[j] - middle), the sums in integers.
+// Always inlined: a call would pass the totals through memory.
 template <class V, int kBits, int kDigits, int kRows, int kTiles>
 [[gnu::always_inline]] inline void block_step(const uint8_t* block, int64_t tile_bytes, const PreparedRows& rows,
                                               int64_t num_blocks, typename V::F32 (&total)[kRows][kTiles]) {

@@ -1,6 +1,6 @@
 """A LoRA that takes the quantised model to a multiple of its context, trained under one RoPE scaling.
 
-    python -m reading.extend --run RUN --model MODEL_FOLDER --method linear --factor 4 --stop-at 2e6
+    python -m reading.extend --run RUN --model MODEL_FOLDER --method yarn --factor 8 --decay-from 3e6 --decay-tokens 7e6
 
 (in scripts/demo_model; RUN holds the tokenizer and library of the model's own run.) As kaiokendev's SuperHOT did:
 the weights stay, and low-rank changes of them learn to read the scaled positions. The base is the quantised model with
@@ -67,7 +67,7 @@ def long_phases(length: int) -> tuple[Phase, ...]:
     """Rows of half of `length` tokens, which are read twice as fast, then of all of it.
 
     A fact takes 14 to 20 tokens: a document fills a third of its row, or nearly all. With documents of every size, most
-    questions were about the first half of a row, and what is far was learned last.
+    questions would be about the first half of a row.
     """
     mix = (("keys", 0.08), ("pass key", 0.08), ("hidden", 0.06), ("facts", 0.7), ("library", 0.08))
     return tuple(
