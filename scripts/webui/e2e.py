@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,9 +38,10 @@ class Table:
     only: str = ""
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
-    def check(self, scene: str, name: str, action: Callable[[], str]) -> bool:
-        """Run one check and note what came of it; True if it did not fail."""
-        if self.only and self.only not in f"{scene}: {name}":
+    def check(self, scene: str, name: str, action: Callable[[], str], needed: bool = False) -> bool:
+        """Run one check and note what came of it; True if it did not fail. needed: others rest on it, so it is made
+        whatever `only` says."""
+        if not needed and self.only not in f"{scene}: {name}":
             return True
         start = time.monotonic()
         try:
@@ -81,7 +82,7 @@ def served(
     """A running server as Subject; or None, with a row that says why."""
     server = WebuiServer(copy, flags, command)
     try:
-        if table.check(scene, "the server starts", lambda: str(server.__enter__().alive)):
+        if table.check(scene, "the server starts", lambda: str(server.__enter__().alive), needed=True):
             yield Subject(copy, server)
         else:
             yield None
@@ -105,7 +106,7 @@ def extension_scene(table: Table, copy: WebuiCopy) -> None:
     """`ropewalk webui install` without the startup file, the extension active, everything through the API."""
     scene = "extension"
     install = ("webui", "install", "--no-startup", copy.webui)
-    table.check(scene, "ropewalk webui install --no-startup", lambda: copy.ropewalk(*install).splitlines()[0])
+    table.check(scene, "ropewalk webui install --no-startup", lambda: _first_line(copy, install), needed=True)
     table.check(scene, "ropewalk webui status", lambda: _all_hooks_attach(copy))
     with served(table, scene, copy, "--extensions", "ropewalk") as subject:
         if subject is None:
@@ -167,6 +168,10 @@ def uninstalled_scene(table: Table, copy: WebuiCopy) -> None:
         if subject is not None:
             table.check(scene, "nothing of ours is left, whatever the Python below has", lambda: _gone(subject, copy))
     copy.ropewalk("webui", "disable", python=copy.base_python)
+
+
+def _first_line(copy: WebuiCopy, command: Sequence[str | Path]) -> str:
+    return copy.ropewalk(*command).splitlines()[0]
 
 
 def _installed(copy: WebuiCopy) -> str:

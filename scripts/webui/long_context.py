@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
 
 from checks import GREEDY, MODEL, PROMPT, Refused, Subject
+from server import DEMO_MODEL
 
 SHIFTED = re.compile(r"shifted (\d+) instead of reading them again")
 AUTOMATIC = re.compile(r"rope_scaling=auto.*2048 positions")
@@ -74,9 +76,32 @@ def _converse(subject: Subject) -> None:
         messages.append(answer["choices"][0]["message"])
 
 
+def the_demo_answers_about_a_long_document(subject: Subject) -> str:
+    """The copy of the embedded model, loaded with no argument, asked what its tour asks."""
+    subject.copy.ropewalk("webui", "demo", subject.copy.webui)
+    tour = json.loads((DEMO_MODEL / "tour" / "tour.json").read_text(encoding="utf-8"))
+    subject.load("ropewalk-demo")
+    for question in tour["questions"]:
+        answer = _answer(subject, tour["document"], question["text"])
+        assert answer == question["answer"], (question, answer)
+    prompt, _, _, _, context = subject.replies_on_console()[-1]
+    assert prompt > 4 * CONTEXT and context == 8 * CONTEXT, subject.replies_on_console()[-1]
+    used = f"the LoRA {tour['adapter']} is used"
+    assert used in subject.server.console(), subject.server.console()
+    subject.load()
+    return f"{len(tour['questions'])} questions right at {prompt} tokens; {used}"
+
+
+def _answer(subject: Subject, document: str, question: str) -> str:
+    messages = [{"role": "user", "content": f"{document.strip()}\n\n{question}"}]
+    body: dict[str, Any] = {"messages": messages, "mode": "instruct", "max_tokens": 64} | GREEDY
+    return subject.server.api.post("/v1/chat/completions", **body)["choices"][0]["message"]["content"].strip()
+
+
 CHECKS = (
     cache_types_are_as_in_the_list,
     an_unknown_cache_type_is_refused,
     a_scaling_is_chosen_for_the_context,
     a_full_window_is_shifted,
+    the_demo_answers_about_a_long_document,
 )
