@@ -35,17 +35,17 @@ std::shared_ptr<Page> PagePool::copy(const Page& page) {
   return taken;
 }
 
-AlignedBytes PagePool::take_bytes(int64_t size, bool recent) {
+ArenaBytes PagePool::take_bytes(int64_t size, bool recent) {
   const std::lock_guard lock(mutex_);
   if (size > limit_ - used_) throw std::bad_alloc();
   Spare& spare = spare_[recent];
   Spare& other = spare_[!recent];
   if (!spare.pages.empty() && spare.pages.back().size() != size) spare.pages.clear();  // of another layer order
-  AlignedBytes memory;
+  ArenaBytes memory;
   if (spare.pages.empty()) {
     // What is kept of the other kind counts as well, or the system would have to give twice the limit.
     while (!other.pages.empty() && size > limit_ - used_ - other.num_bytes()) other.pages.pop_back();
-    memory = AlignedBytes(size);
+    memory = arena_.take(size);
   } else {
     memory = std::move(spare.pages.back());
     spare.pages.pop_back();
@@ -62,7 +62,7 @@ AlignedBytes PagePool::take_bytes(int64_t size, bool recent) {
   return memory;
 }
 
-void PagePool::give(AlignedBytes memory, bool recent) noexcept {
+void PagePool::give(ArenaBytes memory, bool recent) noexcept {
   const std::lock_guard lock(mutex_);
   Spare& spare = spare_[recent];
   used_ -= memory.size();

@@ -28,7 +28,7 @@ class PagePool;
 // Keys and values of kKvTile positions in all layer instances. Its memory goes back to the pool.
 class Page {
  public:
-  Page(std::shared_ptr<PagePool> pool, AlignedBytes memory, bool recent)
+  Page(std::shared_ptr<PagePool> pool, ArenaBytes memory, bool recent)
       : pool_(std::move(pool)), memory_(std::move(memory)), recent_(recent) {}
   ~Page();
   Page(const Page&) = delete;
@@ -44,12 +44,13 @@ class Page {
 
  private:
   std::shared_ptr<PagePool> pool_;
-  AlignedBytes memory_;
+  ArenaBytes memory_;
   bool recent_;
 };
 
 // At most `num_bytes` of pages, of both kinds together. Those that come back are kept for the next, of the same kind and
-// number of instances: fresh memory of the system costs as much as filling it. May be used from any thread.
+// number of instances: fresh memory of the system costs as much as filling it. They lie in huge pages, because a token
+// visits every one of them in each layer for a few kilobytes. May be used from any thread.
 class PagePool : public std::enable_shared_from_this<PagePool> {
  public:
   PagePool(const KvFormat& format, int64_t num_bytes)
@@ -67,18 +68,19 @@ class PagePool : public std::enable_shared_from_this<PagePool> {
   friend class Page;
   // Pages of one kind that came back, all of one size.
   struct Spare {
-    std::vector<AlignedBytes> pages;
+    std::vector<ArenaBytes> pages;
     int64_t num_used = 0;
     int64_t num_bytes() const { return pages.empty() ? 0 : pages.back().size() * static_cast<int64_t>(pages.size()); }
   };
 
-  AlignedBytes take_bytes(int64_t size, bool recent);
-  void give(AlignedBytes memory, bool recent) noexcept;
+  ArenaBytes take_bytes(int64_t size, bool recent);
+  void give(ArenaBytes memory, bool recent) noexcept;
 
   const KvFormat format_, recent_format_;
   const int64_t limit_;
   mutable std::mutex mutex_;
   int64_t used_ = 0;
+  Arena arena_;
   Spare spare_[2];  // of codes, or whatever the format is; and of the last positions
 };
 

@@ -59,11 +59,11 @@ class ArenaBytes {
   int64_t size_ = 0;
 };
 
-// Weights one after the other in huge pages, in the order in which they are asked for, which is that of a token's way
+// Places one after the other in huge pages, in the order in which they are asked for: for weights, that of a token's way
 // through the model. Apart from each other, half of those of a 1.1B model lay in small pages: too small, or the rest
-// behind their last huge page. A place that is no longer needed serves the next weights of its size, as an expert's do
-// that makes room for another; otherwise one expert in use would keep the places of a dozen dropped ones. A block stays
-// as long as a place in it is used.
+// behind their last huge page. A place that is no longer needed serves the next that asks for its size, as an expert's
+// do that makes room for another; otherwise one expert in use would keep the places of a dozen dropped ones. A block
+// stays as long as a place in it is used.
 class Arena {
  public:
   // Starts on a cache line; not initialised.  Throws std::bad_alloc.
@@ -77,7 +77,7 @@ class Arena {
     int64_t offset;
   };
 
-  // Outlives the arena where weights do.
+  // Outlives the arena where what it gave does.
   struct Places {
     std::mutex mutex;
     std::weak_ptr<AlignedBytes> block;  // the newest
