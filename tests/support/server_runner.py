@@ -60,6 +60,10 @@ class RunningServer:
         """What Ctrl-C does."""
         self._server.should_exit = True
 
+    def signal(self, number: int) -> None:
+        """What that signal does."""
+        self._server.handle_exit(number, None)
+
     def join(self) -> None:
         """Wait for the end."""
         self._thread.join(timeout=PATIENCE_S)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ropewalk.base.patience import within
+
 TICKET = b"x-ropewalk-ticket"
 PASS = b"x-ropewalk-pass"
 CLIENT = b"x-ropewalk-client"
@@ -48,7 +50,7 @@ class Tickets:
         """Until the request with this ticket has been answered, or has not come in time."""
         ticket = self._known.setdefault(name, _Ticket())
         try:
-            await asyncio.wait_for(ticket.arrived.wait(), ARRIVAL_S)
+            await within(ARRIVAL_S, ticket.arrived.wait())
             await ticket.answered.wait()
         except asyncio.TimeoutError:
             return

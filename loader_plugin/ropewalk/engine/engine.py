@@ -197,7 +197,8 @@ class Engine:
             own. priority: "interactive", or "batch", which waits for all interactive requests.
         context_shift: True: a reply that reaches the end of the window goes on, for which the oldest tokens are dropped
             and the rest is moved down without being read again; and a prompt that is an earlier one of this client
-            without a stretch in the middle is not read again either. A number: that many tokens stay at the start.
+            without a stretch in the middle is not read again either. A number: that many tokens stay at the start, at
+            most half of the window.
             False: the reply ends there. None: as the engine was made. `stats.shifted_tokens` tells.
 
         Raises:

@@ -59,12 +59,16 @@ def error_of(response: httpx.Response, status: int) -> dict:
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "'a' is not a token id: the model knows 0 to"),
         ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "'99999' is not a token id"),
         ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
-        ({"prompt": [10**6]}, None, "token id 1000000 at position 0 is out of range"),
+        ({"prompt": [10**6]}, "prompt", "token id 1000000 at position 0 is out of range"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported: text is continued at its end only"),
         ({"prompt": "x", "best_of": 3}, "best_of", "best_of is not supported: all replies are returned"),
         ({"prompt": "x", "grammar": "root ::= x"}, "grammar", "replies are not constrained"),
-        ({"prompt": "\ud800"}, None, "an unpaired surrogate"),
+        ({"prompt": "\ud800"}, "prompt", "an unpaired surrogate"),
+        ({"prompt": "x", "context_shift": "yes"}, "context_shift", "valid boolean"),
+        ({"prompt": "x", "stop_token_ids": [5, 99999]}, "stop_token_ids", "99999 is not a token id"),
+        ({"prompt": "x", "best_of": 3, "n": 2}, "best_of", "best_of is not supported"),
+        ({"prompt": "x", "\ud83d": 1}, None, "the name of a field is not a text"),
     ],
 )
 def test_wrong_completions_are_refused_by_the_name_of_the_field(server: RunningServer, body, param, message) -> None:
@@ -83,8 +87,8 @@ def test_wrong_completions_are_refused_by_the_name_of_the_field(server: RunningS
     [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "Field required"),
-        ({"messages": [{"role": "user"}]}, None, "message 1 (role 'user') has no content"),
-        ({"messages": [*TALK, {"role": "tool", "content": "x"}]}, None, "message 2 has the role"),
+        ({"messages": [{"role": "user"}]}, "messages", "message 1 (role 'user') has no content"),
+        ({"messages": [*TALK, {"role": "tool", "content": "x"}]}, "messages", "message 2 has the role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
@@ -122,6 +126,34 @@ def test_fields_that_ask_for_nothing_special_are_accepted(server: RunningServer)
     }
     assert server.post(CHAT, {"messages": TALK, "max_tokens": 2} | harmless).status_code == 200
     assert server.post(COMPLETE, {"prompt": "x", "max_tokens": 2, "best_of": 1, "suffix": ""}).status_code == 200
+    assert server.post(COMPLETE, {"prompt": "x", "max_tokens": 2, "best_of": 2, "n": 2}).status_code == 200
+
+
+def test_a_refusal_among_the_parts_of_a_message_is_text(server: RunningServer) -> None:
+    answer = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert server.post(CHAT, {"messages": [*TALK, answer, *TALK], "max_tokens": 2}).status_code == 200
+    answer["content"][0].pop("refusal")
+    error = error_of(server.post(CHAT, {"messages": [*TALK, answer, *TALK]}), 400)
+    assert error["message"] == "messages.1.content: a part of type refusal needs its refusal"
+
+
+def test_what_cannot_be_done_is_refused_before_a_stream_begins(server: RunningServer, engine: Engine) -> None:
+    banned = {str(number): -100 for number in range(engine.model.config.vocab_size)}
+    response = server.post(COMPLETE, {"prompt": "x", "stream": True, "logit_bias": banned})
+    assert error_of(response, 400)["param"] == "logit_bias"
+
+
+def test_head_is_answered_where_get_is(server: RunningServer) -> None:
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/tiny"):
+        response = httpx.head(server.url + path)
+        assert (response.status_code, response.content) == (200, b""), path
+    assert all("head" not in methods for methods in server.get("/openapi.json").json()["paths"].values())
+
+
+def test_a_stream_says_once_what_becomes_of_the_connection(server: RunningServer) -> None:
+    body = {"prompt": "x", "max_tokens": 2, "stream": True}
+    response = httpx.post(server.url + COMPLETE, json=body, headers={"Connection": "close"})
+    assert response.headers.get_list("connection") == ["close"]
 
 
 def test_the_official_client_raises_its_own_errors(server: RunningServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from fake_model import FakeModel
 from ropewalk.engine.engine import Engine
-from ropewalk.faces.server import answers
+from ropewalk.faces.server import answers, uvicorn_server
 from ropewalk.faces.server.app import AppOptions
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
@@ -206,6 +207,31 @@ def test_a_graceful_end_finishes_the_reply_that_runs_and_refuses_those_that_wait
     assert finished or '"finish_reason":"length"' in streamed.text
     with pytest.raises(httpx.ConnectError):
         server.get("/health")
+
+
+def test_a_second_signal_of_either_kind_cuts_replies_off(tokenizer: Tokenizer) -> None:
+    model = GatedModel(tokenizer.vocab_size)
+    server = RunningServer(Engine(model, tokenizer, max_running=1), AppOptions("tiny"))
+    with server:
+        model.gate.clear()
+        with in_background(lambda: complete(server, stream=True)) as running:
+            until(lambda: busy(server) == (1, 0))
+            server.signal(signal.SIGTERM)
+            until(lambda: server.service.draining)
+            server.signal(signal.SIGTERM)
+            server.join()
+            assert running[0].exception() is not None or "shutting_down" in running[0].result().text
+
+
+def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(uvicorn_server, "PATIENCE_S", 0.2)
+    server = RunningServer(Engine(GatedModel(tokenizer.vocab_size), tokenizer), AppOptions("tiny"))
+    with server, socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+        head = f"POST {COMPLETE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000"
+        connection.sendall(head.encode() + b"\r\n\r\n{")
+        assert complete(server).status_code == 200  # the other one has arrived, too
+        server.begin_to_end()
+        server.join()
 
 
 def test_many_clients_of_two_caches_get_what_they_get_alone(tokenizer: Tokenizer) -> None:

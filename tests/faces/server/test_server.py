@@ -166,8 +166,8 @@ def test_logprobs_of_a_completion_lie_beside_its_tokens(client: openai.OpenAI, a
     assert values == [step.logprob for step in expected.steps]
     assert "".join(tokens) == text == expected.text
     assert offsets == [sum(map(len, tokens[:i])) for i in range(len(tokens))]
-    assert [sorted(top.values(), reverse=True) for top in tops] == [
-        [logprob for _, logprob in step.top] for step in expected.steps
+    assert [set(top.values()) for top in tops] == [
+        {step.logprob, *(logprob for _, logprob in step.top)} for step in expected.steps
     ]
 
 
@@ -253,6 +253,27 @@ def test_echo_with_logprobs_scores_the_prompt_as_the_perplexity_does(client, alo
     reply = alone.generate(PROMPT, params(seed=1, max_new_tokens=2, logprobs=2))
     assert values[-2:] == [step.logprob for step in reply.steps] and text == PROMPT + reply.text
     assert offsets == sorted(offsets) and offsets[len(ids)] == len(PROMPT)
+
+
+@pytest.mark.parametrize("prompt", ["a</s>b", "<|user|>hi<|assistant|>", [1, 252, 171, 164]])
+def test_logprobs_do_not_change_the_text_that_is_echoed(client: openai.OpenAI, prompt) -> None:
+    settings = {"model": "demo", "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True}
+    plain = client.completions.create(**settings).choices[0].text
+    choice = client.completions.create(**settings, logprobs=0).choices[0]
+    assert choice.text == plain
+    assert choice.logprobs.text_offset[-1] <= len(plain)
+    if isinstance(prompt, str):
+        assert choice.logprobs.text_offset[-1] == len(prompt)
+
+
+def test_a_prompt_that_was_read_to_be_scored_does_not_count_as_cached(server: RunningServer, client) -> None:
+    settings = {"model": "demo", "prompt": "a prompt that nobody has sent before " * 8, "max_tokens": 1}
+    before = server.metric('ropewalk_tokens_total{kind="cached"}')
+    done = client.completions.create(**settings, echo=True, logprobs=1)
+    assert done.usage.prompt_tokens_details.cached_tokens == 0
+    assert server.metric('ropewalk_tokens_total{kind="cached"}') == before
+    again = client.completions.create(**settings)
+    assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
 
 
 def test_no_new_tokens_can_be_asked_for(client: openai.OpenAI) -> None:

@@ -49,7 +49,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, job: Job, writer: ReplyWriter, metrics: Metrics, hide: Hide) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Connection": "keep-alive"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers)
         del self.headers["content-length"]
         self._job, self._writer, self._metrics, self._hide = job, writer, metrics, hide
@@ -140,6 +140,6 @@ def _comment(event: Waiting) -> str:
 def _described(done: Finished) -> str:
     stats = done.stats
     return (
-        f"prompt {stats.prompt_tokens} ({stats.reused_tokens} cached), {stats.prompt_tokens_per_s:.0f}/s, "
+        f"prompt {stats.prompt_tokens} ({done.cached_tokens} cached), {stats.prompt_tokens_per_s:.0f}/s, "
         f"reply {done.num_tokens}, {stats.new_tokens_per_s:.1f}/s, {done.reason}"
     )

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -143,6 +144,7 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
     _add_reply_routes(app, service)
     _add_state_routes(app, service)
     add_kept_routes(app, engine, service.hide)
+    _answer_heads(app)
     add_guards(app, options, service.metrics)
     return app
 
@@ -168,6 +170,13 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         components |= openapi_schemas(CompletionRequest, ChatRequest, EmbeddingsRequest)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _answer_heads(app: FastAPI) -> None:
+    """Answer HEAD wherever GET is answered, as HTTP has it and monitors use it; the description has GET alone."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def client_of(request: Request) -> Hashable:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -58,10 +59,33 @@ class ApiError(Exception):
         return Response(json.dumps(self.body), self.status, dict(self.headers), "application/json")
 
 
+@dataclass(eq=False)
+class FieldError(Exception):
+    """An error of the engine about a field of the request."""
+
+    field: str
+    error: RopewalkError
+
+
+@contextmanager
+def about(field_name: str) -> Iterator[None]:
+    """What the engine refuses in the `with` block is about this field of the request.
+
+    Raises:
+        FieldError: it refused something.
+    """
+    try:
+        yield
+    except (RequestError, UnsupportedError) as error:
+        raise FieldError(field_name, error) from error
+
+
 def api_error(error: Exception, hide: Hide, retry_after_s: int = 1) -> ApiError:
     """What a client is told about an error of the engine. hide: removes paths of this machine from a message."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FieldError):
+        return replace(api_error(error.error, hide, retry_after_s), param=error.field)
     if not isinstance(error, RopewalkError):
         logger.error("a request failed", exc_info=error)
         return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
@@ -106,6 +130,7 @@ def install_error_handlers(app: FastAPI, hide: Hide) -> None:
         return answer(request, http_error(request, error))
 
     app.add_exception_handler(ApiError, of_ours)
+    app.add_exception_handler(FieldError, of_ours)
     app.add_exception_handler(RopewalkError, of_ours)
     app.add_exception_handler(RequestValidationError, of_validation)
     app.add_exception_handler(HTTPException, of_http)
@@ -120,6 +145,8 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     field_name = next(iter(named))
     if not field_name:
         reason = next(iter(named[""]))
+        if problems[0]["type"] == "string_unicode":
+            return ApiError(400, f"the name of a field is not a text: {reason}")
         return ApiError(400, f"a JSON object and the header Content-Type: application/json are needed ({reason})")
     texts = [f"{name}: {' or '.join(messages)}" for name, messages in named.items()]
     more = f" (and {len(texts) - SHOWN_PROBLEMS} more)" if len(texts) > SHOWN_PROBLEMS else ""
@@ -140,5 +167,5 @@ def http_error(request: Request, error: HTTPException) -> ApiError:
 
 def _field(location: Sequence[Any]) -> str:
     """("body", "messages", 0, "role") -> "messages.0.role"; the types of a union are left out."""
-    parts = [str(part) for part in location if part not in ("body", "str", "int")]
+    parts = [str(part) for part in location if part not in ("body", "str", "int", "bool")]
     return ".".join(part for part in parts if part.isidentifier() or part.isdigit())

@@ -9,12 +9,13 @@ thread. `Job.close` frees its place at once: in the queue, within a prompt, betw
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
+from ropewalk.base.patience import within
 from ropewalk.engine.engine import Engine
 from ropewalk.engine.kept import Kept
 from ropewalk.engine.text_stream import TextStream
@@ -37,6 +38,7 @@ class Piece:
 class Finished:
     """The reply to choice `index` is complete. tokens: those since the last piece; num_tokens: those of the reply.
 
+    cached_tokens: of the prompt, those that did not have to be read for this reply, nor before it to score them.
     routing: which adapter was chosen and why, if the model's name left that open. kept: the file of the prompt, if the
     request asked to keep it.
     """
@@ -46,6 +48,7 @@ class Finished:
     tokens: list[tuple[Step, str]]
     num_tokens: int
     stats: GenerationStats
+    cached_tokens: int
     routing: str | None
     kept: Kept | None = None
 
@@ -131,7 +134,7 @@ class Job:
         """
         while True:
             try:
-                event = await asyncio.wait_for(self._events.get(), patience_s)
+                event = await within(patience_s, self._events.get())
             except asyncio.TimeoutError:
                 yield Waiting(self.ticket.position)
                 continue
@@ -182,31 +185,46 @@ class Job:
         keeps = self._work.keep is not None and index == 0  # all choices have one prompt
         if keeps:
             stream.keep_prompt()
+        is_scored = bool(choice.echo) and choice.params.logprobs is not None
         if choice.echo:
-            self._echo(index, choice)
+            self._echo(index, choice, self._scored(choice) if is_scored else [])
         for text in stream:
             self._post(Piece(index, text, tokens.shown_with(text)))
         if stream.stats is None or stream.finish_reason == "cancelled":
             return
         routing = None if stream.routing is None else stream.routing.describe()
+        cached = 0 if is_scored or stream.routing is not None else stream.stats.reused_tokens
         rest = tokens.rest() if stream.stop_string is None else []
         kept = engine.kept.write_as(self._work.keep, stream.prompt_cache) if keeps else None
-        self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, routing, kept))
+        self._post(Finished(index, stream.finish_reason, rest, tokens.num_told, stream.stats, cached, routing, kept))
 
-    def _echo(self, index: int, choice: Choice) -> None:
-        """The prompt as the first piece; with its tokens if log probabilities are requested."""
-        engine, count = self._jobs.engine, choice.params.logprobs
-        if count is None:
-            self._post(Piece(index, choice.echo, []))
-            return
-        ids, adapters = choice.prompt_ids, self._work.adapters
-        steps = engine.score(
-            ids, count, self._running.is_cancelled, adapters, self.ticket, self._client, self._work.priority
+    def _echo(self, index: int, choice: Choice, steps: Sequence[Step]) -> None:
+        """The prompt as the first piece; with its tokens where these have been scored."""
+        decoder, start = StreamDecoder(self._jobs.engine.tokenizer), 0
+        tokens = []
+        for step in steps:
+            text = decoder.push(step.token_id) or self._spelling(step.token_id, choice.echo, start)
+            tokens.append((step, text))
+            start += len(text)
+        self._post(Piece(index, choice.echo, tokens))
+
+    def _scored(self, choice: Choice) -> list[Step]:
+        """The tokens of the prompt with their log probabilities; none if the job is cancelled."""
+        steps = self._jobs.engine.score(
+            choice.prompt_ids,
+            choice.params.logprobs,
+            self._running.is_cancelled,
+            self._work.adapters,
+            self.ticket,
+            self._client,
+            self._work.priority,
         )
-        if steps is not None:
-            decoder = StreamDecoder(engine.tokenizer)
-            tokens = [(step, decoder.push(step.token_id)) for step in steps]
-            self._post(Piece(index, "".join(text for _, text in tokens), tokens))
+        return steps or []
+
+    def _spelling(self, token_id: int, echo: str, start: int) -> str:
+        """A special token as the prompt spells it there, if it does: decoders leave them out."""
+        text = self._jobs.engine.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return text if echo.startswith(text, start) else ""
 
     def _post(self, event: Piece | Finished | Exception | None) -> None:
         with suppress(RuntimeError):  # as above

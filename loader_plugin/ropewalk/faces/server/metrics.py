@@ -53,8 +53,8 @@ class Metrics:
 
     def count_reply(self, done: Finished) -> None:
         """The tokens of a reply."""
-        self._tokens.labels("prompt").inc(done.stats.prompt_tokens - done.stats.reused_tokens)
-        self._tokens.labels("cached").inc(done.stats.reused_tokens)
+        self._tokens.labels("prompt").inc(done.stats.prompt_tokens - done.cached_tokens)
+        self._tokens.labels("cached").inc(done.cached_tokens)
         self._tokens.labels("reply").inc(done.num_tokens)
         self._tokens.labels("guessed").inc(done.stats.guessed_tokens)
         self._tokens.labels("accepted").inc(done.stats.accepted_tokens)

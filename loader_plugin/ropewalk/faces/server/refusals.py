@@ -115,6 +115,8 @@ def _check(request: SamplingFields, refusals: Mapping[str, Refusal]) -> list[str
     extra = {name: value for name, value in (request.model_extra or {}).items() if value is not None}
     for name, value in extra.items():
         refusal = refusals.get(name)
+        if name == "best_of" and value == request.n:
+            continue  # all of them are returned
         if refusal is not None and not refusal.allowed(value):
             raise ApiError(400, f"{name} is not supported: {refusal.reason}", name, "unsupported_parameter")
         if name in _SPELLINGS:

@@ -15,7 +15,7 @@ from ropewalk import __version__
 from ropewalk.engine.kept_folder import SUFFIX
 from ropewalk.faces.server.jobs import Event, Finished, Piece
 from ropewalk.faces.server.requests import Work
-from ropewalk.generate.generate import GenerationStats, Step
+from ropewalk.generate.generate import Step
 from ropewalk.text.tokenizer.load import Tokenizer
 
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
@@ -117,10 +117,11 @@ class TextShape:
         return {key: [value for part in parts for value in part[key]] for key in self.logprobs((), 0)}
 
     def _alternatives(self, step: Step) -> Json | None:
-        """The first token of an echoed prompt has none: nothing comes before it."""
+        """The most likely tokens, and the one that was chosen if it is not among them. The first token of an echoed
+        prompt has none: nothing comes before it."""
         if step.logprob is None:
             return None
-        return {self._text(token_id): logprob for token_id, logprob in step.top}
+        return {self._text(token_id): logprob for token_id, logprob in (*step.top, (step.token_id, step.logprob))}
 
     def _text(self, token_id: int) -> str:
         """A token as OpenAI writes it; if it is not text by itself: "bytes:\\xf0"."""
@@ -150,16 +151,16 @@ class ReplyWriter:
     @property
     def usage(self) -> Json:
         """Tokens of all replies that are finished; a prompt with several replies counts once."""
-        prompts: dict[int, GenerationStats] = {}
+        prompts: dict[int, Finished] = {}
         for index, done in sorted(self.finished.items()):
-            prompts.setdefault(id(self.work.choices[index].prompt_ids), done.stats)
-        prompt = sum(stats.prompt_tokens for stats in prompts.values())
+            prompts.setdefault(id(self.work.choices[index].prompt_ids), done)
+        prompt = sum(first.stats.prompt_tokens for first in prompts.values())
         completion = sum(done.num_tokens for done in self.finished.values())
         guessed = sum(done.stats.guessed_tokens for done in self.finished.values())
         accepted = sum(done.stats.accepted_tokens for done in self.finished.values())
         guesses = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": guessed - accepted}
         details = {"completion_tokens_details": guesses} if guessed else {}
-        cached = {"cached_tokens": sum(stats.reused_tokens for stats in prompts.values())}
+        cached = {"cached_tokens": sum(first.cached_tokens for first in prompts.values())}
         shifted = sum(done.stats.shifted_tokens for done in self.finished.values())
         if shifted:  # moved down in the cache instead of read again
             cached["shifted_tokens"] = shifted

@@ -10,7 +10,7 @@ from typing import Any
 from ropewalk.adapters.request import Request
 from ropewalk.base.errors import RequestError
 from ropewalk.engine.engine import Engine
-from ropewalk.faces.server.errors import ApiError, no_cache_folder
+from ropewalk.faces.server.errors import ApiError, about, no_cache_folder
 from ropewalk.faces.server.model_names import ModelNames
 from ropewalk.faces.server.refusals import check_chat_fields, check_completion_fields
 from ropewalk.faces.server.schema import (
@@ -22,6 +22,7 @@ from ropewalk.faces.server.schema import (
     SamplingFields,
 )
 from ropewalk.generate.prompt import checked_prompt
+from ropewalk.generate.routing import AUTO
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.generate.scheduler.plan import BATCH, INTERACTIVE
 
@@ -83,7 +84,8 @@ class Desk:
             raise ApiError(400, f"{len(prompts)} prompts with n={request.n} are more than {MAX_REPLIES} replies", "n")
         choices = []
         for prompt in prompts:
-            ids = self._checked(self.engine.encode(prompt) if isinstance(prompt, str) else prompt)
+            with about("prompt"):
+                ids = self._checked(self.engine.encode(prompt) if isinstance(prompt, str) else prompt)
             echo = ""
             if request.echo:
                 echo = prompt if isinstance(prompt, str) else self.engine.tokenizer.decode(ids)
@@ -101,10 +103,11 @@ class Desk:
         params = self._params(request, self.defaults.max_new_tokens if tokens is None else tokens, logprobs)
         template = self.engine.chat_template
         params = replace(params, stop=tuple(dict.fromkeys(params.stop + template.stop)))
-        ids, shift, _ = self.engine.chat_prompt(
-            _messages(request.messages), params.max_new_tokens, request.context_shift, **_variables(request)
-        )
-        ids, each_params = self._checked(ids), _with_seeds(params, request.n or 1)
+        messages, variables = _messages(request.messages), _variables(request)
+        with about("messages"):
+            ids, shift, _ = self.engine.chat_prompt(messages, params.max_new_tokens, request.context_shift, **variables)
+            ids = self._checked(ids)
+        each_params = _with_seeds(params, request.n or 1)
         return self._work(request, [Choice(ids, each, context_shift=shift) for each in each_params], ignored)
 
     def _work(self, request: SamplingFields, choices: Sequence[Choice], ignored: Sequence[str]) -> Work:
@@ -114,13 +117,25 @@ class Desk:
         return Work(
             model=self.names.base if request.model is None else request.model,
             choices=tuple(choices),
-            adapters=self.names.adapters_of(request.model),
+            adapters=self._adapters(request.model, choices),
             streams=bool(request.stream),
             wants_usage=bool(options and options.include_usage),
             ignored=ignored,
             priority=_priority(request),
             keep=self._checked_name(request.keep, choices),
         )
+
+    def _adapters(self, model: str | None, choices: Sequence[Choice]) -> Request | None:
+        """The adapters of all choices."""
+        adapters = self.names.adapters_of(model)
+        if adapters == AUTO:
+            if any(len(choice.prompt_ids) < 2 for choice in choices):
+                message = f"{model} chooses the adapter by the prompt, which needs at least 2 tokens for that"
+                raise ApiError(400, message, "model")
+        elif adapters is not None:
+            with about("model"):
+                self.engine.model.adapter_key(adapters)
+        return adapters
 
     def _checked_name(self, name: str | None, choices: Sequence[Choice]) -> str | None:
         """The name that the prompt is to be kept under."""
@@ -148,6 +163,7 @@ class Desk:
         given |= _dry_settings(request)
         if request.logit_bias:
             given["logit_bias"] = self._biases(request.logit_bias)
+        self._check_known(given.get("stop_token_ids", ()))
         return replace(self.defaults, **given, max_new_tokens=max_tokens, logprobs=logprobs)
 
     def _biases(self, given: dict[str, float]) -> dict[int, float]:
@@ -159,7 +175,17 @@ class Desk:
                 message = f"logit_bias: {key[:40]!r} is not a token id: the model knows 0 to {size - 1}"
                 raise ApiError(400, message, "logit_bias")
             biases[int(key)] = float("-inf") if value == BANNED else value
+        if sum(value == float("-inf") for value in biases.values()) == size:
+            message = f"logit_bias bans all {size} tokens: leave at least one above {BANNED:g}"
+            raise ApiError(400, message, "logit_bias")
         return biases
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        size = self.engine.model.config.vocab_size
+        for token_id in ids:
+            if token_id >= size:
+                message = f"stop_token_ids: {token_id!r:.40} is not a token id: the model knows 0 to {size - 1}"
+                raise ApiError(400, message, "stop_token_ids")
 
     def _checked(self, ids: list[int]) -> list[int]:
         return checked_prompt(self.engine.model.config.vocab_size, self.engine.context_size, ids)
@@ -235,11 +261,12 @@ def _message(message: Message, place: str) -> dict[str, Any]:
 
 
 def _text_of(part: ContentPart, place: str) -> str:
-    if part.type != "text":
+    if part.type not in ("text", "refusal"):
         raise _only_text(place, part.type)
-    if part.text is None:
-        raise ApiError(400, f"{place}: a part of type text needs its text", place)
-    return part.text
+    text = part.text if part.type == "text" else part.refusal
+    if text is None:
+        raise ApiError(400, f"{place}: a part of type {part.type} needs its {part.type}", place)
+    return text
 
 
 def _only_text(place: str, kind: str) -> ApiError:

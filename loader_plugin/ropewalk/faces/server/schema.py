@@ -76,7 +76,7 @@ class SamplingFields(BaseModel):
     context_shift: bool | Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="at the end of the window, drop the oldest and move the rest down; a number: tokens kept at the "
-        "start (true: the system prompt)",
+        "start, at most half of the window (true: the system prompt)",
     )
     user: str | None = Field(None, description="accepted, not used")
 
@@ -95,12 +95,13 @@ class CompletionRequest(SamplingFields):
 
 
 class ContentPart(BaseModel):
-    """A piece of a message. Text is all that is read; anything else is refused by its type."""
+    """A piece of a message. Text is all that is read, that of a refusal too; anything else is refused by its type."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class Message(BaseModel):
