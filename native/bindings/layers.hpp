@@ -158,21 +158,21 @@ class BoundLayer {
     const LinearStage stage{view(x), &group.plan(), linears_.size(), view(out)};
     require(stage.x.columns() == group.in_features() && stage.out.columns() == group.out_features(),
             "a linear's views differ in size from its weight");
-    linears_.push_back(&group);
     keep(weight, stage.x, stage.out, stage);
+    linears_.push_back(&group);
   }
 
   void rotate(const Columns& x, int64_t table) {
     require(table >= 0 && table <= kMostBuffers, "the number of a table is out of range");
+    add(RotateStage{view(x), table});
     rotated_.push_back(view(x));
     num_tables_ = std::max(num_tables_, table + 1);
-    add(RotateStage{view(x), table});
   }
 
   void append(const Columns& k, const Columns& v) {
+    add(AppendStage{view(k), view(v)});
     appended_.push_back(view(k));
     appended_.push_back(view(v));
-    add(AppendStage{view(k), view(v)});
   }
 
   void attend(const Columns& q, const Columns& out, int64_t window, float scale, float softcap) {
@@ -181,8 +181,8 @@ class BoundLayer {
     require(window >= 0, "window must be at least 0 (0: unlimited)");
     require(std::isfinite(scale), "scale must be finite");
     check_softcap(softcap);
-    queries_.push_back(stage.q);
     keep(py::none(), stage.q, stage.out, stage);
+    queries_.push_back(stage.q);
   }
 
   void activate(const Columns& x, const std::string& activation, const Columns& out) {

@@ -3,6 +3,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +20,14 @@
 namespace ropewalk {
 
 namespace {
+
+int64_t process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+  return getpid();
+#else
+  return 0;  // there is no fork
+#endif
+}
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 std::vector<const KernelTable*> detect_tables() {
@@ -202,6 +213,7 @@ ThreadPool::ThreadPool(int num_threads) {
     throw std::invalid_argument("threads must be between 1 and " + std::to_string(kMostThreads));
   }
   shared_ = std::make_unique<Shared>(num_threads);
+  process_ = process_id();
   try {
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error&) {
@@ -213,6 +225,10 @@ ThreadPool::ThreadPool(int num_threads) {
 ThreadPool::~ThreadPool() { stop(); }
 
 void ThreadPool::stop() {
+  if (process_id() != process_) {  // a fork has no workers, and their stacks may be those of other threads by now
+    new std::vector<std::thread>(std::move(workers_));  // never freed: std::thread ends the process if it is not joined
+    return;
+  }
   shared_->stopping.store(true);
   shared_->number.fetch_add(1);
   shared_->number.notify_all();

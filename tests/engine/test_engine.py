@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from engines import GREEDY, PROMPT, engine_of, engine_that_says, say
 from fake_model import FakeModel, reply
 from gptq_writer import write_checkpoint
+from ropewalk import load_model
 from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.engine.engine import Engine
+from ropewalk.files.embedded import demo_model_path
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.text.tokenizer.load import Tokenizer, load_tokenizer
 from tokenizer_writer import write_config, write_sentencepiece
@@ -192,3 +194,24 @@ def test_the_score_of_a_prompt_is_that_of_its_logits_and_leaves_it_in_the_cache(
     assert engine.score(ids, cancelled=lambda: True) is None
     with pytest.raises(RequestError, match="no token ids"):
         engine.score([])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kept_folder", "a folder"), ("queue_limit", "x"), ("queue_limit", -1), ("chat_template", 5), ("max_running", 0)],
+)
+def test_a_wrong_argument_is_refused_when_the_engine_is_made(tokenizer: Tokenizer, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Engine(FakeModel(tokenizer.vocab_size), tokenizer, **{name: value})
+
+
+def test_adapters_that_are_not_loaded_are_refused_when_the_engine_is_made() -> None:
+    model = load_model(demo_model_path(), threads=1)
+    with pytest.raises(RequestError, match="storm"):
+        Engine(model, load_tokenizer(demo_model_path()), adapters="storm")
+
+
+def test_a_number_of_alternatives_below_0_is_refused(tokenizer: Tokenizer) -> None:
+    engine = Engine(FakeModel(tokenizer.vocab_size), tokenizer)
+    with pytest.raises(RequestError, match="count must be an integer from 0 on, got -1"):
+        engine.score(tokenizer.encode(PROMPT), -1)

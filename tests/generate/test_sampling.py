@@ -154,6 +154,12 @@ def test_frequency_penalty_grows_with_each_occurrence() -> None:
     assert [sampler.choose(torch.tensor([2.0, 1.0])) for _ in range(5)] == [0, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("temperature", [2e-5, 0.7, 100.0])
+def test_the_largest_bias_forces_its_token_at_every_temperature(temperature: float) -> None:
+    settings = PLAIN | {"logit_bias": {2: 1e30}, "temperature": temperature}
+    assert frequencies(settings, torch.tensor([9.0, 0.0, 0.0]), draws=20)[2] == 1
+
+
 def test_a_banned_token_is_never_drawn() -> None:
     found = frequencies({**PLAIN, "logit_bias": {0: NEVER}}, torch.tensor([9.0, 0.0, 0.0]), draws=200)
     assert found[0] == 0
@@ -197,6 +203,7 @@ def test_log_probabilities_are_those_of_the_model() -> None:
         ("min_p", -0.1),
         ("typical", 0),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-39),
         ("repetition_range", 0),
         ("frequency_penalty", math.inf),
         ("presence_penalty", None),
@@ -204,6 +211,7 @@ def test_log_probabilities_are_those_of_the_model() -> None:
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: math.nan}),
         ("logit_bias", {1: math.inf}),
+        ("logit_bias", {1: 1e31}),
         ("logit_bias", {"a": 1.0}),
         ("seed", -1),
         ("seed", 2**63),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -36,6 +37,18 @@ def test_length_and_token_ids_follow_what_is_recorded_and_truncated() -> None:
     assert (cache.length, cache.token_ids) == (2, [5, 6])
     cache.truncate(0)
     assert cache.token_ids == []
+
+
+def test_a_copy_is_a_fork_and_needs_the_model() -> None:
+    owner = Owner()
+    cache = KvCache(owner, threading.RLock(), CacheFormat.parse("fp16"), 100)
+    cache.record_([5, 6], SHORT, 2)
+    other = copy.copy(cache)
+    other.record_([7], SHORT, 3)
+    assert (cache.token_ids, other.token_ids) == ([5, 6], [5, 6, 7])
+    del owner
+    with pytest.raises(RequestError, match="cannot be forked: its model is gone"):
+        cache.fork()
 
 
 def test_token_ids_are_a_copy() -> None:

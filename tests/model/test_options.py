@@ -41,6 +41,18 @@ def test_a_misspelt_option_is_refused_with_the_one_that_may_be_meant(tmp_path: P
         call(tmp_path, compres_pos_emb=4)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("isa", 5), ("isa", []), ("rope_scaling", 5), ("alpha_value", "2"), ("rope_theta", True)),
+        *(("compress_pos_emb", "x"), ("recompute_n_layers", 1.5), ("rewind_n_layers", "x"), ("second_folder", 5)),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused_by_the_name_of_the_option(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be "):
+        LoadOptions(**{name: value})
+
+
 def test_the_signature_shows_every_option_with_its_default() -> None:
     parameters = inspect.signature(ropewalk.load_model).parameters
     assert {field.name: field.default for field in fields(LoadOptions)}.items() <= {

@@ -299,3 +299,16 @@ def test_stages_that_would_read_or_write_outside_their_buffers_are_refused():
         finished.rotate((0, 0, 1, 8), 0)
     with pytest.raises(ShapeError, match="is not finished"):
         layer().run(native.Runtime().core, small_step(), 0, 1.0, [])
+
+
+def test_a_linear_that_a_layer_refused_is_not_part_of_it():
+    runtime = native.Runtime(threads=1)
+    group = native.Linear(runtime, [native.dense_linear(np.zeros((8, HIDDEN), np.float32))]).core
+    layer = _core.Layer([HIDDEN, 8], "int8")
+    with pytest.raises(ShapeError, match="the buffer that it reads"):
+        layer.linear((0, 0, 1, HIDDEN), group, (0, 0, 1, 8))
+    layer.linear((0, 0, 1, HIDDEN), group, (1, 0, 1, 8))
+    layer.finish()
+    layer.run(runtime.core, small_step(), 0, 1.0, [(0, 2, [None])])
+    with pytest.raises(ShapeError, match="names each linear"):
+        layer.run(runtime.core, small_step(), 0, 1.0, [(0, 2, [None, None])])

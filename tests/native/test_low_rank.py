@@ -168,12 +168,26 @@ def test_a_non_finite_activation_leaves_no_finite_number_in_its_row(isa, dtype, 
         ([(torch.zeros(0, 8), torch.zeros(4, 0))], "needs a part of a rank above 0"),
         ([(torch.zeros(2, 8), torch.zeros(4, 3))], r"A must be \[r, K\] and B \[N, r\], got \[2, 8\] and \[4, 3\]"),
         ([(torch.zeros(2, 8), torch.zeros(4, 2)), (torch.zeros(2, 9), torch.zeros(4, 2))], r"got \[2, 9\]"),
-        ([(torch.zeros(8), torch.zeros(4, 2))], "A must be"),
+        ([(torch.zeros(8), torch.zeros(4, 2))], r"A has shape \[8\]; expected 2 dimensions"),
     ],
 )
 def test_matrices_that_do_not_fit_each_other_are_refused(parts, message):
     with pytest.raises(ShapeError, match=message):
         native.LowRank(parts)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "i8"])
+def test_matrices_are_floats_of_either_kind_and_nothing_else(dtype):
+    a, b = torch.randn(2, 32), torch.randn(16, 2)
+    for given in ((a, b), (a.numpy(), b.numpy()), (torch.nn.Parameter(a), torch.nn.Parameter(b))):
+        assert native.LowRank([given], dtype).num_bytes > 0
+    for wrong in (a.half(), a.bfloat16(), a.int(), a.numpy().astype(np.float64)):
+        with pytest.raises(ShapeError):
+            native.LowRank([(wrong, b)], dtype)
+    with pytest.raises(ShapeError, match="there are no outputs"):
+        native.LowRank([(a, b[:0])], dtype)
+    with pytest.raises(ShapeError, match="there are no inputs"):
+        native.LowRank([(a[:, :0], b)], dtype)
 
 
 def test_a_dtype_that_there_is_not_is_refused():

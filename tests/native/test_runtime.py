@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -55,6 +56,31 @@ def test_an_unknown_instruction_set_is_refused_with_those_there_are(isa):
 def test_numbers_of_threads_out_of_range_are_refused(threads):
     with pytest.raises(NativeError, match="threads must be between 1 and 1024"):
         native.Runtime(None, threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_computes_alone_and_ends_without_the_threads_that_it_lacks():
+    script = """
+    import os, sys, threading
+    import numpy as np
+    from ropewalk import native
+    runtime = native.Runtime(threads=3)
+    x = np.ones((64, 4096), np.float32)
+    weight = np.ones(4096, np.float32)
+    expected = native.rms_norm(runtime, x, weight, 1e-5)
+    child = os.fork()
+    if child == 0:
+        for _ in range(3):  # on the stacks of the threads that are not here
+            thread = threading.Thread(target=print)
+            thread.start()
+            thread.join()
+        same = (native.rms_norm(runtime, x, weight, 1e-5) == expected).all()
+        del runtime
+        os._exit(0 if same else 1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_as_many_threads_as_are_allowed_work():

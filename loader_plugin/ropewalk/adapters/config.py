@@ -108,10 +108,11 @@ def read_lora_config(folder: Path) -> LoraConfig:
     """The settings in `folder`.
 
     Raises:
-        CheckpointError: there is no adapter_config.json. ConfigError: a key of a wrong type or out of range.
+        CheckpointError: there is no adapter_config.json. ConfigError: no such folder; a key of a wrong type or out of
+            range.
         UnsupportedError: not a LoRA, or a variant of LoRA that is not implemented.
     """
-    require_folder(folder, "a PEFT adapter (adapter_config.json and its weights)")
+    require_folder(folder, "a PEFT adapter (adapter_config.json and its weights)", "adapter folder")
     path = folder / CONFIG_NAME
     if not path.exists():
         raise CheckpointError(f"{folder} has no {CONFIG_NAME}: give the folder of a PEFT adapter")

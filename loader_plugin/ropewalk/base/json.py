@@ -46,8 +46,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def require_folder(folder: Path, holding: str) -> None:
-    """Refuse a path that is not a readable folder; `holding` says what the right one holds.
+def require_folder(folder: Path, holding: str, kind: str = "model folder") -> None:
+    """Refuse a path that is not a readable folder; `holding` says what the right one holds, `kind` what it is called.
 
     Raises:
         ConfigError: it is a file, does not exist, cannot exist, or may not be listed and entered.
@@ -57,11 +57,11 @@ def require_folder(folder: Path, holding: str) -> None:
         if folder.is_file():
             raise ConfigError(f"{folder} is a file: {advice}")
         if not folder.is_dir():
-            raise ConfigError(f"model folder {folder} does not exist: {advice}")
+            raise ConfigError(f"{kind} {folder} does not exist: {advice}")
     except OSError as error:  # such as a name that is too long
-        raise ConfigError(f"model folder {shown(str(folder))} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"{kind} {shown(str(folder))} cannot be read: {error.strerror or error}") from error
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise ConfigError(f"model folder {folder} cannot be read: there is no permission to list and enter it")
+        raise ConfigError(f"{kind} {folder} cannot be read: there is no permission to list and enter it")
 
 
 def read_small_file(path: Path) -> bytes:

@@ -36,6 +36,7 @@ BLOCK = 32  # numbers of a head that share a scale
 SCALE_BITS = 16
 WINDOW_STEP = 64  # positions of a page
 MOST_RECENT = 1 << 16
+MOST_DIGITS = 18  # of a number of positions: what is too many is said of it, and not that it is no number
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class CacheFormat:
             raise ConfigError(f"cache_type must be a text, got {type(text).__name__}; {accepted()}")
         kinds, plus, recent = text.partition("+")
         keys, both, values = kinds.partition("_")
-        whole = recent.isascii() and recent.isdigit() and len(recent) <= len(str(MOST_RECENT)) and int(recent) > 0
+        whole = recent.isascii() and recent.isdigit() and len(recent) <= MOST_DIGITS and int(recent) > 0
         if plus and not whole:
             raise ConfigError(f"cache_type: {text!r:.80}: '+' is followed by a number of positions; {accepted()}")
         if any(kind not in KINDS for kind in (keys, values if both else keys)):

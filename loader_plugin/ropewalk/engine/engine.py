@@ -60,8 +60,8 @@ class Engine:
     adapters: of requests that name none themselves, as for `stream`; they must be loaded.
 
     Raises:
-        ConfigError: the tokenizer, or the draft model, belongs to another model; max_running or speculation is wrong.
-        UnsupportedError: there is no chat template of that name.
+        ConfigError: the tokenizer, or the draft model, belongs to another model; another argument is wrong.
+        RequestError: an adapter is not loaded. UnsupportedError: there is no chat template of that name.
     """
 
     def __init__(
@@ -81,11 +81,19 @@ class Engine:
         if not isinstance(max_running, int) or isinstance(max_running, bool) or max_running < 1:
             raise ConfigError(f"max_running must be a positive integer, got {max_running!r}")
         self.model = model
+        if queue_limit is not None and (not isinstance(queue_limit, int) or queue_limit is True or queue_limit < 0):
+            raise ConfigError(f"queue_limit must be an integer from 0 on, or None, got {queue_limit!r}")
+        if kept_folder is not None and not isinstance(kept_folder, KeptFolder):
+            raise ConfigError(f"kept_folder must be a KeptFolder, got {type(kept_folder).__name__}")
+        if not (chat_template is None or isinstance(chat_template, str) or hasattr(chat_template, "render")):
+            raise ConfigError(f"chat_template must be a name or a template, got {type(chat_template).__name__}")
         self.tokenizer = tokenizer
         self.queue = TurnQueue(max_running, queue_limit)
         checked_shift(context_shift)
         self.context_shift = context_shift
         self._adapters = _adapters_or_auto(adapters)
+        if self._adapters != AUTO:
+            model.adapter_key(self._adapters)
         self._speculation = Speculation(speculation, draft_model, model, tokenizer)
         self.scheduler = Scheduler(model, self._speculation.patience)
         if isinstance(chat_template, str):
@@ -240,6 +248,8 @@ class Engine:
         None if cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
         `stream`.
         """
+        if not isinstance(count, int) or count < 0:
+            raise RequestError(f"count must be an integer from 0 on, got {count!r:.80}")
         request = self._request(prompt_ids, SamplingParams(), cancelled, None, adapters, ticket, client, priority, None)
         with self._turns.take(request) as has_turn, torch.inference_mode():
             if not has_turn or not self._choose_adapters(request):

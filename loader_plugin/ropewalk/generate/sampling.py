@@ -29,6 +29,7 @@ from ropewalk.generate.dry import Breakers, DryPenalty, NoBreakers, penalise_rep
 NEVER = float("-inf")
 GREEDY_BELOW = 1e-5
 MAX_SEED = 2**63 - 1
+MAX_BIAS = 1e30  # which stays finite in float32 when it is divided by the lowest temperature
 DRY_BREAKERS = ("\n", ":", '"', "*")  # as DRY was published; they hold the structure of prose and of chats
 
 
@@ -84,7 +85,7 @@ class SamplingParams:
         _number(self, "top_p", 0.0, 1.0, low_allowed=False)
         _number(self, "min_p", 0.0, 1.0)
         _number(self, "typical", 0.0, 1.0, low_allowed=False)
-        _number(self, "repetition_penalty", 0.0, 100.0, low_allowed=False)
+        _number(self, "repetition_penalty", 0.001, 100.0)
         _number(self, "frequency_penalty", -100.0, 100.0)
         _number(self, "presence_penalty", -100.0, 100.0)
         _integer(self, "repetition_range", 1, None, optional=True)
@@ -336,12 +337,12 @@ def _stop_token_ids(params: SamplingParams) -> tuple[int, ...]:
 
 
 def _biases(params: SamplingParams) -> dict[int, float]:
-    accepted = "a mapping of token ids to numbers (or -inf)"
+    accepted = f"a mapping of token ids to numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}, or -inf"
     if not isinstance(params.logit_bias, Mapping):
         raise _wrong(params, "logit_bias", accepted)
     for token_id, value in params.logit_bias.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not _is_token_id(token_id) or not is_number or not (math.isfinite(value) or value == NEVER):
+        if not _is_token_id(token_id) or not is_number or not (abs(value) <= MAX_BIAS or value == NEVER):
             raise _wrong(params, "logit_bias", accepted)
     return {int(token_id): float(value) for token_id, value in params.logit_bias.items()}
 

@@ -214,13 +214,25 @@ class KvCache:
         return model.save_cache(self, path, progress, about)
 
     def fork(self) -> KvCache:
-        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first."""
+        """Another cache with the same positions. It holds the same pages: whoever writes to one takes a copy first.
+        `copy.copy` gives the same.
+
+        Raises:
+            RequestError: its model is gone.
+        """
+        model = self.owner
+        if model is None:
+            raise RequestError(
+                "the cache cannot be forked: its model is gone; keep the model for as long as its caches"
+            )
         with self._lock:
-            made = KvCache(self.owner, self._lock, self.cache_format, self.capacity, self.layer_order)
+            made = KvCache(model, self._lock, self.cache_format, self.capacity, self.layer_order)
             made.hold_(self.pages, self.recent)
             made.rope = self.rope
             made.restore_(self._token_ids, self._segments, self._reach, self._turned_at)
         return made
+
+    __copy__ = fork
 
     def restore_(self, token_ids: Sequence[int], segments: Sequence[Segment], reach: int, turned_at: int) -> None:
         """Count positions whose keys and values are in the pages that it holds, in place of those before.

@@ -151,7 +151,8 @@ class Model(LiveRope):
 
     def close(self) -> None:
         """End the processes that run layers for it, if there are any (`pipeline` of `load_model`); nothing can be
-        computed from then on. It happens by itself when the model goes, or the program ends."""
+        computed then. A model in one process has none, and goes on. It happens by itself when the model goes, or the
+        program ends."""
         self.backend.close()
 
     @property
@@ -166,9 +167,9 @@ class Model(LiveRope):
             adapter_config.json has under this key). One that differs from the model's gives a warning, no more.
 
         Raises:
-            RequestError: the name is taken. CheckpointError: no adapter, a damaged one, or one for another model.
-            ConfigError: a setting is wrong. UnsupportedError: a kind of adapter that is not implemented.
-            In each case the model and its other adapters stay usable.
+            RequestError: the name is taken. CheckpointError: no adapter in it, a damaged one, or one for another model.
+            ConfigError: no such folder, or a setting is wrong. UnsupportedError: a kind of adapter that is not
+            implemented. In each case the model and its other adapters stay usable.
         """
         self._adapters.check_new_name(name)
         if not isinstance(folder, (str, Path)):
@@ -398,6 +399,7 @@ class Model(LiveRope):
 
     def missing_bytes(self, spans: Sequence[Span]) -> int:
         """How much memory for pages these spans lack, even if prefixes that no cache holds are forgotten; 0 if none.
+        What else `step` may refuse is not looked at.
 
         Raises:
             RequestError: not spans, or a cache of another model or layer order.

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from ropewalk.config.layer_order import LayerOrder
 
 MOST_RANKS = 1024
+# What options may be that are checked in full where they are used.
+KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "isa": ((str,), "the name of an instruction set"),
+    "rope_scaling": ((str, Mapping), 'a mapping as in config.json, the name of a method, or "auto"'),
+    "compress_pos_emb": ((int, float), "a number"),
+    "alpha_value": ((int, float), "a number"),
+    "rope_theta": ((int, float), "a number"),
+    "recompute_n_layers": ((int,), "a number of layers"),
+    "rewind_n_layers": ((int,), "a number of layers"),
+    "second_folder": ((str, Path), "a path"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,14 +119,16 @@ class LoadOptions:
             choice.check(getattr(self, choice.name))
         HEAD_BITS.check(self.head_bits if isinstance(self.head_bits, bool) else str(self.head_bits))
         CacheFormat.parse(self.cache_type)
+        for name, (kinds, accepted) in KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise ConfigError(f"{name} must be {accepted}, got {value!r:.80}")
         if self.gpu_layers is not None and not _is_count(self.gpu_layers):
             raise ConfigError(f"gpu_layers must be an integer from 0 on, got {self.gpu_layers!r}")
         if self.gpu_split is not None:
             parse_split(self.gpu_split)
         if self.pipeline is not None:
             parse_pipeline(self.pipeline)
-        if self.second_folder is not None and not isinstance(self.second_folder, (str, Path)):
-            raise ConfigError(f"second_folder must be a path, got {type(self.second_folder).__name__}")
 
     @property
     def cache_format(self) -> CacheFormat:

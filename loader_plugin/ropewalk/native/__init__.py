@@ -5,8 +5,9 @@ rotated dims. Arrays live on the CPU and are never converted: a wrong dtype, sha
 are of the same kind as the first array (torch in, torch out).
 
     runtime = native.Runtime(threads=2)
-    weight = native.Linear(runtime, [native.pack_gptq(runtime, qweight, bits=4, in_features=K, scales=..., zeros=...)])
-    y = weight(x, compute="int8")
+    starts = torch.arange(0, K + 1, 128)  # groups of 128
+    packed = native.pack_gptq(runtime, qweight, bits=4, in_features=K, scales=scales, zeros=zeros, group_starts=starts)
+    y = native.Linear(runtime, [packed])(x, compute="int8")
 
 Row t of every result depends on row t of the inputs alone, bit for bit, whatever T and the number of threads.
 """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ropewalk.base.errors import ShapeError
-from ropewalk.native.arrays import Array, as_numpy
+from ropewalk.native.arrays import Array, as_numpy, checked_shape
 from ropewalk.native.core import _core
 from ropewalk.native.runtime import Runtime
 
@@ -59,9 +59,8 @@ class LowRank:
         ShapeError: no parts, none of a rank above 0, matrices that disagree about their sizes, or another dtype.
     """
 
-    def __init__(
-        self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: str = "f32", arena: Arena | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[tuple[Array, Array]], dtype: str = "f32", arena: Arena | None = None) -> None:
+        parts = [(_float_matrix(a, "A"), _float_matrix(b, "B")) for a, b in parts]
         for a, b in parts:
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[1] != parts[0][0].shape[1]:
                 raise ShapeError(f"A must be [r, K] and B [N, r], got {list(a.shape)} and {list(b.shape)}")
@@ -80,6 +79,16 @@ class LowRank:
     def add_(self, runtime: Runtime, y: Array, x: Array) -> None:
         """Add the change alone to y: [T, N] float32, in place; x: [T, K] float32."""
         self.core.add(runtime.core, as_numpy(x), as_numpy(y))
+
+
+def _float_matrix(matrix: Array, name: str) -> torch.Tensor:
+    """The same memory as a tensor."""
+    shape, array = checked_shape(matrix, name, 2), as_numpy(matrix)
+    if array.dtype != np.float32:
+        raise ShapeError(f"{name} has dtype {array.dtype}; accepted: float32")
+    if not shape["AB".index(name) - 1]:
+        raise ShapeError(f"{name} has shape {list(shape)}: there are no {'inputs' if name == 'A' else 'outputs'}")
+    return torch.from_numpy(array)
 
 
 class _Held(NamedTuple):

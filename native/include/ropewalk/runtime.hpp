@@ -133,6 +133,7 @@ class ThreadPool {
 
   std::unique_ptr<Shared> shared_;
   std::vector<std::thread> workers_;
+  int64_t process_ = 0;  // that they belong to
 };
 
 class CpuRuntime {

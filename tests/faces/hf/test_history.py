@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_checkpoint import fresh_logits, ours, tokens
 from ropewalk.base.errors import RequestError
@@ -89,3 +90,11 @@ def test_cropping_follows_both_conventions_of_transformers(argument: int, left: 
     history.extend_([3, 4, 5, 6, 7])
     history.crop(argument)
     assert history.token_ids == [3, 4, 5, 6, 7][:left]
+
+
+def test_an_output_with_a_history_can_be_printed() -> None:
+    history = TokenHistory()
+    history.extend_([5, 6, 7])
+    assert repr(history) == "TokenHistory(3 tokens)"
+    assert "TokenHistory(3 tokens)" in repr(CausalLMOutputWithPast(past_key_values=history))
+    assert list(history) == []

@@ -6,7 +6,8 @@ what has to be there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import DynamicCache
@@ -30,6 +31,13 @@ class TokenHistory(DynamicCache):
 
     def __len__(self) -> int:
         return self._length
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._length} tokens)"
+
+    def __iter__(self) -> Iterator[Any]:
+        """Over keys and values by layer, as of any cache of transformers: none of them are here."""
+        return iter(())
 
     @property
     def token_ids(self) -> list[int]:
