@@ -189,7 +189,7 @@ def test_a_second_model_of_other_shapes_is_refused(folder: Path, tmp_path: Path,
         reference(folder, second_folder=tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
         reference(folder, second_folder=tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="must be a path, got int"):
+    with pytest.raises(ConfigError, match="second_folder must be a path, got 7"):
         reference(folder, second_folder=7)
 
 
