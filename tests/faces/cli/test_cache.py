@@ -68,6 +68,13 @@ def test_a_prompt_that_begins_with_the_text_is_taken_as_it_is(folder: Path, save
     assert "(0 reused)" not in cached.err
 
 
+def test_the_text_is_not_overwritten_by_what_is_kept_of_it(folder: Path, text_file: Path, capsys) -> None:
+    before = text_file.read_bytes()
+    assert main(["cache", "save", str(folder), str(text_file), "--out", str(text_file), *BACKEND]) == 2
+    assert "is the text itself" in capsys.readouterr().err
+    assert text_file.read_bytes() == before
+
+
 def test_without_a_prompt_the_text_itself_is_continued(folder: Path, saved: Path, capsys, monkeypatch) -> None:
     type_in(monkeypatch, "")
     assert main(["generate", str(folder), "--cache", str(saved), *GREEDY, *BACKEND]) == 0

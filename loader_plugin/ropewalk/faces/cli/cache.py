@@ -113,6 +113,8 @@ def run_save(args: argparse.Namespace) -> int:
     text = read_text(str(args.file))
     if not text.strip():
         raise RequestError(f"{args.file} holds no text")
+    if args.out.exists() and args.file.exists() and args.out.samefile(args.file):
+        raise RequestError(f"--out {args.out} is the text itself, which would be overwritten: give another file")
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, args.chat_template)
