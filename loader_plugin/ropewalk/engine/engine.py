@@ -80,13 +80,13 @@ class Engine:
         check_tokenizer_fits(tokenizer, model.config.vocab_size)
         if not isinstance(max_running, int) or isinstance(max_running, bool) or max_running < 1:
             raise ConfigError(f"max_running must be a positive integer, got {max_running!r}")
-        self.model = model
-        if queue_limit is not None and (not isinstance(queue_limit, int) or queue_limit is True or queue_limit < 0):
+        if queue_limit is not None and not _is_count(queue_limit):
             raise ConfigError(f"queue_limit must be an integer from 0 on, or None, got {queue_limit!r}")
         if kept_folder is not None and not isinstance(kept_folder, KeptFolder):
             raise ConfigError(f"kept_folder must be a KeptFolder, got {type(kept_folder).__name__}")
         if not (chat_template is None or isinstance(chat_template, str) or hasattr(chat_template, "render")):
             raise ConfigError(f"chat_template must be a name or a template, got {type(chat_template).__name__}")
+        self.model = model
         self.tokenizer = tokenizer
         self.queue = TurnQueue(max_running, queue_limit)
         checked_shift(context_shift)
@@ -206,8 +206,8 @@ class Engine:
         context_shift: True: a reply that reaches the end of the window goes on, for which the oldest tokens are dropped
             and the rest is moved down without being read again; and a prompt that is an earlier one of this client
             without a stretch in the middle is not read again either. A number: that many tokens stay at the start, at
-            most half of the window.
-            False: the reply ends there. None: as the engine was made. `stats.shifted_tokens` tells.
+            most half of the window. False: the reply ends there. None: as the engine was made. `stats.shifted_tokens`
+            tells.
 
         Raises:
             RequestError: the prompt is empty, does not fit, or contains unknown ids; adapters that are not loaded.
@@ -248,7 +248,7 @@ class Engine:
         None if cancelled. A reply to the same prompt then finds it in the cache. Other arguments and errors as for
         `stream`.
         """
-        if not isinstance(count, int) or count < 0:
+        if not _is_count(count):
             raise RequestError(f"count must be an integer from 0 on, got {count!r:.80}")
         request = self._request(prompt_ids, SamplingParams(), cancelled, None, adapters, ticket, client, priority, None)
         with self._turns.take(request) as has_turn, torch.inference_mode():
@@ -440,6 +440,10 @@ class Engine:
         if request.routing is not None:
             request.adapters = request.routing.adapters
         return request.routing is not None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _never() -> bool:
