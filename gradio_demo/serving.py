@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ WORKERS = 64  # each running reply, measurement and load takes one while it last
 # What Gradio remembers of a page takes half a MiB, and Gradio cannot tell a closed page from a quiet one. So it keeps
 # the pages that asked last: open ones ask for news every two seconds.
 OPEN_PAGES = 128
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ def serve_demo(
     """Load a model and serve the page until interrupted.
 
     Raises:
-        RequestError: the port is taken. FieldError: the model cannot be loaded.
+        RequestError: as `check_address`. FieldError: the model cannot be loaded.
     """
+    check_address(address)
     granted = () if model is None else (model.resolve(),)
     access = Access(None if models is None else models.resolve(), granted, Path(get_upload_folder()))
     with tempfile.TemporaryDirectory(prefix="ropewalk-demo-") as exports:
@@ -64,6 +67,28 @@ def serve_demo(
         note(f"Documents that are read once are kept in {session.shelf.folder.folder}")
         note(f"The page is at {launch(page, address)} (Ctrl-C ends it)")
         page.block_thread()
+
+
+def check_address(address: Address) -> None:
+    """Find out before a model is loaded that the page could not be served there.
+
+    Raises:
+        RequestError: a wrong port, root path or host, or the port is taken.
+    """
+    host, port, path = address.host.strip("[]"), address.port, address.root_path
+    if port is not None and not 1 <= port <= MAX_PORT:
+        raise RequestError(f"--port must be from 1 to {MAX_PORT}, got {port}")
+    if path is not None and not path.startswith(("/", "http://", "https://")):
+        raise RequestError(f"--root-path must begin with /, such as /ropewalk, or be a whole URL, got {path!r}")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(place)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host such as "a..b"
+        where = f"--host {address.host}" + ("" if port is None else f" --port {port}")
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"the page cannot be served at {where}: {reason}") from error
 
 
 def launch(page: gr.Blocks, address: Address) -> str:

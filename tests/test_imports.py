@@ -48,7 +48,7 @@ LIBRARIES = {  # a room, or a module where the others of its room need nothing
 # Those that start fast by importing the rest when it is needed, and the choice of a backend, which needs one alone: the
 # compiled core or Triton.
 IMPORT_WHEN_CALLED = {
-    "cluster",
+    *("__main__", "cluster"),
     *(
         "faces.cli.adapter_options",
         "faces.cli.bench",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ropewalk.base.errors import RequestError
+from ropewalk.base.home import home_expanded
 from ropewalk.base.memory import format_bytes
 from ropewalk.files.embedded import demo_model_path
 from ropewalk.files.local import local_folder
@@ -49,7 +50,7 @@ class Access:
         name = text.strip()
         if name in ("", EMBEDDED):
             return self._embedded
-        candidates = [Path(name).expanduser()]
+        candidates = [home_expanded(name)]
         if self.models is not None and not candidates[0].is_absolute():
             candidates.insert(0, self.models / name)
         for candidate in candidates:

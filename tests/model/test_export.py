@@ -392,6 +392,8 @@ def test_the_command_writes_a_model_that_the_other_commands_run(tmp_path: Path, 
     folder, out = str(tmp_path / "in"), str(tmp_path / "out")
     assert main(["export-layers", folder, out, "--layer-order", "0-1,0-1"]) == 0
     assert capsys.readouterr().out.strip() == out
+    modes = {path.name: path.stat().st_mode for path in Path(out).iterdir()}
+    assert len(set(modes.values())) == 1, modes  # who may read the configuration may read the weights
     prompt = ["--prompt", "rope", "--temperature", "0", "--max-new-tokens", "8", "--backend", "reference"]
     assert main(["generate", out, *prompt]) == 0
     written = capsys.readouterr().out
@@ -413,4 +415,16 @@ def test_a_wrong_order_ends_every_command_with_a_message(tmp_path: Path, capsys,
     more = {"perplexity": [str(tmp_path / "text")], "export-layers": [str(tmp_path / "out")]}
     extra = ["--prompt", "rope"] if command == "generate" else []
     assert main([command, str(tmp_path), *more.get(command, []), *extra, "--layer-order", "0-1,7"]) == 2
-    assert "layer numbers of this model go from 0 to 1 at column 5" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "layer numbers of this model go from 0 to 1 at column 5" in said.err
+    assert said.err.endswith("\n  0-1,7\n      ^\n")  # below it the place that is meant
+    assert not said.out  # the model is as good as before: nothing is said of other programs
+
+
+@pytest.mark.parametrize("command", ["info", "generate", "export-layers"])
+def test_a_second_model_whose_layers_no_order_names_is_refused(tmp_path: Path, capsys, command: str) -> None:
+    write_checkpoint(tmp_path, {"vocab_size": 400})
+    write_sentencepiece(tmp_path)
+    extra = {"export-layers": [str(tmp_path / "out")], "generate": ["--prompt", "rope"]}.get(command, [])
+    assert main([command, str(tmp_path), *extra, "--layer-order", "0-1", "--second-model", str(tmp_path)]) == 2
+    assert "has no effect: name its layers in --layer-order" in capsys.readouterr().err

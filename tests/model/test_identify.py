@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from container_writer import write_container
 from gptq_writer import model_config, write_checkpoint
+from ropewalk.base.errors import CheckpointError, UnsupportedError
 from ropewalk.model.identify import identify
 from ropewalk.model.listing import list_folder
 
@@ -112,6 +113,15 @@ def test_adapters_caches_mlx_files_and_nothing_are_told_apart(tmp_path: Path) ->
     assert "GGUF" in identify(gguf).what
 
 
+def test_a_damaged_model_of_ours_is_not_sent_to_another_program(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    damaged = CheckpointError("model.safetensors is truncated")
+    assert identify(tmp_path, damaged).runs_with == "ropewalk, once its files are whole: download them again"
+    assert "gptqmodel" in identify(tmp_path, UnsupportedError("an odd layout")).runs_with
+    foreign = folder_with(tmp_path / "plain", "model.safetensors", config=model_config("llama") | {"model_type": "x"})
+    assert "transformers" in identify(foreign, damaged).runs_with
+
+
 def test_folders_are_listed_with_what_loads_and_what_does_not(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a" / "gptq", desc_act=True)
     write_container(tmp_path / "a" / "awq", "awq")
@@ -121,7 +131,7 @@ def test_folders_are_listed_with_what_loads_and_what_does_not(tmp_path: Path) ->
     folder_with(tmp_path / "gguf" / "deep", "m.gguf")
     folder_with(tmp_path / "a" / "gptq" / "adapters" / "x", "adapter_model.safetensors")
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = {model.name: model for model in list_folder(tmp_path) if not model.name.startswith("loop")}
+    found = {model.name: model for model in list_folder(tmp_path)}  # none of them twice
     assert {name: (model.loads, model.weights) for name, model in found.items()} == {
         "a/awq": (True, "AWQ 4-bit, groups of 32"),
         "a/gptq": (True, "GPTQ 4-bit, groups of 32"),

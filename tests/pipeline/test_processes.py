@@ -130,5 +130,5 @@ def test_a_pipeline_is_refused_where_torchrun_has_started_other_ranks(monkeypatc
         load_model(demo_model_path(), 256, pipeline=3)
     monkeypatch.setenv("WORLD_SIZE", "")
     os.environ.pop("LOCAL_RANK")
-    with pytest.raises(ConfigError, match="is missing or no number"):
+    with pytest.raises(ConfigError, match="here WORLD_SIZE is '', no number: start the processes with torchrun"):
         load_model(demo_model_path(), 256, pipeline=3)

@@ -24,6 +24,7 @@ from ropewalk.generate.generate import Cancelled, Progress
 from ropewalk.generate.scheduler.plan import INTERACTIVE, PAGE_ROWS
 from ropewalk.model.cache import KvCache, common_length
 from ropewalk.model.saved.read import fitting_segments, open_saved
+from ropewalk.model.saved.write import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class KeptPrompts:
         Raises:
             RequestError, QueueFullError: as `Engine.stream`. SavedCacheError: the file cannot be written.
         """
+        check_writable(path)
         cache = self._engine.read(prompt, **reading)
         if cache is None:
             return None

@@ -6,13 +6,14 @@ Only names and small JSON files are looked at. What cannot be read is passed ove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ropewalk.base.errors import RopewalkError
+from ropewalk.base.errors import CheckpointError, RopewalkError
 from ropewalk.base.json import read_json_object, shown
 from ropewalk.config.foreign import foreign_format
+from ropewalk.families import FAMILIES
 from ropewalk.files.foreign import MLX, foreign_format_of
 from ropewalk.files.names import CACHED
 from ropewalk.files.safetensors import SafetensorsFile, printable
@@ -47,6 +48,8 @@ RUNNERS = {
     "awq": "AutoAWQ in transformers, or vLLM and SGLang on a GPU",
     "compressed-tensors": "compressed-tensors in transformers, or vLLM on a GPU",
 }
+READ_HERE = (*RUNNERS.values(), TRANSFORMERS)
+MEND = "ropewalk, once its files are whole: download them again"
 
 LAYOUT_KEYS = ("format", "checkpoint_format", "version", "packing_format")
 
@@ -60,8 +63,15 @@ class Identity:
     family: str | None = None
 
 
-def identify(path: Path) -> Identity | None:
-    """What lies at a path; None if nothing tells."""
+def identify(path: Path, error: RopewalkError | None = None) -> Identity | None:
+    """What lies at a path; None if nothing tells. error: why it is not loaded, if that is known. Files of a family that
+    ropewalk runs, in a format that it reads, are damaged if it is a `CheckpointError`: no other program runs them."""
+    found = _identify(path)
+    is_ours = found is not None and found.family in FAMILIES and found.runs_with in READ_HERE
+    return replace(found, runs_with=MEND) if is_ours and isinstance(error, CheckpointError) else found
+
+
+def _identify(path: Path) -> Identity | None:
     try:
         if path.is_file():
             return _by_names([path.name], TELLING_FILES + LATER_FILES)

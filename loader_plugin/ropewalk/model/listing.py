@@ -38,7 +38,11 @@ class ListedModel:
 
 def list_folder(root: Path) -> Iterator[ListedModel]:
     """The models in a folder and those below it, by their paths."""
+    seen = set()  # links may lead to a folder again
     for folder in _model_folders(root, MAX_DEPTH):
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
         name = str(folder.relative_to(root))
         yield listed_model(folder, root.name if name == "." else name)
 
@@ -61,7 +65,7 @@ def listed_model(folder: Path, name: str) -> ListedModel:
     try:
         info = model_info(folder)
     except RopewalkError as error:
-        known = identify(folder)
+        known = identify(folder, error)
         return ListedModel(
             name=name,
             folder=str(folder),
@@ -98,7 +102,8 @@ def _model_folders(root: Path, depth: int) -> Iterator[Path]:
 
 def _folders(root: Path) -> list[Path]:
     try:
-        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        found = (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(found, key=lambda folder: (folder.is_symlink(), folder))  # under its own name first
     except OSError:
         return []
 

@@ -105,11 +105,13 @@ def test_a_conversation_goes_on_after_a_saved_system_text(
     out, talk = tmp_path / "system", tmp_path / "talk"
     plain = ["--chat-template", "plain", *BACKEND]
     assert main(["cache", "save", str(folder), str(text_file), "--out", str(out), "--system", *plain]) == 0
-    type_in(monkeypatch, f"What is it?\n/save {talk}\n/save {tmp_path / 'none' / 'x'}\n/save\n/exit\n")
+    saves = f"/save {talk}\n/save {tmp_path / 'none' / 'x'}\n/save ~no-such-person/x\n/save\n"
+    type_in(monkeypatch, f"What is it?\n{saves}/exit\n")
     assert main(["chat", str(folder), "--cache", str(out), *GREEDY, *plain]) == 0
     first = capsys.readouterr()
     assert "(0 reused)" not in first.err
     assert f"{talk}: " in first.err and "ropewalk: error: " in first.err and "/save FILE" in first.err
+    assert "~no-such-person/x: this machine knows no home folder" in first.err
     type_in(monkeypatch, "And then?\n/exit\n")
     assert main(["chat", str(folder), "--cache", str(talk), *GREEDY, *plain]) == 0
     second = capsys.readouterr()
@@ -129,7 +131,8 @@ def test_a_conversation_goes_on_after_a_saved_system_text(
         (["chat", "FOLDER", "--cache", "SAVED", "--system", "x"], "cannot be used together"),
         (["cache", "show", "TEXT"], "is damaged, truncated, or not a safetensors file"),
         (["cache", "save", "FOLDER", "EMPTY", "--out", "x"], "holds no text"),
-        (["cache", "save", "FOLDER", "TEXT", "--out", "none/x"], "none/x cannot be written: No such file"),
+        (["cache", "save", "FOLDER", "TEXT", "--out", "none/x"], "none/x cannot be written: its folder does not exist"),
+        (["cache", "save", "FOLDER", "TEXT", "--out", "."], "\\. cannot be written: it is a folder"),
         (["serve", "FOLDER", "--cache-folder-size", "1GiB", "--port", "0"], "--cache-folder-size needs --cache-folder"),
         (["serve", "FOLDER", "--cache-folder", "TEXT", "--port", "0"], "the cache folder .* cannot be made"),
     ],

@@ -199,6 +199,14 @@ def test_what_is_wrong_with_the_options_is_told(folder: Path, tmp_path: Path, ca
     assert "holds no key: write one per line" in refusal(capsys, "--api-key-file", str(tmp_path / "empty"))
     assert "--max-body-size must be above 0 and at most 1024 (MiB), got 0" in refusal(capsys, "--max-body-size", "0")
     assert "--queue-limit must be at least 0, got -1" in refusal(capsys, "--port", "0", "--queue-limit", "-1")
+    assert "--host a..b --port 0 cannot be listened on" in refusal(capsys, "--host", "a..b", "--port", "0")
+    alone = refusal(capsys, "--routing", "load", "--drain-time", "3")
+    assert "--routing and --drain-time: without effect on one server: give --replicas" in alone
+    nowhere = "~no-such-person/caches"
+    assert f"{nowhere}: this machine knows no home folder for ~no-such-person" in refusal(
+        capsys, str(folder), "--port", "0", *RUN, "--cache-folder", nowhere
+    )
+    assert "--context-shift must be at least 0" in refusal(capsys, "--port", "0", "--context-shift", "-4")
     options = [str(folder), "--port", "0", *RUN]
     assert "max_running must be a positive integer, got 0" in refusal(capsys, *options, "--max-running", "0")
     weighted = ["--adapter", f"{folder / 'storm'}:0.5"]

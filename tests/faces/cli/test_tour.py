@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from ropewalk.faces.cli.main import main
-from ropewalk.tour.tour import tour_file
 from tours import HOUSES, model_with_a_tour
 
 
@@ -58,11 +57,27 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, capsys: pytes
     )
     (tmp_path / "long.txt").write_text("Rope is made of hemp. " * 2000)
     long = (str(folder), "--threads", "1", "--document", str(tmp_path / "long.txt"), "--question", "What?")
-    assert "more than the context of 2048" in refused(*long, capsys=capsys)
+    said = refused(*long, capsys=capsys)
+    assert "long.txt is too long" in said and "than the 2,048 that the scaling of the tour covers" in said
 
 
 def test_a_model_without_a_tour_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert f"{tmp_path} brings no tour: {tour_file(tmp_path)} does not exist" in refused(str(tmp_path), capsys=capsys)
+    assert f"{tmp_path} brings no tour (tour/tour.json)" in refused(str(tmp_path), capsys=capsys)
+    assert "model folder absent does not exist" in refused("absent", capsys=capsys)
+
+
+def test_it_fits_a_narrow_terminal_and_asks_for_no_colour(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = said(folder, capsys=capsys)
+    commands = text.partition("What to try next")[2]
+    assert max(map(len, text.removesuffix(commands).splitlines())) <= 40
+    assert "--question TEXT\n    ask something else about it" in commands
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "\x1b[1m" in said(folder, "--question", "What?", capsys=capsys)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in said(folder, "--question", "What?", capsys=capsys)
 
 
 def test_the_embedded_model_takes_its_tour(capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import httpx
 import pytest
 from playwright.sync_api import Browser
@@ -9,7 +12,8 @@ from playwright.sync_api import Browser
 from demo_page import TABS, choose, opened
 from ropewalk.base.errors import RequestError
 from ropewalk.gradio_demo.app import build_page
-from ropewalk.gradio_demo.serving import Address, launch
+from ropewalk.gradio_demo.model_bar.owner import Owner
+from ropewalk.gradio_demo.serving import Address, check_address, launch, serve_demo
 from ropewalk.gradio_demo.session import Session
 
 
@@ -79,6 +83,23 @@ def test_a_taken_port_is_explained(url: str, session: Session) -> None:
     port = int(url.rstrip("/").rpartition(":")[2])
     with pytest.raises(RequestError, match=f"port {port}"):
         launch(build_page(session), Address(port=port))
+    with pytest.raises(RequestError, match=f"--port {port}: Address already in use"):
+        check_address(Address(port=port))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (Address(port=99999), "--port must be from 1 to 65535, got 99999"),
+        (Address(port=0), "--port must be from 1 to 65535, got 0"),
+        (Address(host="no-such-host.invalid"), "served at --host no-such-host.invalid: "),
+        (Address(host="a..b"), "served at --host a..b: "),
+        (Address(root_path="ropewalk"), "--root-path must begin with /, such as /ropewalk"),
+    ],
+)
+def test_an_address_that_cannot_be_is_told_before_a_model_is_loaded(address: Address, message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        serve_demo(address, Path("absent"), None, Path("absent"), 1, Owner(), print)
 
 
 def test_the_page_listens_on_this_machine_only(url: str) -> None:

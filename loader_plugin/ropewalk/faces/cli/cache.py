@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.base.errors import RequestError, RopewalkError
+from ropewalk.base.home import home_expanded
 from ropewalk.base.memory import format_bytes
 from ropewalk.faces.cli.adapter_options import add_adapter_arguments, load_adapters
 from ropewalk.faces.cli.loading import load
@@ -102,14 +103,16 @@ def kept_folder(args: argparse.Namespace) -> KeptFolder | None:
             raise RequestError("--cache-folder-size needs --cache-folder DIR")
         return None
     size = MOST_BYTES if args.cache_folder_size is None else args.cache_folder_size
-    return KeptFolder(args.cache_folder.expanduser(), size)
+    return KeptFolder(home_expanded(args.cache_folder), size)
 
 
 def run_save(args: argparse.Namespace) -> int:
     """Read a text once and keep its keys and values in a file, from which `generate --cache` and `chat --cache` start
     without reading it again."""
     from ropewalk.engine.engine import Engine
+    from ropewalk.model.saved.write import check_writable
 
+    check_writable(args.out)
     text = read_text(str(args.file))
     if not text.strip():
         raise RequestError(f"{args.file} holds no text")

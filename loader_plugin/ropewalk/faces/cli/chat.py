@@ -14,6 +14,7 @@ from pathlib import Path
 from ropewalk.adapters.request import Request
 from ropewalk.base.choices import ROTATE
 from ropewalk.base.errors import ContextLengthError, RequestError, RopewalkError, SavedCacheError
+from ropewalk.base.home import home_expanded
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.adapter_options import load_adapters
@@ -130,27 +131,44 @@ def chat_loop(args: argparse.Namespace) -> int:
     if args.cache is not None and args.system is not None:
         raise RequestError("--cache and --system cannot be used together: the file has its own system text")
     params, guessing = sampling_params(args, max_new_tokens=REPLY_TOKENS), speculation_options(args)
+    shift = shift_option(args)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
-    engine = Engine(model, tokenizer, args.chat_template, context_shift=shift_option(args), **guessing)
+    engine = Engine(model, tokenizer, args.chat_template, context_shift=shift, **guessing)
     conversation = Conversation(engine, params, args.system, adapters)
     _ = engine.chat_template  # a broken or missing template is better reported before the first question
     kept = load_kept(engine, args)
     if kept is not None:
         conversation.resume(kept_messages(kept, args.cache))
     note(HELP)
+    was_interrupted = False
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = _ask_for_line()
         except EOFError:
             return 0
         except UnicodeDecodeError:
             note("that line is not UTF-8 text")
             continue
+        except KeyboardInterrupt:
+            if was_interrupted or not sys.stdin.isatty():
+                raise
+            was_interrupted = True
+            note("\nCtrl-C again, /exit or Ctrl-D leaves")
+            continue
+        was_interrupted = False
         if line.strip() == "/exit":
             return 0
         if line.strip():
             _answer(conversation, line)
+
+
+def _ask_for_line() -> str:
+    """A line from standard input; a person is asked for it, apart from replies that go into a file."""
+    is_person, is_shown = sys.stdin.isatty(), sys.stdout.isatty()
+    if is_person and not is_shown:
+        print("> ", end="", file=sys.stderr, flush=True)
+    return input("> " if is_person and is_shown else "")
 
 
 def _answer(conversation: Conversation, line: str) -> None:
@@ -161,7 +179,7 @@ def _answer(conversation: Conversation, line: str) -> None:
     elif command == "/undo":
         note("forgot the last turn" if conversation.undo() else "there is nothing to undo")
     elif command.startswith("/save "):
-        _tell(lambda: conversation.save(Path(command.removeprefix("/save ").strip()).expanduser()))
+        _tell(lambda: conversation.save(home_expanded(command.removeprefix("/save ").strip())))
     elif command.split()[0] == "/rescale":
         _rescale(conversation.engine, command.removeprefix("/rescale"))
     elif command.startswith("/"):

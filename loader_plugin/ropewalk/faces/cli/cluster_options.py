@@ -91,6 +91,24 @@ def wants_cluster(args: argparse.Namespace) -> bool:
     return args.replicas is not None or args.ray is not None
 
 
+def check_no_cluster_options(args: argparse.Namespace) -> None:
+    """For a server without a cluster.
+
+    Raises:
+        RequestError: an option that would have no effect.
+    """
+    unused = {
+        "--routing": args.routing != ROUTING[0],
+        "--target-running": args.target_running is not None,
+        "--scale-up-time": args.scale_up_time != SCALE_UP_S,
+        "--scale-down-time": args.scale_down_time != SCALE_DOWN_S,
+        "--drain-time": args.drain_time != DRAIN_S,
+    }
+    given = [name for name, is_given in unused.items() if is_given]
+    if given:
+        raise RequestError(f"{' and '.join(given)}: without effect on one server: give --replicas N or MIN-MAX too")
+
+
 def cluster_options(args: argparse.Namespace) -> ClusterOptions:
     """The options, checked.
 

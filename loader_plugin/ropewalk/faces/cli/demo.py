@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ropewalk.base.choices import MAX_RUNNING
 from ropewalk.base.errors import RequestError
+from ropewalk.base.home import home_expanded
 from ropewalk.faces.cli.cache import add_kept_arguments, kept_folder
 from ropewalk.faces.cli.options import MODEL_HELP, model_argument
 from ropewalk.faces.cli.terminal import note
@@ -74,7 +75,7 @@ def run_demo(args: argparse.Namespace) -> int:
     auth = tuple(_user_and_password(text) for text in args.auth)
     address = Address(args.host, args.port, args.root_path, auth, args.open)
     owner = Owner(args.anyone_may_load, _owners(args.owner, [user for user, _ in auth], args.anyone_may_load))
-    data = args.data.expanduser()
+    data = home_expanded(args.data)
     args.cache_folder = args.cache_folder or data / "caches"
     serve_demo(address, args.model, args.models, data, args.max_running, owner, note, kept_folder(args))
     return 0

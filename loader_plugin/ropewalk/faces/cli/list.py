@@ -43,7 +43,7 @@ def run_info(args: argparse.Namespace) -> int:
     try:
         info = model_info(folder, options=load_options(args))
     except RopewalkError as error:
-        known = identify(folder) if isinstance(folder, Path) else None
+        known = identify(folder, error) if isinstance(folder, Path) and not _loads_as_it_is(folder) else None
         if known is not None:
             about = {"folder": str(folder), "what": known.what, "runs_with": known.runs_with}
             facts = {**about, "loads": False, "reason": str(error)}
@@ -52,6 +52,17 @@ def run_info(args: argparse.Namespace) -> int:
         raise
     print(json.dumps(info.to_json(), indent=2) if args.json else info.describe(), flush=True)
     return 0
+
+
+def _loads_as_it_is(folder: Path) -> bool:
+    """Whether a folder would be loaded without any option: then what is wrong is an option, and not the folder."""
+    from ropewalk.model.info import model_info
+
+    try:
+        model_info(folder)
+    except RopewalkError:
+        return False
+    return True
 
 
 def run_list(args: argparse.Namespace) -> int:

@@ -1,14 +1,14 @@
 """The command `ropewalk` with its subcommands.
 
-Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains, 130
-after Ctrl-C, 141 when the reader of stdout has gone.
+Results go to stdout, everything about them to stderr. Exit codes: 0, 2 for an error that the message explains (one
+line, and below it the place in a text that is meant, if there is one), 130 after Ctrl-C, 141 when the reader of stdout
+has gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +43,7 @@ from ropewalk.faces.cli.replicas import add_replicas
 from ropewalk.faces.cli.report import add_report_command
 from ropewalk.faces.cli.sampling_options import add_sampling_arguments, sampling_params
 from ropewalk.faces.cli.serve import add_serve_command
+from ropewalk.faces.cli.streams import discard_output, is_of_output, is_piped, prepare_streams
 from ropewalk.faces.cli.terminal import note, progress_bar, read_text
 from ropewalk.faces.cli.torchrun import is_under_torchrun, run_under_torchrun
 from ropewalk.faces.cli.tour import add_tour_command
@@ -55,10 +56,9 @@ LONG_PREFILL = 1024  # a prompt of fewer tokens is read before a bar would help
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    prepare_streams()
     logging.basicConfig(format="ropewalk: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.addLevelName(logging.WARNING, "warning")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a character that the terminal lacks becomes a mark, not an error
     try:
 
         def parse() -> argparse.Namespace:
@@ -68,16 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run_under_torchrun(parse, _run) if is_under_torchrun() else _run(parse())
     except RopewalkError as error:
-        message = " ".join(str(error).split())
-        note(f"ropewalk: error: {message}")
+        note(f"ropewalk: error: {error}")
         return 2
     except KeyboardInterrupt:
         note("")
         return 130
     except BrokenPipeError:
-        # Python would try to write the rest of the buffer at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 141
+    except OSError as error:
+        if not is_of_output(error):
+            raise
+        discard_output()
+        note(f"ropewalk: error: standard output cannot be written: {error.strerror or error}")
+        return 2
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -192,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt given by option; otherwise standard input for a named model, or an example for the embedded one. With
-    a kept text there need be none."""
+    """The prompt given by option, or on standard input; without either an example for the embedded model. With a kept
+    text there need be none."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is not None:
@@ -201,7 +205,7 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.cache is not None and sys.stdin.isatty():
         return ""
     if args.model is None and args.cache is None:
-        return EXAMPLE
+        return (read_text("-") if is_piped() else "") or EXAMPLE
     if sys.stdin.isatty():
         raise RequestError("there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe the text in")
     return read_text("-")

@@ -35,6 +35,10 @@ ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second
 
 def model_argument(text: str) -> Path | ModelName:
     """A model on the command line: a folder, or a name that `fetch_named` turns into one."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is an address: give a folder, or a name such as TheBloke/Llama-2-7B-GPTQ (OWNER/MODEL[:REVISION])"
+        )
     return parse_name(text) or Path(text)
 
 
@@ -175,7 +179,13 @@ def add_shift_argument(parser: argparse._ActionsContainer, whose: str = "") -> N
 
 
 def shift_option(args: argparse.Namespace) -> bool | int:
-    """--context-shift, as `Engine` takes it."""
+    """--context-shift, as `Engine` takes it.
+
+    Raises:
+        RequestError: a negative number.
+    """
+    if args.context_shift < 0:
+        raise RequestError(f"--context-shift must be at least 0 (tokens to keep), got {args.context_shift}")
     return args.context_shift
 
 
@@ -199,12 +209,24 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     """The loading options among those of a command; the rest keep their defaults."""
     from ropewalk.model.options import OPTION_NAMES, LoadOptions
 
+    _check_second_model(args)
     return LoadOptions(**{name: value for name, value in vars(args).items() if name in OPTION_NAMES})
 
 
 def order_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the layer order, as arguments of `export_layers`."""
+    _check_second_model(args)
     return {name: getattr(args, name) for name in ORDER_OPTIONS}
+
+
+def _check_second_model(args: argparse.Namespace) -> None:
+    """Raises:
+    RequestError: a second model is given, and no order names its layers: it would be read for nothing.
+    """
+    if getattr(args, "second_folder", None) is not None and "b" not in (args.layer_order or ""):
+        raise RequestError(
+            f'--second-model {args.second_folder} has no effect: name its layers in --layer-order, as in "0-9,b:10-19"'
+        )
 
 
 def _add_choice(group: argparse._ArgumentGroup, choice: Choice, what: str) -> None:
@@ -234,7 +256,10 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error})") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60} is not JSON ({error}); accepted are {AUTO} and objects such as "
+            '{"type": "yarn", "factor": 4}'
+        ) from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
             f'a JSON object such as {{"type": "linear", "factor": 4}} is needed, got {text}'

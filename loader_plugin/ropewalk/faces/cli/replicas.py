@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 
 from ropewalk.base.errors import UnsupportedError
-from ropewalk.faces.cli.cluster_options import add_cluster_arguments, cluster_options, wants_cluster
+from ropewalk.faces.cli.cluster_options import (
+    add_cluster_arguments,
+    check_no_cluster_options,
+    cluster_options,
+    wants_cluster,
+)
 from ropewalk.faces.cli.serve import run_serve
 
 
@@ -18,6 +23,7 @@ def add_replicas(parser: argparse.ArgumentParser) -> None:
 def run_here_or_on_cluster(args: argparse.Namespace) -> int:
     """As `run_serve`; with --replicas or --ray on several replicas."""
     if not wants_cluster(args):
+        check_no_cluster_options(args)
         return run_serve(args)
     options = cluster_options(args)
     try:

@@ -140,7 +140,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
 
     if args.queue_limit < 0:
         raise RequestError(f"--queue-limit must be at least 0, got {args.queue_limit}")
-    guessing = speculation_options(args)
+    guessing, shift = speculation_options(args), shift_option(args)
     are_chosen = bool(args.adapter)  # by clients, one by one; the embedded model's own serves all who choose none
     model, tokenizer = load(args, to_talk=True)
     used = load_adapters(args, model)
@@ -152,7 +152,7 @@ def make_engine(args: argparse.Namespace) -> Engine:
         args.chat_template,
         args.max_running,
         args.queue_limit,
-        context_shift=shift_option(args),
+        context_shift=shift,
         kept_folder=kept_folder(args),
         adapters=None if are_chosen else used,
         **guessing,

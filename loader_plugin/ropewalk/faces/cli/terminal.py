@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ropewalk.base.errors import RequestError
 
 
 def note(text: str) -> None:
-    """Print a line for people, apart from the output."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for people, apart from the output. If nobody can read it, the work goes on."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

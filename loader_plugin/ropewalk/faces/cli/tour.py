@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import ContextLengthError, RequestError
+from ropewalk.base.json import require_folder
 from ropewalk.faces.cli.options import MODEL_HELP, add_load_arguments, load_options, model_argument, model_folder
 from ropewalk.faces.cli.terminal import progress_bar, read_text
 
@@ -46,9 +49,13 @@ def run_tour(args: argparse.Namespace) -> int:
     from ropewalk.tour.tour import read_tour, tour_file
 
     folder = model_folder(args)
+    require_folder(folder, "config.json and the weights")
     tour = read_tour(folder)
     if tour is None:
-        raise RequestError(f"{folder} brings no tour: {tour_file(folder)} does not exist")
+        raise RequestError(
+            f"{folder} brings no tour ({tour_file(folder).relative_to(folder)}): ask it with ropewalk generate or "
+            "chat, or take the tour of the embedded model with ropewalk tour"
+        )
     if args.document is not None and args.question is None:
         raise RequestError(f"--document {args.document}: ask something about it with --question TEXT")
     document = tour.document if args.document is None else read_text(args.document)
@@ -57,7 +64,13 @@ def run_tour(args: argparse.Namespace) -> int:
     with progress_bar("loading", "layer") as progress:
         model = load_model(folder, options=load_options(args), progress=progress)
     readers = open_readers(tour, folder, model, tokenizer)
-    _introduce(tour.title if args.document is None else args.document, document, asked[0], readers)
+    try:
+        _introduce(tour.title if args.document is None else args.document, document, asked[0], readers)
+    except ContextLengthError as error:
+        raise RequestError(
+            f"--document {args.document} is too long: with the question it has more tokens than the "
+            f"{readers.scaled.engine.context_size:,} that the scaling of the tour covers"
+        ) from error
     known = {q.text: q for q in tour.questions} if args.document is None else {}
     right = [_take(tour, readers, is_scaled, document, asked, known) for is_scaled in (True, False)]
     _conclude(args, tour, right if set(asked) <= set(known) else None, len(asked))
@@ -67,7 +80,8 @@ def run_tour(args: argparse.Namespace) -> int:
 def _introduce(title: str, document: str, question: str, readers: Readers) -> None:
     length, trained = len(readers.scaled.prompt_ids(document, question)), readers.plain.rope.original_length
     _say(f"\n{_styled(title, BOLD)}")
-    _say(f"{length:,} tokens with a question; the model was trained on {trained:,}. The text begins:\n")
+    _paragraph(f"{length:,} tokens with a question; the model was trained on {trained:,}. The text begins:", "")
+    _say("")
     _paragraph(textwrap.shorten(document, EXCERPT, placeholder=" …"), "  │ ", FAINT)
 
 
@@ -80,7 +94,8 @@ def _take(
     reader = readers.reader(is_scaled)
     lora = "" if tour.adapter is None else f" and the LoRA {tour.adapter}"
     how = f"With {scaling_name(readers.scaled.rope)}{lora}" if is_scaled else "Without, as the model was trained"
-    _say(f"\n{_styled(how, BOLD)}")
+    _say("")
+    _paragraph(how, "", BOLD)
     right = sum(_ask(reader, document, text, known.get(text), is_scaled) for text in asked)
     _say("")
     _paragraph(why(tour, readers, is_scaled, len(reader.prompt_ids(document, asked[-1]))), "  ")
@@ -91,7 +106,8 @@ def _ask(reader: Reader, document: str, text: str, question: Question | None, wi
     """Ask, and show the answer; whether it is the stored one."""
     from ropewalk.tour.readers import is_right
 
-    _say(f"\n  {text}")
+    _say("")
+    _paragraph(text, "  ")
     with progress_bar("reading", "token") as progress:
         answer = reader.ask(document, text, progress).text
     said = textwrap.shorten(answer, MOST_SHOWN, placeholder=" …") or "(nothing)"
@@ -112,14 +128,15 @@ def _ask(reader: Reader, document: str, text: str, question: Question | None, wi
 def _conclude(args: argparse.Namespace, tour: Tour, right: list[int] | None, num_asked: int) -> None:
     if right is not None:
         found = tour.measured
-        _say(f"\n{_styled(f'Right: {right[0]} of {num_asked} with the scaling, {right[1]} without.', BOLD)}")
+        _say("")
+        _paragraph(f"Right: {right[0]} of {num_asked} with the scaling, {right[1]} without.", "", BOLD)
         _paragraph(
             f"The document was chosen among {found.documents:,}; of {found.questions:,} questions that were tried, "
             f"{found.right_scaled:,} were answered right with the scaling and {found.right_plain:,} without.",
             "",
             FAINT,
         )
-    name = "" if args.model is None else f" {args.model}"
+    name = "" if args.model is None else f" {shlex.quote(str(args.model))}"
     _say(f"\n{_styled('What to try next', BOLD)}")
     commands = {
         f"ropewalk tour{name} --question TEXT": "ask something else about it",
@@ -128,20 +145,26 @@ def _conclude(args: argparse.Namespace, tour: Tour, right: list[int] | None, num
         f"ropewalk retrieval{name} --plot map.png": "measure it yourself",
     }
     width = max(map(len, commands))
+    fits = max(width + len(what) + 4 for what in commands.values()) <= _columns()
     for command, what in commands.items():
-        _say(f"  {command:{width}}  {_styled(what, FAINT)}")
+        _say(f"  {command:{width}}  {_styled(what, FAINT)}" if fits else f"  {command}\n    {_styled(what, FAINT)}")
 
 
 def _paragraph(text: str, lead: str, style: str = "") -> None:
     """Lines of a text, all of them indented as far as `lead`; a bar in it goes down all lines."""
-    width = min(WIDEST, shutil.get_terminal_size().columns)
+    width = min(WIDEST, _columns())
     rest = lead if "│" in lead else " " * len(lead)
     for number, line in enumerate(textwrap.wrap(text, max(20, width - len(lead)))):
         _say(_styled(f"{rest if number else lead}{line}", style))
 
 
 def _styled(text: str, style: str) -> str:
-    return f"\x1b[{style}m{text}\x1b[0m" if style and sys.stdout.isatty() else text
+    is_coloured = style and sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
+    return f"\x1b[{style}m{text}\x1b[0m" if is_coloured else text
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def _say(text: str) -> None:

@@ -78,8 +78,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host such as "a..b"
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {reason}") from error
     return listener
 
 

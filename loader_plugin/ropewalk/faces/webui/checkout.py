@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropewalk.base.errors import ConfigError
+from ropewalk.base.home import home_expanded
 
 NAME = "ropewalk"
 
@@ -75,7 +76,7 @@ def find_checkout(folder: Path, user_data: Path | None = None, models: Path | No
     Raises:
         ConfigError: the folder is not a web UI, or user_data or models does not exist.
     """
-    folder = folder.expanduser().resolve()
+    folder = home_expanded(folder).resolve()
     for needed in ("server.py", "modules/extensions.py", "modules/text_generation.py"):
         if not (folder / needed).is_file():
             raise ConfigError(f"{folder} is not a folder of text-generation-webui: it has no {needed}")
@@ -87,7 +88,7 @@ def find_checkout(folder: Path, user_data: Path | None = None, models: Path | No
 def _given(option: str, folder: Path, path: Path | None) -> Path | None:
     if path is None:
         return None
-    found = folder / path.expanduser()
+    found = folder / home_expanded(path)
     if not found.is_dir():
         raise ConfigError(f"{option} {found}: there is no such folder")
     return found

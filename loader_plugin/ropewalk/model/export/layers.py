@@ -220,6 +220,7 @@ def _write_shards(folder: Path, shards: list[list[_Copy]], progress: Callable[[i
         # Memory of its own for each tensor: the format has no place for a tensor that is there under two names.
         tensors = {copy.name: _tensor(copy) for copy in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets only the owner read
         weight_map |= dict.fromkeys(tensors, name)
         done += len(shard)
         if progress is not None:

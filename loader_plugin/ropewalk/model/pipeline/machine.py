@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ropewalk.base.errors import ConfigError
+from ropewalk.base.json import shown
 from ropewalk.native.runtime import usable_processors
 
 
@@ -38,11 +39,11 @@ def torchrun_seat() -> Seat | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return None
-    try:
-        seat = Seat(*(int(os.environ[name]) for name in names))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"torchrun sets {', '.join(names)} and MASTER_ADDR and MASTER_PORT for each process, and here "
-            f"{error} is missing or no number: start the processes with torchrun, or unset RANK"
-        ) from error
-    return seat
+    for name in names:
+        if not os.environ.get(name, "").isdecimal():
+            found = f"{shown(os.environ[name])}, no number" if name in os.environ else "missing"
+            raise ConfigError(
+                f"torchrun sets {', '.join(names)} and MASTER_ADDR and MASTER_PORT for each process, and here {name} "
+                f"is {found}: start the processes with torchrun, or unset RANK"
+            )
+    return Seat(*(int(os.environ[name]) for name in names))

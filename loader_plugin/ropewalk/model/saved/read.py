@@ -77,6 +77,8 @@ def fitting_segments(model: Model, file: SavedFile) -> list[Segment]:
             f"{file.path} was saved with another model or other settings ({'; '.join(found)}): load the model that it "
             f"belongs to in the same way, or {REMEDY.split(', or ')[-1]}"
         )
+    segments = enumerate(description.segments)
+    fitting = [Segment(segment.start, _origin(model, file, index), segment.seq_len) for index, segment in segments]
     if len(file.token_ids) > model.max_seq_len:
         raise SavedCacheError(
             f"{file.path} has {len(file.token_ids)} positions, and the model was loaded for {model.max_seq_len}: load "
@@ -86,8 +88,7 @@ def fitting_segments(model: Model, file: SavedFile) -> list[Segment]:
         raise SavedCacheError(f"{file.path} is damaged (it has tokens that the model does not know): {REMEDY}")
     if not _continuable(model, len(file.token_ids), description.recent):
         raise SavedCacheError(f"{file.path} lacks pages of the recent window of a {model.cache_type} cache: {REMEDY}")
-    segments = enumerate(description.segments)
-    return [Segment(segment.start, _origin(model, file, index), segment.seq_len) for index, segment in segments]
+    return fitting
 
 
 def usable_prefix(model: Model, file: SavedFile, token_ids: list[int], origin: Origin) -> int:

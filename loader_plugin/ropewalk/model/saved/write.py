@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from ropewalk import __version__
 from ropewalk.base.errors import RequestError, SavedCacheError
 from ropewalk.base.json import shown
 from ropewalk.files.names import shown_name
+from ropewalk.files.replaced import check_replaceable
 from ropewalk.model.cache import HeldPage, KvCache
 from ropewalk.model.saved.description import Description, SavedSegment
 from ropewalk.model.saved.file import Progress, write_file
@@ -39,8 +41,7 @@ def save_cache(
     Raises:
         RequestError: an empty cache, or one of another model or layer order. SavedCacheError: it cannot be written.
     """
-    if not isinstance(path, (str, Path)) or not str(path):
-        raise RequestError(f"path must be that of a file to write, got {shown(path)}")
+    check_writable(path)
     texts = dict(about or {})
     if not all(isinstance(item, str) for pair in texts.items() for item in pair):
         raise RequestError(f"about must map texts to texts, got {shown(texts)}")
@@ -66,8 +67,27 @@ def save_cache(
         recent_bytes=_part_bytes(model, exact),
     )
     parts = chain(_parts(model, copy.pages), _parts(model, exact))
-    try:
+    with _named(path):
         return write_file(Path(path), description, copy.token_ids, parts, progress or _ignored)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before a text is read that it could not be written there.
+
+    Raises:
+        SavedCacheError: the message says why. RequestError: it is no path.
+    """
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise RequestError(f"path must be that of a file to write, got {shown(path)}")
+    with _named(path):
+        check_replaceable(Path(path))
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Errors of a file, as errors of ours."""
+    try:
+        yield
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SavedCacheError(f"{path} cannot be written: {reason}") from error
