@@ -288,6 +288,14 @@ REFUSED = {
     "peft choice": (lambda m: m.set_adapter("x"), UnsupportedError, "use set_adapters"),
     "saving": (lambda m: m.save_pretrained("x"), UnsupportedError, "copy its folder"),
     "device": (lambda m: m.to("meta"), UnsupportedError, "cannot be moved or converted"),
+    "half": (lambda m: m.half(), UnsupportedError, "cannot be moved or converted"),
+    "bfloat16": (lambda m: m.bfloat16(), UnsupportedError, "cannot be moved or converted"),
+    "double": (lambda m: m.double(), UnsupportedError, "cannot be moved or converted"),
+    "cuda": (lambda m: m.cuda(), UnsupportedError, "cannot be moved or converted"),
+    "second card": (lambda m: m.cuda(1), UnsupportedError, "cannot be moved or converted"),
+    "trainable": (lambda m: m.requires_grad_(), UnsupportedError, "cannot be trained"),
+    "hub": (lambda m: m.push_to_hub("x"), UnsupportedError, "copy its folder"),
+    "no prompt": (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long)), RequestError, "there are no token ids"),
     "dtype": (lambda m: m.to(torch.float16), UnsupportedError, "cannot be moved or converted"),
 }
 
@@ -299,6 +307,10 @@ def test_what_cannot_be_done_is_refused_by_name_and_the_model_goes_on(shared, ca
         call(shared)
     ids = tokens(8)
     assert torch.equal(shared(ids).logits[0], fresh_logits(shared.ropewalk_model, ids[0].tolist()))
+
+
+def test_conversions_to_what_the_model_has_are_nothing(shared) -> None:
+    assert shared.float() is shared and shared.cpu() is shared and shared.requires_grad_(False) is shared
 
 
 def test_reading_reports_its_progress_and_can_be_cancelled() -> None:

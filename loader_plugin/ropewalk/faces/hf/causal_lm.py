@@ -25,6 +25,7 @@ from ropewalk.faces.hf.refusals import (
     check_generation,
     check_history,
     check_mask,
+    check_prompt,
     check_refused,
     one_sequence,
 )
@@ -176,6 +177,7 @@ class RopewalkForCausalLM(RefusesTheRest, PreTrainedModel, GenerationMixin):
             UnsupportedError: beams, several sequences, padding, embeddings as input, hidden states. RequestError: the
             prompt does not fit.
         """
+        check_prompt(args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")))
         with self._loaded.reply():
             return super().generate(*args, **kwargs)
 

@@ -30,6 +30,10 @@ class RefusesTheRest:
             "`ropewalk export-layers`"
         )
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UnsupportedError."""
+        self.save_pretrained()
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises UnsupportedError."""
         raise UnsupportedError("PEFT cannot wrap a ropewalk model: use load_adapter_folder(folder, name)")
@@ -50,6 +54,12 @@ class RefusesTheRest:
         """Raises UnsupportedError."""
         raise UnsupportedError(NO_TRAINING)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Raises UnsupportedError, unless it is False."""
+        if requires_grad:
+            raise UnsupportedError(NO_TRAINING)
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself, if the device and dtype asked for are its own.
 
@@ -64,6 +74,30 @@ class RefusesTheRest:
                 'device when loading (backend="reference", device=...)'
             )
         return self
+
+    def cpu(self) -> Any:
+        """As `to`."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | torch.device | None = None) -> Any:
+        """As `to`."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def half(self) -> Any:
+        """As `to`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        """As `to`."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Any:
+        """As `to`."""
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        """As `to`."""
+        return self.to(torch.float64)
 
 
 def check_refused(arguments: Mapping[str, Any]) -> None:
@@ -106,6 +140,12 @@ def one_sequence(ids: Any, name: str, length: int | None = None) -> list[int]:
     if length is not None and ids.shape[1] != length:
         raise RequestError(f"{name} must be as long as input_ids ({length}), got {ids.shape[1]}")
     return ids[0].tolist()
+
+
+def check_prompt(ids: Any) -> None:
+    """Raises RequestError for a prompt without tokens, of which transformers makes errors of its own."""
+    if isinstance(ids, torch.Tensor) and not ids.numel():
+        raise RequestError("there are no token ids; at least one is needed")
 
 
 def check_generation(config: Any, model_kwargs: Mapping[str, Any]) -> None:
