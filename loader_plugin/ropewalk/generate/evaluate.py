@@ -133,6 +133,11 @@ def tokens_used(available: int, lengths: Items[int], max_tokens: int | None, max
     longest = max(lengths)
     available = available if max_tokens is None else min(available, max_tokens)
     num_used = available // longest * longest
+    if max_tokens is not None and max_tokens < longest:
+        raise RequestError(
+            f"max_tokens is {max_tokens}, but one window of the longest length needs {longest}: use more tokens or "
+            "shorter lengths"
+        )
     if num_used <= 0:
         raise RequestError(
             f"the text has {available} tokens, but one window of the longest length needs {longest}: "

@@ -133,7 +133,7 @@ def _read_whole(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, dict[s
             if part is None or part.section("settings") is None or part.section("kept") is None:
                 raise parts.error(name, "an object with settings and kept")
     except ConfigError as error:
-        raise RequestError(f"{error}: name another file, or remove this one") from error
+        raise RequestError(f"{error}: name another file, or remove this one if it is a record") from error
     assert version == VERSION
     if found != kind:
         raise RequestError(f"{path} is a record of {shown(found)}, not of {kind!r}: name another file")

@@ -93,14 +93,22 @@ class Task(Protocol):
         """All trials of a length, in an order in which neighbours begin alike."""
 
 
+def check_tasks(kinds: Sequence[str]) -> None:
+    """Raises:
+    RequestError: one of them is unknown.
+    """
+    for kind in kinds:
+        if kind not in TASKS.values:
+            raise RequestError(f"task must be one of {', '.join(TASKS.values)}, got {kind!r:.60}")
+
+
 def make_task(kind: str, tokenizer: Tokenizer, filler: Sequence[int], trials: int, seed: int = 0) -> Task:
     """One of TASKS. filler: token ids of a text, used from its start and repeated if it is short.
 
     Raises:
         RequestError: an unknown kind, no filler, or no trials.
     """
-    if kind not in TASKS.values:
-        raise RequestError(f"task must be one of {', '.join(TASKS.values)}, got {kind!r:.60}")
+    check_tasks([kind])
     if not len(filler):
         raise RequestError("retrieval needs a filler text, and there is none")
     if trials < 1:

@@ -55,7 +55,7 @@ def test_retrieval_writes_table_and_plot_to_files(tmp_path: Path, capsys: pytest
         (["compare", "--lengths", "999999"], "one window of the longest length needs 999999"),
         (["retrieval", "--lengths", "8"], "a length must be from"),
         (["retrieval", "--depths", "2", "--lengths", "128"], "a depth is a number from 0"),
-        (["retrieval", "--trials", "1", "--lengths", "128", "--csv", "/nowhere/a.csv"], "cannot be written"),
+        (["retrieval", "--trials", "1", "--lengths", "128", "--csv", "/nowhere/a.csv"], "/nowhere does not exist"),
         (["demo", "/nowhere"], "MODEL: /nowhere is not a folder"),
         (["demo", "--models", "/nowhere"], "--models: /nowhere is not a folder"),
         (["demo", "--auth", "reader"], "--auth takes USER:PASSWORD"),

@@ -177,6 +177,12 @@ def test_chat_answers_undoes_and_forgets(folder: Path, capsys, monkeypatch) -> N
     assert captured.err.count("/reset forgets") == 2
 
 
+def test_rescale_alone_says_how_it_is_scaled_now(folder: Path, capsys, monkeypatch) -> None:
+    assert chat(monkeypatch, folder, "/rescale linear 2\n/rescale\n") == 0
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("RoPE scaling: linear, factor 2") and "/rescale METHOD [FACTOR]" in last
+
+
 def test_chat_turns_reuse_the_prompt(folder: Path, capsys, monkeypatch) -> None:
     assert chat(monkeypatch, folder, "hello\nmore\n", "--system", "Be brief.") == 0
     stats = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt")]

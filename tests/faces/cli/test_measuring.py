@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.main import main
+from ropewalk.files.embedded import demo_model_path
 
 SMALL = ["--max-tokens", "512"]
 
@@ -135,6 +137,7 @@ def test_a_report_is_written_and_gone_on_from(tmp_path: Path, capsys: pytest.Cap
     assert len(stamps) == 3
     assert main(["report", "--out", str(out), *options]) == 0
     assert (out / "report.md").read_text() == text
+    assert "tokens of `held_out.txt`" in text
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "measurements").iterdir()}
 
 
@@ -151,8 +154,132 @@ def test_a_report_is_written_and_gone_on_from(tmp_path: Path, capsys: pytest.Cap
         (["compare", "--plot", "a.gif"], "must end in .svg, .png, .pdf"),
         (["retrieval", "--task", "needle", "--lengths", "256"], "task must be one of keys, several, pairs"),
         (["report", "--out", "x", "--formats", "q5"], "there is no 'q5'"),
+        (["report", "--out", "x", "--tasks", "keys,foo"], "task must be one of keys, several, pairs, got 'foo'"),
+        (["report", "--out", "x", "--rope-theta", "500"], "chooses the scalings that it measures by itself: leave out"),
+        (["compare", "--scalings", "none", "--rope-theta", "500"], "--rope-theta change the model as it is loaded"),
+        (["compare", "--recommend", "--scalings", "foo"], "chooses what it measures by itself: leave out --scalings"),
+        (["compare", "--recommend", "--lora", "x", "--factor", "3"], "leave out --lora and --factor"),
+        (["compare", "--recommend", "--alpha-value", "2"], "leave out --alpha-value"),
+        (["compare", "--factor", "0"], "--factor must be at least 1, got 0"),
+        (["compare", "--scalings", "none:4"], "--scalings none:4: none takes no factor"),
+        (["compare", "--bin", "64"], "--bin 64 has no effect without --by-position"),
+        (["perplexity", "--bin", "64"], "--bin 64 has no effect without --by-position"),
+        (["perplexity", "--max-tokens", "100"], "max_tokens is 100, but one window of the longest length needs 2048"),
+        (["perplexity", "--csv", "nodir/a.csv"], "--csv nodir/a.csv: the folder nodir does not exist"),
+        (["retrieval", "--plot", "nodir/a.png"], "--plot nodir/a.png: the folder nodir does not exist"),
+        (["bench", "--csv", "."], "--csv . is a folder: give the file to write"),
+        (["divergence", "--record", "."], "--record . is a folder: give the file to write"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["perplexity", "--lengths", "0"], "argument --lengths: lengths of at least 2 tokens are needed, got 0"),
+        (["bench", "--lengths", "128,-3"], "argument --lengths: lengths of at least 2 tokens are needed, got -3"),
+        (["divergence", "--length", "0"], "argument --length: a number of at least 1 is needed, got '0'"),
+        (["compare", "--max-tokens", "-5"], "argument --max-tokens: a number of at least 1 is needed, got '-5'"),
+        (["retrieval", "--trials", "0"], "argument --trials: a number of at least 1 is needed, got '0'"),
+        (["perplexity", "MODEL", "TEXT", "--lengths", "64", "MORE"], "unrecognized arguments: MORE"),
+    ],
+)
+def test_numbers_and_words_without_a_meaning_are_wrong_usage(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_text_may_stand_after_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("The rope is long. " * 60)
+    model, text = str(demo_model_path()), str(tmp_path / "text.txt")
+    tables = []
+    for arguments in ([model, text], [text, model], [model, "--text", text], [text]):
+        assert main(["perplexity", *arguments, "--lengths", "64", "--csv", "-"]) == 0
+        tables.append(rows(capsys.readouterr().out)[0]["perplexity"])
+    assert main(["perplexity", model, "--lengths", "64", "--csv", "-", text]) == 0
+    tables.append(rows(capsys.readouterr().out)[0]["perplexity"])
+    assert len(set(tables)) == 1
+
+
+def test_the_text_is_never_overwritten_by_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, link = tmp_path / "text.txt", tmp_path / "link.csv"
+    text.write_text("The rope is long. " * 60)
+    link.symlink_to(text)
+    for arguments in ([str(text), "--csv", str(text)], ["--text", str(text), "--csv", str(link)]):
+        assert main(["perplexity", *arguments, "--lengths", "64"]) == 2
+        assert "is the text itself, which would be overwritten" in capsys.readouterr().err
+    assert main(["perplexity", "--lengths", "64", "--record", str(text)]) == 2
+    assert "name another file" in capsys.readouterr().err
+    assert text.read_text() == "The rope is long. " * 60
+
+
+def test_json_changes_standard_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for place in ([], ["--by-position"]):
+        table, plot = tmp_path / "a.csv", tmp_path / "a.svg"
+        files = ["--csv", str(table), "--plot", str(plot)]
+        assert main(["perplexity", "--lengths", "256", "--max-tokens", "256", "--json", *place, *files]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert len(rows(table.read_text())) == len(shown) and plot.stat().st_size > 1000
+        table.unlink()
+        plot.unlink()
+
+
+def test_a_file_that_cannot_be_written_spares_the_other_and_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from ropewalk.faces.cli import measuring
+
+    def full(path: Path, text: str) -> None:
+        raise RequestError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(measuring, "write_text", full)
+    files = ["--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.svg")]
+    assert main(["perplexity", "--lengths", "256", "--max-tokens", "256", *files]) == 2
+    shown = capsys.readouterr()
+    assert "tokens/s" in shown.out and "No space left" in shown.err
+    assert (tmp_path / "a.svg").stat().st_size > 1000
+
+
+def test_a_csv_on_standard_output_is_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--recommend", "--lengths", "512", "--max-tokens", "512", "--csv", "-"]) == 0
+    shown = capsys.readouterr()
+    assert all(row["chosen"] in ("yes", "no", "0", "1", "True", "False", "") for row in rows(shown.out))
+    assert "The options:" in shown.err and "The options:" not in shown.out
+
+
+def test_options_of_rope_add_a_curve_of_the_model_as_it_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", "64", "--max-tokens", "64", "--csv", "-", "--rope-theta", "500"]
+    assert main(["compare", *options, "--scalings", "as loaded,none"]) == 0
+    loaded, plain = rows(capsys.readouterr().out)
+    assert loaded["variant"] == "as loaded" and loaded["perplexity"] != plain["perplexity"]
+    assert main(["compare", *options]) == 0
+    assert rows(capsys.readouterr().out)[0]["perplexity"] == loaded["perplexity"]
+
+
+def test_a_report_names_its_text_and_says_how_it_was_run(tmp_path: Path) -> None:
+    from ropewalk.faces.cli import report
+    from ropewalk.faces.cli.main import _parse
+    from ropewalk.measure.report import ReportPlan
+
+    text = tmp_path / "walk.txt"
+    text.write_text("The rope is long.")
+    model = str(demo_model_path())
+    running = ["--cache-type", "q8", "--layer-order", "0-4", "--compute", "exact", "--second-model", model]
+    for places in ([model, str(text)], [str(text), model], [model, "--text", str(text)]):
+        args = _parse(["report", *places, "--out", "report", *running])
+        report.measured_text(args)
+        command = report._command(args, ReportPlan((256,), 512), report._running(args))
+        assert command.startswith("ropewalk report MODEL --text walk.txt --lengths 256 --max-tokens 512")
+        assert command.endswith(
+            "--cache-type q8 --layer-order 0-4 --second-model demo_model --compute exact --out report"
+        )
+        assert report._name(args.text) == "walk.txt"
+    assert (report._name(None), report._name("-")) == ("held_out.txt", "standard input")

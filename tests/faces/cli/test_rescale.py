@@ -26,7 +26,7 @@ def test_a_scaling_is_spelled_in_a_few_words(text: str, expected: dict) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "'nothing' is not a RoPE scaling. /rescale METHOD"),
+        ("", "'' is not a RoPE scaling. /rescale METHOD"),
         ("rotate", "is not a RoPE scaling"),
         ("quick 4", "'quick 4' is not a RoPE scaling"),
         ("yarn", "yarn needs a factor"),

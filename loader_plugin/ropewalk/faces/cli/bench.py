@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ropewalk.faces.cli.loading import load_without_tokenizer
-from ropewalk.faces.cli.measuring import add_result_arguments, check_plot, lengths, write_results
+from ropewalk.faces.cli.measuring import add_result_arguments, check_results, count, lengths, write_results
 from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
 from ropewalk.faces.cli.terminal import note, progress_bar
 
@@ -22,9 +22,10 @@ def add_bench_command(commands: argparse._SubParsersAction) -> None:
         "--lengths",
         type=lengths,
         metavar="N,N,...",
-        help=f"of prompts that are read, and decoded after (default: {','.join(map(str, LENGTHS))})",
+        help="of prompts that are read, and decoded after (default: those of "
+        f"{','.join(map(str, LENGTHS))} that half of the context holds)",
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="measurements (default: %(default)s)")
     add_result_arguments(parser, record=False)
     add_load_arguments(parser)
     parser.set_defaults(run=run_bench, adapter=[])
@@ -37,7 +38,7 @@ def run_bench(args: argparse.Namespace) -> int:
     from ropewalk.measure.speed import COLUMNS, measure_speeds, speed_rows
     from ropewalk.measure.tables import csv_text
 
-    check_plot(args)
+    check_results(args)
     model = load_without_tokenizer(args)
     asked = (
         args.lengths or [length for length in LENGTHS if length < model.max_seq_len // 2] or [model.max_seq_len // 2]

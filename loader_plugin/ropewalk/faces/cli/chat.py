@@ -197,6 +197,9 @@ def _tell(do: Callable[[], str]) -> None:
 
 
 def _rescale(engine: Engine, text: str) -> None:
+    if not text.strip():
+        note(f"{engine.model.rope.describe()}. {RESCALE_HELP}")
+        return
     try:
         given = parse_rescale(text)
         engine.rescale(**given)

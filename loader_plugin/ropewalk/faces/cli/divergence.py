@@ -12,13 +12,20 @@ from ropewalk.faces.cli.loading import options_for_adapters
 from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
-    check_plot,
+    check_results,
+    count,
     measured_text,
     open_model,
     open_record,
     write_results,
 )
-from ropewalk.faces.cli.options import ORDER_OPTIONS, add_load_arguments, add_model_arguments, model_folder
+from ropewalk.faces.cli.options import (
+    ORDER_OPTIONS,
+    ROPE_OPTIONS,
+    add_load_arguments,
+    add_model_arguments,
+    model_folder,
+)
 from ropewalk.faces.cli.terminal import note, progress_bar
 from ropewalk.files.local import local_folder
 
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
 
 LONGEST = 2048  # by default
 FORMATS = ("q8", "q6", "q4", "q4+256")  # of the cache: what is measured if nothing is asked for
-ROPE_WORDS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
 ORDER_WORDS = tuple(name for name in ORDER_OPTIONS if name != "second_folder")
 
 
@@ -50,11 +56,11 @@ def add_divergence_command(commands: argparse._SubParsersAction) -> None:
         "'compute=exact layer-order=0-4'; model=FOLDER is another model; may be repeated (default: cache types)",
     )
     parser.add_argument(
-        "--length", type=int, metavar="N", help="tokens of a window (default: the context, at most 2048)"
+        "--length", type=count, metavar="N", help="tokens of a window (default: the context, at most 2048)"
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=count,
         default=16384,
         metavar="N",
         help="use at most N tokens of the text (default: %(default)s)",
@@ -77,8 +83,8 @@ def run_divergence(args: argparse.Namespace) -> int:
     from ropewalk.measure.plots import plot_divergence
     from ropewalk.measure.settings import open_beside
 
-    check_plot(args)
     text = measured_text(args)
+    check_results(args)
     args.max_seq_len = args.max_seq_len or args.length
     settings = [versus(args, words) for words in args.versus or _formats(args)]
     base, _, token_ids = open_model(args, text, args.length)
@@ -115,7 +121,7 @@ def versus(args: argparse.Namespace, text: str) -> Setting:
         raise RequestError(f"--versus {text!r}: OPTION=VALUE is needed, such as cache-type=q8")
     given = {name.replace("-", "_") for name, _, _ in pairs}
     other = argparse.Namespace(**vars(args))
-    for group in (ROPE_WORDS, ORDER_WORDS):
+    for group in (ROPE_OPTIONS, ORDER_WORDS):
         if given.intersection(group):
             for name in group:
                 setattr(other, name, None)

@@ -16,8 +16,8 @@ def add_gpu_command(commands: argparse._SubParsersAction) -> None:
     actions = gpu.add_subparsers(title="actions", metavar="ACTION")
     warm = actions.add_parser("warm-up", help="compile the kernels of a model ahead", description=run_warm_up.__doc__)
     add_model_arguments(warm)
-    add_load_arguments(warm)
-    warm.set_defaults(run=run_warm_up, adapter=[], backend="gpu")
+    add_load_arguments(warm, backend="gpu")
+    warm.set_defaults(run=run_warm_up, adapter=[])
 
 
 def run_gpu(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from ropewalk.adapters.config import find_adapter
 from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.adapter_options import add_adapter_arguments
 from ropewalk.faces.cli.measuring import (
+    STANDARD_OUTPUT,
     add_result_arguments,
     add_text_arguments,
-    check_plot,
+    check_results,
+    count,
     depths,
     lengths,
     measured_text,
@@ -24,8 +27,8 @@ from ropewalk.faces.cli.measuring import (
     percent,
     write_results,
 )
-from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, model_folder
-from ropewalk.faces.cli.perplexity import add_position_arguments, position_rows
+from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, given_rope_options, model_folder
+from ropewalk.faces.cli.perplexity import add_position_arguments, check_bin_is_used, position_rows
 from ropewalk.faces.cli.terminal import note, progress_bar
 
 if TYPE_CHECKING:
@@ -39,6 +42,10 @@ TASK_HELP = (
 )
 
 
+SCALED = ("none", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn")  # what is compared unless it is said
+AS_LOADED = "as loaded"
+
+
 def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     """Register both commands."""
     compare = commands.add_parser("compare", help="perplexity under several scalings", description=run_compare.__doc__)
@@ -48,9 +55,9 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     compare.add_argument(
         "--scalings",
         type=names,
-        default="none,linear,ntk,dynamic,ntk-by-parts,yarn",
         metavar="NAME,NAME,...",
-        help="as loaded, none, linear, ntk, dynamic, ntk-by-parts, yarn; yarn:8 has a factor of its own",
+        help="as loaded (with the RoPE options above), none, linear, ntk, dynamic, ntk-by-parts, yarn; yarn:8 has a "
+        f"factor of its own (default: {','.join(SCALED)}; with RoPE options also {AS_LOADED})",
     )
     compare.add_argument(
         "--factor", type=float, metavar="X", help="factor of each scaling (default: longest / original length)"
@@ -70,7 +77,7 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument(
         "--max-tokens",
-        type=int,
+        type=count,
         default=32768,
         metavar="N",
         help="use at most N tokens of the text (default: %(default)s)",
@@ -89,7 +96,7 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     )
     retrieval.add_argument("--task", default="keys", metavar="NAME", help=TASK_HELP)
     retrieval.add_argument("--depths", type=depths, default="0,0.25,0.5,0.75,1", metavar="X,X,...", help="0 to 1")
-    retrieval.add_argument("--trials", type=int, default=4, metavar="N", help="trials per cell (default: %(default)s)")
+    retrieval.add_argument("--trials", type=count, default=4, metavar="N", help="of every cell (default: %(default)s)")
     retrieval.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the keys (default: %(default)s)")
     add_result_arguments(retrieval)
     add_load_arguments(retrieval)
@@ -103,8 +110,10 @@ def run_compare(args: argparse.Namespace) -> int:
     from ropewalk.measure.plots import plot_curves
     from ropewalk.measure.tables import with_error
 
-    check_plot(args)
+    _check_scalings(args)
+    check_bin_is_used(args)
     text = measured_text(args)
+    check_results(args)
     base, _, token_ids = open_model(args, text, max(args.lengths))
     model = base.model
     if args.recommend:
@@ -122,14 +131,39 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_scalings(args: argparse.Namespace) -> None:
+    """Raises:
+    RequestError: options that would have no effect beside each other.
+    """
+    rope = given_rope_options(args)
+    if args.recommend:
+        unused = {"--scalings": args.scalings, "--lora": args.lora, "--factor": args.factor}
+        given = [name for name, value in unused.items() if value not in (None, [])] + rope
+        if args.by_position:
+            given.append("--by-position")
+        if given:
+            raise RequestError(f"--recommend chooses what it measures by itself: leave out {' and '.join(given)}")
+    elif rope and args.scalings is not None and AS_LOADED not in args.scalings:
+        raise RequestError(
+            f"{' and '.join(rope)} change the model as it is loaded, which is not among the --scalings: add "
+            f'"{AS_LOADED}" to them, or leave the options out'
+        )
+    if args.factor is not None and not 1 <= args.factor < math.inf:  # NaN fails too
+        raise RequestError(f"--factor must be at least 1, got {args.factor:g}")
+    if args.scalings is None:
+        args.scalings = [*([AS_LOADED] if rope else []), *SCALED]
+
+
 def run_retrieval(args: argparse.Namespace) -> int:
     """Hide keys in a text and ask for them, by length and depth."""
     from ropewalk.measure.plots import plot_retrieval
     from ropewalk.measure.retrieval import cells_csv, retrieval_map
-    from ropewalk.measure.tasks import make_task
+    from ropewalk.measure.tasks import check_tasks, make_task
 
-    check_plot(args)
-    base, tokenizer, token_ids = open_model(args, measured_text(args), max(args.lengths))
+    check_tasks([args.task])
+    text = measured_text(args)
+    check_results(args)
+    base, tokenizer, token_ids = open_model(args, text, max(args.lengths))
     task = make_task(args.task, tokenizer, token_ids, args.trials, args.seed)
     record = open_record(args, "retrieval", token_ids)
     kept = record.part(args.task, {**base.facts, **task.facts, "depths": args.depths})
@@ -155,7 +189,8 @@ def _recommend(args: argparse.Namespace, model: Model, token_ids: Sequence[int])
         found = recommend(model, token_ids, max(args.lengths), args.max_tokens, progress, record=record)
     columns, rows = recommendation_rows(found)
     write_results(args, columns, rows, recommendation_csv(found), lambda: plot_recommendation(found))
-    print(f"\n{found.reason}\nThe options: {found.options}", flush=True)
+    say = note if args.csv == STANDARD_OUTPUT else print  # a CSV is read by programs
+    say(f"\n{found.reason}\nThe options: {found.options}")
     note(f"The rule: {RULE}.")
     return 0
 
@@ -185,6 +220,8 @@ def _variants(args: argparse.Namespace, model: Model) -> list[Variant]:
     variants = []
     for given in args.scalings:
         name, colon, own = given.partition(":")
+        if colon and name in (AS_LOADED, "none"):
+            raise RequestError(f"--scalings {given}: {name} takes no factor")
         by = _factor(given, own) if colon else factor
         variants.append(replace(scaling_variant(model, name, by), name=given.replace(":", " ")))
     return variants + [adapter_variant(model, name, _adapter_folder(args, name)) for name in args.lora]

@@ -25,6 +25,7 @@ from ropewalk.faces.cli.gpu import add_gpu_command
 from ropewalk.faces.cli.lab import add_lab_commands
 from ropewalk.faces.cli.list import add_list_commands
 from ropewalk.faces.cli.loading import load
+from ropewalk.faces.cli.measuring import text_after_options
 from ropewalk.faces.cli.options import (
     MODEL_HELP,
     add_load_arguments,
@@ -60,13 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="ropewalk: %(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.addLevelName(logging.WARNING, "warning")
     try:
-
-        def parse() -> argparse.Namespace:
-            args = _parser().parse_args(arguments)
-            args.command_line = tuple(sys.argv[1:] if arguments is None else arguments)
-            return args
-
-        return run_under_torchrun(parse, _run) if is_under_torchrun() else _run(parse())
+        return run_under_torchrun(lambda: _parse(arguments), _run) if is_under_torchrun() else _run(_parse(arguments))
     except RopewalkError as error:
         note(f"ropewalk: error: {error}")
         return 2
@@ -82,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_output()
         note(f"ropewalk: error: standard output cannot be written: {error.strerror or error}")
         return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    rest = text_after_options(args, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.command_line = tuple(sys.argv[1:] if arguments is None else arguments)
+    return args
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ropewalk.measure.settings import OpenSetting
 
 HELD_OUT = "held_out.txt"  # the text that comes with the embedded model
+STANDARD_OUTPUT = Path("-")
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +48,8 @@ def add_result_arguments(parser: argparse.ArgumentParser, record: bool = True) -
 
 
 def measured_text(args: argparse.Namespace) -> str:
-    """The text to measure on. MODEL and FILE may be given in either order, and each may be left out; `args.model` is
-    then what it should have been.
+    """The text to measure on. MODEL and FILE may be given in either order, and each may be left out; `args.model` and
+    `args.text` are then what they should have been (None: the model's own text).
 
     Raises:
         RequestError: there is none, or it cannot be read.
@@ -60,8 +63,10 @@ def measured_text(args: argparse.Namespace) -> str:
     args.model = folders[0] if folders else None
     if files and args.text is not None:
         raise RequestError(f"there are two texts, {files[0]} and --text {args.text}: leave one of them out")
-    if files or args.text is not None:
-        return read_text(str(files[0]) if files else args.text)
+    if files:
+        args.text = str(files[0])
+    if args.text is not None:
+        return read_text(args.text)
     if not (model_folder(args) / HELD_OUT).is_file():
         raise RequestError(
             f"there is no text to measure on, and {model_folder(args)} brings no {HELD_OUT}: name a text with "
@@ -96,21 +101,32 @@ def write_results(
     rows: Sequence[Sequence[Any]],
     csv: str,
     plot: Callable[[], Figure],
+    shown: str | None = None,
 ) -> None:
-    """The table on the terminal, unless it goes to standard output as CSV; and what --csv and --plot ask for."""
+    """The table on the terminal, unless it goes to standard output as CSV or `shown` goes there; and what --csv and
+    --plot ask for.
+
+    Raises:
+        RequestError: a file cannot be written. The other one is.
+    """
     from ropewalk.measure.tables import terminal_table
 
-    if args.csv == Path("-"):
+    if args.csv == STANDARD_OUTPUT:
         print(csv, end="", flush=True)
     else:
-        print(terminal_table(columns, rows), end="", flush=True)
-    if args.csv not in (None, Path("-")):
-        write_text(args.csv, csv)
-    if args.plot is not None:
-        from ropewalk.measure.plots import save_plot
+        print(terminal_table(columns, rows) if shown is None else shown, end="", flush=True)
+    with ExitStack() as both:
+        if args.plot is not None:
+            both.callback(_draw, plot, args.plot)
+        if args.csv not in (None, STANDARD_OUTPUT):
+            both.callback(write_text, args.csv, csv)
 
-        save_plot(plot(), args.plot)
-        note(f"wrote {args.plot}")
+
+def _draw(plot: Callable[[], Figure], path: Path) -> None:
+    from ropewalk.measure.plots import save_plot
+
+    save_plot(plot(), path)
+    note(f"wrote {path}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,16 +140,41 @@ def write_text(path: Path, text: str) -> None:
     note(f"wrote {path}")
 
 
-def check_plot(args: argparse.Namespace) -> None:
-    """Find out before hours of work that a plot could not be drawn.
+def check_results(args: argparse.Namespace) -> None:
+    """Find out before hours of work that results could not be written, or would take the place of the text.
 
     Raises:
-        RequestError: a name of another format. UnsupportedError: matplotlib is not installed.
+        RequestError: a file cannot be there, or is the text; a plot of another format. UnsupportedError: matplotlib is
+            not installed.
     """
+    for option in ("csv", "plot", "record"):
+        path = getattr(args, option, None)
+        if path not in (None, STANDARD_OUTPUT):
+            _check_output(f"--{option}", path, getattr(args, "text", None))
     if args.plot is not None:
         from ropewalk.measure.plots import check_plottable
 
         check_plottable(args.plot)
+
+
+def _check_output(option: str, path: Path, text: str | None) -> None:
+    if path.is_dir():
+        raise RequestError(f"{option} {path} is a folder: give the file to write")
+    if not path.parent.is_dir():
+        raise RequestError(f"{option} {path}: the folder {path.parent} does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RequestError(f"{option} {path}: there is no permission to write it")
+    if text not in (None, "-") and path.exists() and path.samefile(text):
+        raise RequestError(f"{option} {path} is the text itself, which would be overwritten: give another file")
+
+
+def text_after_options(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """What argparse could not place of `MODEL --option X FILE`: it takes an optional FILE for left out where options
+    follow MODEL. Returns what is still without a place."""
+    if rest and not rest[0].startswith("-") and getattr(args, "file", rest) is None:
+        args.file = Path(rest[0])
+        return rest[1:]
+    return rest
 
 
 def names(text: str) -> list[str]:
@@ -142,8 +183,18 @@ def names(text: str) -> list[str]:
 
 
 def lengths(text: str) -> list[int]:
-    """ "512,1024" as numbers, for argparse."""
-    return _numbers(text, int)
+    """ "512,1024" as numbers of tokens, for argparse."""
+    found = _numbers(text, int)
+    if min(found) < 2:
+        raise argparse.ArgumentTypeError(f"lengths of at least 2 tokens are needed, got {min(found)}")
+    return found
+
+
+def count(text: str) -> int:
+    """A number of things, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of at least 1 is needed, got {text!r:.40}")
+    return int(text)
 
 
 def depths(text: str) -> list[float]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MODEL_OPTIONS = ("model", "second_folder", "draft_model")
 MODEL_HELP = "model folder, or OWNER/MODEL[:REVISION], which is downloaded once"
+ROPE_OPTIONS = ("rope_scaling", "compress_pos_emb", "alpha_value", "rope_theta")
 ORDER_OPTIONS = ("layer_order", "recompute_n_layers", "rewind_n_layers", "second_folder")
 
 
@@ -95,8 +96,8 @@ def add_order_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the model runs: for the commands that run it."""
+def add_load_arguments(parser: argparse.ArgumentParser, backend: str = BACKEND.default) -> None:
+    """How the model runs: for the commands that run it. backend: the default."""
     group = parser.add_argument_group("running")
     group.add_argument(
         "--max-input-len", type=int, default=MAX_INPUT_LEN, metavar="N", help="tokens per chunk of a prompt"
@@ -104,7 +105,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-attention-size", type=int, metavar="N", help="accepted for compatibility, has no effect")
     _add_choice(group, COMPUTE, "arithmetic of the linear layers")
     _add_choice(group, HEAD_BITS, "a head that is stored in floats")
-    _add_choice(group, BACKEND, "what runs the layers")
+    _add_choice(group, BACKEND, "what runs the layers", backend)
     group.add_argument("--device", help="torch device: cuda, cuda:1, ... of the GPU backend, any of the reference")
     group.add_argument(
         "--gpu-layers", type=int, metavar="N", help="run N layer instances on the GPU, the others on the CPU"
@@ -213,6 +214,11 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
     return LoadOptions(**{name: value for name, value in vars(args).items() if name in OPTION_NAMES})
 
 
+def given_rope_options(args: argparse.Namespace) -> list[str]:
+    """Those that decide the RoPE scaling, as they are typed."""
+    return [flag(name) for name in ROPE_OPTIONS if getattr(args, name) is not None]
+
+
 def order_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the layer order, as arguments of `export_layers`."""
     _check_second_model(args)
@@ -229,10 +235,11 @@ def _check_second_model(args: argparse.Namespace) -> None:
         )
 
 
-def _add_choice(group: argparse._ArgumentGroup, choice: Choice, what: str) -> None:
-    text = f"{what} ({choice.help}; default: {choice.default})"
+def _add_choice(group: argparse._ArgumentGroup, choice: Choice, what: str, default: str | None = None) -> None:
+    default = default or choice.default
+    text = f"{what} ({choice.help}; default: {default})"
     values = {"metavar": "TYPE"} if choice.is_open else {"choices": choice.values}
-    group.add_argument(flag(choice.name), **values, default=choice.default, help=text)
+    group.add_argument(flag(choice.name), **values, default=default, help=text)
 
 
 def flag(name: str) -> str:

@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.adapter_options import add_adapter_arguments
 from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
-    check_plot,
+    check_results,
+    count,
     lengths,
     measured_text,
     open_model,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ropewalk.measure.settings import OpenSetting
 
 JSON_FIELDS = ("length", "perplexity", "error", "mean_nll", "num_windows", "num_scored", "seconds", "tokens_per_s")
+POSITION_FIELDS = ("start", "end", "perplexity", "error", "mean_nll", "num_windows", "num_scored")
 
 
 def add_perplexity_command(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +39,7 @@ def add_perplexity_command(commands: argparse._SubParsersAction) -> None:
     add_text_arguments(parser)
     parser.add_argument("--lengths", type=lengths, default="512,1024,2048", metavar="N,N,...", help="context lengths")
     add_position_arguments(parser)
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="use at most N tokens of the text")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="use at most N tokens of the text")
     parser.add_argument("--json", action="store_true", help="the table as JSON")
     add_result_arguments(parser)
     add_load_arguments(parser)
@@ -52,7 +55,10 @@ def add_position_arguments(parser: argparse.ArgumentParser) -> None:
         help="by position within windows of the longest length, instead of by length",
     )
     parser.add_argument(
-        "--bin", type=int, metavar="N", help="positions of a bin, a multiple of 64 (default: a sixteenth of the length)"
+        "--bin",
+        type=count,
+        metavar="N",
+        help="positions of a bin, a multiple of 64 (default: a sixteenth of the length)",
     )
 
 
@@ -63,8 +69,10 @@ def run_perplexity(args: argparse.Namespace) -> int:
     from ropewalk.measure.plots import plot_curves
     from ropewalk.measure.tables import with_error
 
-    check_plot(args)
-    base, _, token_ids = open_model(args, measured_text(args), max(args.lengths))
+    check_bin_is_used(args)
+    text = measured_text(args)
+    check_results(args)
+    base, _, token_ids = open_model(args, text, max(args.lengths))
     record = open_record(args, "perplexity", token_ids)
     if args.by_position:
         return _by_position(args, base, token_ids, record)
@@ -73,9 +81,6 @@ def run_perplexity(args: argparse.Namespace) -> int:
         rows = perplexity(
             base.model, token_ids, args.lengths, args.max_tokens, progress, adapters=base.adapters, kept=kept
         )
-    if args.json:
-        print(json.dumps([{name: getattr(row, name) for name in JSON_FIELDS} for row in rows], indent=2), flush=True)
-        return 0
     curve = Curve("perplexity", base.model.rope.describe(), tuple(rows))
     shown = [
         (
@@ -89,7 +94,8 @@ def run_perplexity(args: argparse.Namespace) -> int:
     ]
     columns = ("length", "perplexity", "windows", "scored", "tokens/s")
     trained = base.model.rope.original_length
-    write_results(args, columns, shown, curves_csv([curve]), lambda: plot_curves([curve], trained))
+    as_json = _json(rows, JSON_FIELDS) if args.json else None
+    write_results(args, columns, shown, curves_csv([curve]), lambda: plot_curves([curve], trained), as_json)
     return 0
 
 
@@ -108,15 +114,24 @@ def _by_position(args: argparse.Namespace, base: OpenSetting, token_ids: Sequenc
         count = TokenCount(progress, num_used)
         windows = read_windows(base.model, token_ids[:num_used], length, count.add, None, base.adapters, kept)
     curve = PositionCurve("perplexity", base.model.rope.describe(), tuple(by_position(windows, size)))
-    if args.json:
-        fields = ("start", "end", "perplexity", "error", "mean_nll", "num_windows", "num_scored")
-        print(json.dumps([{name: getattr(row, name) for name in fields} for row in curve.rows], indent=2), flush=True)
-        return 0
     columns, rows = position_rows([curve])
     trained = base.model.rope.original_length
     shown = [row[1:] for row in rows]
-    write_results(args, columns[1:], shown, positions_csv([curve]), lambda: plot_positions([curve], trained))
+    as_json = _json(curve.rows, POSITION_FIELDS) if args.json else None
+    write_results(args, columns[1:], shown, positions_csv([curve]), lambda: plot_positions([curve], trained), as_json)
     return 0
+
+
+def _json(rows: Sequence[Any], fields: Sequence[str]) -> str:
+    return json.dumps([{name: getattr(row, name) for name in fields} for row in rows], indent=2) + "\n"
+
+
+def check_bin_is_used(args: argparse.Namespace) -> None:
+    """Raises:
+    RequestError: --bin without --by-position.
+    """
+    if args.bin is not None and not args.by_position:
+        raise RequestError(f"--bin {args.bin} has no effect without --by-position: give both, or neither")
 
 
 def position_rows(curves: Sequence[PositionCurve]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:

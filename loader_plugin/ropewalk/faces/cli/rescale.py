@@ -30,7 +30,7 @@ def parse_rescale(text: str) -> dict[str, Any]:
     if rest.startswith("{"):
         return given | {"rope_scaling": _object(rest)}
     if not words or len(words) > 2 or words[0] not in NAMES:
-        raise RequestError(f"{text.strip() or 'nothing'!r:.80} is not a RoPE scaling. {HELP}")
+        raise RequestError(f"{text.strip()!r:.80} is not a RoPE scaling. {HELP}")
     name, *factor = words
     if name not in BY_FACTOR:
         if factor:
