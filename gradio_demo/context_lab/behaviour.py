@@ -29,7 +29,8 @@ from ropewalk.measure.stored import Map, read_lab
 from ropewalk.measure.tables import csv_text, with_error
 from ropewalk.measure.tasks import make_task
 from ropewalk.model.model import Model
-from ropewalk.model.variants import AS_LOADED, SCALINGS, Variant, adapter_variant, open_variant, scaling_variant
+from ropewalk.model.variants import Variant, adapter_variant, open_variant, scaling_variant
+from ropewalk.rope.spellings import AS_LOADED, SCALINGS
 from ropewalk.tour.tour import FOLDER
 
 HELD_OUT = "held_out.txt"

@@ -16,7 +16,7 @@ from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.events import HIDDEN, visitor
 from ropewalk.gradio_demo.shared.pictures import problem
 from ropewalk.measure.tasks import TASKS
-from ropewalk.model.variants import AS_LOADED
+from ropewalk.rope.spellings import AS_LOADED
 
 ABOUT = (
     "How far does the context reach? A model copes badly with positions that it never saw in training; RoPE scaling "

@@ -17,7 +17,8 @@ from ropewalk.generate.evaluate import perplexity
 from ropewalk.measure.compare import compare_perplexity, curves_csv
 from ropewalk.model.loader import load_model
 from ropewalk.model.model import Model
-from ropewalk.model.variants import AS_LOADED, SCALINGS, adapter_variant, open_variant, scaling_variant, variant_model
+from ropewalk.model.variants import adapter_variant, open_variant, scaling_variant, variant_model
+from ropewalk.rope.spellings import AS_LOADED, SCALINGS
 
 IDS = torch.randint(0, 64, (96,), generator=torch.Generator().manual_seed(1)).tolist()
 RUN = {"backend": "reference", "compute": "exact", "cache_type": "fp32"}

@@ -20,10 +20,8 @@ from ropewalk.model.head import rounded_bits
 from ropewalk.model.layers import recompiled
 from ropewalk.model.model import Model, ModelLimits, ModelWeights
 from ropewalk.rope.rope import Rope, resolve_rope
-from ropewalk.rope.spellings import BY_FACTOR
+from ropewalk.rope.spellings import AS_LOADED, SCALINGS
 
-AS_LOADED = "as loaded"
-SCALINGS = ("none", *BY_FACTOR)
 # A chunk of a prompt gives way to other users of the threads only between its operations, so chunks are kept short.
 MAX_CHUNK = 512
 

@@ -277,4 +277,6 @@ METHODS: Mapping[str, tuple[Callable[[RopeObject, int], RopeMethod], tuple[str, 
 )
 # Those that a factor alone completes, for lists to choose from; the second kind also follows the length of the text.
 BY_FACTOR = ("linear", "ntk", "dynamic", "ntk-by-parts", "yarn")
+SCALINGS = ("none", *BY_FACTOR)  # what models are compared under
+AS_LOADED = "as loaded"  # beside them: what the options of loading asked for
 FOLLOWING_THE_LENGTH = ("dynamic-linear", "dynamic-ntk-by-parts", "dynamic-yarn")

@@ -30,6 +30,7 @@ from ropewalk.faces.cli.measuring import (
 from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments, given_rope_options, model_folder
 from ropewalk.faces.cli.perplexity import add_position_arguments, check_bin_is_used, position_rows
 from ropewalk.faces.cli.terminal import note, progress_bar
+from ropewalk.rope.spellings import AS_LOADED, SCALINGS
 
 if TYPE_CHECKING:
     from ropewalk.measure.record import Record
@@ -42,10 +43,6 @@ TASK_HELP = (
 )
 
 
-SCALED = ("none", "linear", "ntk", "dynamic", "ntk-by-parts", "yarn")  # what is compared unless it is said
-AS_LOADED = "as loaded"
-
-
 def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     """Register both commands."""
     compare = commands.add_parser("compare", help="perplexity under several scalings", description=run_compare.__doc__)
@@ -56,8 +53,8 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
         "--scalings",
         type=names,
         metavar="NAME,NAME,...",
-        help="as loaded (with the RoPE options above), none, linear, ntk, dynamic, ntk-by-parts, yarn; yarn:8 has a "
-        f"factor of its own (default: {','.join(SCALED)}; with RoPE options also {AS_LOADED})",
+        help=f"{AS_LOADED} (with the RoPE options above), {', '.join(SCALINGS)}; yarn:8 has a factor of its own "
+        f"(default: all, {AS_LOADED} only with RoPE options)",
     )
     compare.add_argument(
         "--factor", type=float, metavar="X", help="factor of each scaling (default: longest / original length)"
@@ -151,7 +148,7 @@ def _check_scalings(args: argparse.Namespace) -> None:
     if args.factor is not None and not 1 <= args.factor < math.inf:  # NaN fails too
         raise RequestError(f"--factor must be at least 1, got {args.factor:g}")
     if args.scalings is None:
-        args.scalings = [*([AS_LOADED] if rope else []), *SCALED]
+        args.scalings = [*([AS_LOADED] if rope else []), *SCALINGS]
 
 
 def run_retrieval(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from ropewalk.faces.cli.adapter_options import adapter_uses
 from ropewalk.faces.cli.loading import load, options_for_adapters
 from ropewalk.faces.cli.options import model_folder
 from ropewalk.faces.cli.terminal import note, read_text
+from ropewalk.rope.spellings import AS_LOADED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,6 @@ def measured_text(args: argparse.Namespace) -> str:
 def open_model(args: argparse.Namespace, text: str, max_seq_len: int | None) -> tuple[OpenSetting, Any, list[int]]:
     """(the model with its adapters, its tokenizer, the text's token ids). max_seq_len: unless --max-seq-len says it."""
     from ropewalk.measure.settings import Setting, open_base
-    from ropewalk.model.variants import AS_LOADED
 
     if args.max_seq_len is None:
         args.max_seq_len = max_seq_len
