@@ -47,6 +47,8 @@ class Access:
             RequestError: it may not be read, or is not a folder; the message says what can be typed.
             CheckpointError, UnsupportedError, ConfigError: it is on no hub, or refused before it is downloaded.
         """
+        if not isinstance(text, str):  # programs may send anything
+            raise RequestError(f"the name of one model is needed, got {type(text).__name__}")
         name = text.strip()
         if name in ("", EMBEDDED):
             return self._embedded

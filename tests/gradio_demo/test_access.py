@@ -72,6 +72,11 @@ def test_links_that_stay_inside_are_followed(tree: Path) -> None:
     assert access(tree).open("alias") == tree / "models/publisher/llama"
 
 
+def test_what_is_no_name_is_refused(tree: Path) -> None:
+    with pytest.raises(RequestError, match="the name of one model is needed, got list"):
+        Access(tree / "models").open(["tiny"])
+
+
 def test_a_file_is_no_folder(tree: Path) -> None:
     with pytest.raises(RequestError, match="is a file"):
         access(tree).open("publisher/llama/config.json")
