@@ -131,8 +131,8 @@ def test_a_cancelled_map_has_the_cells_so_far(model: Model) -> None:
         ({"lengths": []}, "needs lengths"),
         ({"depths": []}, "needs depths"),
         ({"depths": [1.5]}, "a depth is a number from 0 .* got 1.5"),
-        ({"lengths": [9]}, "a length must be from 10, .* got 9"),
-        ({"lengths": [129]}, "to the 128 positions"),
+        ({"lengths": [9]}, "a length must be at least 10, .* got 9"),
+        ({"lengths": [129]}, "a length must be at most 128, .* got 129"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused(model: Model, change: dict, said: str) -> None:

@@ -162,8 +162,9 @@ def _check(model: Model, task: Task, lengths: Sequence[int], depths: Sequence[fl
             raise RequestError(f"a depth is a number from 0 (the start) to 1 (just before the question), got {depth!r}")
     least = task.least(depths)
     for length in lengths:
-        if not least <= length <= model.max_seq_len:
+        if length < least:
+            raise RequestError(f"a length must be at least {least}, which the task takes, got {length}")
+        if length > model.max_seq_len:
             raise RequestError(
-                f"a length must be from {least}, which the task takes, to the {model.max_seq_len} positions that the "
-                f"model was loaded for, got {length}"
+                f"a length must be at most {model.max_seq_len}, which the model was loaded for, got {length}"
             )

@@ -103,8 +103,8 @@ def _computing(model: Model, compute: str | None) -> tuple[Backend, ModelWeights
     return backend, replace(model.weights, layers=recompiled(backend, model.config, model.weights.layers))
 
 
-def scaling_variant(model: Model, name: str, factor: float) -> Variant:
-    """One of SCALINGS by that factor, or AS_LOADED.
+def scaling_variant(model: Model, name: str, factor: float, rope_theta: float | None = None) -> Variant:
+    """One of SCALINGS by that factor, or AS_LOADED. rope_theta: the base, in place of config.json's.
 
     Raises:
         RequestError: an unknown name. ConfigError: the factor is out of range.
@@ -114,7 +114,8 @@ def scaling_variant(model: Model, name: str, factor: float) -> Variant:
     if name not in SCALINGS:
         raise RequestError(f"scaling {name!r} is not known; accepted are {', '.join((AS_LOADED, *SCALINGS))}")
     scaling = {"rope_type": "default"} if name == "none" else {"rope_type": name, "factor": factor}
-    return Variant(name, resolve_rope(model.config.raw, rope_scaling=scaling, source=model.config.source))
+    config = model.config
+    return Variant(name, resolve_rope(config.raw, rope_scaling=scaling, rope_theta=rope_theta, source=config.source))
 
 
 def adapter_variant(model: Model, name: str, folder: Path) -> Variant:

@@ -156,7 +156,11 @@ def test_a_report_is_written_and_gone_on_from(tmp_path: Path, capsys: pytest.Cap
         (["report", "--out", "x", "--formats", "q5"], "there is no 'q5'"),
         (["report", "--out", "x", "--tasks", "keys,foo"], "task must be one of keys, several, pairs, got 'foo'"),
         (["report", "--out", "x", "--rope-theta", "500"], "chooses the scalings that it measures by itself: leave out"),
-        (["compare", "--scalings", "none", "--rope-theta", "500"], "--rope-theta change the model as it is loaded"),
+        (["compare", "--scalings", "none", "--alpha-value", "2"], "--alpha-value change the model as it is loaded"),
+        (
+            ["report", "--out", "OUT", "--lengths", "256", "--max-tokens", "100"],
+            "at least the longest length, 256",
+        ),
         (["compare", "--recommend", "--scalings", "foo"], "chooses what it measures by itself: leave out --scalings"),
         (["compare", "--recommend", "--lora", "x", "--factor", "3"], "leave out --lora and --factor"),
         (["compare", "--recommend", "--alpha-value", "2"], "leave out --alpha-value"),
@@ -171,8 +175,10 @@ def test_a_report_is_written_and_gone_on_from(tmp_path: Path, capsys: pytest.Cap
         (["divergence", "--record", "."], "--record . is a folder: give the file to write"),
     ],
 )
-def test_what_is_wrong_is_said(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
+def test_what_is_wrong_is_said(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path) if argument == "OUT" else argument for argument in arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -256,12 +262,21 @@ def test_a_csv_on_standard_output_is_nothing_else(capsys: pytest.CaptureFixture[
 
 
 def test_options_of_rope_add_a_curve_of_the_model_as_it_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--lengths", "64", "--max-tokens", "64", "--csv", "-", "--rope-theta", "500"]
-    assert main(["compare", *options, "--scalings", "as loaded,none"]) == 0
+    options = ["compare", "--lengths", "64", "--max-tokens", "64", "--csv", "-"]
+    assert main([*options, "--alpha-value", "4", "--scalings", "as loaded,none"]) == 0
     loaded, plain = rows(capsys.readouterr().out)
     assert loaded["variant"] == "as loaded" and loaded["perplexity"] != plain["perplexity"]
-    assert main(["compare", *options]) == 0
+    assert main([*options, "--alpha-value", "4"]) == 0
     assert rows(capsys.readouterr().out)[0]["perplexity"] == loaded["perplexity"]
+
+
+def test_a_base_goes_with_every_scaling_that_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["compare", "--lengths", "64", "--max-tokens", "64", "--csv", "-", "--scalings", "none,yarn:4"]
+    assert main(options) == 0
+    own = rows(capsys.readouterr().out)
+    assert main([*options, "--rope-theta", "500"]) == 0
+    given = rows(capsys.readouterr().out)
+    assert all(one["perplexity"] != other["perplexity"] for one, other in zip(own, given, strict=True))
 
 
 def test_a_report_names_its_text_and_says_how_it_was_run(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
         "--scalings",
         type=names,
         metavar="NAME,NAME,...",
-        help=f"{AS_LOADED} (with the RoPE options above), {', '.join(SCALINGS)}; yarn:8 has a factor of its own "
-        f"(default: all, {AS_LOADED} only with RoPE options)",
+        help=f"{AS_LOADED} (with the scaling options above), {', '.join(SCALINGS)}; yarn:8 has a factor of its own "
+        f"(default: all, {AS_LOADED} only with such options)",
     )
     compare.add_argument(
         "--factor", type=float, metavar="X", help="factor of each scaling (default: longest / original length)"
@@ -133,6 +133,7 @@ def _check_scalings(args: argparse.Namespace) -> None:
     RequestError: options that would have no effect beside each other.
     """
     rope = given_rope_options(args)
+    scalings = [option for option in rope if option != "--rope-theta"]  # that one goes with any of them
     if args.recommend:
         unused = {"--scalings": args.scalings, "--lora": args.lora, "--factor": args.factor}
         given = [name for name, value in unused.items() if value not in (None, [])] + rope
@@ -140,15 +141,15 @@ def _check_scalings(args: argparse.Namespace) -> None:
             given.append("--by-position")
         if given:
             raise RequestError(f"--recommend chooses what it measures by itself: leave out {' and '.join(given)}")
-    elif rope and args.scalings is not None and AS_LOADED not in args.scalings:
+    elif scalings and args.scalings is not None and AS_LOADED not in args.scalings:
         raise RequestError(
-            f"{' and '.join(rope)} change the model as it is loaded, which is not among the --scalings: add "
+            f"{' and '.join(scalings)} change the model as it is loaded, which is not among the --scalings: add "
             f'"{AS_LOADED}" to them, or leave the options out'
         )
     if args.factor is not None and not 1 <= args.factor < math.inf:  # NaN fails too
         raise RequestError(f"--factor must be at least 1, got {args.factor:g}")
     if args.scalings is None:
-        args.scalings = [*([AS_LOADED] if rope else []), *SCALINGS]
+        args.scalings = [*([AS_LOADED] if scalings else []), *SCALINGS]
 
 
 def run_retrieval(args: argparse.Namespace) -> int:
@@ -185,9 +186,11 @@ def _recommend(args: argparse.Namespace, model: Model, token_ids: Sequence[int])
     with progress_bar("recommending", "token") as progress:
         found = recommend(model, token_ids, max(args.lengths), args.max_tokens, progress, record=record)
     columns, rows = recommendation_rows(found)
-    write_results(args, columns, rows, recommendation_csv(found), lambda: plot_recommendation(found))
     say = note if args.csv == STANDARD_OUTPUT else print  # a CSV is read by programs
-    say(f"\n{found.reason}\nThe options: {found.options}")
+    try:
+        write_results(args, columns, rows, recommendation_csv(found), lambda: plot_recommendation(found))
+    finally:
+        say(f"\n{found.reason}\nThe options: {found.options}")
     note(f"The rule: {RULE}.")
     return 0
 
@@ -220,7 +223,7 @@ def _variants(args: argparse.Namespace, model: Model) -> list[Variant]:
         if colon and name in (AS_LOADED, "none"):
             raise RequestError(f"--scalings {given}: {name} takes no factor")
         by = _factor(given, own) if colon else factor
-        variants.append(replace(scaling_variant(model, name, by), name=given.replace(":", " ")))
+        variants.append(replace(scaling_variant(model, name, by, args.rope_theta), name=given.replace(":", " ")))
     return variants + [adapter_variant(model, name, _adapter_folder(args, name)) for name in args.lora]
 
 

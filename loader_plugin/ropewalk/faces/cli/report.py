@@ -46,9 +46,8 @@ def add_report_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-tokens",
         type=count,
-        default=MAX_TOKENS,
         metavar="N",
-        help="use at most N tokens of the text (default: %(default)s)",
+        help=f"use at most N tokens of the text (default: {MAX_TOKENS}, or the longest of the lengths)",
     )
     parser.add_argument("--trials", type=count, default=2, metavar="N", help="per cell of a map (default: %(default)s)")
     parser.add_argument(
@@ -78,7 +77,7 @@ def run_report(args: argparse.Namespace) -> int:
     _make_folder(args.out)
     base, tokenizer, token_ids = open_model(args, text, max(args.lengths or [0]) or None)
     chosen = tuple(sorted(set(args.lengths))) if args.lengths else default_lengths(base.model, len(token_ids))
-    plan = ReportPlan(chosen, max(args.max_tokens, max(chosen)), args.trials, tuple(args.tasks), formats)
+    plan = ReportPlan(chosen, _most_tokens(args, max(chosen)), args.trials, tuple(args.tasks), formats)
     found = measure_report(base, tokenizer, token_ids, plan, args.out, progress_bar)
     source = Source(
         model=shown_name(base.setting.folder),
@@ -104,6 +103,12 @@ def _checked_formats(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(str(CacheFormat.parse(name)) for name in args.formats if name)
 
 
+def _most_tokens(args: argparse.Namespace, longest: int) -> int:
+    if args.max_tokens is not None and args.max_tokens < longest:
+        raise RequestError(f"--max-tokens must be at least the longest length, {longest}, got {args.max_tokens}")
+    return args.max_tokens or max(MAX_TOKENS, longest)
+
+
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +130,7 @@ def _running(args: argparse.Namespace) -> list[str]:
     for action in parser._actions:
         value = getattr(args, action.dest)
         if action.option_strings and value != action.default:
-            words += [action.option_strings[0], value.name if isinstance(value, Path) else str(value)]
+            words += [action.option_strings[0], shown_name(value) if isinstance(value, Path) else str(value)]
     return words
 
 
