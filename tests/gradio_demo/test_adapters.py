@@ -46,8 +46,7 @@ def test_the_adapters_are_small_and_note_their_rope() -> None:
     folders = sorted((FOLDER / "adapters").iterdir())
     assert {folder.name: rope_of_adapters([folder])["rope_type"] for folder in folders} == NOTED
     for folder in folders:
-        most_bytes = 1_400_000 if folder.name == "yarn-8" else 300_000
-        assert sum(path.stat().st_size for path in folder.iterdir()) < most_bytes
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 1_400_000
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
 

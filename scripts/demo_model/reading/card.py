@@ -10,7 +10,7 @@ from typing import Any
 import corpus
 from reading import tables
 from reading.curriculum import PHASES
-from reading.history import History, read_history
+from reading.history import Fall, History, read_history
 from reading.measure import (
     ADAPTERS,
     CACHES,
@@ -45,8 +45,8 @@ shows in answers: whoever lengthens it can see whether a fact far back is still 
 
 It finds what a text says of a thing and gives it back, word for word: a value ("Who built the Young Needle?"), the thing
 that has a value ("Who lives in Belwick?"), the passage, or both. It is meant to say "Not in the text" where the text has
-no answer. It has learned this on invented English alone: persons, ships, towns, inns and dishes with invented names, lists,
-and numbers hidden among sentences that say nothing. So:
+no answer. It has learned this on invented English alone: persons, ships, towns, inns, dishes, houses, books and guilds
+with invented names, lists, and numbers hidden among sentences that say nothing. So:
 
 - It knows nothing. Names and facts come from the text, or there is no right answer.
 - It reads the simple English of its grammar. On other texts, and for questions in words of one's own, expect wrong answers
@@ -310,10 +310,14 @@ def _decay(history: History) -> str:
     if not history.falls:
         return "The rate never fell."
     falls = [
-        f"from {fall.share:.0%} at {fall.start / 1e6:.1f} million tokens to nothing at {fall.end / 1e6:.1f}"
+        f"from {fall.share:.0%} at {fall.start / 1e6:.1f} million tokens to {_left(fall)} at {fall.end / 1e6:.1f}"
         for fall in history.falls
     ]
-    return f"The rate fell {', and '.join(falls)}."
+    return f"The rate fell {', then '.join(falls)}."
+
+
+def _left(fall: Fall) -> str:
+    return f"{fall.left:.0%}" if fall.left else "nothing"
 
 
 def _adapter(run: Path, name: str) -> str:

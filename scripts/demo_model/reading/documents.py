@@ -269,16 +269,16 @@ def _ledger(rng: random.Random, groups: list[list[str]]) -> str:
 
 
 TYPES = (
-    Type("prose", ("person", "person", "town", "ship", "inn"), _prose),
+    Type("prose", ("person", "person", "town", "ship", "inn", "house"), _prose),
     Type("prose", ("person",), _prose, generic=0.6),
     Type("chronicle", ("town", "person"), _chronicle),
-    Type("letter", ("person", "inn", "ship"), _letter),
-    Type("guide", ("town", "inn"), _guide),
+    Type("letter", ("person", "inn", "ship", "house", "book"), _letter),
+    Type("guide", ("town", "inn", "house", "guild"), _guide),
     Type("recipes", ("dish", "person"), _recipes),
     Type("ships", ("ship",), _ships),
-    Type("notes", ("person", "town", "inn", "ship", "dish"), _notes),
+    Type("notes", ("person", "town", "inn", "ship", "dish", "house", "book", "guild"), _notes),
     Type("notes", ("person", "town"), _notes, generic=0.5),
-    Type("register", ("person", "ship", "town"), _register, as_lines=True, generic=0.5),
+    Type("register", ("person", "ship", "town", "book"), _register, as_lines=True, generic=0.5),
 )
 HELD_OUT_TYPES = (
     Type("gazette", ("town", "person", "ship"), _gazette),

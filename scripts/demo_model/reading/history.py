@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Fall:
-    """A stretch of tokens over which the rate went to nothing; share: of the full rate, where it began."""
+    """A stretch of tokens over which the rate fell, from `share` of the full one to `left` of it: nothing, unless
+    another schedule took over before its end."""
 
     start: float
     end: float
     share: float
+    left: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,11 @@ def _falls(lines: list[dict[str, Any]]) -> Iterable[Fall]:
     first, over, before = math.inf, 0.0, 0
     for line in lines:
         if line.get("event") == "start":
-            first, over = line["options"]["decay_from"], line["options"]["decay_tokens"]
+            options = line["options"]["decay_from"], line["options"]["decay_tokens"]
+            fall = begun.get((first, over))
+            if options != (first, over) and fall is not None and before < fall.end:
+                begun[first, over] = replace(fall, end=before, left=1 - (before - first) / over)
+            first, over = options
         elif line["tokens"] > first and (first, over) not in begun:
             start = max(first, before)
             begun[first, over] = Fall(start, first + over, 1 - (start - first) / over)

@@ -1,6 +1,7 @@
 """What the invented texts say: kinds of things, relations between them, and (in wordings.txt) their wordings.
 
-{e} is the thing that is spoken of, {v} the value. The last wording of every list is held out: training never sees it.
+{e} is the thing that is spoken of, {v} the value; of [these|those] words one is drawn. The last wording of every list
+is held out: training never sees it.
 """
 
 from __future__ import annotations
@@ -114,16 +115,22 @@ ASIDES = (
 SORTS = {
     ("person",): ("Who", "By whom", "Whom", "Which person", "With whom", "Whose"),
     ("place",): ("Where", "In which place", "Which place", "From where", "To which town"),
-    ("year", "date"): ("When", "Since when", "On what day", "In which year"),
+    ("year", "date", "weekday"): ("When", "Since when", "On what day", "In which year"),
     ("count", "age", "minutes", "small", "code"): ("How many", "How much", "What number", "How large"),
-    ("trade", "animal", "goods", "colour", "ingredient", "thing"): ("What", "Which", "What sort", "What kind"),
+    ("trade", "animal", "goods", "colour", "ingredient", "thing", "instrument", "drink"): (
+        "What",
+        "Which",
+        "What sort",
+        "What kind",
+    ),
 }
 _SMALL_WORDS = ("does", "is", "did", "of", "the", "has", "for", "by", "to", "can", "one", "in", "was", "at")
 # Words that a question in haste leaves out.
 LEFT_OUT = frozenset(("a", "an", "the", "is", "was", "does", "did", "do", "of", "to", "has", "have", "text", "can"))
 OPENED, WITH_ASIDE = 0.12, 0.06  # of all statements
 QUESTIONS_OPENED, QUESTIONS_ENDED, QUESTIONS_IN_HASTE = 0.25, 0.08, 0.08
-_ORDERS = ("Cook", "Leave", "Take")  # statements that ask the reader to do something: "it is said that take" is wrong
+# Statements that ask the reader to do something: "it is said that take" is wrong.
+_ORDERS = ("Cook", "Boil", "Bake", "Leave", "Take", "Serve", "Drink", "Use", "Look")
 
 _SIGNS = {"+": "statements", "?": "questions", "<": "reverse"}
 
@@ -159,10 +166,18 @@ def thing(rng: random.Random, kind: str, held_out: bool) -> str:
         return names.place_name(rng, held_out)
     if kind == "dish":
         return f"{names.person_name(rng, held_out)} {rng.choice(words.DISHES)}"
+    if kind == "house":
+        return f"{names.place_name(rng, held_out)} {rng.choice(words.HOUSES)}"
+    if kind in _NAMED_AS:
+        return f"{_NAMED_AS[kind]} of the {names.pair_name(rng, held_out, words.ADJECTIVES, words.THINGS)}"
     return "the " + names.pair_name(rng, held_out, words.ADJECTIVES, words.THINGS)
 
 
+_NAMED_AS = {"book": "the Book", "guild": "the Guild"}
 _WORDS = {
+    "instrument": words.INSTRUMENTS,
+    "drink": words.DRINKS,
+    "weekday": words.WEEKDAYS,
     "trade": words.TRADES,
     "animal": words.ANIMALS,
     "goods": words.GOODS,
@@ -195,7 +210,12 @@ def generic_relation(rng: random.Random, held_out: bool) -> Relation:
 
 def pick(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:
     """A wording of the training side, or the one that is held out."""
-    return wordings[-1] if held_out else rng.choice(wordings[:-1])
+    return _drawn(rng, wordings[-1] if held_out else rng.choice(wordings[:-1]))
+
+
+def _drawn(rng: random.Random, wording: str) -> str:
+    """The wording with one of each [several|words]."""
+    return re.sub(r"\[([^\]]*)\]", lambda found: rng.choice(found[1].split("|")), wording)
 
 
 def statement(rng: random.Random, wordings: tuple[str, ...], held_out: bool) -> str:

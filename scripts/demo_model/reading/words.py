@@ -67,6 +67,12 @@ INGREDIENTS = word_list(
     oysters parsley pears peas pepper plums pork potatoes raisins rice sage salmon spinach trout turnips walnuts
     """
 )
+HOUSES = word_list("Cottage Farm Grange Hall House Lodge Manor Tower")
+INSTRUMENTS = word_list(
+    "bagpipe bugle cello cymbal drum fiddle flute guitar harp horn lute organ piano trumpet viola violin"
+)
+DRINKS = word_list("ale beer brandy cider cocoa coffee juice lemonade mead milk punch rum tea water whisky wine")
+WEEKDAYS = word_list("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = word_list(
     """
     January February March April May June July August September October November December
