@@ -291,10 +291,15 @@ def test_what_cannot_be_saved_is_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="the cache is empty"):
         cache.save(tmp_path / "kept")
     model.forward(IDS, cache)
-    with pytest.raises(SavedCacheError, match="cannot be written: No such file"):
+    with pytest.raises(SavedCacheError, match="cannot be written: its folder does not exist"):
         cache.save(tmp_path / "none" / "kept")
-    with pytest.raises(SavedCacheError, match="cannot be written"):
+    with pytest.raises(SavedCacheError, match="cannot be written: it is a folder"):
         cache.save(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SavedCacheError, match="cannot be written: what is there is no file"):
+        cache.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "pipe").unlink()
     with pytest.raises(RequestError, match="about must map texts to texts"):
         cache.save(tmp_path / "kept", about={"pages": 3})
     with pytest.raises(RequestError, match="path must be that of a file to write"):
