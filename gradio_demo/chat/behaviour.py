@@ -92,7 +92,7 @@ class Chats:
         self, visitor: Visitor, conversation: Conversation, question: str, request: ReplyRequest
     ) -> Iterator[ChatView]:
         """The reply to a new question, view by view."""
-        if not question.strip():
+        if not isinstance(question, str) or not question.strip():
             yield self._refused(conversation, "write something first: the question is empty")
             return
         yield from self._answer(visitor, conversation, conversation.with_turn(Turn("user", question)), request)
@@ -144,19 +144,21 @@ class Chats:
             with self._running.hold(visitor.tab, reply):
                 self._store.save(visitor.person, asked)
                 for view in follow_chat(reply, dropped, asked, loaded.model.max_seq_len):
-                    latest = view.conversation
+                    if view.conversation.turns[-1].content:  # nothing is written while the prompt is read
+                        latest = view.conversation
                     if view.running:
                         yield view
         except RopewalkError as error:
             yield self._refused(before, str(error))
             return
         finally:
-            if latest is not asked:
-                self._store.save(visitor.person, latest)
+            is_undone = latest is asked and len(before.turns) >= len(asked.turns)  # or turns would be lost for nothing
+            if is_undone or latest is not asked:
+                self._store.save(visitor.person, before if is_undone else latest)
         if view.error is not None and latest is asked:
             self._store.save(visitor.person, before)
             view = self._refused(before, view.error)
-        yield view
+        yield replace(view, conversation=before) if is_undone else view
 
     def _refused(self, conversation: Conversation, message: str) -> ChatView:
         return ChatView(conversation, message, Meter(size=self._size()), error=message)

@@ -198,12 +198,18 @@ def _turn(value: Any, number: int, source: str) -> Turn:
         raise RequestError(f"{source}: message {number} must have a role, user or assistant, found {_shown(value)}")
     _require_text(value.get("content"), f"{source}: content of message {number}")
     note = value.get("note", "")
+    if isinstance(note, str):
+        _require_text(note, f"{source}: note of message {number}")
     return Turn(value["role"], value["content"], note if isinstance(note, str) else "")
 
 
 def _require_text(value: Any, what: str) -> None:
     if not isinstance(value, str):
         raise RequestError(f"{what} must be text, found {_shown(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can say half of a pair; the page cannot be sent it
+        raise RequestError(f"{what} has an unpaired surrogate at character {error.start}") from error
 
 
 def _is_id(value: Any) -> bool:

@@ -189,7 +189,9 @@ class ContextLab:
             if adapter not in folders:
                 raise RequestError(f"there is no adapter {adapter!r} beside this model")
             return adapter_variant(loaded.model, name, folders[adapter])
-        return scaling_variant(loaded.model, name, factor or max(1.0, longest / loaded.model.rope.original_length))
+        if factor is None:
+            factor = max(1.0, longest / loaded.model.rope.original_length)
+        return scaling_variant(loaded.model, name, factor)
 
     def _follow(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ropewalk.base.errors import RequestError, RopewalkError
@@ -164,3 +164,11 @@ def sources_of(documents: Sequence[Document], answer: str) -> tuple[Source, ...]
         cited = any(value in answer for value in document.metadata.values() if len(value) > 3)
         found.append(Source(document, cited, len(words & own) / len(words) if words else 0.0))
     return tuple(sorted(found, key=lambda source: (source.cited, source.shared), reverse=True))
+
+
+def renamed(document: Document, taken: set[str]) -> Document:
+    """Titles tell documents apart in the list."""
+    number, title = 2, document.title
+    while title in taken:
+        title, number = f"{document.title} ({number})", number + 1
+    return replace(document, title=title)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document, chosen_documents
+from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document, chosen_documents, renamed
 from ropewalk.gradio_demo.documents.pictures import count_line, sources_list
 from ropewalk.gradio_demo.documents.shelf import Shelf
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
@@ -100,7 +99,7 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
             return [gr.skip(), gr.skip(), problem(f"at most {MAX_DOCUMENTS} documents can be kept: remove some first")]
         titles = {document.title for document in documents}
         for document in new:
-            documents = [*documents, _renamed(document, titles)]
+            documents = [*documents, renamed(document, titles)]
             titles.add(documents[-1].title)
         names = [document.title for document in documents]
         return [documents, gr.update(choices=names, value=[*chosen, *names[len(names) - len(new) :]]), ""]
@@ -116,7 +115,8 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
         if not text.strip():
             return [gr.skip(), gr.skip(), problem("there is no text to add yet"), *[gr.skip()] * 4]
         document = Document(title.strip() or f"text {len(documents) + 1}", text, url.strip(), date.strip())
-        return [*added(documents, chosen, [document]), "", "", "", ""]
+        is_full = len(documents) >= MAX_DOCUMENTS
+        return [*added(documents, chosen, [document]), *([gr.skip()] if is_full else [""]) * 4]
 
     files.upload(run_files, [files, state, listed], [state, listed, message, files], **HIDDEN)
     add.click(run_add, [state, listed, *pasted], [state, listed, message, *pasted], **HIDDEN)
@@ -168,11 +168,3 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
 
 def _full(question: str, honest: bool) -> str:
     return f"{question.strip()} {HONESTY}" if honest else question.strip()
-
-
-def _renamed(document: Document, taken: set[str]) -> Document:
-    """Titles tell documents apart in the list."""
-    number, title = 2, document.title
-    while title in taken:
-        title, number = f"{document.title} ({number})", number + 1
-    return replace(document, title=title)

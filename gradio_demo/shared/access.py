@@ -64,7 +64,9 @@ class Access:
         raise RequestError(f"{name}: {self._accepted()}")
 
     def must_be_fetched(self, text: str) -> bool:
-        """True for a name on the hub that nobody has loaded here yet."""
+        """True for a name on the hub that nobody has loaded here yet. What is no name is for `open` to refuse."""
+        if not isinstance(text, str):
+            return False
         name = text.strip()
         if parse_name(name) is None or name in self._fetched:
             return False

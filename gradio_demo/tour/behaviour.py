@@ -87,7 +87,7 @@ class Tours:
             opened = self.current()
             if opened is None:
                 raise RequestError("the model that is loaded brings no tour: load the embedded model")
-            if not question.strip():
+            if not isinstance(question, str) or not question.strip():
                 raise RequestError("write a question first, or click one")
             reader = opened.readers.reader(is_scaled)
             ids = reader.prompt_ids(opened.tour.document, question)

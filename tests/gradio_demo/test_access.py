@@ -75,6 +75,7 @@ def test_links_that_stay_inside_are_followed(tree: Path) -> None:
 def test_what_is_no_name_is_refused(tree: Path) -> None:
     with pytest.raises(RequestError, match="the name of one model is needed, got list"):
         Access(tree / "models").open(["tiny"])
+    assert not Access(tree / "models").must_be_fetched(None)
 
 
 def test_a_file_is_no_folder(tree: Path) -> None:

@@ -105,6 +105,21 @@ def test_a_reply_that_nobody_looks_at_any_more_ends_and_is_saved(shared: Session
     assert not shared.running.stop(VISITOR.tab)
 
 
+def test_a_page_that_is_left_while_the_prompt_is_read_leaves_no_empty_reply(shared: Session) -> None:
+    views = shared.chats.ask(VISITOR, Conversation(template=PLAIN), "def h():", long_request())
+    assert not next(views).conversation.turns[-1].content
+    views.close()
+    assert [turn.role for turn in shared.chats.current(VISITOR).turns] == ["user"]
+
+
+def test_a_reply_stays_when_another_one_is_left_before_a_word_of_it(shared: Session) -> None:
+    conversation = asked(shared, "def read(path):")
+    views = shared.chats.again(VISITOR, conversation, long_request())
+    assert not next(views).conversation.turns[-1].content
+    views.close()
+    assert shared.chats.current(VISITOR).turns == conversation.turns
+
+
 def test_one_page_has_one_reply_at_a_time(shared: Session) -> None:
     first = shared.chats.ask(VISITOR, Conversation(template=PLAIN), "def f():", long_request())
     next(first)

@@ -83,6 +83,12 @@ def test_a_file_of_another_form_is_refused_with_what_is_wrong(text: str, said: s
         read_conversation(text, "file")
 
 
+def test_half_of_a_character_is_refused_before_the_page_has_it() -> None:
+    text = json.dumps([{"role": "user", "content": "a \ud800 b"}, {"role": "assistant", "content": "x"}])
+    with pytest.raises(RequestError, match="content of message 1 has an unpaired surrogate at character 2"):
+        read_conversation(text, "my file")
+
+
 def test_a_list_of_messages_is_read_with_its_system_text() -> None:
     text = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
     conversation = read_conversation(text, "file")
