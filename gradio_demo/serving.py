@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from ropewalk.base.errors import RequestError
+from ropewalk.base.listening import bound_socket
 from ropewalk.engine.kept_folder import KeptFolder
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.model_bar.owner import Owner
@@ -27,7 +27,6 @@ WORKERS = 64  # each running reply, measurement and load takes one while it last
 # What Gradio remembers of a page takes half a MiB, and Gradio cannot tell a closed page from a quiet one. So it keeps
 # the pages that asked last: open ones ask for news every two seconds.
 OPEN_PAGES = 128
-MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def serve_demo(
     """Load a model and serve the page until interrupted.
 
     Raises:
-        RequestError: as `check_address`. FieldError: the model cannot be loaded.
+        RequestError, ConfigError: as `check_address`. FieldError: the model cannot be loaded.
     """
     check_address(address)
     granted = () if model is None else (model.resolve(),)
@@ -73,22 +72,14 @@ def check_address(address: Address) -> None:
     """Find out before a model is loaded that the page could not be served there.
 
     Raises:
-        RequestError: a wrong port, root path or host, or the port is taken.
+        RequestError: a wrong root path, or port 0, which Gradio does not take. ConfigError: as `bound_socket`.
     """
-    host, port, path = address.host.strip("[]"), address.port, address.root_path
-    if port is not None and not 1 <= port <= MAX_PORT:
-        raise RequestError(f"--port must be from 1 to {MAX_PORT}, got {port}")
+    path = address.root_path
     if path is not None and not path.startswith(("/", "http://", "https://")):
         raise RequestError(f"--root-path must begin with /, such as /ropewalk, or be a whole URL, got {path!r}")
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(place)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host such as "a..b"
-        where = f"--host {address.host}" + ("" if port is None else f" --port {port}")
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"the page cannot be served at {where}: {reason}") from error
+    if address.port == 0:
+        raise RequestError("--port must be from 1 on, got 0: without it the first free one from 7860 is taken")
+    bound_socket(address.host.strip("[]"), address.port or 0).close()
 
 
 def launch(page: gr.Blocks, address: Address) -> str:

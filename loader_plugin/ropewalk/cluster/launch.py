@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ropewalk.base.errors import ConfigError, brief
+from ropewalk.base.listening import bound_socket
 from ropewalk.cluster.access import ReplicaAccess
 from ropewalk.cluster.address import joined_cluster
 from ropewalk.cluster.deploy import REPLICAS, replicas_of
@@ -24,7 +25,7 @@ from ropewalk.faces.cli.serve import app_options
 from ropewalk.faces.cli.terminal import note
 from ropewalk.faces.server.app import AppOptions
 from ropewalk.faces.server.hosts import is_loopback
-from ropewalk.faces.server.launch import KEEP_ALIVE_S, checked_hosts, listen, show_requests, url_host
+from ropewalk.faces.server.launch import KEEP_ALIVE_S, checked_hosts, show_requests, url_host
 
 APPLICATION = "ropewalk"
 OURS = re.compile(r"ropewalk\.base\.errors\.\w+: (.+)")
@@ -50,7 +51,7 @@ def serve_on_cluster(args: argparse.Namespace, options: ClusterOptions) -> int:
         ConfigError: the address is taken, there is no cluster, or the replicas do not start, with their reason.
     """
     told = app_options(args)
-    with listen(args.host, args.port) as listener, joined_cluster(options.address):
+    with bound_socket(args.host, args.port) as listener, joined_cluster(options.address):
         at, port = listener.getsockname()[:2]
         told = replace(told, allowed_hosts=checked_hosts(told.allowed_hosts, args.host, at))
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

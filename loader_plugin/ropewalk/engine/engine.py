@@ -34,7 +34,7 @@ from ropewalk.generate.generate import Cancelled, Generation, GenerationStats, P
 from ropewalk.generate.guesses import Guesses
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.routing import AUTO, route
-from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.sampling import SamplingParams, check_stop_tokens
 from ropewalk.generate.scheduler.plan import INTERACTIVE, check_client, check_priority
 from ropewalk.generate.scheduler.scheduler import Scheduler
 from ropewalk.generate.scheduler.sequence import Sequence as OpenSequence
@@ -389,7 +389,7 @@ class Engine:
         check_priority(priority)
         check_client(client)
         ids = checked_prompt(self.scheduler.vocab_size, self.context_size, prompt_ids)
-        _check_stop_tokens(params, self.scheduler.vocab_size)
+        check_stop_tokens(params.stop_token_ids, self.scheduler.vocab_size)
         uses = self._adapters if adapters is None else _adapters_or_auto(adapters)
         return TextRequest(ids, params, cancelled or _never, progress, uses, ticket, client, priority, shift)
 
@@ -453,9 +453,3 @@ def _never() -> bool:
 
 def _adapters_or_auto(adapters: Request | None) -> str | tuple[AdapterUse, ...]:
     return AUTO if isinstance(adapters, str) and adapters == AUTO else checked_request(adapters)
-
-
-def _check_stop_tokens(params: SamplingParams, vocab_size: int) -> None:
-    for token_id in params.stop_token_ids:
-        if token_id >= vocab_size:
-            raise RequestError(f"stop_token_ids: {token_id} is not a token id: the model knows 0 to {vocab_size - 1}")

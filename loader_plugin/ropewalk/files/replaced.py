@@ -40,11 +40,20 @@ def check_replaceable(path: Path) -> None:
     Raises:
         OSError: its folder does not exist or may not be written to, or what is there is no file (a folder, a device).
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(path))
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    check_place(path)
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "what is there is no file", str(path))
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "there is no permission to write to its folder", str(path))
+
+
+def check_place(path: Path) -> None:
+    """The same for what may be written in place, a device too.
+
+    Raises:
+        OSError: its folder does not exist, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))

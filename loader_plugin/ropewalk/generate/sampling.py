@@ -189,6 +189,16 @@ def first_of_highest(logits: torch.Tensor) -> int:
     return int(np.argmax(logits.numpy()))
 
 
+def check_stop_tokens(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises:
+    RequestError: a token id that the model does not have, so that it would never end a reply.
+    """
+    for token_id in token_ids:
+        if token_id >= vocab_size:
+            known = f"the model knows 0 to {vocab_size - 1}"
+            raise RequestError(f"stop_token_ids: {token_id!r:.40} is not a token id: {known}")
+
+
 def apply_bias(logits: torch.Tensor, bias: Mapping[int, float]) -> torch.Tensor:
     """logits [V] plus bias[token id].
 

@@ -55,7 +55,10 @@ def test_retrieval_writes_table_and_plot_to_files(tmp_path: Path, capsys: pytest
         (["compare", "--lengths", "999999"], "one window of the longest length needs 999999"),
         (["retrieval", "--lengths", "8"], "a length must be at least"),
         (["retrieval", "--depths", "2", "--lengths", "128"], "a depth is a number from 0"),
-        (["retrieval", "--trials", "1", "--lengths", "128", "--csv", "/nowhere/a.csv"], "/nowhere does not exist"),
+        (
+            ["retrieval", "--trials", "1", "--lengths", "128", "--csv", "/nowhere/a.csv"],
+            "its folder does not exist",
+        ),
         (["demo", "/nowhere"], "MODEL: /nowhere is not a folder"),
         (["demo", "--models", "/nowhere"], "--models: /nowhere is not a folder"),
         (["demo", "--auth", "reader"], "--auth takes USER:PASSWORD"),

@@ -58,6 +58,9 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "long.txt").write_text("Rope is made of hemp. " * 2000)
     long = (str(folder), "--threads", "1", "--document", str(tmp_path / "long.txt"), "--question", "What?")
     said = refused(*long, capsys=capsys)
+    assert "--question is too long" in refused(
+        str(folder), "--threads", "1", "--question", "rope " * 5000, capsys=capsys
+    )
     assert "long.txt is too long" in said and "than the 2,048 that the scaling of the tour covers" in said
 
 

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from demo_page import TABS, choose, opened
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import ConfigError, RequestError, RopewalkError
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.serving import Address, check_address, launch, serve_demo
@@ -83,22 +83,22 @@ def test_a_taken_port_is_explained(url: str, session: Session) -> None:
     port = int(url.rstrip("/").rpartition(":")[2])
     with pytest.raises(RequestError, match=f"port {port}"):
         launch(build_page(session), Address(port=port))
-    with pytest.raises(RequestError, match=f"--port {port}: Address already in use"):
+    with pytest.raises(ConfigError, match=f"--port {port} cannot be listened on: Address already in use"):
         check_address(Address(port=port))
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        (Address(port=99999), "--port must be from 1 to 65535, got 99999"),
-        (Address(port=0), "--port must be from 1 to 65535, got 0"),
-        (Address(host="no-such-host.invalid"), "served at --host no-such-host.invalid: "),
-        (Address(host="a..b"), "served at --host a..b: "),
+        (Address(port=99999), "--port must be from 0 to 65535, got 99999"),
+        (Address(port=0), "--port must be from 1 on, got 0"),
+        (Address(host="no-such-host.invalid"), "--host no-such-host.invalid --port 0 cannot be listened on: "),
+        (Address(host="a..b"), "--host a..b --port 0 cannot be listened on: "),
         (Address(root_path="ropewalk"), "--root-path must begin with /, such as /ropewalk"),
     ],
 )
 def test_an_address_that_cannot_be_is_told_before_a_model_is_loaded(address: Address, message: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(message)):
+    with pytest.raises(RopewalkError, match=re.escape(message)):
         serve_demo(address, Path("absent"), None, Path("absent"), 1, Owner(), print)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ropewalk.faces.cli.loading import load_without_tokenizer
-from ropewalk.faces.cli.measuring import add_result_arguments, check_results, count, lengths, write_results
+from ropewalk.faces.cli.measuring import add_result_arguments, check_results, count_argument, lengths, write_results
 from ropewalk.faces.cli.options import add_load_arguments, add_model_arguments
 from ropewalk.faces.cli.terminal import note, progress_bar
 
@@ -25,7 +25,7 @@ def add_bench_command(commands: argparse._SubParsersAction) -> None:
         help="of prompts that are read, and decoded after (default: those of "
         f"{','.join(map(str, LENGTHS))} that half of the context holds)",
     )
-    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="measurements (default: %(default)s)")
+    parser.add_argument("--rounds", type=count_argument, default=5, metavar="N", help="of each (default: %(default)s)")
     add_result_arguments(parser, record=False)
     add_load_arguments(parser)
     parser.set_defaults(run=run_bench, adapter=[])

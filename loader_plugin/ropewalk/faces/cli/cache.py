@@ -22,7 +22,7 @@ from ropewalk.faces.cli.options import (
     model_folder,
     size_argument,
 )
-from ropewalk.faces.cli.terminal import note, progress_bar, read_text
+from ropewalk.faces.cli.terminal import check_spares, note, progress_bar, read_text
 
 if TYPE_CHECKING:
     from ropewalk.engine.engine import Engine
@@ -116,8 +116,7 @@ def run_save(args: argparse.Namespace) -> int:
     text = read_text(str(args.file))
     if not text.strip():
         raise RequestError(f"{args.file} holds no text")
-    if args.out.exists() and args.file.exists() and args.out.samefile(args.file):
-        raise RequestError(f"--out {args.out} is the text itself, which would be overwritten: give another file")
+    check_spares("--out", args.out, args.file)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, args.chat_template)

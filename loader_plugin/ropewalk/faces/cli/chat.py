@@ -25,7 +25,7 @@ from ropewalk.faces.cli.rescale import HELP as RESCALE_HELP
 from ropewalk.faces.cli.rescale import parse_rescale
 from ropewalk.faces.cli.sampling_options import sampling_params
 from ropewalk.faces.cli.terminal import note, progress_bar
-from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.sampling import SamplingParams, check_stop_tokens
 
 HELP = (
     "/reset forgets the conversation, /undo the last turn, /save FILE keeps it for chat --cache FILE, /exit (or "
@@ -133,6 +133,7 @@ def chat_loop(args: argparse.Namespace) -> int:
     params, guessing = sampling_params(args, max_new_tokens=REPLY_TOKENS), speculation_options(args)
     shift = shift_option(args)
     model, tokenizer = load(args, to_talk=True)
+    check_stop_tokens(params.stop_token_ids, model.config.vocab_size)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, args.chat_template, context_shift=shift, **guessing)
     conversation = Conversation(engine, params, args.system, adapters)
@@ -141,12 +142,22 @@ def chat_loop(args: argparse.Namespace) -> int:
     if kept is not None:
         conversation.resume(kept_messages(kept, args.cache))
     note(HELP)
+    for line in _lines():
+        if line.strip() == "/exit":
+            break
+        if line.strip():
+            _answer(conversation, line)
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, until the end of input. A person's first Ctrl-C gives up the line and no more."""
     was_interrupted = False
     while True:
         try:
             line = _ask_for_line()
         except EOFError:
-            return 0
+            return
         except UnicodeDecodeError:
             note("that line is not UTF-8 text")
             continue
@@ -157,10 +168,7 @@ def chat_loop(args: argparse.Namespace) -> int:
             note("\nCtrl-C again, /exit or Ctrl-D leaves")
             continue
         was_interrupted = False
-        if line.strip() == "/exit":
-            return 0
-        if line.strip():
-            _answer(conversation, line)
+        yield line
 
 
 def _ask_for_line() -> str:

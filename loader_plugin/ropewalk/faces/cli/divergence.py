@@ -13,7 +13,7 @@ from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
     check_results,
-    count,
+    count_argument,
     measured_text,
     open_model,
     open_record,
@@ -56,11 +56,11 @@ def add_divergence_command(commands: argparse._SubParsersAction) -> None:
         "'compute=exact layer-order=0-4'; model=FOLDER is another model; may be repeated (default: cache types)",
     )
     parser.add_argument(
-        "--length", type=count, metavar="N", help="tokens of a window (default: the context, at most 2048)"
+        "--length", type=count_argument, metavar="N", help="tokens of a window (default: the context, at most 2048)"
     )
     parser.add_argument(
         "--max-tokens",
-        type=count,
+        type=count_argument,
         default=16384,
         metavar="N",
         help="use at most N tokens of the text (default: %(default)s)",

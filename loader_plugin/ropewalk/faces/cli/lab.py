@@ -17,7 +17,7 @@ from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
     check_results,
-    count,
+    count_argument,
     depths,
     lengths,
     measured_text,
@@ -74,7 +74,7 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument(
         "--max-tokens",
-        type=count,
+        type=count_argument,
         default=32768,
         metavar="N",
         help="use at most N tokens of the text (default: %(default)s)",
@@ -93,7 +93,9 @@ def add_lab_commands(commands: argparse._SubParsersAction) -> None:
     )
     retrieval.add_argument("--task", default="keys", metavar="NAME", help=TASK_HELP)
     retrieval.add_argument("--depths", type=depths, default="0,0.25,0.5,0.75,1", metavar="X,X,...", help="0 to 1")
-    retrieval.add_argument("--trials", type=count, default=4, metavar="N", help="of every cell (default: %(default)s)")
+    retrieval.add_argument(
+        "--trials", type=count_argument, default=4, metavar="N", help="of a cell (default: %(default)s)"
+    )
     retrieval.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the keys (default: %(default)s)")
     add_result_arguments(retrieval)
     add_load_arguments(retrieval)
@@ -107,7 +109,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from ropewalk.measure.plots import plot_curves
     from ropewalk.measure.tables import with_error
 
-    _check_scalings(args)
+    _settle_scalings(args)
     check_bin_is_used(args)
     text = measured_text(args)
     check_results(args)
@@ -128,9 +130,11 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_scalings(args: argparse.Namespace) -> None:
-    """Raises:
-    RequestError: options that would have no effect beside each other.
+def _settle_scalings(args: argparse.Namespace) -> None:
+    """Make --scalings what it is by default, if it was not given.
+
+    Raises:
+        RequestError: options that would have no effect beside each other.
     """
     rope = given_rope_options(args)
     scalings = [option for option in rope if option != "--rope-theta"]  # that one goes with any of them

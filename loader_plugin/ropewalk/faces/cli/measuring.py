@@ -13,7 +13,8 @@ from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.adapter_options import adapter_uses
 from ropewalk.faces.cli.loading import load, options_for_adapters
 from ropewalk.faces.cli.options import model_folder
-from ropewalk.faces.cli.terminal import note, read_text
+from ropewalk.faces.cli.terminal import check_spares, note, read_text
+from ropewalk.files.replaced import check_place, check_replaceable
 from ropewalk.rope.spellings import AS_LOADED
 
 if TYPE_CHECKING:
@@ -150,22 +151,21 @@ def check_results(args: argparse.Namespace) -> None:
     for option in ("csv", "plot", "record"):
         path = getattr(args, option, None)
         if path not in (None, STANDARD_OUTPUT):
-            _check_output(f"--{option}", path, getattr(args, "text", None))
+            _check_output(f"--{option}", path, check_replaceable if option == "record" else check_place)
+            check_spares(f"--{option}", path, getattr(args, "text", None))
     if args.plot is not None:
         from ropewalk.measure.plots import check_plottable
 
         check_plottable(args.plot)
 
 
-def _check_output(option: str, path: Path, text: str | None) -> None:
-    if path.is_dir():
-        raise RequestError(f"{option} {path} is a folder: give the file to write")
-    if not path.parent.is_dir():
-        raise RequestError(f"{option} {path}: the folder {path.parent} does not exist")
+def _check_output(option: str, path: Path, check: Callable[[Path], None]) -> None:
+    try:
+        check(path)
+    except OSError as error:
+        raise RequestError(f"{option} {path} cannot be written: {error.strerror}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise RequestError(f"{option} {path}: there is no permission to write it")
-    if text not in (None, "-") and path.exists() and path.samefile(text):
-        raise RequestError(f"{option} {path} is the text itself, which would be overwritten: give another file")
+        raise RequestError(f"{option} {path} cannot be written: there is no permission")
 
 
 def text_after_options(args: argparse.Namespace, rest: list[str]) -> list[str]:
@@ -190,7 +190,7 @@ def lengths(text: str) -> list[int]:
     return found
 
 
-def count(text: str) -> int:
+def count_argument(text: str) -> int:
     """A number of things, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a number of at least 1 is needed, got {text!r:.40}")

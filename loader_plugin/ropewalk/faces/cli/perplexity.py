@@ -13,7 +13,7 @@ from ropewalk.faces.cli.measuring import (
     add_result_arguments,
     add_text_arguments,
     check_results,
-    count,
+    count_argument,
     lengths,
     measured_text,
     open_model,
@@ -39,7 +39,7 @@ def add_perplexity_command(commands: argparse._SubParsersAction) -> None:
     add_text_arguments(parser)
     parser.add_argument("--lengths", type=lengths, default="512,1024,2048", metavar="N,N,...", help="context lengths")
     add_position_arguments(parser)
-    parser.add_argument("--max-tokens", type=count, metavar="N", help="use at most N tokens of the text")
+    parser.add_argument("--max-tokens", type=count_argument, metavar="N", help="use at most N tokens of the text")
     parser.add_argument("--json", action="store_true", help="the table as JSON")
     add_result_arguments(parser)
     add_load_arguments(parser)
@@ -56,7 +56,7 @@ def add_position_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bin",
-        type=count,
+        type=count_argument,
         metavar="N",
         help="positions of a bin, a multiple of 64 (default: a sixteenth of the length)",
     )

@@ -13,7 +13,7 @@ from ropewalk.base.errors import RequestError
 from ropewalk.faces.cli.measuring import (
     HELD_OUT,
     add_text_arguments,
-    count,
+    count_argument,
     lengths,
     measured_text,
     names,
@@ -45,11 +45,13 @@ def add_report_command(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=count,
+        type=count_argument,
         metavar="N",
         help=f"use at most N tokens of the text (default: {MAX_TOKENS}, or the longest of the lengths)",
     )
-    parser.add_argument("--trials", type=count, default=2, metavar="N", help="per cell of a map (default: %(default)s)")
+    parser.add_argument(
+        "--trials", type=count_argument, default=2, metavar="N", help="of a cell (default: %(default)s)"
+    )
     parser.add_argument(
         "--tasks", type=names, default="keys,pairs", metavar="NAME,...", help="of retrieval (default: %(default)s)"
     )

@@ -137,12 +137,14 @@ def app_options(args: argparse.Namespace) -> AppOptions:
 def make_engine(args: argparse.Namespace) -> Engine:
     """The model, loaded, with all that requests need."""
     from ropewalk.engine.engine import Engine
+    from ropewalk.generate.sampling import check_stop_tokens
 
     if args.queue_limit < 0:
         raise RequestError(f"--queue-limit must be at least 0, got {args.queue_limit}")
     guessing, shift = speculation_options(args), shift_option(args)
     are_chosen = bool(args.adapter)  # by clients, one by one; the embedded model's own serves all who choose none
     model, tokenizer = load(args, to_talk=True)
+    check_stop_tokens(args.stop_token_id or (), model.config.vocab_size)  # or no request could be served
     used = load_adapters(args, model)
     if any(weight != 1.0 or instances is not None for _, weight, instances in used):
         raise RequestError("--adapter: serve takes folders alone; clients give weights and instances in a model name")

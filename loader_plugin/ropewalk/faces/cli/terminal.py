@@ -45,6 +45,16 @@ def progress_bar(what: str, unit: str, at_least: int = 0) -> Iterator[Callable[[
             bar.close()
 
 
+def check_spares(option: str, path: Path, text: str | Path | None) -> None:
+    """text: a file that is read ("-" or None: none is), which what is written must not take the place of.
+
+    Raises:
+        RequestError: both are the same file, also by another name.
+    """
+    if text not in (None, "-", Path("-")) and path.exists() and Path(text).exists() and path.samefile(text):
+        raise RequestError(f"{option} {path} is the text itself, which would be overwritten: give another file")
+
+
 def read_text(path: str) -> str:
     """A UTF-8 text file; "-" is standard input.
 

@@ -64,15 +64,16 @@ def run_tour(args: argparse.Namespace) -> int:
     with progress_bar("loading", "layer") as progress:
         model = load_model(folder, options=load_options(args), progress=progress)
     readers = open_readers(tour, folder, model, tokenizer)
+    known = {q.text: q for q in tour.questions} if args.document is None else {}
     try:
         _introduce(tour.title if args.document is None else args.document, document, asked[0], readers)
+        right = [_take(tour, readers, is_scaled, document, asked, known) for is_scaled in (True, False)]
     except ContextLengthError as error:
+        what = "--question" if args.document is None else f"--document {args.document}"
         raise RequestError(
-            f"--document {args.document} is too long: with the question it has more tokens than the "
+            f"{what} is too long: document and question have more tokens than the "
             f"{readers.scaled.engine.context_size:,} that the scaling of the tour covers"
         ) from error
-    known = {q.text: q for q in tour.questions} if args.document is None else {}
-    right = [_take(tour, readers, is_scaled, document, asked, known) for is_scaled in (True, False)]
     _conclude(args, tour, right if set(asked) <= set(known) else None, len(asked))
     return 0
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import uvicorn
 
-from ropewalk.base.errors import ConfigError, RankError
+from ropewalk.base.errors import RankError
+from ropewalk.base.listening import bound_socket
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.server.app import AppOptions, create_app
@@ -18,7 +18,6 @@ from ropewalk.faces.server.hosts import is_loopback
 from ropewalk.faces.server.middleware import access_log
 from ropewalk.faces.server.uvicorn_server import GracefulServer
 
-MAX_PORT = 65535
 KEEP_ALIVE_S = 30  # for connections without a request
 
 
@@ -33,7 +32,7 @@ def serve(
     Raises:
         ConfigError: the address is wrong or taken. Also the errors of `make_engine`.
     """
-    with listen(host, port) as listener:
+    with bound_socket(host, port) as listener:
         engine = make_engine()
         at, port = listener.getsockname()[:2]
         hosts = checked_hosts(options.allowed_hosts, host, at)
@@ -67,21 +66,6 @@ def checked_hosts(allowed: Sequence[str] | None, host: str, address: str) -> tup
     if allowed is None and not is_loopback(address):
         return None
     return (*(allowed or ()), host, address)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """The socket. It is opened before the model is loaded, so that a port in use is reported at once."""
-    if not 0 <= port <= MAX_PORT:
-        raise ConfigError(f"--port must be from 0 to {MAX_PORT}, got {port}")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host such as "a..b"
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {reason}") from error
-    return listener
 
 
 def url_host(host: str) -> str:

@@ -23,7 +23,7 @@ from ropewalk.faces.server.schema import (
 )
 from ropewalk.generate.prompt import checked_prompt
 from ropewalk.generate.routing import AUTO
-from ropewalk.generate.sampling import SamplingParams
+from ropewalk.generate.sampling import SamplingParams, check_stop_tokens
 from ropewalk.generate.scheduler.plan import BATCH, INTERACTIVE
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -163,7 +163,8 @@ class Desk:
         given |= _dry_settings(request)
         if request.logit_bias:
             given["logit_bias"] = self._biases(request.logit_bias)
-        self._check_known(given.get("stop_token_ids", ()))
+        with about("stop_token_ids"):
+            check_stop_tokens(given.get("stop_token_ids", ()), self.engine.model.config.vocab_size)
         return replace(self.defaults, **given, max_new_tokens=max_tokens, logprobs=logprobs)
 
     def _biases(self, given: dict[str, float]) -> dict[int, float]:
@@ -179,13 +180,6 @@ class Desk:
             message = f"logit_bias bans all {size} tokens: leave at least one above {BANNED:g}"
             raise ApiError(400, message, "logit_bias")
         return biases
-
-    def _check_known(self, ids: Sequence[int]) -> None:
-        size = self.engine.model.config.vocab_size
-        for token_id in ids:
-            if token_id >= size:
-                message = f"stop_token_ids: {token_id!r:.40} is not a token id: the model knows 0 to {size - 1}"
-                raise ApiError(400, message, "stop_token_ids")
 
     def _checked(self, ids: list[int]) -> list[int]:
         return checked_prompt(self.engine.model.config.vocab_size, self.engine.context_size, ids)

@@ -41,7 +41,7 @@ def save_cache(
     Raises:
         RequestError: an empty cache, or one of another model or layer order. SavedCacheError: it cannot be written.
     """
-    check_writable(path)
+    _check_path(path)
     texts = dict(about or {})
     if not all(isinstance(item, str) for pair in texts.items() for item in pair):
         raise RequestError(f"about must map texts to texts, got {shown(texts)}")
@@ -77,10 +77,14 @@ def check_writable(path: str | Path) -> None:
     Raises:
         SavedCacheError: the message says why. RequestError: it is no path.
     """
-    if not isinstance(path, (str, Path)) or not str(path):
-        raise RequestError(f"path must be that of a file to write, got {shown(path)}")
+    _check_path(path)
     with _named(path):
         check_replaceable(Path(path))
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise RequestError(f"path must be that of a file to write, got {shown(path)}")
 
 
 @contextmanager
