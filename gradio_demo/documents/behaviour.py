@@ -166,7 +166,21 @@ def sources_of(documents: Sequence[Document], answer: str) -> tuple[Source, ...]
     return tuple(sorted(found, key=lambda source: (source.cited, source.shared), reverse=True))
 
 
-def renamed(document: Document, taken: set[str]) -> Document:
+def with_documents(documents: Sequence[Document], new: Sequence[Document]) -> list[Document]:
+    """The list with more of them at its end; what has a title that is taken gets another one.
+
+    Raises:
+        RequestError: there would be too many.
+    """
+    if len(documents) + len(new) > MAX_DOCUMENTS:
+        raise RequestError(f"at most {MAX_DOCUMENTS} documents can be kept: remove some first")
+    found = list(documents)
+    for document in new:
+        found.append(_renamed(document, {other.title for other in found}))
+    return found
+
+
+def _renamed(document: Document, taken: set[str]) -> Document:
     """Titles tell documents apart in the list."""
     number, title = 2, document.title
     while title in taken:

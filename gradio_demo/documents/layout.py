@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
-from ropewalk.gradio_demo.documents.behaviour import HONESTY, MAX_DOCUMENTS, Document, chosen_documents, renamed
+from ropewalk.gradio_demo.documents.behaviour import HONESTY, Document, chosen_documents, with_documents
 from ropewalk.gradio_demo.documents.pictures import count_line, sources_list
 from ropewalk.gradio_demo.documents.shelf import Shelf
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
@@ -95,28 +95,25 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
     files, clear, add = buttons
 
     def added(documents: list[Document], chosen: list[str], new: list[Document]) -> list[Any]:
-        if len(documents) + len(new) > MAX_DOCUMENTS:
-            return [gr.skip(), gr.skip(), problem(f"at most {MAX_DOCUMENTS} documents can be kept: remove some first")]
-        titles = {document.title for document in documents}
-        for document in new:
-            documents = [*documents, renamed(document, titles)]
-            titles.add(documents[-1].title)
+        documents = with_documents(documents, new)
         names = [document.title for document in documents]
         return [documents, gr.update(choices=names, value=[*chosen, *names[len(names) - len(new) :]]), ""]
 
     def run_files(paths: list[str] | None, documents: list[Document], chosen: list[str]) -> list[Any]:
         try:
-            read = session.documents.read([Path(path) for path in paths or []])
+            found = added(documents, chosen, session.documents.read([Path(path) for path in paths or []]))
         except RopewalkError as error:
             return [gr.skip(), gr.skip(), problem(str(error)), None]
-        return [*added(documents, chosen, read), None]  # the field is emptied, or it would bring these again next time
+        return [*found, None]  # the field is emptied, or it would bring these again next time
 
     def run_add(documents: list[Document], chosen: list[str], title: str, url: str, date: str, text: str) -> list[Any]:
         if not text.strip():
             return [gr.skip(), gr.skip(), problem("there is no text to add yet"), *[gr.skip()] * 4]
         document = Document(title.strip() or f"text {len(documents) + 1}", text, url.strip(), date.strip())
-        is_full = len(documents) >= MAX_DOCUMENTS
-        return [*added(documents, chosen, [document]), *([gr.skip()] if is_full else [""]) * 4]
+        try:
+            return [*added(documents, chosen, [document]), "", "", "", ""]
+        except RopewalkError as error:
+            return [gr.skip(), gr.skip(), problem(str(error)), *[gr.skip()] * 4]
 
     files.upload(run_files, [files, state, listed], [state, listed, message, files], **HIDDEN)
     add.click(run_add, [state, listed, *pasted], [state, listed, message, *pasted], **HIDDEN)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
 from ropewalk.base.memory import format_bytes
-from ropewalk.gradio_demo.documents.behaviour import Document, chosen_documents, renamed
+from ropewalk.gradio_demo.documents.behaviour import Document, chosen_documents, with_documents
 from ropewalk.gradio_demo.documents.kept import KeptDocuments
 from ropewalk.gradio_demo.model_bar.layout import ModelBar
 from ropewalk.gradio_demo.replies.layout import ReplySettings, request_of
@@ -88,13 +88,13 @@ class Shelf:
                 return [gr.skip(), gr.skip(), gr.skip(), ""]
             try:
                 found, wrapped = session.shelf.open(visitor(request), name)
+                documents = with_documents(found, [document for document in documents if document not in found])
             except RopewalkError as error:
                 return [gr.skip(), gr.skip(), gr.skip(), problem(str(error))]
             titles = [document.title for document in found]
-            others = [renamed(document, set(titles)) for document in documents if document not in found]
-            names = [*titles, *(document.title for document in others)]  # kept ones first, as they were read
+            names = [document.title for document in documents]  # kept ones first, as they were read
             line = live_line("on the list, and not read again", False, False)
-            return [[*found, *others], gr.update(choices=names, value=titles), wrapped, line]
+            return [documents, gr.update(choices=names, value=titles), wrapped, line]
 
         def run_forget(name: str | None, request: gr.Request) -> list[Any]:
             if not name:

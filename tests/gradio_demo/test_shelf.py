@@ -8,7 +8,7 @@ import pytest
 
 from demo_session import GREEDY, VISITOR, embedded_session, empty_session
 from ropewalk.base.errors import RequestError
-from ropewalk.gradio_demo.documents.behaviour import Document
+from ropewalk.gradio_demo.documents.behaviour import MAX_DOCUMENTS, Document, with_documents
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.visitors import Visitor
 
@@ -110,3 +110,12 @@ def test_files_of_others_in_the_folder_are_not_offered(tmp_path: Path) -> None:
     session.workbench.require().engine.kept.save_as("mine", "some text that the server kept " * 10)
     (session.shelf.folder.folder / "broken.safetensors").write_bytes(b"x")
     assert session.shelf.list(VISITOR) == []
+
+
+def test_documents_of_one_title_stay_apart_and_a_full_list_refuses_more() -> None:
+    kept, first, second = Document("text 1", "a"), Document("text 1", "b"), Document("text 1 (2)", "c")
+    found = with_documents([kept], [first, second])
+    assert [document.text for document in found] == ["a", "b", "c"]
+    assert len({document.title for document in found}) == 3
+    with pytest.raises(RequestError, match=f"at most {MAX_DOCUMENTS} documents"):
+        with_documents([kept] * MAX_DOCUMENTS, [first])
