@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from container_writer import compressed_config, random_linear
 from gptq_writer import Kind
 from ropewalk.base.errors import CheckpointError, ConfigError, UnsupportedError
+from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.loader import load_model
 from their_folder import save_model
 
@@ -92,6 +93,8 @@ def test_room_for_less_than_one_layer_is_refused(folder: Path) -> None:
     for value in (0, -5, True, "8GiB"):
         with pytest.raises(ConfigError, match="expert_memory must be a positive integer"):
             load_model(folder, expert_memory=value)
+    with pytest.raises(ConfigError, match="this model has no experts"):
+        load_model(demo_model_path(), backend="cpu", expert_memory=1 << 30)
 
 
 def test_a_file_that_changes_while_experts_are_read_from_it_ends_the_call(folder: Path, tmp_path: Path) -> None:

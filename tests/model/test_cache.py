@@ -7,9 +7,11 @@ import threading
 
 import pytest
 
-from ropewalk.base.errors import RequestError
+from ropewalk.base.errors import ConfigError, RequestError
 from ropewalk.config.cache_format import CacheFormat
+from ropewalk.files.embedded import demo_model_path
 from ropewalk.model.cache import Frequencies, KvCache, Origin
+from ropewalk.model.loader import load_model
 
 
 class Owner:
@@ -106,3 +108,9 @@ def test_segments_are_stretches_of_equal_origin_with_a_length_that_covers_them()
     assert cache.segments == [(0, 6, 12)]
     cache.truncate(0)
     assert cache.segments == []
+
+
+@pytest.mark.parametrize("length", [-1, 1.5, True, None, "64"])
+def test_the_memory_of_what_is_no_length_is_not_told(length: object) -> None:
+    with pytest.raises(ConfigError, match="length must be a number of positions, from 0 on"):
+        load_model(demo_model_path(), backend="cpu").cache_bytes(length)

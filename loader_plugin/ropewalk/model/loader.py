@@ -134,6 +134,8 @@ def _load(
 
 def _room_for_experts(folder: Path, plan: LoadPlan, options: LoadOptions) -> ExpertRoom | None:
     if plan.config.mixture is None:
+        if options.expert_memory is not None:
+            raise ConfigError("expert_memory is for mixtures of experts, and this model has no experts: leave it out")
         return None
     with opened(folder, plan.quant) as checkpoint:  # what is wrong with the tensors is told when they are read
         return choose_expert_room(checkpoint, plan, options)

@@ -21,6 +21,7 @@ from ropewalk.adapters.request import Request
 from ropewalk.adapters.sets import AdapterKey, AdapterSets, ModelChange, SavedUse
 from ropewalk.backends.protocol import Backend, PackedLinear
 from ropewalk.base.errors import ConfigError, RequestError
+from ropewalk.base.json import shown
 from ropewalk.config.instances import LayerInstance, instances_of
 from ropewalk.config.layer_order import LayerOrder, choose_layer_order, plain_order
 from ropewalk.config.model import ModelConfig
@@ -219,7 +220,13 @@ class Model(LiveRope):
             )
 
     def cache_bytes(self, length: int) -> int:
-        """Memory of the keys and values of `length` positions, in whole pages, with a recent window if there is one."""
+        """Memory of the keys and values of `length` positions, in whole pages, with a recent window if there is one.
+
+        Raises:
+            ConfigError: not an integer from 0 on.
+        """
+        if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+            raise ConfigError(f"length must be a number of positions, from 0 on, got {shown(length)}")
         return self.store.bytes_of(length)
 
     @property

@@ -121,6 +121,19 @@ def test_a_conversation_goes_on_after_a_saved_system_text(
     assert capsys.readouterr().out == first.out + second.out
 
 
+@pytest.mark.parametrize("module, command", [("main", "generate"), ("chat", "chat")])
+def test_a_file_that_is_no_cache_is_refused_before_the_model_is_loaded(
+    module: str, command: str, folder: Path, text_file: Path, saved: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"ropewalk.faces.cli.{module}.load", lambda *_, **__: pytest.fail("it was loaded"))
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    assert main([command, str(folder), "--cache", str(text_file), *prompt]) == 2
+    assert "is damaged, truncated, or not a safetensors file" in capsys.readouterr().err
+    if command == "chat":
+        assert main([command, str(folder), "--cache", str(saved)]) == 2
+        assert "holds a text and no conversation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

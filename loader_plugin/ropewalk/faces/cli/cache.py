@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,21 @@ def run_show(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_kept(args: argparse.Namespace, is_talk: bool = False) -> None:
+    """Whether --cache names a saved cache, before a model is loaded. is_talk: it has to hold a conversation.
+
+    Raises:
+        SavedCacheError: missing, damaged, or something else. RequestError: no conversation.
+    """
+    from ropewalk.model.saved.read import open_saved
+
+    if args.cache is None:
+        return
+    saved = open_saved(args.cache)
+    if is_talk:
+        kept_messages(saved.description.about, args.cache)
+
+
 def load_kept(engine: Engine, args: argparse.Namespace) -> Kept | None:
     """The file of --cache, in memory, with a line about it on stderr; None without the option."""
     if args.cache is None:
@@ -178,14 +193,14 @@ def conversation_opening(engine: Engine, messages: Sequence[Message]) -> list[in
     return opening(asked("A"), asked("Z"))
 
 
-def kept_messages(kept: Kept, path: Path) -> list[dict[str, str]]:
-    """The conversation that a file holds.
+def kept_messages(about: Mapping[str, str], path: Path) -> list[dict[str, str]]:
+    """The conversation that a file holds. about: what was saved with it.
 
     Raises:
         RequestError: it holds none.
     """
     try:
-        messages = json.loads(kept.about[MESSAGES])
+        messages = json.loads(about[MESSAGES])
         if all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
             return messages
     except (KeyError, TypeError, ValueError):

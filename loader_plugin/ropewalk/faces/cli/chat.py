@@ -18,7 +18,7 @@ from ropewalk.base.home import home_expanded
 from ropewalk.base.memory import format_bytes
 from ropewalk.engine.engine import Engine
 from ropewalk.faces.cli.adapter_options import load_adapters
-from ropewalk.faces.cli.cache import MESSAGES, conversation_opening, kept_messages, load_kept
+from ropewalk.faces.cli.cache import MESSAGES, check_kept, conversation_opening, kept_messages, load_kept
 from ropewalk.faces.cli.loading import load
 from ropewalk.faces.cli.options import shift_option, speculation_options
 from ropewalk.faces.cli.rescale import HELP as RESCALE_HELP
@@ -130,6 +130,7 @@ def chat_loop(args: argparse.Namespace) -> int:
         import readline  # noqa: F401  (line editing in input(); Windows has none)
     if args.cache is not None and args.system is not None:
         raise RequestError("--cache and --system cannot be used together: the file has its own system text")
+    check_kept(args, is_talk=True)
     params, guessing = sampling_params(args, max_new_tokens=REPLY_TOKENS), speculation_options(args)
     shift = shift_option(args)
     model, tokenizer = load(args, to_talk=True)
@@ -140,7 +141,7 @@ def chat_loop(args: argparse.Namespace) -> int:
     _ = engine.chat_template  # a broken or missing template is better reported before the first question
     kept = load_kept(engine, args)
     if kept is not None:
-        conversation.resume(kept_messages(kept, args.cache))
+        conversation.resume(kept_messages(kept.about, args.cache))
     note(HELP)
     for line in _lines():
         if line.strip() == "/exit":

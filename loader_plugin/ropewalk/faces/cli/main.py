@@ -18,7 +18,7 @@ from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.base.memory import format_bytes
 from ropewalk.faces.cli.adapter_options import add_adapter_arguments, load_adapters
 from ropewalk.faces.cli.bench import add_bench_command
-from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, load_kept, prompt_after
+from ropewalk.faces.cli.cache import add_cache_argument, add_cache_command, check_kept, load_kept, prompt_after
 from ropewalk.faces.cli.demo import add_demo_command
 from ropewalk.faces.cli.divergence import add_divergence_command
 from ropewalk.faces.cli.gpu import add_gpu_command
@@ -103,6 +103,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     params = sampling_params(args, max_new_tokens=GENERATE_TOKENS)
     prompt, guessing = _prompt(args), speculation_options(args)
+    check_kept(args)
     model, tokenizer = load(args, to_talk=True)
     adapters = load_adapters(args, model)
     engine = Engine(model, tokenizer, **guessing)
