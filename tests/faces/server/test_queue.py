@@ -77,6 +77,11 @@ def complete(server: RunningServer, **settings) -> httpx.Response:
     return server.post(COMPLETE, {"prompt": "rope", "max_tokens": 4} | REST | settings)
 
 
+def begun(model: GatedModel, prompts: dict[str, list[int]]) -> list[str]:
+    """Whose prompts were read, in order (replies may arrive in another). A repeated one computes its last token alone."""
+    return [name for ids in model.calls for name, prompt in prompts.items() if ids in (prompt, prompt[-1:])]
+
+
 def busy(server: RunningServer) -> tuple[int, int]:
     queue = server.service.engine.queue
     return queue.num_running, queue.num_waiting
@@ -253,19 +258,15 @@ def test_many_clients_of_two_caches_get_what_they_get_alone(tokenizer: Tokenizer
 
 @pytest.mark.parametrize("field", [{"priority": "batch"}, {"priority": 5}, {"service_tier": "flex"}])
 def test_a_request_that_can_wait_goes_after_those_that_cannot(server, model: GatedModel, field: dict) -> None:
-    order: list[str] = []
-
-    def ask(name: str, **fields) -> None:
-        complete(server, **fields)
-        order.append(name)
-
+    requests = {"first": {}, "batch": field, "interactive": {"priority": -1}}
+    prompts = {name: [5 + 4 * n + i for i in range(4)] for n, name in enumerate(requests)}
     model.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        for number, (name, fields) in enumerate([("first", {}), ("batch", field), ("interactive", {"priority": -1})]):
-            pool.submit(ask, name, **fields)
+        for number, (name, fields) in enumerate(requests.items()):
+            pool.submit(complete, server, prompt=prompts[name], **fields)
             until(lambda number=number: sum(busy(server)) == number + 1)
         model.gate.set()
-    assert order == ["first", "interactive", "batch"]
+    assert begun(model, prompts) == ["first", "interactive", "batch"]
 
 
 def test_clients_take_turns_by_their_keys(tokenizer: Tokenizer, model: GatedModel) -> None:
@@ -282,9 +283,7 @@ def test_clients_take_turns_by_their_keys(tokenizer: Tokenizer, model: GatedMode
             pool.submit(ask, key)
             until(lambda number=number: busy(server)[0] + busy(server)[1] == number + 1)
         model.gate.set()
-    # Replies may arrive in another order than they were begun in. A repeated prompt computes its last token alone.
-    begun = [key for ids in model.calls for key, prompt in prompts.items() if ids in (prompt, prompt[-1:])]
-    assert "".join(begun) == "abaaa"
+    assert begun(model, prompts) == list("abaaa")
 
 
 def test_metrics_tell_of_steps_pages_and_guesses(tokenizer: Tokenizer) -> None:
