@@ -9,12 +9,14 @@ moment leaves either the old or the new conversation, never part of one.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +30,7 @@ MAX_TITLE = 48
 MAX_FILE_BYTES = 16 * 2**20
 UNTITLED = "New conversation"
 _ID = re.compile(r"[0-9a-f]{32}")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,37 +120,65 @@ class ConversationStore:
         self._root = root / "conversations"
 
     def save(self, person: str, conversation: Conversation) -> None:
-        """Write a conversation, and remember it as the one that is open."""
-        folder = self._folder(person)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _replace_file(folder / f"{conversation.id}.json", conversation.to_json())
-        self.set_current(person, conversation.id)
-
-    def load(self, person: str, conversation_id: str) -> Conversation:
-        """Read one back.
+        """Write a conversation, and remember it as the one that is open. One without turns has no file.
 
         Raises:
-            RequestError: no conversation has that id, or its file is damaged.
+            RequestError: it cannot be written.
+        """
+        path = self._path(person, conversation.id)
+        with _told("saved"):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if conversation.turns:
+                _replace_file(path, conversation.to_json())
+            else:
+                path.unlink(missing_ok=True)
+        self.set_current(person, conversation.id)
+
+    def find(self, person: str, conversation_id: str) -> Conversation | None:
+        """Read one back; None if there is none of that id.
+
+        Raises:
+            RequestError: no id, or the file is damaged.
         """
         path = self._path(person, conversation_id)
-        try:
-            return read_conversation(path.read_text(encoding="utf-8"), path.name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"the conversation {conversation_id} cannot be read: {error}") from error
+        with _told("read"):
+            try:
+                return read_conversation(path.read_text(encoding="utf-8"), path.name)
+            except FileNotFoundError:
+                return None
+            except UnicodeDecodeError as error:
+                raise RequestError(f"{path.name} is damaged: {error}") from error
+
+    def load(self, person: str, conversation_id: str) -> Conversation:
+        """As `find`.
+
+        Raises:
+            RequestError: as there, and where there is none.
+        """
+        found = self.find(person, conversation_id)
+        if found is None:
+            raise RequestError("this conversation is not there any more: it was deleted in another tab")
+        return found
 
     def delete(self, person: str, conversation_id: str) -> None:
-        """Delete one; nothing happens if there is none."""
-        self._path(person, conversation_id).unlink(missing_ok=True)
+        """Delete one; nothing happens if there is none.
+
+        Raises:
+            RequestError: it cannot be deleted.
+        """
+        with _told("deleted"):
+            self._path(person, conversation_id).unlink(missing_ok=True)
 
     def list(self, person: str) -> list[Conversation]:
-        """All that can be read, the most recently used first. Damaged files are left alone and not listed."""
+        """All that can be read and are not empty, the most recently used first. Damaged files are left alone."""
         found = []
         for path in self._folder(person).glob("*.json"):
             try:
                 found.append(self.load(person, path.stem))
             except RequestError:
                 continue
-        return sorted(found, key=lambda conversation: conversation.updated, reverse=True)
+        kept = [conversation for conversation in found if conversation.turns]
+        return sorted(kept, key=lambda conversation: conversation.updated, reverse=True)
 
     def current(self, person: str) -> Conversation:
         """The conversation that was open last, or a new one."""
@@ -157,10 +188,15 @@ class ConversationStore:
             return Conversation()
 
     def set_current(self, person: str, conversation_id: str) -> None:
-        """Remember which conversation is open; "" or an unsaved one means a new one."""
+        """Remember which conversation is open; "" or an unsaved one means a new one.
+
+        Raises:
+            RequestError: it cannot be written.
+        """
         folder = self._folder(person)
-        if folder.is_dir():
-            _replace_file(folder / "current", conversation_id)
+        with _told("saved"):
+            if folder.is_dir():
+                _replace_file(folder / "current", conversation_id)
 
     def _folder(self, person: str) -> Path:
         return self._root / sha256(person.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -169,6 +205,16 @@ class ConversationStore:
         if not _is_id(conversation_id):
             raise RequestError(f"{_shown(conversation_id)} is not the id of a conversation")
         return self._folder(person) / f"{conversation_id}.json"
+
+
+@contextmanager
+def _told(done: str) -> Iterator[None]:
+    """Says what the disk refuses; where that lies is for the log, not for everybody who opens the page."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("a conversation cannot be %s: %s", done, error)
+        raise RequestError(f"the conversation cannot be {done}: {error.strerror}") from error
 
 
 def _replace_file(path: Path, text: str) -> None:

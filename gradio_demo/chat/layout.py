@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ropewalk.base.errors import RopewalkError
+from ropewalk.gradio_demo.chat.answering import BusyError
 from ropewalk.gradio_demo.chat.behaviour import messages_of
 from ropewalk.gradio_demo.chat.controls import (
     ConversationControls,
@@ -25,7 +26,7 @@ from ropewalk.gradio_demo.replies.pictures import context_meter
 from ropewalk.gradio_demo.replies.status import Meter
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.events import HIDDEN, Filling, answer_of, visitor
-from ropewalk.gradio_demo.shared.pictures import live_line
+from ropewalk.gradio_demo.shared.pictures import is_problem, live_line
 
 PLACEHOLDER = """### Ask something
 The embedded model answers questions about a text: paste one, leave a line empty, and ask about it.
@@ -87,6 +88,8 @@ def build_chat(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
     _connect_files(session, state, conversations, [*views, settings.system, settings.template])
     _connect_reload(session, views, settings, page)
     settings.connect(session, bar, chatbot)
+    # Most problems are about the model that was loaded, or that none was.
+    bar.changed.change(lambda shown: "" if is_problem(shown or "") else gr.skip(), line, line, **HIDDEN)
 
 
 def _connect_replies(
@@ -135,7 +138,10 @@ def _connect_replies(
             yield shown
 
     def run_undo(conversation: Conversation, request: gr.Request) -> list[Any]:
-        before, text = chats.undo(visitor(request), conversation)
+        try:
+            before, text = chats.undo(visitor(request), conversation)
+        except RopewalkError as error:
+            return [*_failed(session, request, error, conversation, views), gr.skip()]
         return [before, messages_of(before), live_line("", False, False), "", _list(session, request, before), text]
 
     def run_stop(request: gr.Request) -> None:
@@ -157,14 +163,17 @@ def _connect_conversations(
     """Pick, begin and delete."""
     chats = session.chats
 
-    def run_open(conversation_id: str, request: gr.Request) -> list[Any]:
+    def run_open(conversation_id: str, conversation: Conversation, request: gr.Request) -> list[Any]:
         try:
             return _opened(session, request, chats.open(visitor(request), conversation_id))
         except RopewalkError as error:
-            return _failed(error, views)
+            return _failed(session, request, error, conversation, views)
 
-    def run_new(request: gr.Request) -> list[Any]:
-        return _opened(session, request, chats.new(visitor(request)))
+    def run_new(conversation: Conversation, request: gr.Request) -> list[Any]:
+        try:
+            return _opened(session, request, chats.new(visitor(request)))
+        except RopewalkError as error:
+            return _failed(session, request, error, conversation, views)
 
     def run_question(conversation: Conversation) -> list[Any]:
         if not conversation.turns:
@@ -172,12 +181,16 @@ def _connect_conversations(
         return [conversation, gr.update(visible=True), deletion_question(conversation.title), gr.skip()]
 
     def run_delete(doomed: Conversation | None, conversation: Conversation, request: gr.Request) -> list[Any]:
-        shown = conversation if doomed is None else chats.delete(visitor(request), doomed, conversation)
-        return [None, gr.update(visible=False), *_opened(session, request, shown)]
+        closed = [None, gr.update(visible=False)]
+        try:
+            shown = conversation if doomed is None else chats.delete(visitor(request), doomed, conversation)
+        except RopewalkError as error:
+            return [*closed, *_failed(session, request, error, conversation, views)]
+        return [*closed, *_opened(session, request, shown)]
 
     line, asked = views[2], [conversations.doomed, conversations.question]
-    conversations.chosen.input(run_open, conversations.chosen, views, **HIDDEN)
-    conversations.new.click(run_new, None, views, **HIDDEN)
+    conversations.chosen.input(run_open, [conversations.chosen, state], views, **HIDDEN)
+    conversations.new.click(run_new, state, views, **HIDDEN)
     conversations.delete.click(run_question, state, [*asked, conversations.asked, line], **HIDDEN)
     conversations.confirm.click(run_delete, [conversations.doomed, state], [*asked, *views], **HIDDEN)
     conversations.keep.click(lambda: [None, gr.update(visible=False)], None, asked, **HIDDEN)
@@ -197,17 +210,17 @@ def _connect_files(
             raise gr.Error(str(error), print_exception=False) from error
         return {"name": name, "text": text}
 
-    def run_import(path: str, request: gr.Request) -> list[Any]:
+    def run_import(path: str, conversation: Conversation, request: gr.Request) -> list[Any]:
         try:
             file = session.workbench.access.check_upload(Path(path))
             return _opened(session, request, chats.import_file(visitor(request), file))
         except RopewalkError as error:
-            return _failed(error, views)
+            return _failed(session, request, error, conversation, views)
 
     conversations.export.click(run_export, state, exported, **HIDDEN).success(
         None, exported, None, js=DOWNLOAD, **HIDDEN
     )
-    conversations.import_.upload(run_import, conversations.import_, views, **HIDDEN)
+    conversations.import_.upload(run_import, [conversations.import_, state], views, **HIDDEN)
 
 
 def _connect_reload(
@@ -232,8 +245,20 @@ def _opened(session: Session, request: gr.Request, conversation: Conversation) -
     return [*shown, conversation.system, template_choices(session, conversation.template)]
 
 
-def _failed(error: RopewalkError, views: list[gr.components.Component]) -> list[Any]:
-    return [gr.skip(), gr.skip(), live_line(str(error), False, True), *[gr.skip()] * (len(views) - 3)]
+def _failed(
+    session: Session,
+    request: gr.Request,
+    error: RopewalkError,
+    conversation: Conversation,
+    views: list[gr.components.Component],
+) -> list[Any]:
+    """Everything as it was; why, under the conversation, or above the page while a reply has that line."""
+    line = live_line(str(error), False, True)
+    if isinstance(error, BusyError):
+        gr.Warning(str(error), title="Not now")
+        line = gr.skip()
+    listed = _list(session, request, conversation)
+    return [gr.skip(), gr.skip(), line, gr.skip(), listed, *[gr.skip()] * (len(views) - 5)]
 
 
 def _shown(view: ChatView) -> list[Any]:

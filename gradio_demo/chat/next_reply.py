@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ropewalk.base.errors import RequestError
-from ropewalk.engine.shorten import limit_of_strides
+from ropewalk.engine.shorten import first_that_fits, limit_of_strides
 from ropewalk.generate.context_shift import SINKS
 from ropewalk.generate.sampling import SamplingParams
 from ropewalk.gradio_demo.chat.conversations import Conversation, Turn
@@ -59,20 +59,23 @@ def fitting_prompt(
     Raises:
         RequestError: it is longer and may not be shortened, or no question would be left.
     """
-    turns, dropped = conversation.turns, 0
-    most = limit
-    while True:
-        ids = prompt_ids(tokenizer, template, replace(conversation, turns=turns).messages)
-        if len(ids) <= limit:
-            return ids, dropped
-        if overflow == SHIFT and not dropped:
-            limit = limit_of_strides(most, len(ids))
-        keep = next((i for i, turn in enumerate(turns[1:], 1) if turn.role == "user"), None)
-        if overflow == STOP or keep is None:
-            if len(ids) <= most:
-                return ids, dropped
-            raise RequestError(_too_long(len(ids), most, overflow))
-        turns, dropped = turns[keep:], dropped + keep
+
+    def prompt(start: int) -> list[int]:
+        shorter = replace(conversation, turns=conversation.turns[start:])
+        return prompt_ids(tokenizer, template, shorter.messages)
+
+    ids = prompt(0)
+    if len(ids) <= limit:
+        return ids, 0
+    starts = [number for number, turn in enumerate(conversation.turns) if number and turn.role == "user"]
+    if overflow == STOP or not starts:
+        raise RequestError(_too_long(len(ids), limit, overflow))
+    wanted = limit_of_strides(limit, len(ids)) if overflow == SHIFT else limit
+    start = first_that_fits(starts, lambda start: len(prompt(start)) <= wanted)
+    ids = prompt(start)
+    if len(ids) > limit:
+        raise RequestError(_too_long(len(ids), limit, overflow))
+    return ids, start
 
 
 def follow_chat(reply: Reply, dropped: int, conversation: Conversation, size: int) -> Iterator[ChatView]:

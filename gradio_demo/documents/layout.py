@@ -79,7 +79,6 @@ def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
     asking = [state, listed, question, honest, template, *settings.inputs(bar)]
     _connect_list(session, state, listed, message, (files, clear, add), (title, url, date, text))
     shelf.connect(bar, page, state, listed, template, settings)
-    _connect_asking(session, asking, count, (answer, line, meter, sources), ask, stop)
 
     def run_model() -> list[Any]:
         loaded = session.workbench.loaded
@@ -88,7 +87,8 @@ def build_documents(session: Session, bar: ModelBar, page: gr.Blocks) -> None:
         names, suitable = template_names(loaded.tokenizer), closed_context_template(loaded.tokenizer)
         return [gr.update(choices=names, value=suitable), not loaded.is_embedded]  # which knows no such sentence
 
-    bar.changed.change(run_model, None, [template, honest], **HIDDEN)
+    renewed = bar.changed.change(run_model, None, [template, honest], **HIDDEN)
+    _connect_asking(session, renewed, asking, count, (answer, line, meter, sources), ask, stop)
 
 
 def _connect_list(session: Session, state: Any, listed: Any, message: Any, buttons: Any, pasted: Any) -> None:
@@ -120,7 +120,9 @@ def _connect_list(session: Session, state: Any, listed: Any, message: Any, butto
     clear.click(lambda: [[], gr.update(choices=[], value=[]), ""], None, [state, listed, message], **HIDDEN)
 
 
-def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any, ask: Any, stop: Any) -> None:
+def _connect_asking(
+    session: Session, renewed: Any, asking: list[Any], count: Any, shown: Any, ask: Any, stop: Any
+) -> None:
     def run_count(
         documents: list[Document], chosen: list[str], question: str, honest: bool, template: str, *values: Any
     ) -> str:
@@ -157,7 +159,8 @@ def _connect_asking(session: Session, asking: list[Any], count: Any, shown: Any,
         session.running.stop(visitor(request).tab)
 
     state, listed, question, honest, template, *settings = asking
-    for event in (listed.change, question.blur, honest.change, template.change, settings[2].release):
+    # Not any change of the template: while another model brings its own, the old one is sent, which it may not have.
+    for event in (listed.change, question.blur, honest.input, template.input, settings[2].release, renewed.then):
         event(run_count, asking, count, **HIDDEN)
     ask.click(run_ask, asking, list(shown), api_name="ask_documents", show_progress="hidden", concurrency_limit=None)
     stop.click(run_stop, None, None, **HIDDEN)

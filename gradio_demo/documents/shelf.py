@@ -114,10 +114,15 @@ class Shelf:
             return [choices, gr.update(open=bool(choices["choices"]))]  # what is kept is offered to who comes back
 
         page.load(run_page, None, [self.kept, self.box], **HIDDEN)
-        bar.changed.change(self._choices, None, self.kept, **HIDDEN)
+
+        def run_other_model(chosen: str | None, request: gr.Request) -> Any:
+            return self._choices(request, chosen)  # what is kept fits one model in one order
+
+        for event in (bar.changed.change, bar.order.change):
+            event(run_other_model, self.kept, self.kept, **HIDDEN)
 
     def _choices(self, request: gr.Request, name: str | None = None) -> Any:
-        """What the visitor can choose now; `name` is chosen."""
+        """What the visitor can choose now; `name` is chosen, if it is among that."""
         try:
             entries = self._session.shelf.list(visitor(request))
         except RopewalkError as error:
@@ -126,7 +131,7 @@ class Shelf:
         others = len(entries) - len(usable)
         more = f" {others} more were kept with another model or other settings." if others else ""
         info = f"Choosing puts them on the list, ticked.{more}"
-        return gr.update(choices=usable, value=name, info=info)
+        return gr.update(choices=usable, value=name if name in dict(usable).values() else None, info=info)
 
 
 def _short(folder: Path) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Workbench:
         self._loaded: Loaded | None = None
         self._generation = 0
         self._loading = threading.Lock()
+        self._placing = threading.Lock()
 
     @property
     def generation(self) -> int:
@@ -125,9 +127,7 @@ class Workbench:
             FieldError: names the field that is wrong, or the folder if memory is too small. RequestError: someone else
                 is loading.
         """
-        if not self._loading.acquire(blocking=False):
-            raise RequestError("another model is being loaded at this moment: wait until it is ready")
-        try:
+        with self._alone():
             folder, settings, options = self._options(name, values, fetch=True)
             info = self._info(folder, options)
             self._check_memory(info, options)
@@ -136,17 +136,13 @@ class Workbench:
             engine = self._engine(model, tokenizer, settings.speculation, draft)
             loaded = Loaded(self._shown_name(name), folder, settings, info, model, tokenizer, engine)
             self.use_adapters(loaded, self.suggested_adapters(loaded))  # kept documents were read with them
-            self._generation += 1
-            self._loaded = loaded
-        finally:
-            self._loading.release()
+            self._put(loaded)
         gc.collect()  # the old model's memory goes back now, not at some later request
         return loaded
 
     def unload(self) -> None:
         """Free the model; nothing happens if there is none."""
-        self._loaded = None
-        self._generation += 1
+        self._put(None)
         gc.collect()
 
     def set_layer_order(self, order: LayerOrder) -> None:
@@ -165,23 +161,22 @@ class Workbench:
         mode: "rotate" or "recompute", as for `Engine.rescale`.
 
         Raises:
-            RequestError: no model, or a running reply is too long. FieldError: names the field that is wrong.
+            RequestError: no model, a running reply is too long, or someone is loading or has unloaded it meanwhile.
+                FieldError: names the field that is wrong.
         """
-        loaded = self.require()
         settings = read_settings(values)
-        try:
-            arguments = rescale_arguments(settings, checkpoint_settings(loaded.folder))
-            loaded.engine.rescale(mode=mode, **arguments)
-        except FieldError:
-            raise
-        except RopewalkError as error:
-            raise _of_field(error) from error
-        rope, now = loaded.model.rope, {name: getattr(settings, name) for name in RESCALED}
-        about = {"rope": rope.describe(), "rope_decided_by": rope.decided_by, "rope_covers": rope.covers}
-        info = replace(loaded.info, max_seq_len=loaded.model.max_seq_len, **about)
-        self._generation += 1
-        self._loaded = replace(loaded, settings=replace(loaded.settings, **now), info=info)
-        return self._loaded
+        with self._alone():
+            loaded = self.require()
+            try:
+                arguments = rescale_arguments(settings, checkpoint_settings(loaded.folder))
+                loaded.engine.rescale(mode=mode, **arguments)
+            except FieldError:
+                raise
+            except RopewalkError as error:
+                raise _of_field(error) from error
+            rescaled = _rescaled(loaded, settings)
+            self._put(rescaled, instead_of=loaded)
+        return rescaled
 
     def adapters(self, loaded: Loaded) -> list[str]:
         """The LoRAs that can be used with a model."""
@@ -211,6 +206,24 @@ class Workbench:
                     if name not in loaded.model.adapters:  # somebody else may have wanted it meanwhile
                         loaded.model.load_adapter(folders[name], name)
         return wanted
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One model is loaded or rescaled at a time."""
+        if not self._loading.acquire(blocking=False):
+            raise RequestError("another model is being loaded at this moment: wait until it is ready")
+        try:
+            yield
+        finally:
+            self._loading.release()
+
+    def _put(self, loaded: Loaded | None, instead_of: Loaded | None = None) -> None:
+        """New requests get it from now on. instead_of: only while this is the model that they get."""
+        with self._placing:
+            if instead_of is not None and self._loaded is not instead_of:
+                raise RequestError("the model was unloaded meanwhile")
+            self._generation += 1
+            self._loaded = loaded
 
     def _engine(self, model: Model, tokenizer: Tokenizer, speculation: str, draft: Path | None) -> Engine:
         kind = None if speculation == SPECULATION.default else speculation
@@ -290,6 +303,14 @@ def _read(folder: Path, options: LoadOptions, progress: Progress | None) -> tupl
         return load_model(folder, options=options, progress=progress), tokenizer
     except RopewalkError as error:
         raise _of_field(error) from error
+
+
+def _rescaled(loaded: Loaded, settings: LoadSettings) -> Loaded:
+    """What is loaded, as it is called after its RoPE has changed."""
+    rope, now = loaded.model.rope, {name: getattr(settings, name) for name in RESCALED}
+    about = {"rope": rope.describe(), "rope_decided_by": rope.decided_by, "rope_covers": rope.covers}
+    info = replace(loaded.info, max_seq_len=loaded.model.max_seq_len, **about)
+    return replace(loaded, settings=replace(loaded.settings, **now), info=info)
 
 
 def _of_field(error: RopewalkError) -> FieldError:

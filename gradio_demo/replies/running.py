@@ -9,6 +9,8 @@ from typing import Protocol
 
 from ropewalk.base.errors import RequestError
 
+PATIENCE_S = 10.0
+
 
 class Cancellable(Protocol):
     """A reply or a measurement."""
@@ -20,7 +22,7 @@ class Running:
     """Safe to use from many threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._by_tab: dict[str, Cancellable] = {}
 
     def __len__(self) -> int:
@@ -33,20 +35,27 @@ class Running:
         Raises:
             RequestError: the tab is already doing something else.
         """
-        with self._lock:
+        with self._changed:
             if tab in self._by_tab:
                 raise RequestError("this page is still busy with a reply: stop it first")
             self._by_tab[tab] = work
         try:
             yield
         finally:
-            with self._lock:
+            with self._changed:
                 self._by_tab.pop(tab, None)
+                self._changed.notify_all()
 
     def stop(self, tab: str) -> bool:
         """End what this tab is doing; False if it is doing nothing."""
-        with self._lock:
+        with self._changed:
             work = self._by_tab.get(tab)
         if work is not None:
             work.cancel()
         return work is not None
+
+    def end(self, tab: str) -> None:
+        """As `stop`, and wait until it has ended: the tab is free for something else, unless it takes very long."""
+        self.stop(tab)
+        with self._changed:
+            self._changed.wait_for(lambda: tab not in self._by_tab, PATIENCE_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -65,6 +66,7 @@ class Tours:
         self._workbench = workbench
         self._running = running
         self._lock = threading.Lock()
+        self._asking: set[str] = set()  # tabs
         self._opened: WeakKeyDictionary[Model, OpenTour | None] = WeakKeyDictionary()  # for as long as it is loaded
 
     def current(self) -> OpenTour | None:
@@ -82,7 +84,7 @@ class Tours:
             return self._opened[loaded.model]
 
     def ask(self, visitor: Visitor, question: str, is_scaled: bool) -> Iterator[AnswerView]:
-        """The answer to a question about the document, view by view."""
+        """The answer to a question about the document, view by view; no more of them once it has been ended."""
         try:
             opened = self.current()
             if opened is None:
@@ -92,8 +94,10 @@ class Tours:
             reader = opened.readers.reader(is_scaled)
             ids = reader.prompt_ids(opened.tour.document, question)
             reply = start_reply(reader.engine, ids, reader.params, reader.adapters or (), visitor.person)
-            with self._running.hold(visitor.tab, reply):
+            with self._running.hold(visitor.tab, reply), self._noted(visitor.tab):
                 for snapshot in reply.follow():
+                    if visitor.tab not in self._asking:
+                        return
                     text, line = snapshot.text.strip(), describe(snapshot)
                     if snapshot.phase != DONE or snapshot.error is not None:
                         yield AnswerView(text, line, snapshot.phase != DONE, error=snapshot.error is not None)
@@ -106,6 +110,20 @@ class Tours:
                         yield AnswerView(text, line, False, verdict, asked.answer, asked.passage, reason)
         except RopewalkError as error:
             yield AnswerView("", str(error), False, error=True)
+
+    def end(self, visitor: Visitor) -> None:
+        """End the answer that is being written in this tab, if there is one."""
+        if visitor.tab in self._asking:
+            self._asking.discard(visitor.tab)
+            self._running.end(visitor.tab)
+
+    @contextmanager
+    def _noted(self, tab: str) -> Iterator[None]:
+        self._asking.add(tab)
+        try:
+            yield
+        finally:
+            self._asking.discard(tab)
 
 
 def _open(loaded: Loaded) -> OpenTour | None:

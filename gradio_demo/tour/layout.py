@@ -72,7 +72,8 @@ def _connect_asking(
             yield [document, answer_picture(question, view), said, why_line(view.why), question]
 
     def run_switch(question: str, is_scaled: bool, request: gr.Request) -> Iterator[list[Any]]:
-        """The question that was asked last is asked again."""
+        """The question that was asked last is asked again, also while it is being answered."""
+        session.tours.end(visitor(request))
         if question:
             yield from run_ask(question, is_scaled, request)
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,26 @@ from ropewalk.engine.work import Work
 
 PATIENCE_S = 60
 LOOK_S = 0.01
+LEAVING = """
+from ropewalk import SamplingParams
+from ropewalk.engine.engine import Engine
+from ropewalk.engine.work import Work
+from ropewalk.files.embedded import demo_model_path
+from ropewalk.model.loader import load_model
+from ropewalk.text.tokenizer.load import load_tokenizer
+
+def write(work):
+    params = SamplingParams(temperature=0.0, max_new_tokens=400, ignore_eos=True)
+    for _ in engine.stream("def f():", params, cancelled=work.is_cancelled):
+        work.changed()
+
+engine = Engine(load_model(demo_model_path()), load_tokenizer(demo_model_path()))
+work = Work(write)
+looks = work.follow(lambda is_over: is_over, 0.01)
+next(looks)
+work._news.wait()
+print("begun")
+"""
 
 
 def test_a_follower_sees_the_progress_and_at_last_the_result() -> None:
@@ -94,3 +116,8 @@ def test_an_event_loop_is_woken_by_changes_of_work_in_a_thread_of_a_pool() -> No
         return [work.done_of]
 
     assert asyncio.run(serve()) == [(3, 3)]
+
+
+def test_a_process_that_ends_while_work_is_in_the_core_ends_well() -> None:
+    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "begun\n")

@@ -54,7 +54,7 @@ def test_the_adapters_are_small_and_note_their_rope() -> None:
 @pytest.mark.parametrize("adapter", NOTED)
 def test_with_an_adapter_it_answers_about_texts_of_several_times_its_context(adapter: str) -> None:
     length = EXTENDED * int(adapter.rsplit("-", 1)[-1]) // 4
-    plain = evaluate.Setting(FOLDER, (length,), side="names", documents=15, threads=1)
+    plain = evaluate.Setting(FOLDER, (length,), side="names", documents=6, threads=1)
     shares = [
         evaluate.summary(evaluate.evaluate(setting))[str(length)]["answered"]["share"]
         for setting in (plain, replace(plain, adapter=FOLDER / "adapters" / adapter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,13 +13,24 @@ import pytest
 
 from demo_session import GREEDY, VISITOR, asked, embedded_length, embedded_session, empty_session
 from fixtures import REPOSITORY
+from ropewalk.base.errors import RequestError
 from ropewalk.generate.sampling import SamplingParams
-from ropewalk.gradio_demo.chat.conversations import Conversation
+from ropewalk.gradio_demo.chat import next_reply
+from ropewalk.gradio_demo.chat.answering import BusyError
+from ropewalk.gradio_demo.chat.conversations import Conversation, Turn
+from ropewalk.gradio_demo.chat.next_reply import fitting_prompt
 from ropewalk.gradio_demo.replies.request import DROP, STOP, ReplyRequest
-from ropewalk.gradio_demo.replies.templates import FROM_CHECKPOINT, PLAIN, template_names
+from ropewalk.gradio_demo.replies.templates import (
+    FROM_CHECKPOINT,
+    PLAIN,
+    chat_template,
+    prompt_ids,
+    template_names,
+)
 from ropewalk.gradio_demo.session import Session
 from ropewalk.gradio_demo.shared.visitors import Visitor
 
+OTHER_TAB = Visitor(VISITOR.person, "another tab")
 ASKING = """
 import sys
 from pathlib import Path
@@ -107,7 +119,8 @@ def test_a_reply_that_nobody_looks_at_any_more_ends_and_is_saved(shared: Session
 
 def test_a_page_that_is_left_while_the_prompt_is_read_leaves_no_empty_reply(shared: Session) -> None:
     views = shared.chats.ask(VISITOR, Conversation(template=PLAIN), "def h():", long_request())
-    assert not next(views).conversation.turns[-1].content
+    with shared.workbench.require().engine.exclusive():
+        assert not next(views).conversation.turns[-1].content
     views.close()
     assert [turn.role for turn in shared.chats.current(VISITOR).turns] == ["user"]
 
@@ -115,7 +128,8 @@ def test_a_page_that_is_left_while_the_prompt_is_read_leaves_no_empty_reply(shar
 def test_a_reply_stays_when_another_one_is_left_before_a_word_of_it(shared: Session) -> None:
     conversation = asked(shared, "def read(path):")
     views = shared.chats.again(VISITOR, conversation, long_request())
-    assert not next(views).conversation.turns[-1].content
+    with shared.workbench.require().engine.exclusive():
+        assert not next(views).conversation.turns[-1].content
     views.close()
     assert shared.chats.current(VISITOR).turns == conversation.turns
 
@@ -126,6 +140,92 @@ def test_one_page_has_one_reply_at_a_time(shared: Session) -> None:
     second = list(shared.chats.ask(VISITOR, Conversation(template=PLAIN), "def g():", GREEDY))
     assert "still busy" in second[-1].error
     first.close()
+
+
+def test_a_conversation_that_went_on_in_another_tab_is_shown_before_it_is_changed(shared: Session) -> None:
+    seen = asked(shared, "def read(path):")
+    *_, elsewhere = shared.chats.ask(OTHER_TAB, seen, "def write(path):", GREEDY)
+    for views in (
+        shared.chats.ask(VISITOR, seen, "def lost(path):", GREEDY),
+        shared.chats.again(VISITOR, seen, GREEDY),
+        shared.chats.edit(VISITOR, seen, 0, "def lost(path):", GREEDY),
+        shared.chats.edit(VISITOR, seen, 1, "lost", GREEDY),
+    ):
+        (view,) = views
+        assert "changed in another tab" in view.error and view.conversation == elsewhere.conversation
+    with pytest.raises(RequestError, match="changed in another tab"):
+        shared.chats.undo(VISITOR, seen)
+    assert shared.chats.current(VISITOR) == elsewhere.conversation
+
+
+def test_a_conversation_is_answered_in_one_tab_at_a_time(shared: Session) -> None:
+    conversation = asked(shared, "def read(path):")
+    first = shared.chats.ask(VISITOR, conversation, "def f():", long_request())
+    growing = next(first).conversation
+    (view,) = shared.chats.ask(OTHER_TAB, conversation, "def g():", GREEDY)
+    assert "being written in another tab" in view.error
+    with pytest.raises(BusyError, match="being written in another tab"):
+        shared.chats.delete(OTHER_TAB, conversation, conversation)
+    for act in (
+        lambda: shared.chats.new(VISITOR),
+        lambda: shared.chats.open(VISITOR, conversation.id),
+        lambda: shared.chats.undo(VISITOR, growing),
+        lambda: shared.chats.delete(VISITOR, growing, growing),
+        lambda: shared.chats.import_file(VISITOR, Path("never read")),
+    ):
+        with pytest.raises(BusyError, match="a reply is being written: stop it first"):
+            act()
+    assert shared.chats.new(OTHER_TAB).turns == ()
+    first.close()
+    assert [turn.content for turn in shared.chats.open(VISITOR, conversation.id).turns][2] == "def f():"
+
+
+def test_a_conversation_that_was_deleted_in_another_tab_does_not_come_back(shared: Session) -> None:
+    conversation = asked(shared, "def read(path):")
+    shared.chats.delete(OTHER_TAB, conversation, conversation)
+    (view,) = shared.chats.ask(VISITOR, conversation, "def write(path):", GREEDY)
+    assert "deleted in another tab" in view.error and view.conversation.turns == conversation.turns
+    assert conversation.id not in {identity for _, identity in shared.chats.choices(VISITOR)}
+
+
+def test_a_reply_stays_on_the_page_when_it_cannot_be_saved(tmp_path: Path) -> None:
+    session = embedded_session(tmp_path)
+    views = session.chats.ask(VISITOR, Conversation(template=PLAIN), "def f():", GREEDY)
+    next(views)
+    (folder,) = tmp_path.rglob("conversations")
+    shutil.rmtree(folder)
+    folder.write_text("as if the disk were full")
+    *_, view = views
+    assert "cannot be saved: Not a directory" in view.error and "12 written" in view.conversation.turns[-1].note
+    (view,) = session.chats.ask(VISITOR, Conversation(template=PLAIN), "def g():", GREEDY)
+    assert "cannot be" in view.error
+
+
+def test_a_conversation_that_was_taken_back_is_listed_no_more(tmp_path: Path) -> None:
+    session = embedded_session(tmp_path)
+    before, _ = session.chats.undo(VISITOR, asked(session, "def read(path):"))
+    assert before.turns == () and session.chats.choices(VISITOR) == []
+    *_, view = session.chats.ask(VISITOR, before, "def write(path):", GREEDY)
+    assert view.error is None and session.chats.choices(VISITOR)[0][1] == before.id
+
+
+def test_a_file_without_messages_is_not_imported(shared: Session, tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(RequestError, match=r"empty\.json holds no messages"):
+        shared.chats.import_file(VISITOR, tmp_path / "empty.json")
+
+
+def test_thousands_of_turns_are_left_out_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = embedded_session(tmp_path).workbench.require()
+    turns = tuple(turn for number in range(2000) for turn in (Turn("user", f"f{number}"), Turn("assistant", "x")))
+    rendered = []
+    monkeypatch.setattr(next_reply, "prompt_ids", lambda *prompt: rendered.append(prompt) or prompt_ids(*prompt))
+    conversation = Conversation((*turns, Turn("user", "the last")))
+    template = chat_template(PLAIN, loaded.engine)
+    ids, dropped = fitting_prompt(loaded.tokenizer, template, conversation, 300, DROP)
+    assert len(rendered) < 20 and 3900 < dropped < 4000 and conversation.turns[dropped].role == "user"
+    shorter = replace(conversation, turns=conversation.turns[dropped - 2 :])
+    assert len(ids) <= 300 < len(prompt_ids(loaded.tokenizer, template, shorter.messages))
 
 
 def test_replies_of_several_people_stay_apart(shared: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,18 +97,37 @@ def test_a_list_of_messages_is_read_with_its_system_text() -> None:
     assert conversation.messages[0] == {"role": "system", "content": "Be brief."}
 
 
+def test_a_conversation_without_turns_leaves_no_file(tmp_path: Path) -> None:
+    store, conversation = ConversationStore(tmp_path), said("taken back")
+    store.save("me", conversation)
+    store.save("me", replace(conversation, turns=()))
+    assert store.list("me") == [] and list(tmp_path.rglob("*.json")) == []
+    assert store.find("me", conversation.id) is None
+
+
+def test_a_folder_that_cannot_be_written_is_told_without_its_place(tmp_path: Path) -> None:
+    (tmp_path / "conversations").write_text("a file where the folder should be")
+    store = ConversationStore(tmp_path)
+    for act in (lambda: store.save("me", said("lost")), lambda: store.delete("me", said("kept").id)):
+        with pytest.raises(RequestError, match="the conversation cannot be (saved|deleted): Not a directory") as caught:
+            act()
+        assert str(tmp_path) not in str(caught.value)
+    assert store.list("me") == [] and store.current("me").turns == ()
+
+
 def test_people_have_conversations_of_their_own(tmp_path: Path) -> None:
-    store, mine, yours = ConversationStore(tmp_path), Conversation((Turn("user", "mine"),)), Conversation()
+    store, mine, yours = ConversationStore(tmp_path), said("mine"), said("yours")
     store.save("me", mine)
     store.save("you", yours)
     assert store.list("me") == [mine]
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="deleted in another tab") as caught:
         store.load("you", mine.id)
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_names_of_people_and_ids_lead_to_no_other_place(tmp_path: Path) -> None:
     store = ConversationStore(tmp_path)
-    store.save("../../elsewhere/\0", Conversation())
+    store.save("../../elsewhere/\0", said("here"))
     assert [path.name for path in tmp_path.iterdir()] == ["conversations"]
     for bad in ("../x", "", "A" * 32, "0" * 31, None):
         with pytest.raises(RequestError, match="is not the id of a conversation"):
@@ -115,7 +135,7 @@ def test_names_of_people_and_ids_lead_to_no_other_place(tmp_path: Path) -> None:
 
 
 def test_the_conversation_open_last_is_open_again_after_a_restart(tmp_path: Path) -> None:
-    first, second = Conversation((Turn("user", "1"),)), Conversation((Turn("user", "2"),))
+    first, second = said("1"), said("2")
     ConversationStore(tmp_path).save("me", first)
     ConversationStore(tmp_path).save("me", second)
     ConversationStore(tmp_path).set_current("me", first.id)
@@ -126,7 +146,7 @@ def test_the_conversation_open_last_is_open_again_after_a_restart(tmp_path: Path
 def test_a_process_killed_while_writing_leaves_the_conversation_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, conversation = ConversationStore(tmp_path), Conversation((Turn("user", "kept"),))
+    store, conversation = ConversationStore(tmp_path), said("kept")
     store.save("me", conversation)
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +155,7 @@ def test_a_process_killed_while_writing_leaves_the_conversation_before(
 
 
 def test_a_damaged_file_hides_no_other_conversation(tmp_path: Path) -> None:
-    store, whole, damaged = ConversationStore(tmp_path), Conversation((Turn("user", "whole"),)), Conversation()
+    store, whole, damaged = ConversationStore(tmp_path), said("whole"), said("damaged")
     store.save("me", whole)
     store.save("me", damaged)
     next(tmp_path.rglob(f"{damaged.id}.json")).write_text("{")
@@ -144,6 +164,11 @@ def test_a_damaged_file_hides_no_other_conversation(tmp_path: Path) -> None:
 
 
 def test_only_this_user_can_read_the_folder(tmp_path: Path) -> None:
-    ConversationStore(tmp_path).save("me", Conversation())
+    ConversationStore(tmp_path).save("me", said("mine"))
     folder = next(tmp_path.rglob("*.json")).parent
     assert folder.stat().st_mode & 0o077 == 0
+
+
+def said(text: str) -> Conversation:
+    """A conversation of one question."""
+    return Conversation((Turn("user", text),))

@@ -140,3 +140,28 @@ def test_a_name_on_the_hub_is_loaded_as_its_checkpoint_says(tmp_path: Path, monk
     loaded = workbench.load("someone/model", asdict(workbench.suggest("someone/model")))
     assert (loaded.name, loaded.folder, loaded.model.max_seq_len) == ("someone/model", folder, 512)
     assert workbench.suggest("someone/model").max_seq_len == 512
+
+
+def test_a_change_of_the_rope_brings_no_model_back_that_was_unloaded_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = embedded_session(tmp_path)
+    engine = session.workbench.require().engine
+    monkeypatch.setattr(engine, "rescale", lambda **_: session.workbench.unload())
+    with pytest.raises(RequestError, match="unloaded meanwhile"):
+        session.workbench.rescale(values(session), "rotate")
+    assert session.workbench.loaded is None
+
+
+def test_a_model_is_not_changed_while_another_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = embedded_session(tmp_path)
+    refused: list[str] = []
+
+    def load_meanwhile(**_: object) -> None:
+        with pytest.raises(RequestError, match="another model is being loaded") as caught:
+            session.workbench.load("", values(session))
+        refused.append(str(caught.value))
+
+    monkeypatch.setattr(session.workbench.require().engine, "rescale", load_meanwhile)
+    session.workbench.rescale(values(session), "rotate")
+    assert refused

@@ -152,6 +152,7 @@ def test_a_cancelled_measurement_shows_what_it_has(shared: Session) -> None:
         ("64", [], "", "choose at least one scaling"),
         ("64", ["spiral"], "", "scaling 'spiral' is not known"),
         ("64", ["yarn"], "x", "the scaling factor is a number"),
+        ("64", ["yarn"], "0", "factor must be a number from 0.01"),
         ("64", ["adapter storm"], "", "no adapter 'storm'"),
         ("999999", ["none"], "", "one window of the longest length"),
     ],

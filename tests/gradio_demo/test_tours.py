@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_the_switch_changes_the_answer_and_the_reason_and_nobody_elses_model(ses
     assert scaled.text != plain.text and plain.right is False
     assert "linear scaling by 4" in scaled.why and "Without scaling" in plain.why
     assert session.workbench.require() is loaded and loaded.model.rope.method.name == "none"
+
+
+def test_an_answer_that_is_ended_leaves_the_page_free_for_another(session: Session) -> None:
+    question = session.tours.current().tour.questions[0].text
+    views = session.tours.ask(VISITOR, question, True)
+    next(views)
+    follower = threading.Thread(target=lambda: list(views))
+    follower.start()
+    session.tours.end(VISITOR)
+    assert asked(session, question, False).right is False
+    follower.join()
 
 
 def test_a_question_of_ones_own_is_neither_right_nor_wrong(session: Session) -> None:

@@ -9,7 +9,8 @@ sees which stretch is missing, and the rest is shifted instead of read again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ropewalk.text.chat import Message
@@ -42,14 +43,14 @@ def shortened(
     limit = limit_of_strides(capacity - room, capacity - room + excess)
     starts = [place for place in range(first + 1, len(whole)) if whole[place].get("role") == "user"]
     starts = starts or [len(whole) - 1]
-    low, high = 0, len(starts) - 1
-    while low < high:  # the fewest turns; the length falls with each
-        middle = (low + high) // 2
-        if _length(engine, whole[:first] + whole[starts[middle] :], variables) <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    return whole[:first] + whole[starts[low] :], starts[low] - first
+    start = first_that_fits(starts, lambda start: _length(engine, whole[:first] + whole[start:], variables) <= limit)
+    return whole[:first] + whole[start:], start - first
+
+
+def first_that_fits(starts: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The first of `starts` with which it fits, else the last. What fits from one start fits from all later ones, so
+    thousands are tried in a dozen steps."""
+    return starts[bisect_left(starts, True, 0, len(starts) - 1, key=fits)]
 
 
 def limit_of_strides(most: int, length: int) -> int:

@@ -8,14 +8,20 @@ There are two ways to follow it: a caller that may block looks a few times a sec
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from ropewalk.base.errors import RopewalkError
 
 Result = TypeVar("Result")
 Look = TypeVar("Look")
+
+EXIT_PATIENCE_S = 20.0
+_running: WeakSet[Work[Any]] = WeakSet()
 
 
 class Work(Generic[Result]):
@@ -55,6 +61,10 @@ class Work(Generic[Result]):
         """Ask it to end soon; what it has produced by then is kept."""
         self._cancelled.set()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is over, so long at most; whether it is."""
+        return self._over.wait(max(seconds, 0.0))
+
     def progress(self, done: int, total: int) -> None:
         """Report that `done` of `total` steps are done."""
         self.done_of = (done, total)
@@ -67,7 +77,8 @@ class Work(Generic[Result]):
             self._on_change()
 
     def start(self) -> None:
-        """Run it in a new thread."""
+        """Run it in a new thread, which ends with the process: see `_end_all`."""
+        _running.add(self)
         threading.Thread(target=self.run, name=self._name, daemon=True).start()
 
     def run(self) -> None:
@@ -103,3 +114,14 @@ class Work(Generic[Result]):
             yield look(True)
         finally:
             self.cancel()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is in the core when the interpreter goes cannot be unwound: the process would abort."""
+    left = list(_running)
+    for work in left:
+        work.cancel()
+    until = time.monotonic() + EXIT_PATIENCE_S
+    for work in left:
+        work.wait(until - time.monotonic())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from demo_page import ask, field, longer_reply, reply_settings, says
+from demo_page import ask, field, longer_reply, opened, reply_settings, says
 
 LOG = "document.querySelector('#chatbot .bubble-wrap')"
 FROM_THE_END = f"{LOG}.scrollHeight - {LOG}.scrollTop - {LOG}.clientHeight"
@@ -120,3 +120,59 @@ def test_a_growing_reply_is_followed_and_reading_up_is_left_in_peace(page: Page)
     page.wait_for_function(f"{FROM_THE_END} <= 8")  # followed again
     page.click("#stop")
     says(page, "chat-line", "stopped")
+
+
+@pytest.mark.usefixtures("slow_model")
+def test_a_growing_reply_is_not_left_by_accident(page: Page) -> None:
+    reply_settings(page, 8, 1)
+    ask(page, "def first():")
+    reply_settings(page, 1500, 1)
+    field(page, "question").fill("def second():")
+    page.click("#send")
+    longer_reply(page, 0)
+    for button in ("#new", "#undo"):
+        page.click(button)
+        page.locator(".toast-body", has_text="a reply is being written").wait_for()
+        page.locator(".toast-body .toast-close").click()
+        page.locator(".toast-body").wait_for(state="hidden")
+    page.click("#stop")
+    says(page, "chat-line", "stopped")
+    assert "def first" in page.inner_text("#chatbot") and "def second" in page.inner_text("#chatbot")
+    page.click("#new")
+    page.wait_for_function("document.querySelectorAll('#chatbot .message').length === 0")
+
+
+def test_two_tabs_lose_nothing_that_was_said_in_the_other(page: Page, url: str) -> None:
+    reply_settings(page, 8, 1)
+    ask(page, "def first():")
+    other = page.context.new_page()
+    opened(other, url)
+    other.locator("#chatbot .user.message", has_text="def first").wait_for()
+    reply_settings(other, 8, 1)
+    ask(other, "def second():")
+    field(page, "question").fill("def third():")
+    page.click("#send")
+    says(page, "chat-line", "changed in another tab")
+    page.locator("#chatbot .user.message", has_text="def second").wait_for()
+    page.wait_for_function("document.querySelector('#question textarea').value === 'def third():'")
+    page.click("#send")
+    page.locator("#chatbot .user.message", has_text="def third").wait_for()
+    assert "def second" in page.inner_text("#chatbot")
+    other.close()
+
+
+def test_a_page_that_is_loaded_anew_while_a_reply_is_written_goes_on(page: Page, url: str, slow_model: None) -> None:
+    reply_settings(page, 1500, 1)
+    field(page, "question").fill("def begun():")
+    page.click("#send")
+    longer_reply(page, 0)
+    opened(page, url)
+    page.locator("#chatbot .user.message", has_text="def begun").wait_for()
+    reply_settings(page, 8, 1)
+    for _ in range(20):  # until the reply of the page before has ended, and its end is seen
+        field(page, "question").fill("def next():")
+        page.click("#send")
+        if "in another tab" not in says(page, "chat-line", "written|another tab"):
+            break
+        page.wait_for_function("document.querySelector('#question textarea').value === 'def next():'")
+    page.locator("#chatbot .user.message", has_text="def next").wait_for()

@@ -83,6 +83,23 @@ def test_a_file_above_the_limit_is_not_uploaded_and_the_page_says_so(
     small.close()
 
 
+def test_unloading_is_quiet_and_what_was_said_about_it_goes_with_the_next_model(page: Page) -> None:
+    page.get_by_text("Model and how it is loaded").click()
+    page.wait_for_function("document.querySelector('#template input').value === 'of the checkpoint'")
+    page.click("#unload")
+    says(page, "status", "No model|no model")
+    field(page, "question").fill("def f():")
+    page.click("#send")
+    says(page, "chat-line", "no model is loaded")
+    page.click("#load")
+    says(page, "status", "tokens of context")
+    page.wait_for_function("!document.querySelector('#chat-line').innerText.includes('no model is loaded')")
+    assert page.locator(".toast-body").count() == 0
+    choose(page, "Chat")  # a model with a tour opens that
+    reply_settings(page, 8, 1)
+    assert ask(page, "def f():")
+
+
 def test_a_dropped_folder_is_loaded(page: Page, tmp_path: Path) -> None:
     """The last one here: the page has another model from now on."""
     folder = copy_of_the_embedded_model(tmp_path / "dropped", max_position_embeddings=768)

@@ -8,6 +8,7 @@ from playwright.sync_api import Browser, Page
 
 from demo_page import PATIENCE_MS, choose, field, gradio_access, opened, says
 from demo_session import embedded_session
+from ropewalk.config.layer_order import choose_layer_order
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.model_bar.owner import Owner
 from ropewalk.gradio_demo.serving import Address, launch
@@ -50,6 +51,13 @@ def test_a_kept_document_is_offered_at_the_next_start_and_not_read_again(browser
         says(page, "documents-sources", "hemp.txt")
         assert f"{kept:,} from the cache" in page.inner_text("#documents-line")
         assert session.workbench.require().engine.kept.num_recalled == 1
+        config = session.workbench.require().model.config
+        for order, said in (("0-4,3-4", "1 more were kept with another model"), ("0-4", "Choosing puts them")):
+            session.workbench.set_layer_order(choose_layer_order(config, order))
+            says(page, "documents-kept", said)
+        page.locator("#documents-kept", has_not_text="more were kept").wait_for()
+        page.locator("#documents-kept input").click()
+        page.get_by_role("option", name="hemp.txt").click()
         page.click("#documents-forget")
         says(page, "documents-keep-line", "forgotten")
         assert list(session.shelf.folder.folder.iterdir()) == []

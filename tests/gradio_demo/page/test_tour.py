@@ -73,6 +73,14 @@ def test_the_switch_asks_the_same_question_again(page: Page) -> None:
     assert verdict(page) == with_scaling
 
 
+def test_the_switch_may_be_turned_while_an_answer_is_written(page: Page) -> None:
+    page.click("#tour-question-1")
+    page.locator("#tour-switch input").uncheck()
+    says(page, "tour-why", "Without scaling")
+    page.wait_for_function("!document.querySelector('#tour-switch input').checked")
+    assert "house 7" in verdict(page) and "busy" not in page.inner_text("#tour-line")
+
+
 def test_a_question_of_ones_own_is_asked_with_enter(page: Page) -> None:
     field(page, "tour-question").fill("What is made here?")
     field(page, "tour-question").press("Enter")
