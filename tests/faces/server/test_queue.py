@@ -78,7 +78,7 @@ def complete(server: RunningServer, **settings) -> httpx.Response:
 
 
 def begun(model: GatedModel, prompts: dict[str, list[int]]) -> list[str]:
-    """Whose prompts were read, in order (replies may arrive in another). A repeated one computes its last token alone."""
+    """Whose prompts were read, in order; replies may arrive in another. A repeated one computes its last token."""
     return [name for ids in model.calls for name, prompt in prompts.items() if ids in (prompt, prompt[-1:])]
 
 
