@@ -12,10 +12,18 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 from demo_page import CHROMIUM, FLAGS, PATIENCE_MS, gradio_access, opened  # noqa: E402
 from demo_session import copy_of_the_embedded_model, embedded_session  # noqa: E402
+from quiet_network import quiet_network  # noqa: E402
 from ropewalk.gradio_demo.app import build_page  # noqa: E402
 from ropewalk.gradio_demo.model_bar.owner import Owner  # noqa: E402
 from ropewalk.gradio_demo.serving import Address, launch  # noqa: E402
 from ropewalk.gradio_demo.session import Session  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network() -> Iterator[None]:
+    """Its own for the page and the browser."""
+    with quiet_network():
+        yield
 
 
 @pytest.fixture(scope="module")
