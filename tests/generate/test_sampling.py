@@ -42,11 +42,12 @@ def frequencies(params: dict, logits: torch.Tensor, draws: int = 4000) -> np.nda
     return np.bincount([sampler.choose(logits) for _ in range(draws)], minlength=logits.numel()) / draws
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("size", "scale"), [(300, 3.0), (6000, 3.0), (6000, 30.0)])
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("value", [0.05, 0.5, 0.9, 0.999])
-def test_filters_by_probability_keep_what_transformers_keeps(seed: int, value: float) -> None:
+def test_filters_by_probability_keep_what_transformers_keeps(seed: int, value: float, size: int, scale: float) -> None:
     transformers = pytest.importorskip("transformers")
-    logits = random_logits(seed)
+    logits = random_logits(seed, size, scale)
     pairs = [
         (keep_top_p, transformers.TopPLogitsWarper(value)),
         (keep_min_p, transformers.MinPLogitsWarper(value)),
@@ -54,6 +55,20 @@ def test_filters_by_probability_keep_what_transformers_keeps(seed: int, value: f
     ]
     for ours, theirs in pairs:
         torch.testing.assert_close(ours(logits, value), theirs(None, logits[None])[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3])
+@pytest.mark.parametrize("value", [0.05, 0.5, 0.9, 0.999])
+def test_filters_that_need_most_of_a_large_vocabulary_keep_what_transformers_keeps(value: float, scale: float) -> None:
+    """The entropy is summed in another order, which moves the border of `typical` by a token."""
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(4, 6000, scale)
+    for ours, theirs, most in (
+        (keep_top_p, transformers.TopPLogitsWarper(value), 0),
+        (keep_typical, transformers.TypicalLogitsWarper(value), 2),
+    ):
+        kept, expected = ours(logits, value) > NEVER, theirs(None, logits[None])[0] > NEVER
+        assert int((kept != expected).sum()) <= most
 
 
 @pytest.mark.parametrize("k", [1, 5, 299, 300, 1000])
@@ -339,8 +354,9 @@ before = num_threads()
 copy_(torch.empty(2, 200_000)[1], logits)
 for options in (
     {"temperature": 0.0},
-    {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.01},
     {"top_k": 50, "repetition_penalty": 1.1, "frequency_penalty": 0.2, "logit_bias": {3: 1.0}},
+    {"top_k": 0, "top_p": 1.0, "typical": 0.9},
     {"dry_multiplier": 0.8},
 ):
     sampler = Sampler(SamplingParams(seed=1, **options), [5, 6, 7, 5, 6, 7, 5, 6])

@@ -229,16 +229,19 @@ def penalise_counts(
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     """logits [V], -inf below the k-th highest; equals of the k-th stay."""
-    return _without(logits, logits.numpy() < torch.topk(logits, min(k, logits.numel())).values[-1].numpy())
+    return _without(logits, logits.numpy() < _highest(logits.numpy(), k))
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """logits [V], -inf outside the smallest set of most likely tokens whose probability reaches p."""
-    ascending, order = torch.sort(logits)
-    below = torch.softmax(ascending, dim=-1).cumsum(dim=-1).numpy() <= np.float32(1.0 - p)
-    below[-1] = False
-    removed = np.empty_like(below)
-    removed[order.numpy()] = below
+    probabilities = torch.softmax(logits, dim=-1).numpy()
+    total, rest = probabilities.sum(dtype=np.float64), 1.0 - p
+    order, reached = _in_order(logits.numpy(), probabilities, total - rest)
+    before = np.concatenate([np.zeros(1), reached[:-1]])
+    is_kept = (total - before).astype(np.float32) > np.float32(rest)
+    is_kept[0] = True
+    removed = np.ones(len(probabilities), bool)
+    removed[order[is_kept]] = False
     return _without(logits, removed)
 
 
@@ -252,12 +255,14 @@ def keep_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
 
 def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
     """logits [V], -inf outside the tokens whose surprise is nearest to the entropy, up to the probability `mass`."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    entropy = -torch.nansum(log_p * log_p.exp())
-    distance = (-log_p - entropy).abs()
-    nearest, order = torch.sort(distance)
-    last = int((torch.softmax(logits[order], dim=-1).cumsum(dim=-1) < mass).sum().clamp(max=logits.numel() - 1))
-    return _without(logits, (distance > nearest[last]).numpy())
+    log_p = torch.log_softmax(logits, dim=-1).numpy()
+    probabilities = np.exp(log_p)
+    alive = probabilities > 0.0
+    entropy = -np.sum(probabilities[alive] * log_p[alive])
+    distance = np.abs(-log_p - entropy)
+    order, reached = _in_order(-distance, probabilities, mass)
+    last = min(int((reached.astype(np.float32) < np.float32(mass)).sum()), len(order) - 1)
+    return _without(logits, distance > distance[order[last]])
 
 
 def exclude_top_choices(logits: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -272,6 +277,27 @@ def exclude_top_choices(logits: torch.Tensor, threshold: float) -> torch.Tensor:
         return logits
     kept = len(top) - 1 - int(np.argmin(probabilities[top][::-1]))
     return logits.index_fill(0, torch.from_numpy(np.delete(top, kept)), NEVER)
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """The count-th highest of values [V]; the lowest if there are not so many."""
+    return torch.topk(torch.from_numpy(values), min(count, len(values))).values[-1].numpy()
+
+
+def _in_order(keys: np.ndarray, weights: np.ndarray, mass: float) -> tuple[np.ndarray, np.ndarray]:
+    """(indices by falling keys, the sum of weights up to each): as many as it takes to reach `mass`, or some more.
+
+    keys, weights: [V] float32; the sums are float64. Few tokens are likely, and sorting all 152,000 of a large
+    vocabulary took 11 ms, half the time in which a model of 1.1 billion parameters computes one.
+    """
+    count = 256
+    while True:
+        near = np.flatnonzero(keys >= _highest(keys, count))
+        order = near[np.argsort(keys[near], kind="stable")][::-1]
+        reached = np.cumsum(weights[order], dtype=np.float64)
+        if reached[-1] >= mass or count >= len(keys):
+            return order, reached
+        count *= 16
 
 
 def _without(logits: torch.Tensor, removed: np.ndarray) -> torch.Tensor:
