@@ -17,7 +17,7 @@ import torch
 
 from benchmarking import add_speed_arguments, paired, print_head, spread
 from ropewalk.model.model import Model
-from speed import decoder, loaded, prefiller, streamed_bytes, torch_products
+from speed import DECODED, decoder, loaded, prefiller, streamed_bytes, torch_products
 
 
 def main() -> None:
@@ -41,7 +41,8 @@ def report_decoding(models: Mapping[str, Model], args: argparse.Namespace) -> No
     times = paired({name: decoder(model, args.context) for name, model in models.items()}, args.rounds * 5)
     print(f"\ndecoding after {args.context} tokens; {next(iter(models.values())).backend.arithmetic}")
     for name, model in models.items():
-        print_line(name, 1, times[name], next(iter(times.values())), f"{streamed_bytes(model) / 1e9:.3f} GB per token")
+        moved = f"{streamed_bytes(model) / 1e9:.3f} GB per token"
+        print_line(name, DECODED, times[name], next(iter(times.values())), moved)
 
 
 def report_prompts(models: Mapping[str, Model], args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Keys in a browser: Enter sends, Shift+Enter starts a new line, Ctrl+Enter continues a text."""
+"""Keys in a browser: Enter sends, Shift+Enter starts a new line, Ctrl+Enter continues a text, Tab is seen to move."""
 
 from __future__ import annotations
 
@@ -86,3 +86,27 @@ def test_enter_asks_the_documents_and_shift_enter_starts_a_line(page: Page, tmp_
     page.keyboard.press("Enter")
     says(page, "documents-sources", "hemp.txt")
     assert field(page, "documents-question").input_value() == "What is rope\nmade of?"
+
+
+FOCUSED = """() => {
+    const style = getComputedStyle(document.activeElement);
+    return [document.activeElement.outerHTML.slice(0, 200), style.outlineStyle, parseFloat(style.outlineWidth)];
+}"""
+
+
+@pytest.mark.parametrize("tab", ["Tour", "Chat", "Context lab"])
+def test_tab_goes_through_everything_and_shows_where_it_is(page: Page, tab: str) -> None:
+    choose(page, tab)
+    page.get_by_role("tab", name=tab, exact=True).first.focus()
+    kinds = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        element, outline, width = page.evaluate(FOCUSED)
+        if element.startswith("<body"):  # the last one was left
+            break
+        assert outline != "none", element
+        assert width >= 1, element
+        kinds.add(element.split()[0])
+    else:
+        pytest.fail(f"there is no way out of {element}")
+    assert {"<button", "<input", "<textarea"} <= kinds
