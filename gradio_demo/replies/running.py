@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ropewalk.base.errors import RequestError
 
+BUSY = "this page is still busy with a reply: stop it first"
 PATIENCE_S = 10.0
 
 
@@ -37,7 +38,7 @@ class Running:
         """
         with self._changed:
             if tab in self._by_tab:
-                raise RequestError("this page is still busy with a reply: stop it first")
+                raise RequestError(BUSY)
             self._by_tab[tab] = work
         try:
             yield

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from ropewalk.base.errors import RequestError, RopewalkError
 from ropewalk.gradio_demo.model_bar.workbench import Loaded, Workbench
 from ropewalk.gradio_demo.replies.reply import DONE, start_reply
-from ropewalk.gradio_demo.replies.running import Running
+from ropewalk.gradio_demo.replies.running import BUSY, PATIENCE_S, Running
 from ropewalk.gradio_demo.replies.status import describe
 from ropewalk.gradio_demo.shared.visitors import Visitor
 from ropewalk.measure.plots import plot_curves, plot_retrieval, svg_text
@@ -59,6 +59,15 @@ class AnswerView:
     error: bool = False
 
 
+class _Asked:
+    """A question while it is being answered, from before its prompt is made."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.is_ended = False
+        self.over = threading.Event()
+
+
 class Tours:
     """Tours of the models that are loaded, each opened once."""
 
@@ -66,7 +75,7 @@ class Tours:
         self._workbench = workbench
         self._running = running
         self._lock = threading.Lock()
-        self._asking: set[str] = set()  # tabs
+        self._asked: dict[str, _Asked] = {}  # by tab
         self._opened: WeakKeyDictionary[Model, OpenTour | None] = WeakKeyDictionary()  # for as long as it is loaded
 
     def current(self) -> OpenTour | None:
@@ -85,45 +94,65 @@ class Tours:
 
     def ask(self, visitor: Visitor, question: str, is_scaled: bool) -> Iterator[AnswerView]:
         """The answer to a question about the document, view by view; no more of them once it has been ended."""
+        asked: _Asked | None = None
         try:
-            opened = self.current()
-            if opened is None:
-                raise RequestError("the model that is loaded brings no tour: load the embedded model")
-            if not isinstance(question, str) or not question.strip():
-                raise RequestError("write a question first, or click one")
-            reader = opened.readers.reader(is_scaled)
-            ids = reader.prompt_ids(opened.tour.document, question)
-            reply = start_reply(reader.engine, ids, reader.params, reader.adapters or (), visitor.person)
-            with self._running.hold(visitor.tab, reply), self._noted(visitor.tab):
-                for snapshot in reply.follow():
-                    if visitor.tab not in self._asking:
+            answer = self._answer(visitor, question, is_scaled)
+            with self._noted(visitor.tab, question) as asked, closing(answer):
+                for view in answer:
+                    if asked.is_ended:
                         return
-                    text, line = snapshot.text.strip(), describe(snapshot)
-                    if snapshot.phase != DONE or snapshot.error is not None:
-                        yield AnswerView(text, line, snapshot.phase != DONE, error=snapshot.error is not None)
-                        continue
-                    reason, asked = opened.why(is_scaled, len(ids)), opened.tour.question(question)
-                    if asked is None:
-                        yield AnswerView(text, line, False, why=reason)
-                    else:
-                        verdict = is_right(asked, text)
-                        yield AnswerView(text, line, False, verdict, asked.answer, asked.passage, reason)
+                    yield view
         except RopewalkError as error:
-            yield AnswerView("", str(error), False, error=True)
+            if asked is None or not asked.is_ended:
+                yield AnswerView("", str(error), False, error=True)
 
-    def end(self, visitor: Visitor) -> None:
-        """End the answer that is being written in this tab, if there is one."""
-        if visitor.tab in self._asking:
-            self._asking.discard(visitor.tab)
-            self._running.end(visitor.tab)
+    def end(self, visitor: Visitor) -> str:
+        """End the answer that is being written in this tab, or about to be. Returns its question; without one, ""."""
+        asked = self._asked.get(visitor.tab)
+        if asked is None:
+            return ""
+        asked.is_ended = True
+        self._running.stop(visitor.tab)
+        asked.over.wait(PATIENCE_S)
+        return asked.text
+
+    def _answer(self, visitor: Visitor, question: str, is_scaled: bool) -> Iterator[AnswerView]:
+        opened = self.current()
+        if opened is None:
+            raise RequestError("the model that is loaded brings no tour: load the embedded model")
+        if not isinstance(question, str) or not question.strip():
+            raise RequestError("write a question first, or click one")
+        reader = opened.readers.reader(is_scaled)
+        ids = reader.prompt_ids(opened.tour.document, question)
+        reply = start_reply(reader.engine, ids, reader.params, reader.adapters or (), visitor.person)
+        with self._running.hold(visitor.tab, reply):
+            for snapshot in reply.follow():
+                text, line = snapshot.text.strip(), describe(snapshot)
+                if snapshot.phase != DONE or snapshot.error is not None:
+                    yield AnswerView(text, line, snapshot.phase != DONE, error=snapshot.error is not None)
+                    continue
+                reason, asked = opened.why(is_scaled, len(ids)), opened.tour.question(question)
+                if asked is None:
+                    yield AnswerView(text, line, False, why=reason)
+                else:
+                    verdict = is_right(asked, text)
+                    yield AnswerView(text, line, False, verdict, asked.answer, asked.passage, reason)
 
     @contextmanager
-    def _noted(self, tab: str) -> Iterator[None]:
-        self._asking.add(tab)
+    def _noted(self, tab: str, question: str) -> Iterator[_Asked]:
+        """Count a question as what this tab asks, within this context.
+
+        Raises:
+            RequestError: the answer to another one is being written.
+        """
+        asked = _Asked(question)
+        if self._asked.setdefault(tab, asked) is not asked:
+            raise RequestError(BUSY)
         try:
-            yield
+            yield asked
         finally:
-            self._asking.discard(tab)
+            del self._asked[tab]
+            asked.over.set()
 
 
 def _open(loaded: Loaded) -> OpenTour | None:

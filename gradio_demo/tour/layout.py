@@ -73,7 +73,7 @@ def _connect_asking(
 
     def run_switch(question: str, is_scaled: bool, request: gr.Request) -> Iterator[list[Any]]:
         """The question that was asked last is asked again, also while it is being answered."""
-        session.tours.end(visitor(request))
+        question = session.tours.end(visitor(request)) or question  # which the page may not have been told yet
         if question:
             yield from run_ask(question, is_scaled, request)
             return

@@ -10,7 +10,9 @@ import pytest
 
 import ropewalk
 from demo_session import VISITOR, empty_session, values
+from ropewalk.gradio_demo.replies.reply import Reply, start_reply
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.tour import behaviour
 from ropewalk.gradio_demo.tour.behaviour import AnswerView
 from ropewalk.gradio_demo.tour.pictures import answer_picture, document_picture, plots_picture
 from ropewalk.measure.stored import store_curves, store_maps
@@ -72,6 +74,36 @@ def test_an_answer_that_is_ended_leaves_the_page_free_for_another(session: Sessi
     session.tours.end(VISITOR)
     assert asked(session, question, False).right is False
     follower.join()
+
+
+def test_an_answer_that_has_not_begun_is_ended_as_well(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = session.tours.current().tour.questions[0].text
+    reached, go_on = threading.Event(), threading.Event()
+
+    def start_late(*args: object) -> Reply:
+        reached.set()
+        go_on.wait()
+        return start_reply(*args)
+
+    monkeypatch.setattr(behaviour, "start_reply", start_late)
+    views: list[AnswerView] = []
+    follower = threading.Thread(target=lambda: views.extend(session.tours.ask(VISITOR, question, True)))
+    follower.start()
+    reached.wait()
+    threading.Timer(0.2, go_on.set).start()
+    assert session.tours.end(VISITOR) == question
+    follower.join()
+    assert not views and session.tours.end(VISITOR) == ""
+    assert asked(session, question, False).right is False
+
+
+def test_a_second_question_is_refused_while_the_first_is_answered(session: Session) -> None:
+    question = session.tours.current().tour.questions[0].text
+    views = session.tours.ask(VISITOR, question, True)
+    first = next(views)
+    second = asked(session, question, True)
+    assert second.error and "busy" in second.line
+    assert [first, *views][-1].right
 
 
 def test_a_question_of_ones_own_is_neither_right_nor_wrong(session: Session) -> None:

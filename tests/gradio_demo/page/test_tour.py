@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import gradio as gr
@@ -12,7 +13,9 @@ from demo_page import PATIENCE_MS, choose, field, says
 from demo_session import empty_session, values
 from ropewalk.gradio_demo.app import build_page
 from ropewalk.gradio_demo.model_bar.owner import Owner
+from ropewalk.gradio_demo.replies.reply import Reply, start_reply
 from ropewalk.gradio_demo.session import Session
+from ropewalk.gradio_demo.tour import behaviour
 from tours import HOUSES, SENTENCES, model_with_a_tour
 
 
@@ -79,6 +82,27 @@ def test_the_switch_may_be_turned_while_an_answer_is_written(page: Page) -> None
     says(page, "tour-why", "Without scaling")
     page.wait_for_function("!document.querySelector('#tour-switch input').checked")
     assert "house 7" in verdict(page) and "busy" not in page.inner_text("#tour-line")
+
+
+def test_the_switch_may_be_turned_before_anything_of_an_answer_is_shown(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clicked, turned = threading.Event(), threading.Event()
+
+    def start_late(*args: object) -> Reply:
+        if not clicked.is_set():
+            clicked.set()
+            turned.wait(PATIENCE_MS / 1000)
+        return start_reply(*args)
+
+    monkeypatch.setattr(behaviour, "start_reply", start_late)
+    page.click("#tour-question-1")
+    assert clicked.wait(PATIENCE_MS / 1000)
+    page.locator("#tour-switch input").uncheck()
+    page.wait_for_timeout(300)
+    turned.set()
+    assert "house 7" in verdict(page) and "busy" not in page.inner_text("#tour-line")
+    says(page, "tour-why", "Without scaling")
 
 
 def test_a_question_of_ones_own_is_asked_with_enter(page: Page) -> None:
