@@ -48,6 +48,7 @@ LIMITS = {  # beginning of the name: (registers, instructions for each weight)
     "linear w4g32 decode": (144, 4.5),
 }
 MATRIX_INSTRUCTIONS = r"^(HGMMA|HMMA|IMMA|QMMA|OMMA|UTCHMMA)"
+SPILLS = ("LDL", "STL")
 ATOMICS = r"^(ATOM|ATOMG|ATOMS|RED|REDG|REDUX\.ATOM)$"
 
 
@@ -65,6 +66,7 @@ class Compiled:
     loop: int
     per_weight: float | None
     seconds: float
+    spills: int = 0  # of the innermost loop: where it has none, the stack holds what is put away while it runs
 
     def problems(self) -> list[str]:
         """What is beyond the limits; AMD's targets have none."""
@@ -75,7 +77,7 @@ class Compiled:
         )
         found = []
         if self.stack:
-            found.append("spills")
+            found.append(f"spills, {self.spills} times in the loop")
         if self.registers > registers:
             found.append(f"more than {registers} registers")
         if self.shared > SHARED_BYTES[self.target]:
@@ -195,8 +197,9 @@ def nvidia_facts(compiled: Any, per_iteration: float | None) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "matrix": " ".join(sorted(matrix)) or "-",
         "atomics": sum(count for name, count in counted.items() if re.match(ATOMICS, name)),
-        "loop": loop,
-        "per_weight": loop / per_iteration if per_iteration and loop else None,
+        "loop": len(loop),
+        "per_weight": len(loop) / per_iteration if per_iteration and loop else None,
+        "spills": sum(name in SPILLS for name in loop),
     }
 
 
@@ -230,10 +233,10 @@ def _instructions(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     return code, loops
 
 
-def _loop(code: list[str], loops: list[tuple[int, int]], matrix: list[str]) -> int:
-    """Instructions of the shortest loop that has a matrix instruction; where there is none, a multiplication."""
+def _loop(code: list[str], loops: list[tuple[int, int]], matrix: list[str]) -> list[str]:
+    """The shortest loop that has a matrix instruction; where there is none, a multiplication."""
     sought = set(matrix) or {"FFMA", "FFMA2"}
-    return min((end - first for first, end in loops if sought & set(code[first:end])), default=0)
+    return min((code[first:end] for first, end in loops if sought & set(code[first:end])), key=len, default=[])
 
 
 def amd_facts(compiled: Any, per_iteration: float | None) -> dict[str, Any]:
